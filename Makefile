@@ -1,0 +1,33 @@
+PY := .venv/bin/python
+
+.PHONY: demo test test-slow lint bench wheel
+demo: .venv/demo
+	.venv/bin/latent-augment demo
+
+test: .venv/dev
+	$(PY) -m pytest -q
+
+test-slow: .venv/dev
+	$(PY) -m pytest -q -m slow
+
+lint: .venv/dev
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/pyright
+
+bench: .venv/dev
+	$(PY) scripts/reproduce_degeneracy.py --quick
+
+wheel: .venv/dev
+	$(PY) -m build --wheel
+
+.venv/bin/python:
+	python3 -m venv .venv
+
+.venv/demo: .venv/bin/python pyproject.toml
+	.venv/bin/pip install -q -e '.[train]'
+	touch $@
+
+.venv/dev: .venv/bin/python pyproject.toml
+	.venv/bin/pip install -q -e '.[dev]'
+	touch $@ .venv/demo

@@ -1,0 +1,283 @@
+r"""The bank: per class, the latents of its labelled images, on disk.
+
+A bank is a folder::
+
+    manifest.json                 what is in it, and how it was made
+    0000/chunk-0000.safetensors   class 0, its first 256 latents: ``latents`` (n, C, H, W) float16
+    0000/chunk-0001.safetensors   … and ``norms`` (n,) float32 beside them
+    0001/chunk-0000.safetensors   class 1 …
+
+The manifest (schema 1) holds the latent shape; the **fingerprint**, which must match before
+latents may be mixed or sampled: backbone, weights, process, inversion, steps, guidance; and the
+classes in label order, each with its prompt, the ids it is to hold, and its chunks so far (file,
+bytes, SHA-256, and each image's id with the SHA-256 of its file). A chunk counts from the moment
+the manifest names it, and the manifest is replaced whole; so an interrupted inversion goes on
+from its last chunk, and `LatentBank.open` refuses a bank that is not complete.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from jaxtyping import Float
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+from tqdm import tqdm
+
+from augment.diffusion.backbone import Backbone
+from augment.errors import BankMismatch, UserError
+from augment.files import read_json, sha256, write_bytes, write_json
+from augment.inversion import invert
+
+SCHEMA = 1
+CHUNK = 256
+
+
+class Source(Protocol):
+    """Where labelled images come from."""
+
+    ids: dict[str, list[str]]
+
+    def read(self, image_id: str) -> bytes:
+        """The bytes of an image's file."""
+        ...
+
+    def load(self, image_id: str, channels: int, resolution: int) -> Tensor:
+        """The prepared image."""
+        ...
+
+
+@dataclass(frozen=True)
+class LatentBank:
+    """Inverted latents by class.
+
+    Args:
+        path: the folder.
+        manifest: its manifest.
+        members: the image ids of each class that this view shows, in label order.
+    """
+
+    path: Path
+    manifest: dict[str, Any]
+    members: dict[str, tuple[str, ...]]
+
+    @classmethod
+    def open(cls, path: str | Path) -> "LatentBank":
+        """A bank on disk.
+
+        Raises:
+            UserError: there is none, it is of another schema, or its inversion did not finish.
+        """
+        path = Path(path)
+        manifest = read_json(path / "manifest.json", "a bank")
+        if not isinstance(manifest, dict) or manifest.get("schema") != SCHEMA:
+            raise UserError(
+                f"expected a bank of schema {SCHEMA} at {path}, got another; invert again"
+            )
+        done = {
+            c["name"]: tuple(i["id"] for k in c["chunks"] for i in k["images"])
+            for c in manifest["classes"]
+        }
+        missing = sum(len(c["ids"]) - len(done[c["name"]]) for c in manifest["classes"])
+        if missing:
+            raise UserError(
+                f"expected a complete bank at {path}, got one that lacks {missing} images; "
+                "run the same latent-augment invert command again to finish it"
+            )
+        return cls(path, manifest, done)
+
+    @property
+    def classes(self) -> list[str]:
+        """Class names in label order."""
+        return list(self.members)
+
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        """How the latents were made; see the module's docstring."""
+        return self.manifest["fingerprint"]
+
+    def prompt(self, class_name: str) -> str:
+        """The prompt a class was inverted with; empty if none."""
+        return self._class(class_name)["prompt"]
+
+    def latents(self, class_name: str) -> Float[Tensor, "n c h w"]:
+        """The latents of a class in float32, in the order of ``members``.
+
+        Raises:
+            UserError: no such class, or a chunk is missing or damaged.
+        """
+        record = self._class(class_name)
+        ids = [image["id"] for chunk in record["chunks"] for image in chunk["images"]]
+        rows = torch.cat([self._chunk(chunk) for chunk in record["chunks"]]).float()
+        row_of = {image_id: row for row, image_id in enumerate(ids)}
+        return rows[[row_of[image_id] for image_id in self.members[class_name]]]
+
+    def subset(self, keep: Callable[[str], bool]) -> "LatentBank":
+        """A view of the images whose id passes ``keep``; classes and labels stay.
+
+        Raises:
+            UserError: a class would be left without an image.
+        """
+        members = {name: tuple(filter(keep, ids)) for name, ids in self.members.items()}
+        for name, ids in members.items():
+            if not ids:
+                raise UserError(
+                    f"expected at least one image of class {name!r}, got none; keep one"
+                )
+        return replace(self, members=members)
+
+    def check(self, backbone: Backbone) -> None:
+        """Refuse a backbone the latents were not made with.
+
+        Raises:
+            BankMismatch: the first field that differs is named.
+        """
+        require_same(self.path, self.fingerprint["backbone"], backbone.fingerprint)
+
+    def _class(self, name: str) -> dict[str, Any]:
+        for record in self.manifest["classes"]:
+            if record["name"] == name:
+                return record
+        raise UserError(f"expected a class out of {', '.join(self.classes)}, got {name!r}")
+
+    def _chunk(self, chunk: dict[str, Any]) -> Tensor:
+        path = self.path / chunk["file"]
+        try:
+            content = path.read_bytes()
+            if sha256(content) != chunk["sha256"]:
+                raise UserError(
+                    f"expected {path} as it was written, got other bytes; "
+                    "delete the bank and invert again"
+                )
+            return load(content)["latents"]
+        except (OSError, SafetensorError, KeyError) as error:
+            raise UserError(
+                f"expected a readable chunk {path}, got {error!r}; delete the bank and invert again"
+            ) from None
+
+
+def require_same(path: Path, have: dict[str, Any], want: dict[str, Any]) -> None:
+    """Raise `BankMismatch` for the first field in which two fingerprints differ."""
+    for key in want.keys() | have.keys():
+        if have.get(key) != want.get(key):
+            raise BankMismatch(
+                f"expected bank {path} to be made with {key} = {want.get(key)}, got "
+                f"{have.get(key)}; use that one, or rebuild the bank with latent-augment invert"
+            )
+
+
+def fill_bank(
+    path: str | Path,
+    backbone: Backbone,
+    source: Source,
+    prompts: dict[str, str] | None = None,
+    method: str = "ddim",
+    steps: int = 50,
+    guidance: float = 1.0,
+    batch_size: int = 64,
+) -> LatentBank:
+    """Invert a source's images into a bank; a partial bank of the same settings is completed.
+
+    Args:
+        path: the bank's folder, made if needed.
+        backbone: the model to invert with.
+        source: labelled images, such as `augment.sources.Folder`.
+        prompts: a prompt for each class; none by default.
+        method: the inversion, see `augment.invert`.
+        steps: network evaluations an image.
+        guidance: scale of classifier-free guidance.
+        batch_size: images a network call.
+
+    Raises:
+        ImageRejected: an image cannot be read; nothing is written then.
+        BankMismatch: the folder holds a bank of other settings.
+        UserError: the bank holds other images, a prompt is unknown, or a latent is not finite.
+    """
+    path, prompts = Path(path), prompts or {}
+    backbone.condition([prompts.get(name, "") for name in source.ids])  # refuse bad ones now
+    digests = read_all(source, backbone)
+    inversion = {"method": method, "steps": steps, "guidance": guidance}
+    fingerprint = {"backbone": backbone.fingerprint, "inversion": inversion}
+    manifest = {
+        "schema": SCHEMA,
+        "latent_shape": list(backbone.latent_shape),
+        "fingerprint": fingerprint,
+        "classes": [
+            {"name": name, "prompt": prompts.get(name, ""), "ids": ids, "chunks": []}
+            for name, ids in source.ids.items()
+        ],
+    }
+    if (path / "manifest.json").exists():
+        manifest = resume(path, manifest)
+    write_json(path / "manifest.json", manifest)
+    for label, record, ids in tqdm(
+        list(todo(manifest)), "bank", unit="chunk", delay=2, leave=False
+    ):
+        images = torch.stack([source.load(i, backbone.channels, backbone.resolution) for i in ids])
+        latents = invert(backbone, images, record["prompt"], method, steps, guidance, batch_size)
+        file = f"{label:04d}/chunk-{len(record['chunks']):04d}.safetensors"
+        content = pack(latents, ids)
+        write_bytes(path / file, content)
+        record["chunks"].append(
+            {
+                "file": file,
+                "bytes": len(content),
+                "sha256": sha256(content),
+                "images": [{"id": i, "sha256": digests[i]} for i in ids],
+            }
+        )
+        write_json(path / "manifest.json", manifest)
+    return LatentBank.open(path)
+
+
+def read_all(source: Source, backbone: Backbone) -> dict[str, str]:
+    """Decode every image once, so that a bad one stops the job before it begins; the digests."""
+    digests = {}
+    ids = [i for members in source.ids.values() for i in members]
+    for image_id in tqdm(ids, "check images", unit="image", delay=2, leave=False):
+        source.load(image_id, backbone.channels, backbone.resolution)
+        digests[image_id] = sha256(source.read(image_id))
+    return digests
+
+
+def resume(path: Path, manifest: dict[str, Any]) -> dict[str, Any]:
+    """The manifest on disk, if it is of the same job."""
+    old = read_json(path / "manifest.json", "a bank")
+    if old.get("schema") != SCHEMA:
+        raise UserError(f"expected a bank of schema {SCHEMA} at {path}, got another; invert again")
+    for part in ("backbone", "inversion"):
+        require_same(path, old["fingerprint"][part], manifest["fingerprint"][part])
+    jobs = [[{**c, "chunks": None} for c in m["classes"]] for m in (old, manifest)]
+    if jobs[0] != jobs[1]:
+        raise UserError(
+            f"expected the bank {path} to hold the same images and prompts, got others; "
+            "use a new folder"
+        )
+    return old
+
+
+def todo(manifest: dict[str, Any]) -> Iterator[tuple[int, dict[str, Any], list[str]]]:
+    """(label, class record, image ids) of every chunk that is not yet there."""
+    for label, record in enumerate(manifest["classes"]):
+        start = sum(len(chunk["images"]) for chunk in record["chunks"])
+        for first in range(start, len(record["ids"]), CHUNK):
+            yield label, record, record["ids"][first : first + CHUNK]
+
+
+def pack(latents: Float[Tensor, "n c h w"], ids: list[str]) -> bytes:
+    """A chunk's bytes.
+
+    Raises:
+        UserError: a latent is not finite; its image is named.
+    """
+    for latent, image_id in zip(latents, ids, strict=True):
+        if not latent.isfinite().all():
+            raise UserError(
+                f"expected a finite latent of {image_id}, got NaN or infinity; "
+                "invert with dtype float32 or leave the image out"
+            )
+    norms = latents.flatten(1).norm(dim=1)
+    return save({"latents": latents.half().cpu().contiguous(), "norms": norms.cpu()})

@@ -1,0 +1,7 @@
+"""Interpolation rules: how the latents of several images become one. torch only."""
+
+from augment.centroid.means import MEANS
+from augment.centroid.norms import NORMS
+from augment.centroid.rule import Rule
+
+__all__ = ["MEANS", "NORMS", "Rule"]

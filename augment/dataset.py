@@ -1,0 +1,168 @@
+"""Synthetic images as a torch Dataset, alone or mixed with real ones.
+
+`torch.utils.data.DataLoader` asks for whole batches through ``__getitems__``; so a batch is one run
+of the sampler. Keep ``num_workers=0`` when the backbone is on a GPU.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from torch.utils.data import Dataset, get_worker_info
+
+from augment.bank import LatentBank
+from augment.centroid.rule import Rule
+from augment.diffusion.backbone import Backbone
+from augment.errors import UserError
+from augment.plan import Plan, Planner
+from augment.seeds import rng
+from augment.synthesis import Synthesizer
+
+Sample = tuple[Any, Any]
+
+
+class SyntheticDataset(Dataset[Sample]):
+    """Images synthesised from random centroids of a bank's latents, on the fly.
+
+    Item i belongs to class ``i % len(classes)``; its plan depends on (seed, epoch, i) alone.
+    ``set_epoch`` gives fresh images; without it every pass shows the same ones.
+
+    Args:
+        bank: a bank, or the path of one.
+        backbone: the model it was inverted with.
+        rule: how latents are mixed; see `augment.Rule`.
+        alpha, members, noise: see `augment.plan.Planner`.
+        per_class: images a class and epoch.
+        seed: of all dice.
+        solver, steps, guidance, batch_size: see `augment.sample`.
+        transform, target_transform: applied to the image tensor and to the label.
+
+    Raises:
+        BankMismatch: the bank is of another backbone.
+        UserError: a parameter is out of its range.
+    """
+
+    def __init__(
+        self,
+        bank: LatentBank | str | Path,
+        backbone: Backbone,
+        rule: Rule | str = "fade/chm",
+        alpha: float = 1.0,
+        per_class: int = 100,
+        seed: int = 0,
+        members: int | None = None,
+        noise: float = 0.0,
+        solver: str = "ddim",
+        steps: int = 50,
+        guidance: float = 1.0,
+        batch_size: int = 64,
+        transform: Callable[[Tensor], Any] | None = None,
+        target_transform: Callable[[int], Any] | None = None,
+    ) -> None:
+        if per_class < 1:
+            raise UserError(f"expected at least 1 image a class, got {per_class}")
+        bank = bank if isinstance(bank, LatentBank) else LatentBank.open(bank)
+        self.synthesizer = Synthesizer(backbone, bank, rule, solver, steps, guidance, batch_size)
+        self.planner = Planner(bank.members, seed, alpha, members, noise)
+        self.classes = bank.classes
+        self.class_to_idx = {name: label for label, name in enumerate(self.classes)}
+        self.per_class, self.epoch = per_class, 0
+        self.transform, self.target_transform = transform, target_transform
+
+    def __len__(self) -> int:
+        return self.per_class * len(self.classes)
+
+    @property
+    def targets(self) -> list[int]:
+        """The label of every item."""
+        return [index % len(self.classes) for index in range(len(self))]
+
+    def set_epoch(self, epoch: int) -> None:
+        """Throw the dice of another epoch from now on."""
+        self.epoch = epoch
+
+    def plan(self, index: int) -> Plan:
+        """The plan of item ``index`` in this epoch; `Synthesizer.images` makes its image again.
+
+        Raises:
+            IndexError: the index is out of range.
+        """
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"expected an index below {len(self)}, got {index}")
+        return self.planner(self.epoch, index % len(self))
+
+    def __getitem__(self, index: int) -> Sample:
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[Sample]:
+        """The items of a batch, synthesised together."""
+        if get_worker_info() is not None and self.synthesizer.backbone.device.type == "cuda":
+            raise RuntimeError(
+                "expected to synthesise in the main process, got a DataLoader worker "
+                "and a CUDA backbone; set num_workers=0, or write the images first with "
+                "latent-augment synthesize"
+            )
+        plans = [self.plan(index) for index in indices]
+        images = self.synthesizer.images(plans)
+        transform = self.transform or (lambda image: image)
+        target = self.target_transform or (lambda label: label)
+        return [(transform(x), target(p.label)) for x, p in zip(images, plans, strict=True)]
+
+
+class MixedDataset(Dataset[Sample]):
+    """Real and synthetic images, drawn with replacement.
+
+    Each draw is synthetic with probability ``p_synthetic`` and uniform within its part; draw i of an
+    epoch depends on (seed, epoch, i) alone. The length is yours to choose, so that every run takes
+    the same number of steps whatever the number of images.
+
+    Args:
+        real, synthetic: map-style datasets of (image, label).
+        p_synthetic: in [0, 1].
+        length: draws an epoch.
+        seed: of the draws.
+
+    Raises:
+        UserError: p_synthetic is out of its range.
+    """
+
+    def __init__(
+        self, real: Any, synthetic: Any, p_synthetic: float, length: int, seed: int = 0
+    ) -> None:
+        if not 0 <= p_synthetic <= 1:
+            raise UserError(f"expected p_synthetic in [0, 1], got {p_synthetic}")
+        self.parts, self.p_synthetic = (real, synthetic), p_synthetic
+        self.length, self.seed, self.epoch = length, seed, 0
+
+    def __len__(self) -> int:
+        return self.length
+
+    def set_epoch(self, epoch: int) -> None:
+        """Draw anew from now on."""
+        self.epoch = epoch
+
+    def draw(self, index: int) -> tuple[int, int]:
+        """(0 real | 1 synthetic, index within it) of a draw."""
+        dice = rng(self.seed, "mix", self.epoch, index)
+        part = int(dice.random() < self.p_synthetic)
+        return part, int(dice.integers(len(self.parts[part])))
+
+    def __getitem__(self, index: int) -> Sample:
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[Sample]:
+        """The items of a batch; each part is asked at most once."""
+        draws = [self.draw(index) for index in indices]
+        streams = [
+            iter(fetch(part, [row for p, row in draws if p == number]))
+            for number, part in enumerate(self.parts)
+        ]
+        return [next(streams[part]) for part, _ in draws]
+
+
+def fetch(dataset: Any, rows: Sequence[int]) -> list[Sample]:
+    """The items of some rows, in one call where the dataset offers that."""
+    if rows and hasattr(dataset, "__getitems__"):
+        return dataset.__getitems__(rows)
+    return [dataset[row] for row in rows]

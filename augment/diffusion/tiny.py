@@ -1,0 +1,117 @@
+r"""The embedded default backbone: a small latent diffusion of Fashion-MNIST.
+
+Everything a Stable Diffusion has, at a size that samples on a laptop's CPU: a codec, a scalar
+latent scale, a UNet with v-prediction on Stable Diffusion's own schedule, prompts and
+guidance. The codec is the orthonormal 2×2 Haar transform: 32×32 grey pixels become a
+(4, 16, 16) latent whose channels are one average and three details, and back without loss.
+
+The network never saw a class label. Its prompts are coarser than the classes (a *top* may be a
+T-shirt, a pullover, a dress, a coat or a shirt) and were dropped half of the time, so that what
+a centroid knows about its class comes from the few inverted images alone.
+``scripts/train_tiny.py`` makes the weights; ``weights/tiny.md`` is the model card.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from augment.diffusion.process import Process, VariancePreserving
+from augment.errors import UserError
+
+WEIGHTS = Path(__file__).parent / "weights" / "tiny.safetensors"
+PROMPTS = ("", "top", "trousers", "footwear", "bag")
+"""What the network understands; the empty prompt is the unconditional model."""
+
+HAAR = 0.5 * torch.tensor(
+    [[1, 1, 1, 1], [1, -1, 1, -1], [1, 1, -1, -1], [1, -1, -1, 1]], dtype=torch.float32
+)
+"""Rows: average, horizontal, vertical, diagonal detail of a 2×2 block. Orthonormal, symmetric."""
+
+
+def haar(pixels: Float[Tensor, "n 1 h w"]) -> Float[Tensor, "n 4 H W"]:
+    """One level of the orthonormal Haar transform."""
+    return torch.einsum("ij,njhw->nihw", HAAR.to(pixels), F.pixel_unshuffle(pixels, 2))
+
+
+def inverse_haar(latents: Float[Tensor, "n 4 h w"]) -> Float[Tensor, "n 1 H W"]:
+    """The inverse of `haar`."""
+    return F.pixel_shuffle(torch.einsum("ji,njhw->nihw", HAAR.to(latents), latents), 2)
+
+
+def build_network(config: dict[str, Any]) -> nn.Module:
+    """The UNet of the model card, untrained."""
+    from diffusers import UNet2DModel  # here: it takes seconds to import
+
+    network: nn.Module = UNet2DModel(**config)
+    return nn.Module.to(network, memory_format=torch.channels_last)
+
+
+class Tiny:
+    """The embedded Fashion-MNIST backbone; see `augment.diffusion.backbone.Backbone`.
+
+    Args:
+        weights: a safetensors file written by ``scripts/train_tiny.py``.
+        device: where the network runs.
+        dtype: the network's precision; latents and solver stay in float32.
+
+    Raises:
+        UserError: the weights file is missing or is not one of ours.
+    """
+
+    channels = 1
+    resolution = 32
+    latent_shape: tuple[int, int, int] = (4, 16, 16)
+    process: Process = VariancePreserving(prediction="v")
+
+    def __init__(
+        self,
+        weights: Path = WEIGHTS,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.device, self.dtype = torch.device(device), dtype
+        try:
+            with safe_open(weights, framework="pt") as file:
+                config = json.loads(file.metadata()["config"])
+                state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        except (OSError, KeyError, TypeError, ValueError) as error:
+            raise UserError(
+                f"expected weights of the tiny backbone at {weights}, got {error!r}; "
+                "reinstall latent-augment or run scripts/train_tiny.py"
+            ) from None
+        self.scale: float = config["scale"]
+        self.unet = build_network(config["unet"])
+        self.unet.load_state_dict(state)
+        # not diffusers' own ``to``, which warns of half precision that nobody asked for
+        nn.Module.to(self.unet, self.device, dtype).eval().requires_grad_(False)
+        digest = hashlib.sha256(Path(weights).read_bytes()).hexdigest()
+        self.fingerprint = {"name": "tiny", "weights": digest, "process": repr(self.process)}
+
+    def encode(self, images: Float[Tensor, "n 1 32 32"]) -> Float[Tensor, "n 4 16 16"]:
+        return haar(2 * images.to(self.device) - 1) * self.scale
+
+    def decode(self, clean: Float[Tensor, "n 4 16 16"]) -> Float[Tensor, "n 1 32 32"]:
+        return ((inverse_haar(clean / self.scale) + 1) / 2).clamp(0, 1)
+
+    def condition(self, prompts: Sequence[str]) -> Int[Tensor, " n"]:
+        for prompt in prompts:
+            if prompt not in PROMPTS:
+                raise UserError(
+                    f"expected a prompt out of {PROMPTS} for the tiny backbone, got {prompt!r}; "
+                    "choose one of these or none"
+                )
+        return torch.tensor([PROMPTS.index(p) for p in prompts], device=self.device)
+
+    def network(
+        self, latent: Float[Tensor, "n 4 16 16"], timestep: float, condition: Int[Tensor, " n"]
+    ) -> Float[Tensor, "n 4 16 16"]:
+        """v-prediction of the UNet."""
+        return self.unet(latent.to(self.dtype), timestep, condition, return_dict=False)[0].float()

@@ -1,0 +1,29 @@
+"""The few errors a caller may want to tell apart.
+
+Every message has one form: what was expected, what came, what to do. The command line prints the
+message alone and ends with exit code 2; a traceback means a fault of ours.
+"""
+
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+class UserError(ValueError):
+    """A wrong argument, file or folder; the message says how to mend it."""
+
+
+class BankMismatch(UserError):
+    """A bank that was inverted with another backbone or other settings than the run asks for."""
+
+
+class ImageRejected(UserError):
+    """An image file that cannot be read; the message names it."""
+
+
+def lookup(table: dict[str, T], name: str, what: str) -> T:
+    """The entry ``name`` of an extension table, or a `UserError` that lists the right names."""
+    if name not in table:
+        known = ", ".join(table)
+        raise UserError(f"expected a {what} out of {known}, got {name!r}; choose one of these")
+    return table[name]

@@ -1,0 +1,90 @@
+"""Pictures at the border: files in, files out, and the one preprocessing every stage shares.
+
+An image is a float32 tensor (C, H, W) in [0, 1] with C = 1 or 3.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from PIL import Image, ImageDraw, ImageOps
+from torch import Tensor
+
+from augment.errors import ImageRejected
+
+SUFFIXES = (".png", ".jpg", ".jpeg")
+
+
+def prepare(
+    images: Float[Tensor, "n c h w"], channels: int, resolution: int
+) -> Float[Tensor, "n C R R"]:
+    """Bring images in [0, 1] to a backbone's format.
+
+    Grey is the mean of the channels; size is by antialiased bilinear resizing of the shorter side
+    to ``resolution`` and a centre crop.
+
+    >>> prepare(torch.ones(2, 3, 28, 40), channels=1, resolution=32).shape
+    torch.Size([2, 1, 32, 32])
+    """
+    if images.shape[1] != channels:
+        images = images.mean(1, keepdim=True).expand(-1, channels, -1, -1)
+    height, width = images.shape[-2:]
+    scale = resolution / min(height, width)
+    if scale != 1:
+        size = (round(height * scale), round(width * scale))
+        images = F.interpolate(images, size, mode="bilinear", antialias=True).clamp(0, 1)
+    top, left = (images.shape[-2] - resolution) // 2, (images.shape[-1] - resolution) // 2
+    return images[..., top : top + resolution, left : left + resolution]
+
+
+def load_image(path: Path, channels: int, resolution: int) -> Float[Tensor, "C R R"]:
+    """Read a PNG or JPEG file, upright, and `prepare` it.
+
+    Raises:
+        ImageRejected: the file is missing, empty, truncated or not an image.
+    """
+    try:
+        with Image.open(path) as file:
+            image = ImageOps.exif_transpose(file).convert("L" if channels == 1 else "RGB")
+            pixels = torch.from_numpy(np.array(image, dtype=np.float32) / 255)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ImageRejected(
+            f"expected a readable PNG or JPEG image, got {path} ({error}); mend or remove the file"
+        ) from None
+    pixels = pixels[None] if channels == 1 else pixels.permute(2, 0, 1)
+    return prepare(pixels[None], channels, resolution)[0]
+
+
+def to_pil(image: Float[Tensor, "c h w"]) -> Image.Image:
+    """An 8-bit PIL image, grey or RGB."""
+    pixels = (image.clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy()
+    return Image.fromarray(pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0))
+
+
+def save_image(image: Float[Tensor, "c h w"], path: Path) -> None:
+    """Write a PNG; the file appears whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    to_pil(image).save(temporary, format="PNG")
+    temporary.replace(path)
+
+
+def sheet(
+    rows: dict[str, list[Float[Tensor, "c h w"]]], columns: list[str], zoom: int = 2
+) -> Image.Image:
+    """A labelled contact sheet: one named row of images each, under the headings of the columns."""
+    size = zoom * next(iter(rows.values()))[0].shape[-1]
+    left, gap, top = 90, max(size, 64) + 6, 22
+    page = Image.new("RGB", (left + gap * len(columns), top + (size + 6) * len(rows)), "white")
+    draw = ImageDraw.Draw(page)
+    for column, name in enumerate(columns):
+        draw.text((left + gap * column, 5), name, fill="black")
+    for row, (name, images) in enumerate(rows.items()):
+        y = top + row * (size + 6)
+        draw.text((5, y + size // 2 - 5), name, fill="black")
+        for column, image in enumerate(images):
+            tile = to_pil(image).resize((size, size), Image.Resampling.NEAREST)
+            page.paste(tile, (left + gap * column, y))
+    return page

@@ -1,0 +1,51 @@
+"""The embedded images: a slice of Fashion-MNIST's test split, which the backbone never saw.
+
+Per class 32 images to draw few shots from and 200 to test on, 28×28 grey. Fashion-MNIST is
+© 2017 Zalando SE, MIT licence (``fashion_mnist.LICENSE`` beside this file); Xiao, Rasul, Vollgraf,
+arXiv 1708.07747.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from augment.images import save_image
+from augment.seeds import rng
+
+DATA = Path(__file__).parent / "fashion_mnist.npz"
+SHOTS, TESTS = 32, 200
+CLASSES = (
+    "T-shirt", "Trouser", "Pullover", "Dress", "Coat",
+    "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
+)  # fmt: skip
+
+
+def few_shots(seed: int, shots: int) -> list[int]:
+    """Which of the 32 images a draw of ``shots`` takes: the seed's first ones."""
+    return sorted(rng(seed, "order").permutation(SHOTS)[:shots].tolist())
+
+
+def write_fashion(root: str | Path, split: str, numbers: list[int] | None = None) -> Path:
+    """Write images of every class as ``root/class/000.png``; files that are there stay.
+
+    Args:
+        root: the folder to write to.
+        split: ``shots`` (0 … 31) or ``test`` (0 … 199).
+        numbers: which images of each class; all by default.
+
+    Returns:
+        The root.
+    """
+    first, count = {"shots": (0, SHOTS), "test": (SHOTS, TESTS)}[split]
+    with np.load(DATA, allow_pickle=False) as archive:
+        pixels = torch.from_numpy(archive["pixels"]).float() / 255
+    for name, images in zip(
+        tqdm(CLASSES, f"{split} images", delay=2, leave=False), pixels, strict=True
+    ):
+        for number in range(count) if numbers is None else numbers:
+            path = Path(root) / name / f"{number:03d}.png"
+            if not path.exists():
+                save_image(images[first + number][None], path)
+    return Path(root)

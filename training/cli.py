@@ -1,0 +1,20 @@
+"""``latent-augment train …``: Lightning's own command line over our classifier and data."""
+
+from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
+
+from training.classifier import Classifier
+from training.data import FewShotData
+
+
+class TrainCLI(LightningCLI):
+    """`fit`, `validate` and `test` with the number of classes taken from the data."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Link the model to the data."""
+        for name in ("num_classes", "channels"):
+            parser.link_arguments(f"data.{name}", f"model.{name}", apply_on="instantiate")
+
+
+def main(args: list[str]) -> None:
+    """Run ``latent-augment train ARGS``."""
+    TrainCLI(Classifier, FewShotData, args=args, seed_everything_default=0)

@@ -1,0 +1,118 @@
+"""Image folders, real and synthetic, as a LightningDataModule."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import v2
+
+from augment.dataset import MixedDataset
+from augment.errors import UserError
+from augment.sources import Folder
+
+
+class FolderDataset(Dataset[tuple[Tensor, int]]):
+    """The images of ``root/class/*.png|jpg``, decoded once and kept in memory.
+
+    Args:
+        root: the folder.
+        channels, resolution: the format to bring images to.
+        transform: applied at every draw.
+
+    Raises:
+        UserError: the folder is not an image folder.
+    """
+
+    def __init__(
+        self,
+        root: str | Path,
+        channels: int = 1,
+        resolution: int = 32,
+        transform: Callable[[Tensor], Any] | None = None,
+    ) -> None:
+        self.source = Folder(root)
+        self.classes = self.source.classes
+        self.samples = [(i, k) for k, ids in enumerate(self.source.ids.values()) for i in ids]
+        self.targets = [label for _, label in self.samples]
+        self.format, self.transform = (channels, resolution), transform
+        self._decoded: dict[int, Tensor] = {}
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        image_id, label = self.samples[index]
+        if index not in self._decoded:
+            self._decoded[index] = self.source.load(image_id, *self.format)
+        image = self._decoded[index]
+        return (self.transform(image) if self.transform else image), label
+
+
+def classical(resolution: int, flip: bool = True) -> Callable[[Tensor], Tensor]:
+    """Classical augmentation: random shifts by up to an eighth, and mirror images."""
+    shift = v2.RandomCrop(resolution, padding=resolution // 8)
+    return v2.Compose([shift, v2.RandomHorizontalFlip()]) if flip else shift
+
+
+class FewShotData(pl.LightningDataModule):
+    """Real images, synthetic ones mixed in by a probability, and a test folder.
+
+    Args:
+        real: image folder to train on.
+        test: image folder to validate and test on.
+        synthetic: image folder of synthetic images, such as ``latent-augment synthesize`` writes.
+        p_synthetic: the share of synthetic draws.
+        augment: classical augmentation (shifts and mirror images) of every training image.
+        channels, resolution: the image format.
+        batch_size: images a step.
+        steps_per_epoch: optimiser steps an epoch, whatever the number of images.
+        seed: of the draws.
+
+    Raises:
+        UserError: a folder is not an image folder, or the folders' classes differ.
+    """
+
+    def __init__(
+        self,
+        real: str,
+        test: str,
+        synthetic: str | None = None,
+        p_synthetic: float = 0.5,
+        augment: bool = True,
+        channels: int = 1,
+        resolution: int = 32,
+        batch_size: int = 64,
+        steps_per_epoch: int = 100,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        transform = classical(resolution) if augment else None
+        form = (channels, resolution)
+        self.real = FolderDataset(real, *form, transform)
+        self.test = FolderDataset(test, *form)
+        fake = FolderDataset(synthetic, *form, transform) if synthetic else self.real
+        for name, part in (("test", self.test), ("synthetic", fake)):
+            if part.classes != self.real.classes:
+                raise UserError(
+                    f"expected the {name} folder to have the classes {self.real.classes}, got "
+                    f"{part.classes}; give both the same class folders"
+                )
+        self.num_classes, self.channels = len(self.real.classes), channels
+        share = p_synthetic if synthetic else 0.0
+        length = batch_size * steps_per_epoch
+        self.train = MixedDataset(self.real, fake, share, length, seed)
+        self.batch_size = batch_size
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """The draws of the current epoch."""
+        self.train.set_epoch(self.trainer.current_epoch if self.trainer else 0)
+        return DataLoader(self.train, self.batch_size)
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        """The test folder, in order."""
+        return DataLoader(self.test, 256)
+
+    test_dataloader = val_dataloader

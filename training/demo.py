@@ -1,0 +1,278 @@
+"""The demo: 5 labelled images a class to a better classifier, and what each way of mixing bought.
+
+Per seed it draws the shots from the embedded images, synthesises from their latents, and trains the
+same network for the same number of optimiser steps on each row's images. Every row but *real only*
+has the classical augmentation. The yardstick is what twice the real shots would have bought.
+Everything is a folder that ``invert``, ``synthesize`` and ``train`` read and write too, and every
+stage goes on where an interrupted demo stopped.
+"""
+
+import json
+import logging
+import math
+import statistics
+import warnings
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from tqdm import tqdm
+
+from augment.bank import LatentBank, fill_bank
+from augment.centroid.norms import mix
+from augment.diffusion import Backbone, load_backbone
+from augment.diffusion.solver import sample
+from augment.errors import UserError
+from augment.files import read_json, write_json
+from augment.images import save_image, sheet
+from augment.plan import Planner
+from augment.sources import Folder
+from augment.sources.fashion import CLASSES, few_shots, write_fashion
+from augment.synthesis import Synthesizer, write_folder
+from training.classifier import Classifier
+from training.data import FewShotData
+
+SHOTS = 5
+SHEET_RULES = ("lin/0", "fix/0", "nin/0", "vp/0", "fix/chm", "nin/chm", "fade/chm")
+T95 = (math.nan, 12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+"""Student's t at 97.5 %, by degrees of freedom."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of the table.
+
+    Args:
+        name: as printed.
+        rule: how the synthetic images are mixed; ``pixels`` mixes the images themselves.
+        twice: train on twice the shots.
+        augment: classical augmentation.
+        mixup: α of mixup.
+        short: part of the short demo.
+    """
+
+    name: str
+    rule: str | None = None
+    twice: bool = False
+    augment: bool = True
+    mixup: float = 0.0
+    short: bool = True
+
+
+BASE = "real + classical augmentation"
+TWICE = "real, twice the shots"
+ROWS = (
+    Row("real only", augment=False),
+    Row(BASE),
+    Row("real + mixup", mixup=1.0, short=False),
+    Row("real + pixel mixing", rule="pixels", short=False),
+    Row("real + centroids lin/0", rule="lin/0", short=False),
+    Row("real + centroids fix/0", rule="fix/0"),
+    Row("real + centroids fix/chm", rule="fix/chm"),
+    Row("real + centroids nin/chm", rule="nin/chm", short=False),
+    Row("real + centroids fade/chm", rule="fade/chm"),
+    Row(TWICE, twice=True),
+)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a demo does; the defaults are the short one."""
+
+    seeds: int = 3
+    rows: tuple[str, ...] = tuple(row.name for row in ROWS if row.short)
+    per_class: int = 30
+    solver_steps: int = 20
+    train_steps: int = 300
+    alpha: float = 1.0
+    p_synthetic: float = 0.5
+
+
+FULL = Settings(
+    seeds=8, rows=tuple(row.name for row in ROWS), per_class=60, solver_steps=50, train_steps=600
+)
+
+
+def run_demo(out: str | None, full: bool, seeds: int | None) -> None:
+    """Run the demo; see the command's help.
+
+    Raises:
+        UserError: the folder holds a demo of other settings.
+    """
+    settings = FULL if full else Settings()
+    if seeds is not None:
+        if seeds < 2:
+            raise UserError(f"expected at least 2 seeds for an interval, got {seeds}")
+        settings = Settings(**{**asdict(settings), "seeds": seeds})
+    root = Path(out or ("runs/demo-full" if full else "runs/demo"))
+    backbone = load_backbone("tiny")
+    remember(root / "settings.json", {**asdict(settings), **backbone.fingerprint})
+    drawn = {n for seed in range(settings.seeds) for n in few_shots(seed, SHOTS)}
+    write_fashion(root / "images", "shots", sorted(drawn))
+    write_fashion(root / "test", "test")
+    bank = fill_bank(root / "bank", backbone, Folder(root / "images"), steps=50)
+    write_sheet(root, backbone, bank, settings)
+    accuracies = {name: [0.0] * settings.seeds for name in settings.rows}
+    jobs = [(seed, row) for seed in range(settings.seeds) for row in rows_of(settings)]
+    with tqdm(jobs, "rows × seeds", unit="run") as bar:
+        for seed, row in bar:
+            bar.set_postfix_str(row.name)
+            accuracies[row.name][seed] = run_row(root, row, seed, settings, backbone, bank)
+    records = list(summarise(accuracies))
+    write_json(root / "results.json", records)
+    report(root, records)
+
+
+def rows_of(settings: Settings) -> list[Row]:
+    """The rows a demo runs."""
+    return [row for row in ROWS if row.name in settings.rows]
+
+
+def remember(path: Path, settings: dict[str, Any]) -> None:
+    """Write the settings of a demo, or check that the folder is of the same."""
+    settings = json.loads(json.dumps(settings))
+    if path.exists() and read_json(path, "a demo") != settings:
+        raise UserError(
+            f"expected {path.parent} to be new or of the same settings, got another demo; "
+            "remove it or choose another --out"
+        )
+    write_json(path, settings)
+
+
+def run_row(
+    root: Path, row: Row, seed: int, settings: Settings, backbone: Backbone, bank: LatentBank
+) -> float:
+    """Test accuracy of one row and seed; read back if it was measured before."""
+    folder = root / f"seed-{seed}"
+    name = row.name.replace(" ", "-").replace("/", "-").replace("-+-", "-")
+    done = folder / "accuracy" / f"{name}.json"
+    if done.exists():
+        return read_json(done, "an accuracy")
+    shots = few_shots(seed, SHOTS * (2 if row.twice else 1))
+    real = write_fashion(folder / f"real-{len(shots)}", "shots", shots)
+    fake = synthetic(folder, row.rule, seed, settings, backbone, bank) if row.rule else None
+    torch.manual_seed(seed)
+    data = FewShotData(
+        str(real), str(root / "test"), fake, settings.p_synthetic, row.augment,
+        steps_per_epoch=settings.train_steps, seed=seed,
+    )  # fmt: skip
+    model = Classifier(data.num_classes, mixup=row.mixup)
+    trainer = quiet_trainer(settings.train_steps)
+    trainer.fit(model, data)
+    accuracy = trainer.test(model, data, verbose=False)[0]["accuracy"]
+    trainer.save_checkpoint(folder / "checkpoints" / f"{name}.ckpt", weights_only=True)
+    write_json(done, accuracy)
+    return accuracy
+
+
+def quiet_trainer(steps: int) -> pl.Trainer:
+    """A Lightning trainer that leaves the terminal to the demo's own bar."""
+    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", ".*does not have many workers.*")
+    warnings.filterwarnings("ignore", ".*LeafSpec.*")
+    return pl.Trainer(
+        max_steps=steps, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, num_sanity_val_steps=0, limit_val_batches=0,
+    )  # fmt: skip
+
+
+def synthetic(
+    folder: Path, rule: str, seed: int, settings: Settings, backbone: Backbone, bank: LatentBank
+) -> str:
+    """The folder of a seed's synthetic images under a rule, made if needed."""
+    out = folder / "synthetic" / rule.replace("/", "-")
+    shots = {f"{number:03d}.png" for number in few_shots(seed, SHOTS)}
+    bank = bank.subset(lambda image_id: Path(image_id).name in shots)
+    planner = Planner(bank.members, seed, settings.alpha)
+    if rule == "pixels":
+        write_pixel_mixes(planner, Folder(folder / f"real-{SHOTS}"), settings.per_class, out)
+    else:
+        synthesizer = Synthesizer(backbone, bank, rule, steps=settings.solver_steps)
+        write_folder(synthesizer, planner, settings.per_class, out)
+    return str(out)
+
+
+def write_pixel_mixes(planner: Planner, source: Folder, per_class: int, out: Path) -> None:
+    """The naive thing: the plans that the centroids follow, applied to the pixels."""
+    for index in range(per_class * len(planner.images)):
+        plan = planner(0, index)
+        images = torch.stack([source.load(i, 1, 32) for i in plan.members]).flatten(1)
+        mixed = mix(images[None], torch.tensor(plan.weights).float()[None])
+        save_image(mixed.view(1, 32, 32), out / plan.class_name / f"{index:06d}.png")
+
+
+def write_sheet(root: Path, backbone: Backbone, bank: LatentBank, settings: Settings) -> None:
+    """One picture: real images, their latents sampled back, and a centroid by each rule."""
+    if (root / "sheet.png").exists():
+        return
+    shots = {f"{number:03d}.png" for number in few_shots(0, SHOTS)}
+    bank = bank.subset(lambda image_id: Path(image_id).name in shots)
+    planner = Planner(bank.members, seed=0, alpha=math.inf)
+    plans = [planner(0, label) for label in range(len(CLASSES))]
+    source = Folder(root / "images")
+    real = [source.load(plan.members[0], 1, 32) for plan in plans]
+    latents = torch.stack([bank.latents(name)[0] for name in bank.classes])
+    steps = settings.solver_steps
+    columns = {"real": real, "sampled back": sample(backbone, latents, steps=50)}
+    for rule in tqdm(SHEET_RULES, "sheet", delay=2, leave=False):
+        columns[rule] = Synthesizer(backbone, bank, rule, steps=steps).images(plans)
+    rows = {name: [images[row] for images in columns.values()] for row, name in enumerate(CLASSES)}
+    sheet(rows, list(columns)).save(root / "sheet.png")
+
+
+def interval(values: list[float]) -> float:
+    """Half the 95 % interval of a mean over seeds, by Student's t."""
+    t = T95[len(values) - 1] if len(values) <= len(T95) else 1.96
+    return t * statistics.stdev(values) / math.sqrt(len(values))
+
+
+def summarise(accuracies: dict[str, list[float]]) -> Iterator[dict[str, Any]]:
+    """A record a row; gains are paired with the classical row, seed by seed."""
+    room = statistics.mean(accuracies[TWICE]) - statistics.mean(accuracies[BASE])
+    for row in ROWS:
+        if row.name not in accuracies:
+            continue
+        values = accuracies[row.name]
+        gains = [a - b for a, b in zip(values, accuracies[BASE], strict=True)]
+        yield {
+            "row": row.name,
+            "accuracy": statistics.mean(values),
+            "ci95": interval(values),
+            "seeds": len(values),
+            "shots": SHOTS * (2 if row.twice else 1),
+            "gain": statistics.mean(gains),
+            "gain_ci95": interval(gains),
+            "share_of_twice": statistics.mean(gains) / room if room else None,
+            "values": values,
+        }
+
+
+def report(root: Path, records: list[dict[str, Any]]) -> None:
+    """Print the table and where everything is."""
+    print(f"\n{SHOTS} labelled images a class, {records[0]['seeds']} seeds, ± 95 % (Student's t)\n")
+    heads = ("row", 29), ("accuracy", 13), ("gain over classical", 19), ("of twice the shots", 18)
+    print("| " + " | ".join(f"{name:{width}}" for name, width in heads) + " |")
+    print("|" + "|".join("-" * (width + 2) for _, width in heads) + "|")
+    for r in records:
+        base = r["row"] in ("real only", BASE)
+        gain = f"{100 * r['gain']:+.1f} ± {100 * r['gain_ci95']:.1f}" if r["row"] != BASE else ""
+        share = f"{100 * r['share_of_twice']:.0f} %" if not base and r["share_of_twice"] else ""
+        accuracy = f"{100 * r['accuracy']:.1f} ± {100 * r['ci95']:.1f} %"
+        print(f"| {r['row']:29} | {accuracy:13} | {gain:19} | {share:18} |")
+    print(f"""
+pictures     {root}/sheet.png
+bank         {root}/bank
+synthetic    {root}/seed-0/synthetic
+checkpoints  {root}/seed-0/checkpoints
+table        {root}/results.json
+
+The same on your own images, in folders DIR/class/*.png|jpg (the embedded backbone knows clothes,
+grey, 32 × 32):
+
+  latent-augment invert --images DIR --bank runs/mine/bank
+  latent-augment synthesize --bank runs/mine/bank --out runs/mine/synthetic --per-class 100
+  latent-augment train fit --data.real DIR --data.test TESTDIR \\
+      --data.synthetic runs/mine/synthetic --trainer.max_steps 600""")
