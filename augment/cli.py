@@ -110,6 +110,14 @@ def train() -> None:
 COMMANDS = {"invert": invert, "synthesize": synthesize, "train": train, "demo": demo}
 
 
+def underscored(argument: str) -> str:
+    """``--per-class=3`` as ``--per_class=3``: options may be spelled either way."""
+    if not argument.startswith("--"):
+        return argument
+    name, equals, value = argument[2:].partition("=")
+    return f"--{name.replace('-', '_')}{equals}{value}"
+
+
 def run(args: list[str]) -> None:
     """Dispatch; ``train`` hands its arguments to Lightning's own parser."""
     if args[:1] == ["train"]:
@@ -119,6 +127,7 @@ def run(args: list[str]) -> None:
     else:
         from jsonargparse import auto_cli
 
+        args = [underscored(argument) for argument in args]
         auto_cli(COMMANDS, args=args, as_positional=False, prog="latent-augment")
 
 

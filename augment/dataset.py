@@ -99,8 +99,8 @@ class SyntheticDataset(Dataset[Sample]):
         """The items of a batch, synthesised together."""
         if get_worker_info() is not None and self.synthesizer.backbone.device.type == "cuda":
             raise RuntimeError(
-                "expected to synthesise in the main process, got a DataLoader worker "
-                "and a CUDA backbone; set num_workers=0, or write the images first with "
+                "expected to synthesise in the main process, got a DataLoader worker and a CUDA "
+                "backbone; set num_workers=0, or write the images first with "
                 "latent-augment synthesize"
             )
         plans = [self.plan(index) for index in indices]
@@ -113,9 +113,9 @@ class SyntheticDataset(Dataset[Sample]):
 class MixedDataset(Dataset[Sample]):
     """Real and synthetic images, drawn with replacement.
 
-    Each draw is synthetic with probability ``p_synthetic`` and uniform within its part; draw i of an
-    epoch depends on (seed, epoch, i) alone. The length is yours to choose, so that every run takes
-    the same number of steps whatever the number of images.
+    Each draw is synthetic with probability ``p_synthetic`` and uniform within its part; draw i of
+    an epoch depends on (seed, epoch, i) alone. The length is yours to choose, so that every run
+    takes the same number of steps whatever the number of images.
 
     Args:
         real, synthetic: map-style datasets of (image, label).

@@ -1,5 +1,7 @@
 """``latent-augment train …``: Lightning's own command line over our classifier and data."""
 
+import sys
+
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 
 from training.classifier import Classifier
@@ -17,4 +19,5 @@ class TrainCLI(LightningCLI):
 
 def main(args: list[str]) -> None:
     """Run ``latent-augment train ARGS``."""
-    TrainCLI(Classifier, FewShotData, args=args, seed_everything_default=0)
+    sys.argv = ["latent-augment train", *args]  # where Lightning wants them
+    TrainCLI(Classifier, FewShotData, seed_everything_default=0)
