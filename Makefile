@@ -16,7 +16,8 @@ lint: .venv/dev
 	.venv/bin/pyright
 
 bench: .venv/dev
-	$(PY) scripts/reproduce_degeneracy.py --quick
+	$(PY) scripts/benchmark.py centroids
+	$(PY) scripts/benchmark.py sampling
 
 wheel: .venv/dev
 	$(PY) -m build --wheel

@@ -49,7 +49,9 @@ def low_pass(points: Latents, sigma: float = LOW_PASS_SIGMA) -> Latents:
         reach = min(math.ceil(3 * sigma), flat.shape[dim] - 1)
         kernel = torch.exp(-torch.arange(-reach, reach + 1).to(flat).square() / (2 * sigma**2))
         kernel = (kernel / kernel.sum()).repeat(flat.shape[1], 1, 1, 1)
-        pad, weight = ((0, 0, reach, reach), kernel.mT) if dim == -2 else ((reach, reach), kernel)
+        pad, weight = (
+            ((0, 0, reach, reach), kernel.mT) if dim == -2 else ((reach, reach, 0, 0), kernel)
+        )
         flat = F.conv2d(F.pad(flat, pad, mode="reflect"), weight, groups=flat.shape[1])
     return flat.unflatten(0, points.shape[:2])
 

@@ -1,0 +1,56 @@
+"""What several test files share: small pictures, an exact backbone, banks."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from augment.bank import LatentBank, fill_bank
+from augment.diffusion import Backbone, load_backbone
+from augment.diffusion.gaussian import Gaussian
+from augment.sources import Folder
+
+COUNTS = {"ant": 3, "bee": 4, "cat": 1}
+
+
+def paint(root: Path, counts: dict[str, int] = COUNTS, size: int = 8, seed: int = 0) -> Path:
+    """Image folders of grey noise, ``root/class/0.png`` and so on."""
+    dice = np.random.default_rng(seed)
+    for name, count in counts.items():
+        (root / name).mkdir(parents=True, exist_ok=True)
+        for number in range(count):
+            pixels = dice.integers(0, 256, (size, size), dtype=np.uint8)
+            Image.fromarray(pixels).save(root / name / f"{number}.png")
+    return root
+
+
+def snapshot(root: Path) -> dict[str, bytes]:
+    """Every file below a folder with its bytes, and every empty folder."""
+    return {
+        str(path.relative_to(root)): path.read_bytes() if path.is_file() else b""
+        for path in sorted(root.rglob("*"))
+    }
+
+
+@pytest.fixture(scope="session")
+def tiny() -> Backbone:
+    return load_backbone("tiny", device="cpu")
+
+
+@pytest.fixture(scope="session")
+def gaussian() -> Gaussian:
+    return Gaussian(mean=0.1, latent_shape=(1, 8, 8))
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return paint(tmp_path_factory.mktemp("pictures"))
+
+
+@pytest.fixture(scope="session")
+def bank(
+    tmp_path_factory: pytest.TempPathFactory, gaussian: Gaussian, pictures: Path
+) -> LatentBank:
+    """Made by the exact backbone; tests that harm a bank fill one of their own."""
+    return fill_bank(tmp_path_factory.mktemp("bank"), gaussian, Folder(pictures), steps=4)

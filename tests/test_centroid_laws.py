@@ -1,0 +1,247 @@
+"""Laws of the interpolation rules, over every entry of NORMS and MEANS."""
+
+import itertools
+import math
+
+import pytest
+import torch
+
+from augment import Rule, UserError
+from augment.centroid import MEANS, NORMS
+from augment.centroid.means import low_pass
+from augment.prior import nominal_norm
+
+SHAPE = (4, 4, 4)
+RULES = [Rule(norm, mean) for norm, mean in itertools.product(NORMS, MEANS)]
+TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-13}
+NOT_REPRODUCING = {"fix": "it sets every norm to √D, that of a single latent too"}
+
+every_rule = pytest.mark.parametrize("rule", RULES, ids=str)
+every_norm = pytest.mark.parametrize("norm", NORMS)
+every_mean = pytest.mark.parametrize("mean", MEANS)
+every_count = pytest.mark.parametrize("count", [1, 2, 5, 50])
+every_dtype = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+
+
+def draw(count, dtype=torch.float64, batch=3, shape=SHAPE, seed=0):
+    """Biased latents of unequal norms, and weights on the simplex."""
+    dice = torch.Generator().manual_seed(seed)
+    points = torch.randn(batch, count, *shape, generator=dice, dtype=dtype)
+    points = points * (0.5 + torch.rand(batch, count, 1, 1, 1, generator=dice, dtype=dtype)) + 0.1
+    weights = torch.rand(batch, count, generator=dice, dtype=dtype) + 0.1
+    return points, weights / weights.sum(1, keepdim=True)
+
+
+def assert_near(actual, expected):
+    """Equal up to a few rounding errors of their type, beside the size of the expected."""
+    assert actual.dtype == expected.dtype
+    scale = expected.abs().max().item()
+    torch.testing.assert_close(
+        actual, expected, rtol=0, atol=TOLERANCE[expected.dtype] * max(scale, 1)
+    )
+
+
+@every_rule
+@every_count
+@every_dtype
+def test_the_order_of_the_points_does_not_matter(rule, count, dtype):
+    points, weights = draw(count, dtype)
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(1))
+    assert_near(rule(points[:, order], weights[:, order]), rule(points, weights))
+
+
+@every_rule
+@every_count
+@every_dtype
+def test_a_point_of_weight_zero_might_as_well_be_absent(rule, count, dtype):
+    points, weights = draw(count, dtype)
+    place = count // 2
+    extra = torch.full_like(points[:, :1], 7.0)
+    more = torch.cat([points[:, :place], extra, points[:, place:]], 1)
+    none = torch.zeros_like(weights[:, :1])
+    padded = torch.cat([weights[:, :place], none, weights[:, place:]], 1)
+    assert_near(rule(more, padded), rule(points, weights))
+
+
+@every_rule
+@every_count
+@every_dtype
+def test_a_batch_is_its_rows_one_by_one(rule, count, dtype):
+    points, weights = draw(count, dtype)
+    rows = [rule(p[None], w[None])[0] for p, w in zip(points, weights, strict=True)]
+    assert_near(rule(points, weights), torch.stack(rows))
+
+
+@every_norm
+@every_count
+@every_dtype
+def test_rotating_the_points_rotates_the_centroid(norm, count, dtype):
+    points, weights = draw(count, dtype)
+    dim = math.prod(SHAPE)
+    dice = torch.Generator().manual_seed(2)
+    rotation = torch.linalg.qr(torch.randn(dim, dim, generator=dice, dtype=torch.float64))[0]
+    rotation = rotation.to(dtype)
+
+    def turn(latents):
+        return (latents.flatten(-3) @ rotation).unflatten(-1, SHAPE)
+
+    rule = Rule(norm, "0")
+    assert_near(rule(turn(points), weights), turn(rule(points, weights)))
+
+
+@every_rule
+@every_count
+@every_dtype
+def test_a_vertex_gives_back_its_point(rule, count, dtype):
+    points, _ = draw(count, dtype)
+    for chosen in {0, count - 1}:
+        vertex = torch.eye(count, dtype=dtype)[chosen].expand(len(points), -1)
+        centroid, point = rule(points, vertex), points[:, chosen]
+        if rule.norm in NOT_REPRODUCING:
+            assert (centroid - point).abs().max() > 0.01, "the exemption is out of date"
+        else:
+            assert_near(centroid, point)
+
+
+@every_mean
+def test_a_split_shares_out_the_point(mean):
+    """d broadcasts to z, and splitting a constant latent leaves no residual but with split 0."""
+    points, _ = draw(2)
+    means = MEANS[mean](points)
+    assert torch.broadcast_shapes(means.shape, points.shape) == points.shape
+    constant = torch.full_like(points, 0.3)
+    expected = torch.zeros_like(points) if mean == "0" else constant
+    torch.testing.assert_close(MEANS[mean](constant).expand_as(points), expected)
+
+
+@every_count
+def test_fix_sets_the_norm_to_root_d(count):
+    points, weights = draw(count)
+    norms = Rule("fix", "0")(points, weights).flatten(1).norm(dim=1)
+    assert_near(norms, torch.full_like(norms, nominal_norm(math.prod(SHAPE))))
+
+
+@every_count
+def test_nin_interpolates_the_norms(count):
+    points, weights = draw(count)
+    norms = Rule("nin", "0")(points, weights).flatten(1).norm(dim=1)
+    assert_near(norms, (weights * points.flatten(2).norm(dim=2)).sum(1))
+
+
+def test_fade_goes_from_the_norm_of_the_input_to_root_d():
+    nominal = nominal_norm(math.prod(SHAPE))
+    points = torch.nn.functional.normalize(draw(256)[0].flatten(2), dim=2) * 0.8 * nominal
+    points = points.unflatten(2, SHAPE)
+    seen = []
+    for count in (1, 2, 4, 16, 256):
+        weights = torch.full((3, count), 1 / count, dtype=torch.float64)
+        seen.append(Rule("fade", "0")(points[:, :count], weights).flatten(1).norm(dim=1).mean())
+    ratios = [norm.item() / nominal for norm in seen]
+    assert ratios[0] == pytest.approx(0.8)
+    assert ratios == sorted(ratios)
+    assert ratios[-1] == pytest.approx(1, abs=1e-3)
+
+
+def test_independent_noise_keeps_its_norm_under_vp_and_shrinks_under_lin():
+    shape, count, batch = (4, 16, 16), 16, 64
+    dice = torch.Generator().manual_seed(3)
+    points = torch.randn(batch, count, *shape, generator=dice)
+    nominal = nominal_norm(math.prod(shape))
+    _, uneven = draw(count, torch.float32, batch)
+    even = torch.full((batch, count), 1 / count)
+    for weights in (uneven, even):
+        vp = Rule("vp", "0")(points, weights).flatten(1).norm(dim=1).mean()
+        assert vp.item() == pytest.approx(nominal, rel=0.02)
+    lin = Rule("lin", "0")(points, even).flatten(1).norm(dim=1).mean()
+    assert lin.item() == pytest.approx(nominal / math.sqrt(count), rel=0.02)
+
+
+def biased_channel_means(rule, bias, count, trials=64):
+    """Channel means of the centroids of z_n = d + e_n, averaged over trials."""
+    dice = torch.Generator().manual_seed(count)
+    points = torch.randn(trials, count, 4, 16, 16, generator=dice) + bias[:, None, None]
+    weights = torch.full((trials, count), 1 / count)
+    return rule(points, weights).mean((0, 2, 3))
+
+
+def test_fix_amplifies_a_small_channel_bias_by_root_n():
+    """Landolsi & Kahl, arXiv 2505.07481: the slope of the channel means against √N is d."""
+    bias = torch.tensor([0.03, -0.02, 0.025, 0.0])
+    counts = [2**k for k in range(1, 9)]
+    roots = torch.tensor(counts).sqrt()
+    means = torch.stack([biased_channel_means(Rule("fix", "0"), bias, n) for n in counts])
+    centred = roots - roots.mean()
+    slope = (centred[:, None] * means).sum(0) / centred.square().sum()
+    torch.testing.assert_close(slope, bias, rtol=0.15, atol=0.002)
+
+
+def test_the_amplified_bias_of_fix_saturates_when_it_is_all_there_is():
+    """The average is d + e/√N of mean square δ² + 1/N, so its gain is √(N / (1 + N·δ²))."""
+    bias = torch.tensor([0.1, -0.05, 0.08, 0.0])
+    for count in (2, 16, 64, 256):
+        gain = math.sqrt(count / (1 + count * bias.square().mean().item()))
+        means = biased_channel_means(Rule("fix", "0"), bias, count)
+        torch.testing.assert_close(means, gain * bias, rtol=0.05, atol=0.03)
+
+
+@every_norm
+@every_count
+@every_dtype
+@pytest.mark.parametrize(("mean", "dims"), [("chm", (-2, -1)), ("m", (-3, -2, -1))])
+def test_a_mean_split_keeps_the_weighted_mean(norm, count, dtype, mean, dims):
+    points, weights = draw(count, dtype)
+    expected = (weights[:, :, None] * points.mean(dims).reshape(3, count, -1)).sum(1)
+    actual = Rule(norm, mean)(points, weights).mean(dims).reshape(3, -1)
+    assert_near(actual, expected)
+
+
+@every_rule
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_latent_that_is_not_finite_is_refused_and_named(rule, bad):
+    points, weights = draw(5)
+    points[1, 3, 0, 0, 0] = bad
+    with pytest.raises(UserError, match="point 3 of row 1"):
+        rule(points, weights)
+
+
+@pytest.mark.parametrize(
+    ("name", "table"), [("fixx", NORMS), ("", NORMS), ("fix/0/0", MEANS), ("fix/channel", MEANS)]
+)
+def test_an_unknown_name_is_answered_with_the_right_ones(name, table):
+    with pytest.raises(UserError) as caught:
+        Rule.parse(name)
+    assert ", ".join(table) in str(caught.value)
+
+
+@every_rule
+def test_a_rule_is_its_name(rule):
+    assert Rule.parse(str(rule)) == rule
+    assert str(rule) == f"{rule.norm}/{rule.mean}"
+
+
+@every_norm
+def test_a_norm_alone_means_no_split(norm):
+    assert Rule.parse(norm) == Rule(norm, "0")
+
+
+@every_rule
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_points_of_half_precision_come_out_in_float32(rule, dtype):
+    points, weights = draw(5, torch.float32)
+    points = points.to(dtype)
+    assert_near(rule(points, weights), rule(points.float(), weights))
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 5), (3, 8), (16, 16), (64, 64)])
+def test_low_pass_keeps_a_constant(size):
+    points = torch.full((2, 3, 4, *size), 0.7, dtype=torch.float64)
+    torch.testing.assert_close(low_pass(points), points)
+
+
+def test_low_pass_smooths_noise_and_favours_no_direction():
+    points, _ = draw(2, shape=(4, 16, 16))
+    blurred = low_pass(points)
+    assert blurred.std() < 0.3 * points.std()
+    torch.testing.assert_close(low_pass(points.mT), blurred.mT)
+    torch.testing.assert_close(low_pass(points.flip(-1)), blurred.flip(-1))
+    torch.testing.assert_close(low_pass(points.flip(-2)), blurred.flip(-2))
