@@ -18,7 +18,7 @@ from its last chunk, and `LatentBank.open` refuses a bank that is not complete.
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -28,14 +28,16 @@ from torch import Tensor
 from tqdm import tqdm
 
 from augment.diffusion.backbone import Backbone
-from augment.errors import BankMismatch, UserError
+from augment.diffusion.solver import check_steps
+from augment.errors import BankMismatch, UserError, lookup
 from augment.files import read_json, sha256, write_bytes, write_json
-from augment.inversion import invert
+from augment.inversion import INVERTERS, invert
 
 SCHEMA = 1
 CHUNK = 256
 
 
+@runtime_checkable
 class Source(Protocol):
     """Where labelled images come from."""
 
@@ -197,7 +199,10 @@ def fill_bank(
         UserError: the bank holds other images, a prompt is unknown, or a latent is not finite.
     """
     path, prompts = Path(path), prompts or {}
-    backbone.condition([prompts.get(name, "") for name in source.ids])  # refuse bad ones now
+    # what can be refused is refused before anything is read or written
+    lookup(INVERTERS, method, "inversion")
+    check_steps(steps)
+    backbone.condition([prompts.get(name, "") for name in source.ids])
     digests = read_all(source, backbone)
     inversion = {"method": method, "steps": steps, "guidance": guidance}
     fingerprint = {"backbone": backbone.fingerprint, "inversion": inversion}
@@ -273,11 +278,12 @@ def pack(latents: Float[Tensor, "n c h w"], ids: list[str]) -> bytes:
     Raises:
         UserError: a latent is not finite; its image is named.
     """
-    for latent, image_id in zip(latents, ids, strict=True):
+    norms = latents.flatten(1).norm(dim=1)
+    halves = latents.half().cpu().contiguous()
+    for latent, image_id in zip(halves, ids, strict=True):
         if not latent.isfinite().all():
             raise UserError(
-                f"expected a finite latent of {image_id}, got NaN or infinity; "
+                f"expected a latent of {image_id} that float16 can hold, got NaN or infinity; "
                 "invert with dtype float32 or leave the image out"
             )
-    norms = latents.flatten(1).norm(dim=1)
-    return save({"latents": latents.half().cpu().contiguous(), "norms": norms.cpu()})
+    return save({"latents": halves, "norms": norms.cpu()})

@@ -23,6 +23,7 @@ def nominal_norm(dim: int) -> float:
 def log_chi(norm: Float[Tensor, "*b"], dim: int) -> Float[Tensor, "*b"]:
     """Log density of the norm of a ``dim``-dimensional standard normal vector, norm > 0.
 
+    >>> import torch
     >>> r = torch.tensor([31.0, 31.98, 33.0])  # the mode for D = 1024 is √1023 = 31.98
     >>> log_chi(r, 1024).argmax().item()
     1

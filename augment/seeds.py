@@ -23,7 +23,8 @@ def rng(seed: int, purpose: str, *counters: int) -> np.random.Generator:
         purpose: a key of `PURPOSES`.
         counters: non-negative integers, such as (epoch, index).
 
-    >>> rng(0, "plan", 1, 2).integers(100) == rng(0, "plan", 1, 2).integers(100)
+    >>> a, b = (rng(0, "plan", 1, 2).random(8).tolist() for _ in range(2))
+    >>> a == b
     True
     """
     sequence = np.random.SeedSequence([seed, PURPOSES[purpose], *counters])

@@ -18,8 +18,8 @@ from tqdm import tqdm
 from augment.bank import LatentBank
 from augment.centroid.rule import Rule
 from augment.diffusion.backbone import Backbone
-from augment.diffusion.solver import sample
-from augment.errors import UserError
+from augment.diffusion.solver import SOLVERS, check_steps, sample
+from augment.errors import UserError, lookup
 from augment.files import read_json, write_bytes, write_json
 from augment.images import save_image
 from augment.plan import Plan, Planner
@@ -38,7 +38,7 @@ class Synthesizer:
 
     Raises:
         BankMismatch: the bank is of another backbone.
-        UserError: an unknown rule.
+        UserError: an unknown rule or solver, or no steps.
     """
 
     backbone: Backbone
@@ -52,6 +52,8 @@ class Synthesizer:
 
     def __post_init__(self) -> None:
         self.rule = Rule.parse(str(self.rule))
+        lookup(SOLVERS, self.solver, "solver")
+        check_steps(self.steps)
         self.bank.check(self.backbone)
 
     @cached_property

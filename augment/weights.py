@@ -38,7 +38,7 @@ def dirichlet(dice: np.random.Generator, alpha: float, count: int) -> Float[Tens
         raise UserError(f"expected alpha ≥ 0, got {alpha}; 1 is uniform on the simplex")
     if count < 1:
         raise UserError(f"expected at least one point to mix, got {count}; add images to the class")
-    if alpha == 0:
+    if alpha < 1e-9:  # where all but one part in 1e9 of the law sits on the vertices
         return torch.eye(count, dtype=torch.float64)[dice.integers(count)]
     if math.isinf(alpha):
         return torch.full((count,), 1 / count, dtype=torch.float64)

@@ -8,7 +8,7 @@ from PIL import Image
 
 from augment.bank import LatentBank, fill_bank
 from augment.diffusion import Backbone, load_backbone
-from augment.diffusion.gaussian import Gaussian
+from augment.diffusion.gaussian import GaussianBackbone
 from augment.sources import Folder
 
 COUNTS = {"ant": 3, "bee": 4, "cat": 1}
@@ -39,8 +39,8 @@ def tiny() -> Backbone:
 
 
 @pytest.fixture(scope="session")
-def gaussian() -> Gaussian:
-    return Gaussian(mean=0.1, latent_shape=(1, 8, 8))
+def gaussian() -> GaussianBackbone:
+    return GaussianBackbone(mean=0.1, latent_shape=(1, 8, 8))
 
 
 @pytest.fixture(scope="session")
@@ -50,7 +50,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def bank(
-    tmp_path_factory: pytest.TempPathFactory, gaussian: Gaussian, pictures: Path
+    tmp_path_factory: pytest.TempPathFactory, gaussian: GaussianBackbone, pictures: Path
 ) -> LatentBank:
     """Made by the exact backbone; tests that harm a bank fill one of their own."""
     return fill_bank(tmp_path_factory.mktemp("bank"), gaussian, Folder(pictures), steps=4)

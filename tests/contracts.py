@@ -1,4 +1,4 @@
-"""What checks the jaxtyping contracts under pytest: beartype, an int passing for a float (PEP 484)."""
+"""What checks the jaxtyping contracts under pytest: beartype, with an int passing for a float."""
 
 from beartype import BeartypeConf, beartype
 

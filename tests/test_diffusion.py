@@ -10,7 +10,7 @@ import torch
 from augment import UserError, invert, load_backbone, sample
 from augment.diffusion import BACKBONES
 from augment.diffusion.backbone import denoiser
-from augment.diffusion.gaussian import Gaussian
+from augment.diffusion.gaussian import GaussianBackbone
 from augment.diffusion.process import PREDICTIONS, Flow, VariancePreserving, split
 from augment.diffusion.solver import SOLVERS, ddim
 from augment.inversion import INVERTERS
@@ -28,7 +28,11 @@ ANSWERS = {
 }
 """What a perfect network of each prediction answers, as its paper defines it."""
 
-every_process = pytest.mark.parametrize("process", PROCESSES, ids=str)
+HALVES = {VariancePreserving: (1.75, 2.25), Flow: (1.4, 2.25)}
+"""By how much twice the steps divide an error of first order. Ours is one up to a logarithm, for
+dividing by α where α → 0, which flow does and Stable Diffusion's schedule nearly does not."""
+
+every_process = pytest.mark.parametrize("process", PROCESSES, ids=lambda p: repr(p)[:40])
 
 
 def noise(*shape, dtype=torch.float64, seed=0):
@@ -95,7 +99,7 @@ def test_variance_preserving_is_the_schedule_of_diffusers():
 
 @pytest.mark.parametrize(("ours", "theirs"), [("epsilon", "epsilon"), ("v", "v_prediction")])
 def test_sampling_is_that_of_diffusers_ddim(ours, theirs):
-    backbone = Gaussian(mean=0.2, process=VariancePreserving(ours))
+    backbone = GaussianBackbone(mean=0.2, process=VariancePreserving(ours))
     scheduler = reference_scheduler(theirs)
     scheduler.set_timesteps(20)
     expected = latent = noise(3, 4, 16, 16)
@@ -108,7 +112,7 @@ def test_sampling_is_that_of_diffusers_ddim(ours, theirs):
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 def test_flow_sampling_is_that_of_diffusers_euler(shift):
-    backbone = Gaussian(mean=0.2, process=Flow(shift))
+    backbone = GaussianBackbone(mean=0.2, process=Flow(shift))
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=shift)
     scheduler.set_timesteps(sigmas=[k / 20 for k in range(20, 0, -1)])
     expected = latent = noise(3, 4, 16, 16)
@@ -122,7 +126,7 @@ def test_flow_sampling_is_that_of_diffusers_euler(shift):
 @every_process
 def test_the_exact_network_answers_the_posterior_mean(process):
     """Where data and noise are jointly Gaussian, the answer is the linear regression on z."""
-    backbone, mean, std = Gaussian(mean=0.3, std=0.7, process=process), 0.3, 0.7
+    backbone, mean, std = GaussianBackbone(mean=0.3, std=0.7, process=process), 0.3, 0.7
     for level in process.levels(5)[1:]:
         alpha, sigma = process.alpha_sigma(level)
         latent = noise(2, 4, 16, 16)
@@ -140,8 +144,8 @@ def errors_by_steps(error):
 @every_process
 @pytest.mark.parametrize("method", INVERTERS)
 def test_the_error_of_inversion_halves_with_twice_the_steps(process, method):
-    backbone = Gaussian(mean=0.2, std=0.5, process=process)
-    clean = 0.2 + 0.5 * noise(4, 4, 16, 16)
+    backbone = GaussianBackbone(mean=0.2, process=process)
+    clean = 0.2 + noise(4, 4, 16, 16)
 
     def error(steps):
         latent = INVERTERS[method](steps)(denoiser(backbone, [""] * 4), process, clean)
@@ -149,14 +153,15 @@ def test_the_error_of_inversion_halves_with_twice_the_steps(process, method):
 
     errors = errors_by_steps(error)
     assert errors[-1] < 0.05
+    low, high = HALVES[type(process)]
     for coarse, fine in pairwise(errors):
-        assert 1.7 < coarse / fine < 2.3
+        assert low < coarse / fine < high
 
 
 @every_process
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_the_error_of_sampling_halves_with_twice_the_steps(process, solver):
-    backbone = Gaussian(mean=0.2, std=0.5, process=process)
+    backbone = GaussianBackbone(mean=0.2, std=0.5, process=process)
     clean = 0.2 + 0.5 * noise(4, 4, 16, 16)
 
     def error(steps):
@@ -166,13 +171,14 @@ def test_the_error_of_sampling_halves_with_twice_the_steps(process, solver):
 
     errors = errors_by_steps(error)
     assert errors[-1] < 0.05
+    low, high = HALVES[type(process)]
     for coarse, fine in pairwise(errors):
-        assert 1.7 < coarse / fine < 2.3
+        assert low < coarse / fine < high
 
 
 @every_process
 def test_the_error_of_the_round_trip_halves_with_twice_the_steps(process):
-    backbone = Gaussian(mean=0.2, std=0.2, process=process)
+    backbone = GaussianBackbone(mean=0.2, std=0.2, process=process)
     images = 0.5 + 0.1 * noise(4, 4, 16, 16, dtype=torch.float32).clamp(-3, 3)
 
     def error(steps):
@@ -181,13 +187,14 @@ def test_the_error_of_the_round_trip_halves_with_twice_the_steps(process):
 
     errors = errors_by_steps(error)
     assert errors[-1] < 0.02
+    low, high = HALVES[type(process)]
     for coarse, fine in pairwise(errors):
-        assert 1.7 < coarse / fine < 2.3
+        assert low < coarse / fine < high
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 64])
 def test_a_batch_size_changes_nothing_for_exact_arithmetic_rows(batch_size):
-    backbone = Gaussian()
+    backbone = GaussianBackbone()
     images = torch.rand(7, 4, 16, 16, generator=torch.Generator().manual_seed(0))
     whole = invert(backbone, images, steps=3)
     torch.testing.assert_close(invert(backbone, images, steps=3, batch_size=batch_size), whole)
@@ -217,25 +224,27 @@ FAULTS = {
 def test_a_wrong_argument_is_refused_in_a_sentence(fault):
     call, words = FAULTS[fault]
     with pytest.raises(UserError) as caught:
-        call(Gaussian())
+        call(GaussianBackbone())
     assert words in str(caught.value)
 
 
 def test_no_images_have_no_latents_and_no_latents_no_images():
-    backbone = Gaussian()
+    backbone = GaussianBackbone()
     assert invert(backbone, IMAGES[:0]).shape == (0, 4, 16, 16)
     assert sample(backbone, LATENTS[:0]).shape == (0, 4, 16, 16)
 
 
 def test_backbones_that_differ_have_fingerprints_that_differ():
     variants = [
-        Gaussian(),
-        Gaussian(mean=0.1),
-        Gaussian(std=0.1),
-        Gaussian(latent_shape=(1, 8, 8)),
-        Gaussian(mean=torch.zeros(4, 16, 16)),
-        Gaussian(mean=torch.zeros(4, 16, 16).index_put([torch.tensor([1])], torch.ones(()))),
-        *(Gaussian(process=process) for process in PROCESSES[1:]),
+        GaussianBackbone(),
+        GaussianBackbone(mean=0.1),
+        GaussianBackbone(std=0.1),
+        GaussianBackbone(latent_shape=(1, 8, 8)),
+        GaussianBackbone(mean=torch.zeros(4, 16, 16)),
+        GaussianBackbone(
+            mean=torch.zeros(4, 16, 16).index_put([torch.tensor([1])], torch.ones(()))
+        ),
+        *(GaussianBackbone(process=process) for process in PROCESSES[1:]),
     ]
     seen = [variant.fingerprint for variant in variants]
     assert all(one != other for n, one in enumerate(seen) for other in seen[:n])

@@ -35,8 +35,12 @@ def test_weights_have_the_moments_of_the_dirichlet_law(alpha, count):
     weights = draws(alpha, count, 8000)
     mean, variance = 1 / count, (1 / count) * (1 - 1 / count) / (count * alpha + 1)
     error = 5 * math.sqrt(variance / len(weights))
-    torch.testing.assert_close(weights.mean(0), weights.new_full((count,), mean), rtol=0, atol=error)
-    torch.testing.assert_close(weights.var(0), weights.new_full((count,), variance), rtol=0.1, atol=0)
+    torch.testing.assert_close(
+        weights.mean(0), weights.new_full((count,), mean), rtol=0, atol=error
+    )
+    torch.testing.assert_close(
+        weights.var(0), weights.new_full((count,), variance), rtol=0.1, atol=0
+    )
 
 
 def test_a_tiny_alpha_is_nearly_one_hot_and_never_uniform():

@@ -5,7 +5,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 from torchvision.transforms import v2
@@ -97,7 +97,7 @@ class Classifier(pl.LightningModule):
         self.log("loss", loss, prog_bar=True)
         return loss
 
-    def evaluation_step(self, batch: tuple[Tensor, Int[Tensor, " n"]], batch_idx: int) -> None:
+    def evaluation_step(self, batch: Any, batch_idx: int) -> None:
         """Count hits."""
         images, labels = batch
         logits = self(images)

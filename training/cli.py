@@ -1,6 +1,7 @@
 """``latent-augment train …``: Lightning's own command line over our classifier and data."""
 
 import sys
+import warnings
 
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 
@@ -13,11 +14,15 @@ class TrainCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Link the model to the data."""
+        parser.set_defaults({"trainer.default_root_dir": "runs/train"})
         for name in ("num_classes", "channels"):
             parser.link_arguments(f"data.{name}", f"model.{name}", apply_on="instantiate")
 
 
 def main(args: list[str]) -> None:
     """Run ``latent-augment train ARGS``."""
+    # without TensorBoard Lightning logs to CSV, which is what we want, and warns
+    warnings.filterwarnings("ignore", ".*tensorboardX.*")
     sys.argv = ["latent-augment train", *args]  # where Lightning wants them
-    TrainCLI(Classifier, FewShotData, seed_everything_default=0)
+    overwrite = {"overwrite": True}  # of the config beside the run's own logs
+    TrainCLI(Classifier, FewShotData, save_config_kwargs=overwrite, seed_everything_default=0)

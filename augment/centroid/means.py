@@ -26,18 +26,19 @@ from jaxtyping import Float
 from torch import Tensor
 
 Latents = Float[Tensor, "b k c h w"]
+Means = Float[Tensor, "#b #k #c #h #w"]
 LOW_PASS_SIGMA = 2.0
 
 
-def nothing(points: Latents) -> Latents:
+def nothing(points: Latents) -> Means:
     return torch.zeros_like(points[..., :1, :1, :1])
 
 
-def latent_mean(points: Latents) -> Latents:
+def latent_mean(points: Latents) -> Means:
     return points.mean((-3, -2, -1), keepdim=True)
 
 
-def channel_mean(points: Latents) -> Latents:
+def channel_mean(points: Latents) -> Means:
     return points.mean((-2, -1), keepdim=True)
 
 
@@ -56,7 +57,7 @@ def low_pass(points: Latents, sigma: float = LOW_PASS_SIGMA) -> Latents:
     return flat.unflatten(0, points.shape[:2])
 
 
-MEANS: dict[str, Callable[[Latents], Latents]] = {
+MEANS: dict[str, Callable[[Latents], Means]] = {
     "0": nothing,
     "m": latent_mean,
     "chm": channel_mean,

@@ -7,7 +7,7 @@ and come out in float32.
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -21,6 +21,7 @@ Denoiser = Callable[[Tensor, float], Pair]
 """(latent, level) → (clean, noise): a backbone with its condition and guidance filled in."""
 
 
+@runtime_checkable
 class Backbone(Protocol):
     """A latent diffusion model.
 
@@ -98,11 +99,14 @@ def batched(
     label: str,
 ) -> Float[Tensor, "n ..."]:
     """Call ``run(rows, prompts, tick)`` in batches, with a progress bar if that takes long."""
+    if batch_size < 1:
+        raise UserError(f"expected a batch of at least 1, got {batch_size}; 64 is usual")
     texts = as_prompts(prompts, len(rows))
     with tqdm(total=len(rows) * steps, desc=label, unit="eval", delay=2, leave=False) as bar:
         parts = []
-        for start in range(0, len(rows), batch_size):
+        # an empty batch is run too: it has the shape of a full one
+        for start in range(0, max(len(rows), 1), batch_size):
             part = rows[start : start + batch_size]
             tick = partial(bar.update, len(part))
             parts.append(run(part, texts[start : start + batch_size], tick))
-    return torch.cat(parts) if parts else rows.new_zeros(0)
+    return torch.cat(parts)

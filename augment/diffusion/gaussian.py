@@ -9,6 +9,7 @@ and the probability-flow ODE carries :math:`z_0` to :math:`\alpha\mu + \sqrt{\al
 in milliseconds. Its images are its latents (the codec is the identity up to a shift of the range).
 """
 
+import hashlib
 from collections.abc import Sequence
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor
 from augment.diffusion.process import Process, VariancePreserving
 
 
-class Gaussian:
+class GaussianBackbone:
     """A backbone of Gaussian data; see `augment.diffusion.backbone.Backbone`.
 
     Args:
@@ -32,7 +33,7 @@ class Gaussian:
     def __init__(
         self,
         mean: float | Tensor = 0.0,
-        std: float = 0.5,
+        std: float = 1.0,
         process: Process | None = None,
         latent_shape: tuple[int, int, int] = (4, 16, 16),
         device: torch.device | str = "cpu",
@@ -41,7 +42,9 @@ class Gaussian:
         self.process = process or VariancePreserving()
         self.device = torch.device(device)
         self.channels, self.resolution = latent_shape[0], latent_shape[1]
-        self.fingerprint = {"name": "gaussian", "mean": str(mean), "std": str(std)}
+        law = mean.tolist() if isinstance(mean, Tensor) else mean, std, latent_shape, self.process
+        digest = hashlib.sha256(repr(law).encode()).hexdigest()
+        self.fingerprint = {"name": "gaussian", "weights": digest}
 
     def encode(self, images: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c h w"]:
         return 2 * images - 1

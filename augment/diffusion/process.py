@@ -23,7 +23,7 @@ What is left open here is the path between two levels: that is the solver's.
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -40,6 +40,7 @@ PREDICTIONS: dict[str, Callable[[Tensor, Tensor, float, float], Pair]] = {
 """How each kind of network answer splits into (clean, noise)."""
 
 
+@runtime_checkable
 class Process(Protocol):
     """What a solver needs to know of a backbone's noising process."""
 

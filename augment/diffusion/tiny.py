@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from augment.diffusion.process import Process, VariancePreserving
@@ -82,7 +82,7 @@ class Tiny:
             with safe_open(weights, framework="pt") as file:
                 config = json.loads(file.metadata()["config"])
                 state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        except (OSError, KeyError, TypeError, ValueError) as error:
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             raise UserError(
                 f"expected weights of the tiny backbone at {weights}, got {error!r}; "
                 "reinstall latent-augment or run scripts/train_tiny.py"

@@ -8,7 +8,8 @@ with the estimates made at :math:`(z_{u'}, u')`. Solved for :math:`z_{u'}`,
 which is implicit, since :math:`\hat\varepsilon` belongs to the unknown :math:`z_{u'}`. DDIM
 inversion (Song et al., arXiv 2010.02502, sec. 4.3; Mokady et al., arXiv 2211.09794, eq. 3) puts
 :math:`z_u` in its place and tells the network the level it goes *to*, which also keeps it from
-being asked about the noiseless level 0. The error is of first order in the step.
+being asked about the noiseless level 0. The error is of first
+order in the step, up to a logarithm where α falls to 0.
 """
 
 from collections.abc import Callable

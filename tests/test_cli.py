@@ -1,0 +1,169 @@
+"""The command: the whole way, and one sentence with exit code 2 for each fault."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import paint, snapshot
+
+from augment import LatentBank
+from augment.cli import COMMANDS, main, underscored
+
+COUNTS = {"Bag": 2, "Coat": 1}
+
+
+def call(monkeypatch, capsys, *args):
+    """Exit code, standard output and standard error of a command."""
+    monkeypatch.setattr(sys, "argv", ["latent-augment", *map(str, args)])
+    try:
+        main()
+        code = 0
+    except SystemExit as stop:
+        code = stop.code
+    return code, *capsys.readouterr()
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    return paint(tmp_path_factory.mktemp("cli"), COUNTS, size=28)
+
+
+@pytest.fixture(scope="module")
+def tiny_bank(images, tmp_path_factory):
+    from augment.cli import invert
+
+    invert(str(images), str(tmp_path_factory.mktemp("cli") / "bank"), steps=2)
+    return next(images.parent.glob("cli*/bank"))
+
+
+def test_invert_then_synthesize(monkeypatch, capsys, images, tmp_path):
+    bank, out = tmp_path / "bank", tmp_path / "out"
+    code, told, _ = call(
+        monkeypatch, capsys, "invert", "--images", images, "--backbone", "tiny", "--bank", bank,
+        "--steps", 2, "--prompts", "{Bag: bag}",
+    )  # fmt: skip
+    assert (code, told) == (0, f"{bank}: 3 latents of 2 classes\n")
+    assert LatentBank.open(bank).prompt("Bag") == "bag"
+    command = ("synthesize", "--bank", bank, "--out", out, "--per-class", 3, "--rule", "fix/chm",
+               "--alpha", 0.5, "--seed", 7, "--steps", 2)  # fmt: skip
+    code, told, _ = call(monkeypatch, capsys, *command)
+    assert (code, told) == (0, f"{out}: 3 images of each of 2 classes (6 made now)\n")
+    assert len(list(out.glob("*/*.png"))) == 6
+    code, told, _ = call(monkeypatch, capsys, *command)
+    assert (code, told) == (0, f"{out}: 3 images of each of 2 classes (0 made now)\n")
+
+
+def corrupt(root):
+    (paint(root, COUNTS) / "Bag" / "1.png").write_bytes(b"\x89PNG\r\n\x1a\n cut")
+    return root
+
+
+def truncated(root):
+    path = paint(root, COUNTS, size=64) / "Bag" / "1.png"
+    path.write_bytes(path.read_bytes()[:-200])
+    return root
+
+
+def emptied(root):
+    (paint(root, COUNTS) / "Dress").mkdir()
+    return root
+
+
+def bare(root):
+    root.mkdir()
+    return root
+
+
+SOURCES = {
+    "a corrupt image": (corrupt, "1.png"),
+    "a truncated image": (truncated, "1.png"),
+    "an empty class folder": (emptied, "Dress"),
+    "no class folder": (bare, "class folders"),
+    "no folder": (lambda root: root, "not there"),
+}
+
+
+@pytest.mark.parametrize("fault", SOURCES)
+def test_bad_images_are_one_sentence_and_nothing_is_written(monkeypatch, capsys, tmp_path, fault):
+    make, word = SOURCES[fault]
+    root, bank = make(tmp_path / "images"), tmp_path / "bank"
+    code, _, told = call(monkeypatch, capsys, "invert", "--images", root, "--bank", bank)
+    assert code == 2
+    assert told.count("\n") == 1
+    assert told.startswith("latent-augment: expected")
+    assert word in told
+    assert not bank.exists()
+
+
+OPTIONS = {
+    "an unknown backbone": (["invert", "--backbone", "sd42"], "tiny"),
+    "an unknown method": (["invert", "--method", "edict"], "ddim"),
+    "an unknown prompt": (["invert", "--prompts", "{Bag: dog}"], "trousers"),
+    "no steps": (["invert", "--steps", "0"], "solver step"),
+    "a bank that is none": (["synthesize", "--bank", "nowhere"], "nowhere"),
+    "an unknown rule": (["synthesize", "--rule", "fixx/0"], "fade"),
+    "an unknown solver": (["synthesize", "--solver", "heun"], "ddim"),
+    "no images a class": (["synthesize", "--per-class", "0"], "at least 1"),
+    "a bank of another backbone": (["synthesize", "--backbone", "OTHER"], "weights"),
+}
+
+
+@pytest.mark.parametrize("fault", OPTIONS)
+def test_a_bad_option_is_one_sentence_and_nothing_is_written(
+    monkeypatch, capsys, tmp_path, images, tiny_bank, fault
+):
+    options, word = OPTIONS[fault]
+    if "OTHER" in options:
+        options = [*options[:-1], str(other_weights(tmp_path))]
+    out = tmp_path / "out"
+    usual = {"invert": ["--images", images, "--bank", out],
+             "synthesize": ["--bank", tiny_bank, "--out", out]}[options[0]]  # fmt: skip
+    code, _, told = call(monkeypatch, capsys, options[0], *usual, *options[1:])
+    assert code == 2
+    assert told.count("\n") == 1
+    assert told.startswith("latent-augment: expected")
+    assert word in told
+    assert not out.exists()
+
+
+def other_weights(folder):
+    """Tiny's weights with one bit of one number changed: another backbone."""
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    from augment.diffusion.tiny import WEIGHTS
+
+    with safe_open(WEIGHTS, framework="pt") as file:
+        state, metadata = {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118
+    state["conv_out.bias"] += 0.5
+    save_file(state, folder / "other.safetensors", metadata)
+    return folder / "other.safetensors"
+
+
+def test_a_bank_of_other_settings_is_left_alone(monkeypatch, capsys, images, tiny_bank):
+    before = snapshot(tiny_bank)
+    code, _, told = call(
+        monkeypatch, capsys, "invert", "--images", images, "--bank", tiny_bank, "--steps", 3
+    )
+    assert code == 2
+    assert "steps" in told
+    assert snapshot(tiny_bank) == before
+
+
+@pytest.mark.parametrize("args", [["nope"], ["invert", "--imagse", "x"], [], ["synthesize"]])
+def test_a_wrong_command_line_is_no_traceback(monkeypatch, capsys, args):
+    code, _, told = call(monkeypatch, capsys, *args)
+    assert code == 2
+    assert "Traceback" not in told
+
+
+def test_options_may_be_spelled_either_way():
+    assert underscored("--per-class=a-b") == "--per_class=a-b"
+    assert underscored("fade/chm-x") == "fade/chm-x"
+
+
+def test_the_installed_command_lists_its_commands():
+    script = Path(sys.executable).with_name("latent-augment")
+    done = subprocess.run([script, "--help"], capture_output=True, text=True, check=True)
+    assert all(name in done.stdout for name in COMMANDS)

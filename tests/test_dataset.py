@@ -1,0 +1,422 @@
+"""The datasets: the dice of an item depend on (seed, epoch, index) and on nothing else."""
+
+import dataclasses
+import itertools
+import math
+import random
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import COUNTS, snapshot
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+
+from augment import BankMismatch, MixedDataset, Plan, Planner, SyntheticDataset, UserError
+from augment.diffusion.gaussian import GaussianBackbone
+from augment.synthesis import Synthesizer, write_folder
+
+PLANNERS = {
+    "plain": {},
+    "near vertices": {"alpha": 1e-3},
+    "vertices": {"alpha": 0.0},
+    "centres": {"alpha": math.inf},
+    "pairs": {"members": 2},
+    "more than there are": {"members": 99},
+    "noisy": {"noise": 0.3},
+    "another seed": {"seed": 7},
+}
+every_planner = pytest.mark.parametrize("options", PLANNERS.values(), ids=PLANNERS)
+
+
+@pytest.fixture
+def make(bank, gaussian):
+    """Synthetic datasets of the shared bank, of few steps and images."""
+    return lambda **options: SyntheticDataset(
+        bank, gaussian, **{"steps": 3, "per_class": 4} | options
+    )
+
+
+class Insides(Dataset[tuple[str, torch.Tensor]]):
+    """What a synthetic dataset decided of each item, without sampling it."""
+
+    def __init__(self, synthetic: SyntheticDataset) -> None:
+        self.synthetic = synthetic
+
+    def __len__(self) -> int:
+        return len(self.synthetic)
+
+    def __getitem__(self, index: int) -> tuple[str, torch.Tensor]:
+        plan = self.synthetic.plan(index)
+        return plan.to_json(), self.synthetic.synthesizer.centroid(plan)
+
+
+def same(ours, theirs) -> bool:
+    return all(
+        plan == other and torch.equal(centroid, copy)
+        for (plan, centroid), (other, copy) in zip(ours, theirs, strict=True)
+    )
+
+
+@every_planner
+def test_plans_and_centroids_are_the_same_bits_in_any_order_and_history(make, options):
+    first = list(Insides(make(**options)))
+    other = Insides(make(**options, batch_size=1, steps=5))
+    order = list(range(len(other)))
+    random.Random(0).shuffle(order)
+    for index in order[:3]:
+        other.synthetic[index]
+    shuffled = {index: other[index] for index in order}
+    assert same(first, [shuffled[index] for index in range(len(other))])
+
+
+@pytest.mark.parametrize("batch_size", [1, 5, 64])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_plans_and_centroids_are_the_same_bits_in_any_worker_and_batch(make, batch_size, workers):
+    insides = Insides(make(noise=0.2))
+    loader = DataLoader(
+        insides,
+        batch_size,
+        num_workers=workers,
+        multiprocessing_context="fork" if workers else None,
+    )
+    loaded = [(p, c) for plans, centroids in loader for p, c in zip(plans, centroids, strict=True)]
+    assert same(list(insides), loaded)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_images_are_nearly_the_same_in_any_worker_and_batch(make, workers):
+    synthetic = make()
+    context = "fork" if workers else None
+    loader = DataLoader(synthetic, 5, num_workers=workers, multiprocessing_context=context)
+    images, labels = (torch.cat(part) for part in zip(*loader, strict=True))
+    singly = torch.stack([synthetic[index][0] for index in range(len(synthetic))])
+    torch.testing.assert_close(images, singly, rtol=0, atol=1e-4)
+    assert labels.tolist() == synthetic.targets
+
+
+def test_an_item_is_an_image_and_a_label(make):
+    synthetic = make()
+    for index in (0, 4, -1):
+        image, label = synthetic[index]
+        assert image.shape == (1, 8, 8)
+        assert image.dtype == torch.float32
+        assert 0 <= image.min() and image.max() <= 1
+        assert type(label) is int
+        assert label == synthetic.targets[index]
+    assert torch.equal(synthetic[-1][0], synthetic[len(synthetic) - 1][0])
+
+
+def test_it_has_what_torchvision_datasets_have(make):
+    synthetic = make(per_class=5)
+    assert synthetic.classes == list(COUNTS)
+    assert synthetic.class_to_idx == {"ant": 0, "bee": 1, "cat": 2}
+    assert len(synthetic) == 15
+    assert [synthetic.targets.count(label) for label in range(3)] == [5, 5, 5]
+    for beyond in (15, -16):
+        with pytest.raises(IndexError):
+            synthetic[beyond]
+    assert len(list(synthetic)) == 15
+
+
+def test_transforms_are_applied_to_image_and_label(make):
+    plain = make()
+    changed = make(transform=lambda image: 1 - image, target_transform=lambda label: f"#{label}")
+    image, label = changed[4]
+    assert torch.equal(image, 1 - plain[4][0])
+    assert label == "#1"
+
+
+def test_the_bank_may_be_given_by_its_path(make, bank, gaussian):
+    by_path = SyntheticDataset(str(bank.path), gaussian, steps=3, per_class=4)
+    assert same(list(Insides(by_path)), list(Insides(make())))
+
+
+def test_an_epoch_throws_its_own_dice_and_can_be_had_again(make):
+    synthetic = make()
+    first = list(Insides(synthetic))
+    synthetic.set_epoch(1)
+    second = list(Insides(synthetic))
+    changed = [plan != other for (plan, _), (other, _) in zip(first, second, strict=True)]
+    assert all(changed)
+    moved = [
+        not torch.equal(one, other) for (_, one), (_, other) in zip(first, second, strict=True)
+    ]
+    assert moved == [label != 2 for label in synthetic.targets], "class 2 has one image only"
+    synthetic.set_epoch(0)
+    assert same(list(Insides(synthetic)), first)
+
+
+def test_another_seed_throws_other_dice(make):
+    ours, theirs = make(seed=0), make(seed=1)
+    assert all(ours.plan(i).weights != theirs.plan(i).weights for i in (0, 1, 3, 4))
+
+
+@every_planner
+def test_a_plan_is_its_json_and_makes_its_image_again(make, options):
+    synthetic = make(**options)
+    for index in (1, 8):
+        plan = synthetic.plan(index)
+        line = plan.to_json()
+        assert "\n" not in line
+        read = Plan.from_json(line)
+        assert read == plan
+        fresh = make(**options)
+        assert torch.equal(fresh.synthesizer.images([read])[0], synthetic[index][0])
+
+
+BAD_PLANS = ["", "{", "[]", "3", "null", "{}", '{"label": 0}', '{"members": [], "weights": []}']
+
+
+@pytest.mark.parametrize("line", BAD_PLANS)
+def test_a_line_that_is_no_plan_is_refused(line):
+    with pytest.raises(UserError, match="expected a plan"):
+        Plan.from_json(line)
+
+
+ODD_PLANS = {
+    "of an unknown image": {"members": ("bee/99.png", "bee/0.png")},
+    "of another class's images": {"members": ("ant/0.png", "ant/1.png")},
+    "of an unknown class": {"class_name": "wasp"},
+    "of fewer weights than members": {"weights": (1.0,)},
+}
+
+
+@pytest.mark.parametrize("odd", ODD_PLANS)
+def test_a_plan_that_the_bank_cannot_follow_is_refused(make, odd):
+    synthetic = make(members=2)
+    plan = dataclasses.replace(synthetic.plan(1), **ODD_PLANS[odd])
+    with pytest.raises(UserError):
+        synthetic.synthesizer.centroid(plan)
+
+
+@every_planner
+def test_a_plan_is_on_the_simplex_and_within_its_class(bank, options):
+    planner = Planner(bank.members, **options)
+    for epoch, index in itertools.product(range(2), range(12)):
+        plan = planner(epoch, index)
+        ids = bank.members[plan.class_name]
+        assert plan.label == index % 3 == list(COUNTS).index(plan.class_name)
+        assert len(plan.members) == min(planner.members or 99, len(ids)) == len(plan.weights)
+        assert set(plan.members) <= set(ids)
+        assert len(set(plan.members)) == len(plan.members)
+        assert min(plan.weights) >= 0
+        assert sum(plan.weights) == pytest.approx(1)
+        assert (plan.noise, plan.seed) == (planner.noise, planner.seed)
+        assert (plan.epoch, plan.index) == (epoch, index)
+
+
+def test_drawn_members_are_each_drawn_equally_often(bank):
+    planner = Planner(bank.members, members=2)
+    drawn = [image for n in range(600) for image in planner(0, 3 * n + 1).members]
+    assert all(drawn.count(image) == pytest.approx(300, abs=60) for image in bank.members["bee"])
+
+
+BAD_PARAMETERS = {
+    "negative alpha": {"alpha": -0.1},
+    "alpha not a number": {"alpha": math.nan},
+    "all noise": {"noise": 1.0},
+    "negative noise": {"noise": -0.1},
+    "noise not a number": {"noise": math.nan},
+    "no members": {"members": 0},
+    "negative seed": {"seed": -1},
+    "no images": {"per_class": 0},
+    "unknown rule": {"rule": "fix/hat"},
+    "unknown solver": {"solver": "heun"},
+    "no steps": {"steps": 0},
+    "no batch": {"batch_size": 0},
+}
+
+
+@pytest.mark.parametrize("fault", BAD_PARAMETERS)
+def test_a_parameter_out_of_its_range_is_refused_when_the_dataset_is_made(make, fault):
+    with pytest.raises(UserError):
+        make(**BAD_PARAMETERS[fault])
+
+
+def test_a_class_of_one_image_gives_it_back_and_noise_makes_it_another(make, bank, gaussian):
+    plain, noisy, noisier = (make(noise=noise) for noise in (0.0, 0.2, 0.5))
+    index = 2
+    assert plain.plan(index).weights == (1.0,)
+    latent = bank.latents("cat")[0]
+    torch.testing.assert_close(plain.synthesizer.centroid(plain.plan(index)), latent)
+    image = plain[index][0]
+    distance = [(other[index][0] - image).abs().mean() for other in (noisy, noisier)]
+    assert 0.01 < distance[0] < distance[1]
+    assert not torch.equal(noisy[index][0], noisy[index + 3][0]), "each has noise of its own"
+
+
+@pytest.mark.parametrize("rule", ["lin/0", "fix/0", "nin/chm"])
+def test_the_rule_decides_the_centroid(make, rule):
+    synthetic = make(rule=rule, alpha=math.inf)
+    plan = synthetic.plan(1)
+    points = synthetic.synthesizer.latents("bee")
+    expected = points.mean(0)
+    if rule == "fix/0":
+        expected = expected * 8 / expected.norm()
+    if rule == "nin/chm":
+        mean = points.mean((-2, -1), keepdim=True)
+        residuals = points - mean
+        average = residuals.mean(0)
+        length = residuals.flatten(1).norm(dim=1).mean()
+        expected = mean.mean(0) + average * length / average.norm()
+    torch.testing.assert_close(synthetic.synthesizer.centroid(plan), expected)
+
+
+def parts(real=40, synthetic=30):
+    """Two datasets whose images say where they come from."""
+    return (
+        TensorDataset(torch.arange(real), torch.zeros(real)),
+        TensorDataset(torch.arange(synthetic), torch.ones(synthetic)),
+    )
+
+
+@pytest.mark.parametrize("share", [0.0, 0.2, 0.5, 0.9, 1.0])
+def test_the_share_of_synthetic_draws_is_the_one_asked_for(share):
+    mixed = MixedDataset(*parts(), share, length=4000)
+    drawn = mixed.__getitems__(range(4000))
+    found = sum(origin.item() for _, origin in drawn) / 4000
+    assert found == pytest.approx(share, abs=0.03 if 0 < share < 1 else 0)
+    for origin, size in ((0, 40), (1, 30)):
+        rows = {row.item() for row, where in drawn if where == origin}
+        assert len(rows) in (0, size), "every item of a part has its turn"
+
+
+def test_draws_depend_on_seed_epoch_and_index_alone():
+    mixed, again = (MixedDataset(*parts(), 0.5, length=200) for _ in range(2))
+    draws = [mixed.draw(index) for index in range(200)]
+    order = list(range(200))
+    random.Random(0).shuffle(order)
+    shuffled = {index: again.draw(index) for index in order}
+    assert [shuffled[index] for index in range(200)] == draws
+    again.set_epoch(1)
+    assert [again.draw(index) for index in range(200)] != draws
+    again.set_epoch(0)
+    assert [again.draw(index) for index in range(200)] == draws
+    assert [MixedDataset(*parts(), 0.5, 200, seed=1).draw(i) for i in range(200)] != draws
+
+
+def test_a_batch_of_draws_is_the_draws_one_by_one(make):
+    real = TensorDataset(torch.rand(9, 1, 8, 8), torch.arange(9))
+    mixed = MixedDataset(real, make(), 0.5, length=16)
+    batch = mixed.__getitems__(range(16))
+    assert {part for part, _ in map(mixed.draw, range(16))} == {0, 1}
+    for index, (image, label) in enumerate(batch):
+        alone, its_label = mixed[index]
+        torch.testing.assert_close(image, alone, rtol=0, atol=1e-4)
+        assert label == its_label
+
+
+def test_an_end_of_the_share_needs_no_other_part():
+    real, synthetic = parts(synthetic=0)
+    assert all(part == 0 for part, _ in map(MixedDataset(real, synthetic, 0.0, 50).draw, range(50)))
+    real, synthetic = parts(real=0)
+    assert all(part == 1 for part, _ in map(MixedDataset(real, synthetic, 1.0, 50).draw, range(50)))
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.1, math.nan])
+def test_a_share_out_of_its_range_is_refused(share):
+    with pytest.raises(UserError, match="p_synthetic"):
+        MixedDataset(*parts(), share, 10)
+
+
+def test_a_mixed_dataset_ends_after_its_length():
+    mixed = MixedDataset(*parts(), 0.5, length=6)
+    assert len(mixed) == 6
+    assert len(list(itertools.islice(mixed, 20))) == 6
+
+
+def test_an_epoch_of_a_mixed_dataset_reaches_its_synthetic_part(make):
+    synthetic = make()
+    mixed = MixedDataset(parts()[0], synthetic, 0.5, length=6)
+    mixed.set_epoch(3)
+    assert synthetic.epoch == 3
+
+
+@pytest.fixture
+def write(bank, gaussian):
+    """Synthesise two images a class into a folder, with few steps."""
+
+    def write(out: Path, planner=None, per_class: int = 2, **options) -> int:
+        synthesizer = Synthesizer(gaussian, bank, **{"steps": 3, "batch_size": 4} | options)
+        return write_folder(synthesizer, Planner(bank.members, **planner or {}), per_class, out)
+
+    return write
+
+
+def test_a_folder_holds_the_images_of_its_plans(write, bank, gaussian, tmp_path):
+    assert write(tmp_path / "out") == 6
+    lines = (tmp_path / "out" / "plans.jsonl").read_text().splitlines()
+    plans = [Plan.from_json(line) for line in lines]
+    assert plans == [Planner(bank.members)(0, index) for index in range(6)]
+    files = sorted(path for path in (tmp_path / "out").rglob("*.png"))
+    assert len(files) == 6
+    images = Synthesizer(gaussian, bank, steps=3).images(plans)
+    for plan, image in zip(plans, images, strict=True):
+        path = tmp_path / "out" / plan.class_name / f"{plan.index:06d}.png"
+        with Image.open(path) as file:
+            pixels = torch.from_numpy(np.array(file) / 255).float()
+        torch.testing.assert_close(pixels, image[0], rtol=0, atol=0.6 / 255)
+
+
+def test_an_interrupted_folder_goes_on_to_the_same_bytes(write, tmp_path):
+    write(tmp_path / "whole")
+    whole = snapshot(tmp_path / "whole")
+    part = shutil.copytree(tmp_path / "whole", tmp_path / "part")
+    assert write(part) == 0
+    (part / "bee" / "000001.png").unlink()
+    shutil.rmtree(part / "cat")
+    assert 0 < write(part) <= 6
+    assert snapshot(part) == whole
+
+
+OTHERS = {
+    "steps": {"steps": 4},
+    "rule": {"rule": "fix/0"},
+    "solver": {"solver": "euler"},
+    "guidance": {"guidance": 2.0},
+    "per class": {"per_class": 3},
+    "seed": {"planner": {"seed": 1}},
+    "alpha": {"planner": {"alpha": 0.5}},
+    "members": {"planner": {"members": 1}},
+    "noise": {"planner": {"noise": 0.1}},
+}
+
+
+@pytest.mark.parametrize("other", OTHERS)
+def test_a_folder_of_other_settings_is_not_touched(write, other, tmp_path):
+    write(tmp_path / "out")
+    before = snapshot(tmp_path / "out")
+    with pytest.raises(UserError, match="new folder"):
+        write(tmp_path / "out", **OTHERS[other])
+    assert snapshot(tmp_path / "out") == before
+
+
+def test_a_folder_of_infinite_alpha_goes_on_too(write, tmp_path):
+    planner = {"alpha": math.inf}
+    assert write(tmp_path / "out", planner) == 6
+    assert write(tmp_path / "out", planner) == 0
+
+
+def test_a_folder_in_use_is_not_touched(write, tmp_path):
+    (tmp_path / "mine.txt").write_text("mine")
+    before = snapshot(tmp_path)
+    with pytest.raises(UserError, match="new one"):
+        write(tmp_path)
+    with pytest.raises(UserError, match=r"mine\.txt"):
+        write(tmp_path / "mine.txt")
+    assert snapshot(tmp_path) == before
+
+
+@pytest.mark.parametrize("fault", [{"per_class": 0}, {"batch_size": 0}, {"batch_size": -1}], ids=str)
+def test_a_bad_number_leaves_no_half_made_folder(write, fault, tmp_path):
+    with pytest.raises(UserError):
+        write(tmp_path / "out", **fault)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_synthesizer_refuses_a_bank_of_another_backbone(bank):
+    with pytest.raises(BankMismatch):
+        Synthesizer(GaussianBackbone(mean=0.7, latent_shape=(1, 8, 8)), bank)

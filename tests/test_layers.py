@@ -1,0 +1,102 @@
+"""Imports point one way, and heavy libraries stay where they belong."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+LAYERS = (
+    {"augment.errors", "augment.seeds", "augment.files", "augment.images"},
+    {"augment.weights", "augment.prior", "augment.centroid"},
+    {"augment.sources", "augment.diffusion", "augment.inversion"},
+    {"augment.bank", "augment.plan"},
+    {"augment.synthesis"},
+    {"augment.dataset"},
+    {"training"},
+    {"augment.cli"},
+)
+HOMES = {
+    "pytorch_lightning": "training",
+    "timm": "training",
+    "torchmetrics": "training",
+    "diffusers": "augment.diffusion",
+    "jsonargparse": "augment.cli",
+}
+
+
+def modules():
+    """(module name, source) of the two packages."""
+    for path in sorted([*ROOT.glob("augment/**/*.py"), *ROOT.glob("training/**/*.py")]):
+        name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        yield name.removesuffix(".__init__"), path.read_text()
+
+
+def imports(source):
+    """Every module that a source imports, inside functions too."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module
+
+
+def layer(name):
+    for level, rooms in enumerate(LAYERS):
+        if any(name == room or name.startswith(room + ".") for room in rooms):
+            return level
+    return None
+
+
+def faults(name, source):
+    """What is wrong with a module's imports."""
+    here = layer(name)
+    for imported in imports(source):
+        there, top = layer(imported), imported.split(".")[0]
+        if top in ("tests", "scripts"):
+            yield f"{name} imports {imported}"
+        if there is not None and here is not None and there > here:
+            yield f"{name} imports {imported}, a layer above it"
+        if top in HOMES and not name.startswith(HOMES[top]):
+            yield f"{name} imports {imported}, which belongs to {HOMES[top]}"
+
+
+@pytest.mark.parametrize(("name", "source"), modules(), ids=lambda value: value[:40])
+def test_imports_point_down_the_layers(name, source):
+    assert list(faults(name, source)) == []
+
+
+def test_every_module_has_a_layer():
+    packages = {"augment", "training"}
+    assert [n for n, _ in modules() if layer(n) is None and n not in packages] == []
+
+
+def test_the_pure_core_knows_torch_alone():
+    for name, source in modules():
+        if name.startswith(("augment.centroid", "augment.prior", "augment.diffusion.process")):
+            tops = {imported.split(".")[0] for imported in imports(source)}
+            allowed = {"augment", "torch", "jaxtyping", "math", "collections"}
+            assert tops <= allowed | {"dataclasses", "functools", "typing"}, name
+
+
+@pytest.mark.parametrize(
+    ("name", "source"),
+    [
+        ("augment.centroid.norms", "from augment.diffusion import tiny"),
+        ("augment.bank", "def f():\n    import training.data"),
+        ("augment.bank", "from augment.synthesis import Synthesizer"),
+        ("augment.bank", "import pytorch_lightning"),
+        ("training.data", "from scripts import train_tiny"),
+    ],
+)
+def test_the_check_can_fail(name, source):
+    assert list(faults(name, source)) != []
+
+
+def test_importing_augment_is_light():
+    heavy = "diffusers pytorch_lightning timm torchvision torchmetrics transformers jsonargparse"
+    code = f"import sys, augment, augment.cli; print(*set(sys.modules) & set({heavy.split()}))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ""
