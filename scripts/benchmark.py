@@ -74,10 +74,9 @@ def main() -> None:
     parser.add_argument("what", choices=("centroids", "sampling"))
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()
+    machine = platform.processor() or platform.machine()
     versions = f"torch {torch.__version__}, diffusers {diffusers.__version__}"
-    print(
-        f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, {versions}"
-    )
+    print(f"{machine}, {torch.get_num_threads()} threads, {versions}")
     {"centroids": centroids, "sampling": sampling}[args.what](args.repeats)
 
 

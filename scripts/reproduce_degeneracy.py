@@ -1,14 +1,16 @@
-"""Reproduce on the embedded backbone why centroids of many latents degenerate, and the cure.
+"""Reproduce on the embedded backbone why centroids of many latents degenerate, and try the cure.
 
     python scripts/reproduce_degeneracy.py          # 15 minutes on two cores
-    python scripts/reproduce_degeneracy.py --quick  # 4 minutes
+    python scripts/reproduce_degeneracy.py --quick  # 4 minutes; the oracle once takes 5 more
 
-plus, once, 5 minutes for the oracle. Landolsi & Kahl, *Mean-adjusted interpolation*, arXiv
-2505.07481: inverted latents share a small channel bias; averaging N of them and restoring the norm
-lengthens that bias √N-fold, and images degenerate; rules that take the mean out first do not. Each
-centroid mixes N images of one class of the test split in equal parts, the same ones under every
-rule. The oracle, a convnet trained on the training split, says whether the class was kept, and its
-features give the FID to other test images. Interrupt it when you like: finished cells stay in --out.
+Landolsi & Kahl, *Mean-adjusted interpolation*, arXiv 2505.07481: inverted latents share a small
+channel bias; averaging N of them and restoring the norm lengthens it √N-fold, and images
+degenerate; rules that take the mean out first do not. Each centroid mixes N images of one class of
+the test split in equal parts, the same ones under every rule. The oracle, a convnet trained on the
+training split, says whether the class was kept; its features give the FID to other test images.
+FID falls with the number of images, so it is only comparable within a run, and it punishes
+centroids for resembling each other, as those of many members must. At N = 64 of 96 the draws
+overlap: standard errors there are too small. Finished cells stay in --out; go on at any time.
 """
 
 import argparse
@@ -41,10 +43,11 @@ from augment.synthesis import Synthesizer
 
 RULES = ("lin/0", "fix/0", "nin/0", "vp/0", "fade/0", "fix/chm", "nin/chm", "fade/chm")
 COUNTS = (2, 8, 32, 64)
+FIRST, LAST = COUNTS[0], COUNTS[-1]
+REFERENCE = 200  # real test images a class that FID compares with, none of them in the bank
+EXHIBITS = ("Sandal", "Shirt")
 COLORS = {"lin": "#888888", "fix": "#d55e00", "nin": "#cc79a7", "vp": "#e69f00", "fade": "#0072b2"}
-EXHIBITS = ("Ankle boot", "Shirt")
-REFERENCE = 200
-"""Real test images a class, none of them in the bank, that FID compares with."""
+STYLES = {"0": "o-", "m": "D-.", "chm": "s--", "lp": "^:"}
 
 
 class Oracle(nn.Module):
@@ -56,47 +59,41 @@ class Oracle(nn.Module):
         for narrow, wide, stride in ((1, 32, 2), (32, 64, 1), (64, 128, 2), (128, 128, 2)):
             conv = nn.Conv2d(narrow, wide, 3, stride, padding=1, bias=False)
             layers += [conv, nn.BatchNorm2d(wide), nn.ReLU()]
-        pool = [nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Dropout(0.3)]
+        pool = [nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Dropout(0.1)]
         self.features = nn.Sequential(*layers, *pool, nn.Linear(512, 64), nn.ReLU())
         self.head = nn.Linear(64, len(CLASSES))
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Logits."""
-        return self.head(self.features(images))
-
-    @torch.inference_mode()
+    @torch.no_grad()
     def judge(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Features and predicted labels."""
+        """Features (n, 64) and predicted labels (n,), on the CPU."""
         device = self.head.weight.device
         features = torch.cat([self.features(part.to(device)) for part in images.split(500)])
         return features.cpu(), self.head(features).argmax(1).cpu()
 
 
 def jitter(images: Tensor) -> Tensor:
-    """Flip each image or not, and shift it by up to 2 pixels."""
-    count, device = len(images), images.device
-    images = torch.where(torch.rand(count, 1, 1, 1, device=device) < 0.5, images.flip(-1), images)
-    top, left = torch.randint(5, (2, count, 1, 1), device=device)
-    grid = torch.arange(32, device=device)
-    rows, columns = top + grid[:, None], left + grid
-    padded = F.pad(images[:, 0], (2, 2, 2, 2))
-    return padded[torch.arange(count, device=device)[:, None, None], rows, columns][:, None]
+    """Flip each image or not, and shift it by up to a pixel."""
+    images = torch.where(torch.rand(len(images), 1, 1, 1) < 0.5, images.flip(-1), images)
+    (top, left), span = torch.randint(3, (2, len(images), 1, 1)), torch.arange(32)
+    which = torch.arange(len(images))[:, None, None]
+    return F.pad(images, (1, 1, 1, 1))[which, 0, top + span[:, None], left + span][:, None]
 
 
 def load_oracle(path: Path, epochs: int, device: torch.device) -> Oracle:
-    """The oracle, trained if it is not there."""
+    """The oracle in ``path``, trained by AdamW with a one-cycle schedule if it is not there."""
     torch.manual_seed(0)
     oracle = Oracle().to(device, memory_format=torch.channels_last)
     if path.exists():
         oracle.load_state_dict(load_file(path))
         return oracle.eval()
     images, labels = load_split("train")
-    images, labels = prepare(images, 1, 32).to(device), labels.to(device)
-    optimizer = torch.optim.AdamW(oracle.parameters(), weight_decay=0.05)
+    images = prepare(images, 1, 32)
     batches = [rows for _ in range(epochs) for rows in torch.randperm(len(images)).split(128)]
+    optimizer = torch.optim.AdamW(oracle.parameters(), weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-3, len(batches))
     for rows in tqdm(batches, "oracle", unit="step", delay=2):
-        loss = F.cross_entropy(oracle(jitter(images[rows])), labels[rows])
+        logits = oracle.head(oracle.features(jitter(images[rows]).to(device)))
+        loss = F.cross_entropy(logits, labels[rows].to(device))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -106,7 +103,7 @@ def load_oracle(path: Path, epochs: int, device: torch.device) -> Oracle:
 
 
 def fid(some: Tensor, others: Tensor) -> float:
-    """Fréchet distance of two sets of features (n, d), in float64; biased upwards for small n."""
+    """Fréchet distance of two sets of features (n, d), in float64."""
     (mean, cov), (mean2, cov2) = ((x.mean(0), x.T.cov()) for x in (some.double(), others.double()))
     root = torch.linalg.eigvals(cov @ cov2).real.clamp_min(0).sqrt().sum()
     return ((mean - mean2).square().sum() + cov.trace() + cov2.trace() - 2 * root).item()
@@ -117,78 +114,71 @@ def standard_error(values: Tensor) -> float:
     return ((values.var(0) / len(values)).sum().sqrt() / values.shape[1]).item()
 
 
+def largest_mean(latents: Tensor) -> float:
+    """The largest |channel mean| of a class, averaged; latents are (draws, classes, C, H, W)."""
+    return latents.mean((0, -2, -1)).abs().amax(1).mean().item()
+
+
 @dataclass(frozen=True)
 class Cell:
-    """What was measured on the images of one rule and one number of members.
+    """What one rule made of N members: latents, images and hits, each (draws, classes, …)."""
 
-    Args:
-        rule, members: the rule and how many latents each centroid mixes.
-        hits: (draws, classes), 1 where the oracle sees the class of the members.
-        fid: to the reference images.
-        means: (classes, channels), channel means of the centroids.
-        norm: mean norm of the centroids over √D.
-        images: (draws, classes, 1, 32, 32).
-    """
-
-    rule: str
-    members: int
+    latents: Tensor
+    images: Tensor
     hits: Tensor
     fid: float
-    means: Tensor
-    norm: float
-    images: Tensor
 
     @property
     def kept(self) -> float:
-        """Share of images whose class was kept."""
-        return self.hits.mean().item()
+        """Percentage of images whose class was kept."""
+        return 100 * self.hits.mean().item()
 
     @property
     def bias(self) -> float:
-        """The largest of a class's channel means in absolute value, averaged over the classes."""
-        return self.means.abs().amax(1).mean().item()
+        """See `largest_mean`."""
+        return largest_mean(self.latents)
 
-    def row(self) -> dict[str, Any]:
+    def row(self, rule: str, members: int) -> dict[str, Any]:
         """For CSV and JSON."""
-        shares = {"kept": self.kept, "kept_se": standard_error(self.hits), "fid": self.fid}
-        channels = {f"mean_{c}": m.item() for c, m in enumerate(self.means.mean(0))}
+        channels = enumerate(self.latents.mean((0, 1, -2, -1)).tolist())
         return {
-            "rule": self.rule, "members": self.members, "images": self.hits.numel(),
-            **shares, "bias": self.bias, "norm": self.norm, **channels,
+            "rule": rule, "members": members, "images": self.hits.numel(), "kept": self.kept,
+            "kept_se": 100 * standard_error(self.hits), "fid": self.fid, "bias": self.bias,
+            "norm": self.latents.square().mean((-3, -2, -1)).sqrt().mean().item(),
+            **{f"mean_{channel}": mean for channel, mean in channels},
         }  # fmt: skip
 
 
 Cells = dict[tuple[str, int], Cell]
 
 
-@dataclass
+@dataclass(frozen=True)
 class Study:
-    """Everything that a cell needs; images and latents run through the classes, draw by draw."""
+    """What a cell needs; its samples run through the classes of the bank, draw by draw."""
 
     args: argparse.Namespace
     backbone: Backbone
     oracle: Oracle
-    source: Folder
     bank: LatentBank
     reference: Tensor
 
-    def measure(self, rule: str, members: int, latents: Tensor, images: Tensor) -> Cell:
-        """A cell from its latents and images, (draws · classes, …)."""
+    def measure(self, latents: Tensor, images: Tensor) -> Cell:
+        """The cell of latents and images, (draws · classes, …)."""
         features, predicted = self.oracle.judge(images)
         labels = torch.tensor([CLASSES.index(name) for name in self.bank.classes])
         hits = (predicted.view(-1, len(labels)) == labels).float()
-        means = latents.unflatten(0, hits.shape).mean((0, -2, -1))
-        norm = latents.flatten(1).square().mean(1).sqrt().mean().item()
-        images = images.unflatten(0, hits.shape)
-        return Cell(rule, members, hits, fid(features, self.reference), means, norm, images)
+        latents, images = (x.unflatten(0, hits.shape) for x in (latents, images))
+        return Cell(latents, images, hits, fid(features, self.reference))
 
-    def remembered(self, name: str, latents: Tensor, make: Callable[[], Tensor]) -> Tensor:
-        """The images of these very latents, made only once."""
+    def once(self, name: str, latents: Tensor, make: Callable[[], Tensor]) -> Tensor:
+        """The images of these very latents, made if they are not there."""
         weights = self.backbone.fingerprint["weights"][:8]
         path = self.args.out / f"cells-{weights}-{self.args.steps}" / f"{name}.safetensors"
-        old = load_file(path) if path.exists() else {"latents": torch.empty(0)}
-        if old["latents"].shape == latents.shape and torch.allclose(old["latents"], latents):
-            return old["images"].float()
+        if path.exists():
+            old = load_file(path)
+            same = old["latents"].shape == latents.shape
+            if same and old["latents"].allclose(latents, atol=1e-4):
+                return old["images"].float()
         images = make().cpu().half()
         write_bytes(path, save({"latents": latents.contiguous(), "images": images}))
         return images.float()
@@ -200,159 +190,142 @@ class Study:
         synthesizer = Synthesizer(self.backbone, self.bank, rule, steps=self.args.steps)
         centroids = torch.stack([synthesizer.centroid(plan) for plan in plans])
         name = f"{rule.replace('/', '-')}-{members}"
-        images = self.remembered(name, centroids, lambda: synthesizer.images(plans))
-        return self.measure(rule, members, centroids, images)
+        images = self.once(name, centroids, lambda: synthesizer.images(plans))
+        return self.measure(centroids, images)
 
-    def yardsticks(self) -> tuple[Cell, Cell, Tensor]:
-        """Cells of real images and of their latents sampled back, and the PSNR of the latter."""
-        ids = list(zip(*self.bank.members.values(), strict=True))[: self.args.draws]
-        real = torch.stack([self.source.load(i, 1, 32) for draw in ids for i in draw])
-        latents = torch.stack([self.bank.latents(name) for name in self.bank.classes], 1)
-        used = latents[: self.args.draws].flatten(0, 1)
-        back = self.remembered("back", used, lambda: sample(self.backbone, used, steps=50))
-        psnr = -10 * (real - back).square().mean((1, 2, 3)).log10()
-        real_cell = self.measure("real", 1, latents.flatten(0, 1)[: len(used)], real)
-        return real_cell, self.measure("sampled back", 1, used, back), psnr
+    def yardsticks(self, latents: Tensor, source: Folder) -> tuple[Cell, Cell]:
+        """Real images, as many as a cell has, and what sampling makes of their own latents."""
+        latents = latents[: self.args.draws].flatten(0, 1)
+        rows = list(zip(*self.bank.members.values(), strict=True))[: self.args.draws]
+        real = torch.stack([source.load(image_id, 1, 32) for row in rows for image_id in row])
+        back = self.once("back", latents, lambda: sample(self.backbone, latents, steps=50))
+        return self.measure(latents, real), self.measure(latents, back)
 
 
-def build_bank(args: argparse.Namespace, backbone: Backbone) -> tuple[Folder, LatentBank, Tensor]:
-    """Source and bank of --per-class test images a class, and the reference images' rows."""
+def open_source(root: Path, per_class: int) -> tuple[Folder, Tensor]:
+    """A folder of ``per_class`` test images a class, and the rows of the reference images."""
     images, labels = load_split("test")
     order = torch.from_numpy(rng(0, "order").permutation(len(labels)))
-    rows = [order[labels[order] == c] for c in range(len(CLASSES))]
-    folder = args.out / f"images-{args.per_class}"
+    rows = [order[labels[order] == label] for label in range(len(CLASSES))]
     for name, members in zip(CLASSES, rows, strict=True):
-        for row in members[: args.per_class].tolist():
-            if not (path := folder / name / f"{row:05d}.png").exists():
+        for row in members[:per_class].tolist():
+            if not (path := root / name / f"{row:05d}.png").exists():
                 save_image(images[row], path)
-    source, weights = Folder(folder), backbone.fingerprint["weights"][:8]
-    bank = fill_bank(args.out / f"bank-{args.per_class}-{weights}", backbone, source, steps=50)
-    return source, bank, torch.cat([members[-REFERENCE:] for members in rows])
+    return Folder(root), torch.cat([members[-REFERENCE:] for members in rows])
 
 
 def fit(cells: Cells, rule: str) -> tuple[float, float]:
-    """Of the fits bias = slope · √N and bias ~ N^exponent: slope and exponent."""
+    """Slope of the fit bias = slope · √N, and exponent of bias ~ N^exponent."""
     biases, roots = np.array([cells[rule, n].bias for n in COUNTS]), np.sqrt(COUNTS)
     exponent = np.polyfit(np.log(COUNTS), np.log(biases), 1)[0]
     return float(roots @ biases / (roots @ roots)), float(exponent)
 
 
-def draw_centroids(cells: Cells, real: Cell, names: list[str], path: Path) -> None:
-    """Fig. 1: one centroid of each of two classes, rules across and members down."""
-    figure = plt.figure(figsize=(9.6, 9.6), layout="constrained")
-    figure.suptitle("One centroid of N images (framed: the oracle sees another class)")
+def draw_centroids(cells: Cells, real: Cell, classes: list[str], path: Path) -> None:
+    """Fig. 1: centroids of two classes, rules across and members down."""
+    figure = plt.figure(figsize=(9.6, 9.8), layout="constrained")
     for part, name in zip(figure.subfigures(len(EXHIBITS), 1), EXHIBITS, strict=True):
+        part.suptitle(f"{name} (framed: taken for another class)", fontweight="bold")
         grid = part.subplots(len(COUNTS), len(RULES) + 1)
         for row, count in enumerate(COUNTS):
+            grid[row, 0].set_ylabel(f"N = {count}", fontsize=11)
             for axes, rule in zip(grid[row], ("real", *RULES), strict=True):
                 cell = cells.get((rule, count), real)
-                at = row % len(cell.hits) if cell is real else 0, names.index(name)
+                at = row % len(real.hits) if rule == "real" else 0, classes.index(name)
                 axes.imshow(cell.images[at][0], cmap="gray", vmin=0, vmax=1)
                 axes.set(xticks=[], yticks=[], title=rule if row == 0 else "")
                 axes.spines[:].set(color=COLORS["fix"], lw=4, visible=not cell.hits[at])
-            grid[row, 0].set_ylabel(f"{name}, N = {count}")
     figure.savefig(path, dpi=150)
-    plt.close(figure)
 
 
-def draw_lines(axes: Any, cells: Cells, value: str, x: Any, label: str, by: float = 1) -> None:
-    """A line a rule: colours are norm rules, dashes and squares the mean split chm."""
-    for rule in RULES:
+def draw_lines(axes: Any, cells: Cells, value: str, label: str) -> None:
+    """One line a rule; its colour is the norm rule, its marks and dashes are the mean split."""
+    for place, rule in enumerate(RULES):
         norm, split = rule.split("/")
-        rows = [cells[rule, n].row() for n in COUNTS]
-        bars = [by * row["kept_se"] for row in rows] if value == "kept" else None
-        style = {"marker": "o", "ls": "-"} if split == "0" else {"marker": "s", "ls": "--"}
-        values = [by * row[value] for row in rows]
-        axes.errorbar(x(np.array(COUNTS)), values, bars, color=COLORS[norm], label=rule, **style)
-    axes.set_ylabel(label)
+        rows = [cells[rule, n].row(rule, n) for n in COUNTS]
+        apart = 0.05 * (place - (len(RULES) - 1) / 2)  # or equal lines hide each other
+        bars = [row["kept_se"] for row in rows] if value == "kept" else None
+        axes.errorbar(
+            np.sqrt(COUNTS) + apart, [row[value] for row in rows], bars, fmt=STYLES[split],
+            ms=5, lw=1.6, color=COLORS[norm], label=rule,
+        )  # fmt: skip
+    axes.set_xticks(np.sqrt(COUNTS), [str(n) for n in COUNTS])
+    axes.set(xlabel="members N, at √N", title=label)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", color="#dddddd")
+    axes.grid(axis="y", color="#e5e5e5")
 
 
 def draw_bias(cells: Cells, bank_bias: float, path: Path) -> None:
     """Fig. 4: the largest channel mean of the centroids against √N."""
-    figure, axes = plt.subplots(figsize=(7, 4.6), layout="constrained")
-    draw_lines(axes, cells, "bias", np.sqrt, "largest |channel mean| of the centroids")
-    slope, ends = fit(cells, "fix/0")[0], np.array([0, math.sqrt(COUNTS[-1])])
-    axes.plot(ends, slope * ends, ":", color=COLORS["fix"], label=f"fit {slope:.2f} √N")
-    axes.axhline(bank_bias, color="black", lw=0.8, label=f"the bank's {bank_bias:.2f}")
-    axes.set_xticks(np.sqrt(COUNTS), [f"√{n}" for n in COUNTS])
-    axes.set(xlabel="√ members", ylim=(0, None), xlim=(0, None))
+    figure, axes = plt.subplots(figsize=(7.6, 4.6), layout="constrained")
+    draw_lines(axes, cells, "bias", "Largest |channel mean| of the centroids")
+    ends = np.array([0, math.sqrt(LAST)])
+    slope = fit(cells, "fix/0")[0]
+    axes.plot(ends, slope * ends, ":", color=COLORS["fix"], label=f"fit to fix/0: {slope:.2f} √N")
+    axes.axhline(bank_bias, color="black", lw=0.8, zorder=0, label=f"bank: {bank_bias:.2f}")
+    axes.set(xlim=(0, None), ylim=(0, None))
     axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(path, dpi=150)
-    plt.close(figure)
 
 
 def draw_quality(cells: Cells, real: Cell, path: Path) -> None:
     """Fig. 7: class kept and FID against N."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.4), layout="constrained")
-    draw_lines(left, cells, "kept", np.log2, "class kept, % ± standard error", by=100)
-    draw_lines(right, cells, "fid", np.log2, f"FID of {real.hits.numel()} images, oracle features")
-    left.set_ylim(0, 102)
-    right.set_yscale("log")
-    for axes, level in ((left, 100 * real.kept), (right, real.fid)):
-        axes.axhline(level, color="black", lw=0.8, label="real images")
-        axes.set_xticks(np.log2(COUNTS), [str(n) for n in COUNTS])
-        axes.set_xlabel("members N")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
+    draw_lines(left, cells, "kept", "Class kept, % ± standard error")
+    draw_lines(right, cells, "fid", f"FID of {real.hits.numel()} images")
+    for axes, level in ((left, real.kept), (right, real.fid)):
+        axes.axhline(level, color="black", lw=0.8, zorder=0, label="real images")
+    left.set_ylim(None, 101)
+    right.set_ylim(0, None)
     right.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(path, dpi=150)
-    plt.close(figure)
 
 
 def print_table(cells: Cells, title: str, text: Callable[[Cell], str]) -> None:
-    """A Markdown table, rules down and numbers of members across."""
-    head = "".join(f" N = {n:<8} |" for n in COUNTS)
-    print(f"\n{title}\n\n| rule     |{head}\n|----------|{'--------------|' * len(COUNTS)}")
+    """A Markdown table, rules down and members across."""
+    print(f"\n{title}\n\n| rule     |" + "".join(f" N = {n:<8} |" for n in COUNTS))
+    print("|----------|" + "--------------|" * len(COUNTS))
     for rule in RULES:
         print(f"| {rule:8} |" + "".join(f" {text(cells[rule, n]):12} |" for n in COUNTS))
 
 
 def judge_claims(cells: Cells, bank_bias: float) -> list[dict[str, str]]:
-    """The claims, what was found here, and whether they hold."""
-    first, last = COUNTS[0], COUNTS[-1]
-    slope, exponent = fit(cells, "fix/0")
-    stays = max(abs(cells[r, n].bias / bank_bias - 1) for r in RULES if "chm" in r for n in COUNTS)
-    claims = [
-        (
-            "fix/0: channel mean grows like √N",
-            f"like N^{exponent:.2f}; fit {slope:.3f} √N, the bank's own is {bank_bias:.3f}",
-            abs(exponent - 0.5) < 0.1,
-        ),
-        (
-            "…/chm: channel mean stays at the bank's",
-            f"within {100 * stays:.0f} %",
-            stays < 0.25,
-        ),
+    """Each claim, what was found here, and the verdict; noise is two standard errors."""
+    (slope, exponent), vp_slope = fit(cells, "fix/0"), fit(cells, "vp/0")[0]
+    chm = [cells[rule, n].bias for rule in RULES if rule.endswith("/chm") for n in COUNTS]
+    drift = max(abs(bias / bank_bias - 1) for bias in chm)
+    growth = f"N^{exponent:.2f}, {slope:.3f} √N (vp/0: {vp_slope:.3f} √N; bank: {bank_bias:.3f})"
+    found: list[tuple[str, str, bool | None]] = [
+        ("fix/0: channel mean grows as √N", growth, abs(exponent - 0.5) < 0.1),
+        ("chm rules: it stays at the bank's", f"within {100 * drift:.0f} %", drift < 0.2),
     ]
     for rule, loses in (("fix/0", True), ("fix/chm", False)):
-        a, b = cells[rule, first], cells[rule, last]
-        sure = 2 * math.hypot(standard_error(a.hits), standard_error(b.hits))
-        here = (
-            f"class kept {100 * a.kept:.0f} → {100 * b.kept:.0f} %, FID {a.fid:.1f} → {b.fid:.1f}"
+        few, many = cells[rule, FIRST], cells[rule, LAST]
+        noise = 200 * math.hypot(standard_error(few.hits), standard_error(many.hits))
+        claim = f"{rule} {'loses' if loses else 'keeps'} the class from N = {FIRST} to {LAST}"
+        here = f"{few.kept:.0f} → {many.kept:.0f} %"
+        found.append((claim, here, (few.kept - many.kept > noise) == loses))
+    fixed, adjusted = cells["fix/0", LAST].fid, cells["fix/chm", LAST].fid
+    here = f"{adjusted:.1f} against {fixed:.1f}"
+    found.append((f"fix/chm has a better FID than fix/0 at N = {LAST}", here, adjusted < fixed))
+    for n in (FIRST, LAST):
+        ours, best = cells["fade/chm", n], max(RULES, key=lambda rule: cells[rule, n].kept)
+        behind = cells[best, n].kept - ours.kept
+        close = 0 < behind <= 200 * standard_error(cells[best, n].hits - ours.hits)
+        here = f"{ours.kept:.0f} %, {best} {cells[best, n].kept:.0f} %"
+        found.append(
+            (f"fade/chm keeps the class best at N = {n}", here, None if close else not behind)
         )
-        claim = (
-            f"{rule} {'loses' if loses else 'keeps'} class and quality from N = {first} to {last}"
-        )
-        claims.append((claim, here, (a.kept - b.kept > sure) == loses))
-    for n in (first, last):
-        best, ours = max((cells[r, n] for r in RULES), key=lambda c: c.kept), cells["fade/chm", n]
-        sure = 2 * standard_error(best.hits - ours.hits)
-        here = ", ".join(f"{r} {100 * cells[r, n].kept:.0f}" for r in RULES)
-        claims.append(
-            (f"fade/chm keeps the class best at N = {n}", here, best.kept - ours.kept <= sure)
-        )
-    return [
-        {"claimed": c, "here": h, "verdict": "holds" if v else "does not hold"}
-        for c, h, v in claims
-    ]
+    words = {True: "holds", False: "does not hold", None: "within noise"}
+    return [{"claimed": claim, "here": here, "verdict": words[v]} for claim, here, v in found]
 
 
 def parse() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="20 solver steps and 5 draws a class")
+    parser = argparse.ArgumentParser(description="Reproduce arXiv 2505.07481 on the tiny backbone.")
+    parser.add_argument("--quick", action="store_true", help="5 draws and 20 steps")
     parser.add_argument("--out", type=Path, default=Path("runs/degeneracy"))
-    parser.add_argument("--backbone", default="tiny", help="name, or weights of train_tiny.py")
+    parser.add_argument("--backbone", default="tiny", help="tiny, or weights of train_tiny.py")
     parser.add_argument("--per-class", type=int, default=96, help="images a class to invert")
     parser.add_argument("--draws", type=int, default=20, help="centroids a class and cell")
     parser.add_argument("--steps", type=int, default=50, help="solver steps of the centroids")
@@ -360,11 +333,41 @@ def parse() -> argparse.Namespace:
     if parser.parse_known_args()[0].quick:
         parser.set_defaults(draws=5, steps=20)
     args = parser.parse_args()
-    if not COUNTS[-1] <= args.per_class <= 1000 - REFERENCE:
-        parser.error(f"expected --per-class from {COUNTS[-1]} to {1000 - REFERENCE}")
-    if not 2 <= args.draws <= args.per_class:
-        parser.error("expected --draws from 2 to --per-class")
+    if not max(LAST, args.draws) <= args.per_class <= 1000 - REFERENCE or args.draws < 2:
+        parser.error(f"expected 2 ≤ draws ≤ per-class and {LAST} ≤ per-class ≤ {1000 - REFERENCE}")
     return args
+
+
+def describe_bank(latents: Tensor, real: Cell, back: Cell) -> dict[str, Any]:
+    """Statistics of the inverted latents (images, classes, C, H, W), and of their way back."""
+    psnr = -10 * (real.images - back.images).square().mean((-3, -2, -1)).log10()
+    norms = latents.square().mean((-3, -2, -1)).sqrt()
+    return {
+        "images": norms.numel(),
+        "psnr": [psnr.mean().item(), psnr.std().item()],
+        "norm": [norms.mean().item(), norms.std().item()],
+        "channel_means": latents.mean((0, 1, -2, -1)).tolist(),
+        "bias": largest_mean(latents),
+    }
+
+
+def print_report(report: dict[str, Any], cells: Cells, real: Cell, back: Cell) -> None:
+    """Everything that was measured, for reading."""
+    bank, means = report["bank"], report["bank"]["channel_means"]
+    print(f"""
+oracle  {100 * report["oracle_accuracy"]:.2f} % of the test split; takes a black image for a \
+{report["black_is"]}
+bank    {bank["images"]} latents; channel means {", ".join(f"{m:+.3f}" for m in means)}, \
+the largest of a class {bank["bias"]:.3f}; norm / √D {bank["norm"][0]:.3f} ± {bank["norm"][1]:.3f}
+back    PSNR {bank["psnr"][0]:.1f} ± {bank["psnr"][1]:.1f} dB; class kept {back.kept:.0f} %, \
+FID {back.fid:.1f} (real images: {real.kept:.0f} %, {real.fid:.1f})""")
+    kept, count = "Class kept, % ± standard error", real.hits.numel()
+    print_table(cells, kept, lambda c: f"{c.kept:.1f} ± {100 * standard_error(c.hits):.1f}")
+    print_table(cells, f"FID of {count} images, oracle features", lambda c: f"{c.fid:.1f}")
+    print_table(cells, "Largest |channel mean|", lambda c: f"{c.bias:.3f}")
+    print("\n| claimed | here | |\n|---|---|---|")
+    for claim in report["claims"]:
+        print("| " + " | ".join(claim.values()) + " |")
 
 
 def main() -> None:
@@ -375,38 +378,33 @@ def main() -> None:
     oracle = load_oracle(args.out / "oracle.safetensors", args.epochs, backbone.device)
     images, labels = load_split("test")
     features, predicted = oracle.judge(prepare(images, 1, 32))
-    accuracy = (predicted == labels).float().mean().item()
-    print(f"oracle: {100 * accuracy:.2f} % of the {len(labels)} test images")
-    source, bank, reference = build_bank(args, backbone)
-    study = Study(args, backbone, oracle, source, bank, features[reference])
-    real, back, psnr = study.yardsticks()
+    source, rows = open_source(args.out / f"images-{args.per_class}", args.per_class)
+    weights = backbone.fingerprint["weights"][:8]
+    bank = fill_bank(args.out / f"bank-{args.per_class}-{weights}", backbone, source, steps=50)
+    study = Study(args, backbone, oracle, bank, features[rows])
     latents = torch.stack([bank.latents(name) for name in bank.classes], 1)
-    norms = latents.flatten(2).square().mean(2).sqrt()
+    real, back = study.yardsticks(latents, source)
     jobs = [(rule, n) for n in COUNTS for rule in RULES]
-    cells = {job: study.cell(*job) for job in tqdm(jobs, "cells", delay=2)}
-    whole = study.measure(
-        "bank", 1, latents.flatten(0, 1), torch.zeros(latents.shape[0] * 10, 1, 32, 32)
-    )
-    print(
-        psnr.mean(),
-        psnr.std(),
-        latents.mean((0, 1, 3, 4)),
-        norms.mean(),
-        norms.std(),
-        whole.bias,
-        real.row(),
-        back.row(),
-    )
-    print_table(
-        cells, "Class kept, %", lambda c: f"{100 * c.kept:.0f} ± {100 * standard_error(c.hits):.0f}"
-    )
-    print_table(cells, "FID", lambda c: f"{c.fid:.1f}")
-    print_table(cells, "bias", lambda c: f"{c.bias:.3f} {c.norm:.3f}")
-    for c in judge_claims(cells, whole.bias):
-        print(c)
+    cells = {job: study.cell(*job) for job in tqdm(jobs, "cells", unit="cell", delay=2)}
+    bank_record = describe_bank(latents, real, back)
+    report = {
+        "settings": {key: str(value) for key, value in vars(args).items()} | backbone.fingerprint,
+        "oracle_accuracy": (predicted == labels).float().mean().item(),
+        "black_is": CLASSES[oracle.judge(torch.zeros(1, 1, 32, 32))[1]],
+        "bank": bank_record,
+        "yardsticks": [real.row("real", 1), back.row("sampled back", 1)],
+        "cells": [cell.row(*job) for job, cell in cells.items()],
+        "claims": judge_claims(cells, bank_record["bias"]),
+    }
+    write_json(args.out / "degeneracy.json", report)
+    with (args.out / "degeneracy.csv").open("w", newline="") as file:
+        table = csv.DictWriter(file, list(report["cells"][0]))
+        table.writeheader()
+        table.writerows(report["cells"])
     draw_centroids(cells, real, bank.classes, args.out / "fig1_centroids.png")
-    draw_bias(cells, whole.bias, args.out / "fig4_channel_mean.png")
+    draw_bias(cells, bank_record["bias"], args.out / "fig4_channel_mean.png")
     draw_quality(cells, real, args.out / "fig7_quality.png")
+    print_report(report, cells, real, back)
 
 
 if __name__ == "__main__":

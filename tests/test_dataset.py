@@ -103,7 +103,8 @@ def test_an_item_is_an_image_and_a_label(make):
         image, label = synthetic[index]
         assert image.shape == (1, 8, 8)
         assert image.dtype == torch.float32
-        assert 0 <= image.min() and image.max() <= 1
+        assert image.min() >= 0
+        assert image.max() <= 1
         assert type(label) is int
         assert label == synthetic.targets[index]
     assert torch.equal(synthetic[-1][0], synthetic[len(synthetic) - 1][0])
@@ -410,7 +411,9 @@ def test_a_folder_in_use_is_not_touched(write, tmp_path):
     assert snapshot(tmp_path) == before
 
 
-@pytest.mark.parametrize("fault", [{"per_class": 0}, {"batch_size": 0}, {"batch_size": -1}], ids=str)
+@pytest.mark.parametrize(
+    "fault", [{"per_class": 0}, {"batch_size": 0}, {"batch_size": -1}], ids=str
+)
 def test_a_bad_number_leaves_no_half_made_folder(write, fault, tmp_path):
     with pytest.raises(UserError):
         write(tmp_path / "out", **fault)

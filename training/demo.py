@@ -30,7 +30,7 @@ from augment.files import read_json, write_json
 from augment.images import save_image, sheet
 from augment.plan import Planner
 from augment.sources import Folder
-from augment.sources.fashion import CLASSES, few_shots, write_fashion
+from augment.sources.fashion import few_shots, write_fashion
 from augment.synthesis import Synthesizer, write_folder
 from training.classifier import Classifier
 from training.data import FewShotData
@@ -211,7 +211,7 @@ def write_sheet(root: Path, backbone: Backbone, bank: LatentBank, settings: Sett
     shots = {f"{number:03d}.png" for number in few_shots(0, SHOTS)}
     bank = bank.subset(lambda image_id: Path(image_id).name in shots)
     planner = Planner(bank.members, seed=0, alpha=math.inf)
-    plans = [planner(0, label) for label in range(len(CLASSES))]
+    plans = [planner(0, label) for label in range(len(bank.classes))]
     source = Folder(root / "images")
     real = [source.load(plan.members[0], 1, 32) for plan in plans]
     latents = torch.stack([bank.latents(name)[0] for name in bank.classes])
@@ -219,7 +219,9 @@ def write_sheet(root: Path, backbone: Backbone, bank: LatentBank, settings: Sett
     columns = {"real": real, "sampled back": sample(backbone, latents, steps=50)}
     for rule in tqdm(SHEET_RULES, "sheet", delay=2, leave=False):
         columns[rule] = Synthesizer(backbone, bank, rule, steps=steps).images(plans)
-    rows = {name: [images[row] for images in columns.values()] for row, name in enumerate(CLASSES)}
+    rows = {
+        name: [images[row] for images in columns.values()] for row, name in enumerate(bank.classes)
+    }
     sheet(rows, list(columns)).save(root / "sheet.png")
 
 
