@@ -27,10 +27,10 @@ from safetensors.torch import load, save
 from torch import Tensor
 from tqdm import tqdm
 
-from augment.diffusion.backbone import Backbone
+from augment.diffusion.backbone import Backbone, check_batch
 from augment.diffusion.solver import check_steps
 from augment.errors import BankMismatch, UserError, lookup
-from augment.files import read_json, sha256, write_bytes, write_json
+from augment.files import check_folder, read_json, sha256, write_bytes, write_json
 from augment.inversion import INVERTERS, invert
 
 SCHEMA = 1
@@ -74,11 +74,7 @@ class LatentBank:
             UserError: there is none, it is of another schema, or its inversion did not finish.
         """
         path = Path(path)
-        manifest = read_json(path / "manifest.json", "a bank")
-        if not isinstance(manifest, dict) or manifest.get("schema") != SCHEMA:
-            raise UserError(
-                f"expected a bank of schema {SCHEMA} at {path}, got another; invert again"
-            )
+        manifest = read_manifest(path)
         done = {
             c["name"]: tuple(i["id"] for k in c["chunks"] for i in k["images"])
             for c in manifest["classes"]
@@ -163,7 +159,7 @@ class LatentBank:
 
 def require_same(path: Path, have: dict[str, Any], want: dict[str, Any]) -> None:
     """Raise `BankMismatch` for the first field in which two fingerprints differ."""
-    for key in want.keys() | have.keys():
+    for key in {**want, **have}:
         if have.get(key) != want.get(key):
             raise BankMismatch(
                 f"expected bank {path} to be made with {key} = {want.get(key)}, got "
@@ -202,6 +198,14 @@ def fill_bank(
     # what can be refused is refused before anything is read or written
     lookup(INVERTERS, method, "inversion")
     check_steps(steps)
+    check_batch(batch_size)
+    check_folder(path)
+    unknown = prompts.keys() - source.ids.keys()
+    if unknown:
+        raise UserError(
+            f"expected prompts for classes out of {', '.join(source.ids)}, got one for "
+            f"{min(unknown)!r}; choose one of these"
+        )
     backbone.condition([prompts.get(name, "") for name in source.ids])
     digests = read_all(source, backbone)
     inversion = {"method": method, "steps": steps, "guidance": guidance}
@@ -216,7 +220,7 @@ def fill_bank(
         ],
     }
     if (path / "manifest.json").exists():
-        manifest = resume(path, manifest)
+        manifest = resume(path, manifest, digests)
     write_json(path / "manifest.json", manifest)
     for label, record, ids in tqdm(
         list(todo(manifest)), "bank", unit="chunk", delay=2, leave=False
@@ -248,15 +252,37 @@ def read_all(source: Source, backbone: Backbone) -> dict[str, str]:
     return digests
 
 
-def resume(path: Path, manifest: dict[str, Any]) -> dict[str, Any]:
+def read_manifest(path: Path) -> dict[str, Any]:
+    """A manifest of this schema, with everything that is read of one."""
+    manifest = read_json(path / "manifest.json", "a bank")
+    try:
+        if manifest["schema"] != SCHEMA:
+            raise KeyError("schema")
+        for part in ("backbone", "inversion"):
+            dict(manifest["fingerprint"][part])
+        for record in manifest["classes"]:
+            _ = record["name"], record["prompt"], list(record["ids"])
+            for chunk in record["chunks"]:
+                _ = (
+                    chunk["file"],
+                    chunk["sha256"],
+                    [(i["id"], i["sha256"]) for i in chunk["images"]],
+                )
+    except (KeyError, TypeError, ValueError):
+        raise UserError(
+            f"expected a bank of schema {SCHEMA} at {path}, got another; invert again"
+        ) from None
+    return manifest
+
+
+def resume(path: Path, manifest: dict[str, Any], digests: dict[str, str]) -> dict[str, Any]:
     """The manifest on disk, if it is of the same job."""
-    old = read_json(path / "manifest.json", "a bank")
-    if old.get("schema") != SCHEMA:
-        raise UserError(f"expected a bank of schema {SCHEMA} at {path}, got another; invert again")
+    old = read_manifest(path)
     for part in ("backbone", "inversion"):
         require_same(path, old["fingerprint"][part], manifest["fingerprint"][part])
     jobs = [[{**c, "chunks": None} for c in m["classes"]] for m in (old, manifest)]
-    if jobs[0] != jobs[1]:
+    done = [image for c in old["classes"] for chunk in c["chunks"] for image in chunk["images"]]
+    if jobs[0] != jobs[1] or any(digests[image["id"]] != image["sha256"] for image in done):
         raise UserError(
             f"expected the bank {path} to hold the same images and prompts, got others; "
             "use a new folder"

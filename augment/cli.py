@@ -5,6 +5,7 @@ modules are imported when a command runs, so that ``--help`` is quick.
 """
 
 import sys
+from argparse import ArgumentError
 
 from augment.errors import UserError
 
@@ -48,7 +49,7 @@ def synthesize(
     out: str,
     per_class: int = 100,
     rule: str = "fade/chm",
-    alpha: float = 1.0,
+    alpha: float | str = 1.0,
     seed: int = 0,
     members: int | None = None,
     noise: float = 0.0,
@@ -83,20 +84,25 @@ def synthesize(
     from augment.synthesis import Synthesizer, write_folder
 
     opened = LatentBank.open(bank)
-    planner = Planner(opened.members, seed, alpha, members, noise)
+    try:
+        concentration = float(alpha)
+    except ValueError:
+        raise UserError(f"expected a number or inf for alpha, got {alpha!r}") from None
+    planner = Planner(opened.members, seed, concentration, members, noise)
     model = load_backbone(backbone or opened.fingerprint["backbone"]["name"], device)
     synthesizer = Synthesizer(model, opened, rule, solver, steps, guidance, batch_size)
     made = write_folder(synthesizer, planner, per_class, out)
     print(f"{out}: {per_class} images of each of {len(opened.classes)} classes ({made} made now)")
 
 
-def demo(out: str = "runs/demo", full: bool = False, seeds: int | None = None) -> None:
+def demo(out: str | None = None, full: bool = False, seeds: int | None = None) -> None:
     """Do the whole job on embedded images: 5 labelled images a class to a better classifier.
 
     Args:
-        out: folder for everything the demo makes; an interrupted demo goes on.
-        full: every row of the table, more images and more seeds, in its own time.
-        seeds: number of seeds; 3, or 8 with --full.
+        out: folder for everything the demo makes, by default runs/demo or, with --full,
+            runs/demo-full; an interrupted demo goes on.
+        full: every row of the table and more seeds, in its own time.
+        seeds: number of seeds; 3, or 5 with --full.
     """
     from training.demo import run_demo
 
@@ -115,6 +121,8 @@ def underscored(argument: str) -> str:
     if not argument.startswith("--"):
         return argument
     name, equals, value = argument[2:].partition("=")
+    if name == "full":  # a switch; jsonargparse wants a value
+        return argument if equals else "--full=true"
     return f"--{name.replace('-', '_')}{equals}{value}"
 
 
@@ -128,7 +136,9 @@ def run(args: list[str]) -> None:
         from jsonargparse import auto_cli
 
         args = [underscored(argument) for argument in args]
-        auto_cli(COMMANDS, args=args, as_positional=False, prog="latent-augment")
+        auto_cli(
+            COMMANDS, args=args, as_positional=False, prog="latent-augment", exit_on_error=False
+        )
 
 
 def main() -> None:
@@ -137,6 +147,9 @@ def main() -> None:
         run(sys.argv[1:])
     except UserError as error:
         print(f"latent-augment: {error}", file=sys.stderr)
+        sys.exit(2)
+    except ArgumentError as error:
+        print(f"latent-augment: {' '.join(str(error).split())}; see --help", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("latent-augment: interrupted; run the same command again to go on", file=sys.stderr)

@@ -139,12 +139,17 @@ class MixedDataset(Dataset[Sample]):
         return self.length
 
     def set_epoch(self, epoch: int) -> None:
-        """Draw anew from now on."""
+        """Draw anew from now on, and let the parts that have epochs do so."""
         self.epoch = epoch
+        for part in self.parts:
+            if hasattr(part, "set_epoch"):
+                part.set_epoch(epoch)
 
     def draw(self, index: int) -> tuple[int, int]:
         """(0 real | 1 synthetic, index within it) of a draw."""
-        dice = rng(self.seed, "mix", self.epoch, index)
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"expected an index below {len(self)}, got {index}")
+        dice = rng(self.seed, "mix", self.epoch, index % len(self))
         part = int(dice.random() < self.p_synthetic)
         return part, int(dice.integers(len(self.parts[part])))
 

@@ -9,6 +9,12 @@ from typing import Any
 from augment.errors import UserError
 
 
+def check_folder(path: Path) -> None:
+    """Refuse a place for a folder where a file is."""
+    if path.exists() and not path.is_dir():
+        raise UserError(f"expected a folder at {path}, got a file; choose another place")
+
+
 def write_bytes(path: Path, content: bytes) -> None:
     """Write under a temporary name in the same folder, then rename."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -47,7 +47,10 @@ def load_image(path: Path, channels: int, resolution: int) -> Float[Tensor, "C R
     """
     try:
         with Image.open(path) as file:
-            image = ImageOps.exif_transpose(file).convert("L" if channels == 1 else "RGB")
+            image = ImageOps.exif_transpose(file)
+            if image.mode.startswith("I;16"):  # which PIL would clip to its lowest 256 levels
+                image = Image.fromarray((np.array(image) / 257).round().astype(np.uint8))
+            image = image.convert("L" if channels == 1 else "RGB")
             pixels = torch.from_numpy(np.array(image, dtype=np.float32) / 255)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ImageRejected(

@@ -17,10 +17,10 @@ from tqdm import tqdm
 
 from augment.bank import LatentBank
 from augment.centroid.rule import Rule
-from augment.diffusion.backbone import Backbone
+from augment.diffusion.backbone import Backbone, check_batch
 from augment.diffusion.solver import SOLVERS, check_steps, sample
 from augment.errors import UserError, lookup
-from augment.files import read_json, write_bytes, write_json
+from augment.files import check_folder, read_json, write_bytes, write_json
 from augment.images import save_image
 from augment.plan import Plan, Planner
 from augment.seeds import normal, rng
@@ -54,12 +54,15 @@ class Synthesizer:
         self.rule = Rule.parse(str(self.rule))
         lookup(SOLVERS, self.solver, "solver")
         check_steps(self.steps)
+        check_batch(self.batch_size)
         self.bank.check(self.backbone)
 
     @cached_property
-    def rows(self) -> dict[str, int]:
+    def rows(self) -> dict[str, dict[str, int]]:
         """Where in its class an image id stands."""
-        return {i: row for ids in self.bank.members.values() for row, i in enumerate(ids)}
+        return {
+            name: {i: row for row, i in enumerate(ids)} for name, ids in self.bank.members.items()
+        }
 
     def latents(self, class_name: str) -> Float[Tensor, "n c h w"]:
         """A class's latents, read once."""
@@ -73,10 +76,19 @@ class Synthesizer:
         Raises:
             UserError: the bank lacks one of the plan's images.
         """
-        unknown = [i for i in plan.members if i not in self.rows]
+        rows = self.rows.get(plan.class_name, {})
+        unknown = [i for i in plan.members if i not in rows]
         if unknown:
-            raise UserError(f"expected the plan's images in {self.bank.path}, got no {unknown[0]}")
-        points = self.latents(plan.class_name)[[self.rows[i] for i in plan.members]]
+            raise UserError(
+                f"expected the plan's images in class {plan.class_name!r} of {self.bank.path}, got "
+                f"no {unknown[0]} there"
+            )
+        if len(plan.weights) != len(plan.members):
+            raise UserError(
+                f"expected a weight for each of a plan's {len(plan.members)} members, got "
+                f"{len(plan.weights)}"
+            )
+        points = self.latents(plan.class_name)[[rows[i] for i in plan.members]]
         weights = torch.tensor(plan.weights, dtype=torch.float64)
         if plan.noise:
             fresh = normal(rng(plan.seed, "noise", plan.epoch, plan.index), *points.shape[1:])
@@ -114,8 +126,11 @@ def write_folder(
         UserError: the folder holds the images of other settings.
     """
     out = Path(out)
+    check_folder(out)
     if per_class < 1:
         raise UserError(f"expected at least 1 image a class, got {per_class}")
+    for name in planner.images:  # a harmed chunk is found before anything is written
+        synthesizer.latents(name)
     settings = {
         "per_class": per_class,
         "rule": str(synthesizer.rule),

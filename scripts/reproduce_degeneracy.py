@@ -59,7 +59,7 @@ class Oracle(nn.Module):
         for narrow, wide, stride in ((1, 32, 2), (32, 64, 1), (64, 128, 2), (128, 128, 2)):
             conv = nn.Conv2d(narrow, wide, 3, stride, padding=1, bias=False)
             layers += [conv, nn.BatchNorm2d(wide), nn.ReLU()]
-        pool = [nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Dropout(0.1)]
+        pool = [nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Dropout(0.3)]
         self.features = nn.Sequential(*layers, *pool, nn.Linear(512, 64), nn.ReLU())
         self.head = nn.Linear(64, len(CLASSES))
 
@@ -72,11 +72,11 @@ class Oracle(nn.Module):
 
 
 def jitter(images: Tensor) -> Tensor:
-    """Flip each image or not, and shift it by up to a pixel."""
+    """Flip each image or not, and shift it by up to 2 pixels."""
     images = torch.where(torch.rand(len(images), 1, 1, 1) < 0.5, images.flip(-1), images)
-    (top, left), span = torch.randint(3, (2, len(images), 1, 1)), torch.arange(32)
+    (top, left), span = torch.randint(5, (2, len(images), 1, 1)), torch.arange(32)
     which = torch.arange(len(images))[:, None, None]
-    return F.pad(images, (1, 1, 1, 1))[which, 0, top + span[:, None], left + span][:, None]
+    return F.pad(images, (2, 2, 2, 2))[which, 0, top + span[:, None], left + span][:, None]
 
 
 def load_oracle(path: Path, epochs: int, device: torch.device) -> Oracle:

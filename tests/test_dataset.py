@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from augment import BankMismatch, MixedDataset, Plan, Planner, SyntheticDataset, UserError
 from augment.diffusion.gaussian import GaussianBackbone
+from augment.seeds import normal, rng
 from augment.synthesis import Synthesizer, write_folder
 
 PLANNERS = {
@@ -247,6 +248,16 @@ def test_a_class_of_one_image_gives_it_back_and_noise_makes_it_another(make, ban
     distance = [(other[index][0] - image).abs().mean() for other in (noisy, noisier)]
     assert 0.01 < distance[0] < distance[1]
     assert not torch.equal(noisy[index][0], noisy[index + 3][0]), "each has noise of its own"
+
+
+def test_noise_is_one_more_point_to_mix(make):
+    plain, noisy = make(rule="lin/0"), make(rule="lin/0", noise=0.25)
+    plan = noisy.plan(1)
+    assert plan.weights == plain.plan(1).weights
+    fresh = normal(rng(plan.seed, "noise", plan.epoch, plan.index), 1, 8, 8)
+    mixed = plain.synthesizer.centroid(plain.plan(1))
+    expected = 0.75 * mixed + 0.25 * fresh
+    torch.testing.assert_close(noisy.synthesizer.centroid(plan), expected)
 
 
 @pytest.mark.parametrize("rule", ["lin/0", "fix/0", "nin/chm"])

@@ -1,7 +1,9 @@
 """``latent-augment train …``: Lightning's own command line over our classifier and data."""
 
+import logging
 import sys
 import warnings
+from typing import Any
 
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 
@@ -11,6 +13,10 @@ from training.data import FewShotData
 
 class TrainCLI(LightningCLI):
     """`fit`, `validate` and `test` with the number of classes taken from the data."""
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """A parser whose faults `augment.cli.main` puts in one sentence."""
+        return super().init_parser(exit_on_error=False, **kwargs)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Link the model to the data."""
@@ -23,6 +29,7 @@ def main(args: list[str]) -> None:
     """Run ``latent-augment train ARGS``."""
     # without TensorBoard Lightning logs to CSV, which is what we want, and warns
     warnings.filterwarnings("ignore", ".*tensorboardX.*")
+    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # "Seed set to 0"
     sys.argv = ["latent-augment train", *args]  # where Lightning wants them
     overwrite = {"overwrite": True}  # of the config beside the run's own logs
     TrainCLI(Classifier, FewShotData, save_config_kwargs=overwrite, seed_everything_default=0)

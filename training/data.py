@@ -1,12 +1,12 @@
 """Image folders, real and synthetic, as a LightningDataModule."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.transforms import v2
 
 from augment.dataset import MixedDataset
@@ -57,6 +57,23 @@ def classical(resolution: int, flip: bool = True) -> Callable[[Tensor], Tensor]:
     return v2.Compose([shift, v2.RandomHorizontalFlip()]) if flip else shift
 
 
+class Draws(Sampler[int]):
+    """The draws of a `MixedDataset`, in order; Lightning tells a sampler each epoch."""
+
+    def __init__(self, dataset: MixedDataset) -> None:
+        self.dataset = dataset
+
+    def set_epoch(self, epoch: int) -> None:
+        """Draw anew."""
+        self.dataset.set_epoch(epoch)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(len(self.dataset)))
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+
 class FewShotData(pl.LightningDataModule):
     """Real images, synthetic ones mixed in by a probability, and a test folder.
 
@@ -80,7 +97,7 @@ class FewShotData(pl.LightningDataModule):
         real: str,
         test: str,
         synthetic: str | None = None,
-        p_synthetic: float = 0.5,
+        p_synthetic: float = 0.25,
         augment: bool = True,
         channels: int = 1,
         resolution: int = 32,
@@ -107,9 +124,8 @@ class FewShotData(pl.LightningDataModule):
         self.batch_size = batch_size
 
     def train_dataloader(self) -> DataLoader[Any]:
-        """The draws of the current epoch."""
-        self.train.set_epoch(self.trainer.current_epoch if self.trainer else 0)
-        return DataLoader(self.train, self.batch_size)
+        """The draws, others in each epoch."""
+        return DataLoader(self.train, self.batch_size, sampler=Draws(self.train))
 
     def val_dataloader(self) -> DataLoader[Any]:
         """The test folder, in order."""

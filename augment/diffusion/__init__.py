@@ -36,6 +36,11 @@ def load_backbone(
         UserError: an unknown name, or no usable weights.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"expected a device that is there, got {device!r}: {reason}") from None
     options |= {"device": device, "dtype": dtype or torch.float32}
     path = Path(name_or_path)
     if path.suffix == ".safetensors":

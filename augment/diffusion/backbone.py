@@ -90,6 +90,12 @@ def as_prompts(prompts: str | Sequence[str] | None, count: int) -> list[str]:
     return list(prompts)
 
 
+def check_batch(batch_size: int) -> None:
+    """Refuse a batch of less than one row."""
+    if batch_size < 1:
+        raise UserError(f"expected a batch of at least 1, got {batch_size}; 64 is usual")
+
+
 def batched(
     run: Callable[[Tensor, list[str], Callable[[], Any]], Tensor],
     rows: Float[Tensor, "n ..."],
@@ -99,8 +105,7 @@ def batched(
     label: str,
 ) -> Float[Tensor, "n ..."]:
     """Call ``run(rows, prompts, tick)`` in batches, with a progress bar if that takes long."""
-    if batch_size < 1:
-        raise UserError(f"expected a batch of at least 1, got {batch_size}; 64 is usual")
+    check_batch(batch_size)
     texts = as_prompts(prompts, len(rows))
     with tqdm(total=len(rows) * steps, desc=label, unit="eval", delay=2, leave=False) as bar:
         parts = []

@@ -27,6 +27,7 @@ from augment.diffusion.process import Process, VariancePreserving
 from augment.errors import UserError
 
 WEIGHTS = Path(__file__).parent / "weights" / "tiny.safetensors"
+BAD_WEIGHTS = (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError)
 PROMPTS = ("", "top", "trousers", "footwear", "bag")
 """What the network understands; the empty prompt is the unconditional model."""
 
@@ -82,14 +83,15 @@ class Tiny:
             with safe_open(weights, framework="pt") as file:
                 config = json.loads(file.metadata()["config"])
                 state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+            self.scale: float = config["scale"]
+            self.unet = build_network(config["unet"])
+            self.unet.load_state_dict(state)
+        except BAD_WEIGHTS as error:
             raise UserError(
-                f"expected weights of the tiny backbone at {weights}, got {error!r}; "
+                f"expected weights of the tiny backbone at {weights}, got "
+                f"{' '.join(str(error).split())[:120] or error!r}; "
                 "reinstall latent-augment or run scripts/train_tiny.py"
             ) from None
-        self.scale: float = config["scale"]
-        self.unet = build_network(config["unet"])
-        self.unet.load_state_dict(state)
         # not diffusers' own ``to``, which warns of half precision that nobody asked for
         nn.Module.to(self.unet, self.device, dtype).eval().requires_grad_(False)
         digest = hashlib.sha256(Path(weights).read_bytes()).hexdigest()
