@@ -1,7 +1,7 @@
 """Reproduce on the embedded backbone why centroids of many latents degenerate, and try the cure.
 
-    python scripts/reproduce_degeneracy.py          # 15 minutes on two cores
-    python scripts/reproduce_degeneracy.py --quick  # 4 minutes; the oracle once takes 5 more
+    python scripts/reproduce_degeneracy.py          # took 26 minutes on one core
+    python scripts/reproduce_degeneracy.py --quick  # fewer draws and steps; the oracle takes 9 more, once
 
 Landolsi & Kahl, *Mean-adjusted interpolation*, arXiv 2505.07481: inverted latents share a small
 channel bias; averaging N of them and restoring the norm lengthens it √N-fold, and images
@@ -41,7 +41,7 @@ from augment.seeds import rng
 from augment.sources import Folder
 from augment.synthesis import Synthesizer
 
-RULES = ("lin/0", "fix/0", "nin/0", "vp/0", "fade/0", "fix/chm", "nin/chm", "fade/chm")
+RULES = ("lin/0", "fix/0", "nin/0", "vp/0", "fade/0", "fix/chm", "nin/chm", "fade/chm", "fade/lp")
 COUNTS = (2, 8, 32, 64)
 FIRST, LAST = COUNTS[0], COUNTS[-1]
 REFERENCE = 200  # real test images a class that FID compares with, none of them in the bank
