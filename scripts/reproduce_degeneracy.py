@@ -1,7 +1,7 @@
 """Reproduce on the embedded backbone why centroids of many latents degenerate, and try the cure.
 
     python scripts/reproduce_degeneracy.py          # took 26 minutes on one core
-    python scripts/reproduce_degeneracy.py --quick  # fewer draws and steps; the oracle takes 9 more, once
+    python scripts/reproduce_degeneracy.py --quick  # fewer draws and steps; oracle 9 more, once
 
 Landolsi & Kahl, *Mean-adjusted interpolation*, arXiv 2505.07481: inverted latents share a small
 channel bias; averaging N of them and restoring the norm lengthens it √N-fold, and images
