@@ -37,7 +37,7 @@ from augment.diffusion.solver import sample
 from augment.files import write_bytes, write_json
 from augment.images import prepare, save_image
 from augment.plan import Planner
-from augment.seeds import rng
+from augment.seeds import normal, rng
 from augment.sources import Folder
 from augment.synthesis import Synthesizer
 
@@ -193,13 +193,19 @@ class Study:
         images = self.once(name, centroids, lambda: synthesizer.images(plans))
         return self.measure(centroids, images)
 
-    def yardsticks(self, latents: Tensor, source: Folder) -> tuple[Cell, Cell]:
-        """Real images, as many as a cell has, and what sampling makes of their own latents."""
+    def yardsticks(self, latents: Tensor, source: Folder) -> tuple[Cell, Cell, Cell]:
+        """Real images, as many as a cell has; their latents sampled back; and fresh noise.
+
+        The noise has the bank's channel means, which noise at the last level has in training too.
+        """
+        noise = normal(rng(0, "noise"), *latents[: self.args.draws].flatten(0, 1).shape)
+        noise += latents.mean((0, 1, -2, -1))[:, None, None]
         latents = latents[: self.args.draws].flatten(0, 1)
         rows = list(zip(*self.bank.members.values(), strict=True))[: self.args.draws]
         real = torch.stack([source.load(image_id, 1, 32) for row in rows for image_id in row])
         back = self.once("back", latents, lambda: sample(self.backbone, latents, steps=50))
-        return self.measure(latents, real), self.measure(latents, back)
+        drawn = self.once("noise", noise, lambda: sample(self.backbone, noise, steps=50))
+        return self.measure(latents, real), self.measure(latents, back), self.measure(noise, drawn)
 
 
 def open_source(root: Path, per_class: int) -> tuple[Folder, Tensor]:
@@ -351,16 +357,27 @@ def describe_bank(latents: Tensor, real: Cell, back: Cell) -> dict[str, Any]:
     }
 
 
-def print_report(report: dict[str, Any], cells: Cells, real: Cell, back: Cell) -> None:
+def leak(backbone: Backbone, latents: Tensor, images: Tensor) -> float:
+    """How much of a class's mean clean latent its mean inverted latent has: a regression.
+
+    Exact inversion would leave α of the noisiest level.
+    """
+    clean = backbone.encode(images.flatten(0, 1)).cpu().view_as(latents).mean(0)
+    return ((latents.mean(0) * clean).sum() / clean.square().sum()).item()
+
+
+def print_report(report: dict[str, Any], cells: Cells, real: Cell, back: Cell, drawn: Cell) -> None:
     """Everything that was measured, for reading."""
     bank, means = report["bank"], report["bank"]["channel_means"]
     print(f"""
 oracle  {100 * report["oracle_accuracy"]:.2f} % of the test split; takes a black image for a \
 {report["black_is"]}
 bank    {bank["images"]} latents; channel means {", ".join(f"{m:+.3f}" for m in means)}, \
-the largest of a class {bank["bias"]:.3f}; norm / √D {bank["norm"][0]:.3f} ± {bank["norm"][1]:.3f}
+the largest of a class {bank["bias"]:.3f}; norm / √D {bank["norm"][0]:.3f} ± {bank["norm"][1]:.3f};
+        {bank["leak"]:.3f} of the clean latent is left in it (exact: {bank["alpha"]:.3f})
 back    PSNR {bank["psnr"][0]:.1f} ± {bank["psnr"][1]:.1f} dB; class kept {back.kept:.0f} %, \
-FID {back.fid:.1f} (real images: {real.kept:.0f} %, {real.fid:.1f})""")
+FID {back.fid:.1f} (real images: {real.kept:.0f} %, {real.fid:.1f})
+noise   with the bank's channel means: FID {drawn.fid:.1f}""")
     kept, count = "Class kept, % ± standard error", real.hits.numel()
     print_table(cells, kept, lambda c: f"{c.kept:.1f} ± {100 * standard_error(c.hits):.1f}")
     print_table(cells, f"FID of {count} images, oracle features", lambda c: f"{c.fid:.1f}")
@@ -383,16 +400,22 @@ def main() -> None:
     bank = fill_bank(args.out / f"bank-{args.per_class}-{weights}", backbone, source, steps=50)
     study = Study(args, backbone, oracle, bank, features[rows])
     latents = torch.stack([bank.latents(name) for name in bank.classes], 1)
-    real, back = study.yardsticks(latents, source)
+    real, back, drawn = study.yardsticks(latents, source)
     jobs = [(rule, n) for n in COUNTS for rule in RULES]
     cells = {job: study.cell(*job) for job in tqdm(jobs, "cells", unit="cell", delay=2)}
-    bank_record = describe_bank(latents, real, back)
+    bank_record = describe_bank(latents, real, back) | {
+        "leak": leak(backbone, latents[: len(real.images)], real.images),
+        "alpha": backbone.process.alpha_sigma(1)[0],
+    }
     report = {
         "settings": {key: str(value) for key, value in vars(args).items()} | backbone.fingerprint,
         "oracle_accuracy": (predicted == labels).float().mean().item(),
         "black_is": CLASSES[oracle.judge(torch.zeros(1, 1, 32, 32))[1]],
         "bank": bank_record,
-        "yardsticks": [real.row("real", 1), back.row("sampled back", 1)],
+        "yardsticks": [
+            cell.row(name, 1)
+            for name, cell in (("real", real), ("sampled back", back), ("fresh noise", drawn))
+        ],
         "cells": [cell.row(*job) for job, cell in cells.items()],
         "claims": judge_claims(cells, bank_record["bias"]),
     }
@@ -404,7 +427,7 @@ def main() -> None:
     draw_centroids(cells, real, bank.classes, args.out / "fig1_centroids.png")
     draw_bias(cells, bank_record["bias"], args.out / "fig4_channel_mean.png")
     draw_quality(cells, real, args.out / "fig7_quality.png")
-    print_report(report, cells, real, back)
+    print_report(report, cells, real, back, drawn)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
 """Train the embedded backbone on Fashion-MNIST's 60 000 training images, without class labels.
 
     python scripts/train_tiny.py            # 10 000 steps, about an hour on 2 cores
-    python scripts/train_tiny.py --bf16     # compiled, in bfloat16: the weights in the package
+    python scripts/train_tiny.py --bf16     # compiled, in bfloat16
+
+``augment/diffusion/weights/tiny.md`` has the command of the weights in the package.
 
 The images come from Debian's package ``dataset-fashion-mnist`` or from torchvision's download.
 Interrupt it when you like: the same command goes on from the last checkpoint in ``--run``.
@@ -15,12 +17,13 @@ from pathlib import Path
 
 import torch
 from fashion_mnist import CLASSES, load_split
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from augment.diffusion.process import VariancePreserving
 from augment.diffusion.tiny import PROMPTS, WEIGHTS, build_network, haar
+from augment.files import sha256
 from augment.images import prepare
 
 COARSE = dict.fromkeys(CLASSES, "top") | {
@@ -29,6 +32,7 @@ COARSE = dict.fromkeys(CLASSES, "top") | {
     **dict.fromkeys(("Sandal", "Sneaker", "Ankle boot"), "footwear"),
 }
 PROMPT_DROPOUT = 0.5
+WHITE = 1.0  # the pixel whose clean latent is zero
 UNET = {
     "sample_size": 16,
     "in_channels": 4,
@@ -48,7 +52,7 @@ def load_data() -> tuple[Tensor, Tensor, float]:
     """Clean latents (60 000, 4, 16, 16) of unit variance, prompt numbers, and the latent scale."""
     images, labels = load_split("train")
     prompts = torch.tensor([PROMPTS.index(COARSE[name]) for name in CLASSES])[labels]
-    clean = torch.cat([haar(2 * prepare(part, 1, 32) - 1) for part in images.split(1000)])
+    clean = torch.cat([haar(prepare(part, 1, 32) - WHITE) for part in images.split(1000)])
     scale = 1 / clean.std().item()
     return clean * scale, prompts, scale
 
@@ -60,6 +64,8 @@ class Run:
         torch.manual_seed(args.seed)
         self.args, self.step, self.losses = args, 0, []
         self.network = build_network(UNET)
+        if args.start:
+            self.network.load_state_dict(load_file(args.start))
         self.average = copy.deepcopy(self.network).requires_grad_(False)
         self.optimizer = torch.optim.AdamW(
             self.network.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=1e-2
@@ -99,7 +105,8 @@ class Run:
         torch.save({**state, "step": self.step, "losses": self.losses}, temporary)
         temporary.replace(self.checkpoint)
         settings = {key: getattr(self.args, key) for key in ("batch", "lr", "seed")}
-        config = {"unet": UNET, "scale": scale, "steps": self.step, **settings}
+        settings["start"] = sha256(self.args.start.read_bytes()) if self.args.start else None
+        config = {"unet": UNET, "scale": scale, "white": WHITE, "steps": self.step, **settings}
         weights = {k: v.half().contiguous() for k, v in self.average.state_dict().items()}
         self.args.out.parent.mkdir(parents=True, exist_ok=True)
         save_file(weights, self.args.out, metadata={"config": json.dumps(config)})
@@ -126,6 +133,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--start", type=Path, help="weights to go on from")
     parser.add_argument("--run", type=Path, default=Path("runs/tiny"))
     parser.add_argument("--out", type=Path, default=WEIGHTS)
     parser.add_argument("--bf16", action="store_true")

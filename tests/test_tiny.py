@@ -1,12 +1,13 @@
 """The embedded backbone: its codec, its prompts, and what it gives back of real images."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save
 
-from augment import UserError, invert, load_backbone, sample
+from augment import Rule, UserError, invert, load_backbone, sample
 from augment.diffusion import BACKBONES, Backbone
 from augment.diffusion.tiny import HAAR, PROMPTS, WEIGHTS, haar, inverse_haar
 from augment.seeds import normal, rng
@@ -63,9 +64,9 @@ def test_clean_latents_have_about_unit_variance(tiny, clothes):
 def test_inverted_images_come_back_when_sampled(tiny, clothes):
     latents = invert(tiny, clothes, steps=50)
     quality = psnr(sample(tiny, latents, steps=50), clothes)
-    # measured with the weights 2307d441: mean 34.3 dB, worst 32.0 dB
-    assert quality.mean() > 30
-    assert quality.min() > 26
+    # measured with the weights fe1bd93c on 200 test images: 30.7 ± 1.2 dB
+    assert quality.mean() > 28
+    assert quality.min() > 25
     assert 0.6 < latents.std() < 1.2, "inverted latents are nearly standard normal"
 
 
@@ -78,7 +79,9 @@ def test_more_steps_bring_images_back_better(tiny, clothes):
 
 
 def test_noise_becomes_pictures_like_clothes(tiny, clothes):
-    images = sample(tiny, LATENTS, steps=20)
+    # the last level's latents are not centred in training either
+    means = invert(tiny, clothes, steps=10).mean((0, 2, 3), keepdim=True)
+    images = sample(tiny, LATENTS + means, steps=20)
     assert images.shape == (8, 1, 32, 32)
     assert images.dtype == torch.float32
     assert images.min() >= 0
@@ -86,6 +89,17 @@ def test_noise_becomes_pictures_like_clothes(tiny, clothes):
     border = torch.cat([images[..., 0, :].flatten(), images[..., -1, :].flatten()])
     assert border.median() < 0.05, "clothes lie on a black ground"
     assert images.mean().item() == pytest.approx(clothes.mean().item(), abs=0.15)
+
+
+def test_many_latents_degenerate_under_fix_and_not_with_their_channel_means_apart(tiny, tmp_path):
+    source = Folder(write_fashion(tmp_path, "shots"))
+    images = torch.stack([source.load(image_id, 1, 32) for image_id in source.ids["Bag"]])
+    points = invert(tiny, images, steps=20)[None]
+    rules = [Rule.parse(name) for name in ("fix/0", "fix/chm")]
+    centroids = torch.cat([rule(points, torch.full((1, 32), 1 / 32)) for rule in rules])
+    fixed, adjusted = sample(tiny, centroids, steps=20).mean((1, 2, 3)) / images.mean()
+    assert fixed < 0.5, "the channel bias, amplified, is darkness"
+    assert 0.7 < adjusted < 1.7
 
 
 def test_guidance_one_and_no_prompt_are_no_guidance(tiny):
@@ -148,12 +162,17 @@ GARBAGE = {
     "no config": save({"weight": torch.zeros(3)}),
     "config not JSON": save({"weight": torch.zeros(3)}, metadata={"config": "{"}),
     "empty config": save({"weight": torch.zeros(3)}, metadata={"config": "{}"}),
-    "another network": save(
-        {"weight": torch.zeros(3)}, metadata={"config": '{"scale": 1.0, "unet": {}}'}
-    ),
-    "unknown setting": save(
-        {"weight": torch.zeros(3)}, metadata={"config": '{"scale": 1.0, "unet": {"hat": 1}}'}
-    ),
+    **{
+        kind: save(
+            {"weight": torch.zeros(3)},
+            metadata={"config": json.dumps({"scale": 1.0, "unet": {}} | config)},
+        )
+        for kind, config in {
+            "another network": {"white": 1.0},
+            "unknown setting": {"white": 1.0, "unet": {"hat": 1}},
+            "of another codec": {},
+        }.items()
+    },
 }
 
 

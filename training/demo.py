@@ -74,6 +74,7 @@ ROWS = (
     Row("real + centroids fix/chm", rule="fix/chm"),
     Row("real + centroids nin/chm", rule="nin/chm", short=False),
     Row("real + centroids fade/chm", rule="fade/chm"),
+    Row("real + centroids fade/lp", rule="fade/lp", short=False),
     Row(TWICE, twice=True),
 )
 

@@ -3,7 +3,11 @@ r"""The embedded default backbone: a small latent diffusion of Fashion-MNIST.
 Everything a Stable Diffusion has, at a size that samples on a laptop's CPU: a codec, a scalar
 latent scale, a UNet with v-prediction on Stable Diffusion's own schedule, prompts and
 guidance. The codec is the orthonormal 2×2 Haar transform: 32×32 grey pixels become a
-(4, 16, 16) latent whose channels are one average and three details, and back without loss.
+(4, 16, 16) latent whose channels are one average and three details, and back without loss. White
+is zero: Fashion-MNIST keeps negatives of catalogue photographs, and a latent says how dark. So the
+average channel has a mean of −2.2 standard deviations. Stable Diffusion's latents are not centred
+either (1.4, 0.7, 0.0 and −0.7 on ImageNet, in the code of Karras et al., arXiv 2312.02696), and
+without such a mean there is no channel bias for a centroid to amplify.
 
 The network never saw a class label. Its prompts are coarser than the classes (a *top* may be a
 T-shirt, a pullover, a dress, a coat or a shirt) and were dropped half of the time, so that what
@@ -84,6 +88,7 @@ class Tiny:
                 config = json.loads(file.metadata()["config"])
                 state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
             self.scale: float = config["scale"]
+            self.white: float = config["white"]
             self.unet = build_network(config["unet"])
             self.unet.load_state_dict(state)
         except BAD_WEIGHTS as error:
@@ -98,10 +103,10 @@ class Tiny:
         self.fingerprint = {"name": "tiny", "weights": digest, "process": repr(self.process)}
 
     def encode(self, images: Float[Tensor, "n 1 32 32"]) -> Float[Tensor, "n 4 16 16"]:
-        return haar(2 * images.to(self.device) - 1) * self.scale
+        return haar(images.to(self.device) - self.white) * self.scale
 
     def decode(self, clean: Float[Tensor, "n 4 16 16"]) -> Float[Tensor, "n 1 32 32"]:
-        return ((inverse_haar(clean / self.scale) + 1) / 2).clamp(0, 1)
+        return (inverse_haar(clean / self.scale) + self.white).clamp(0, 1)
 
     def condition(self, prompts: Sequence[str]) -> Int[Tensor, " n"]:
         for prompt in prompts:
