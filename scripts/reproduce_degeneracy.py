@@ -198,9 +198,9 @@ class Study:
 
         The noise has the bank's channel means, which noise at the last level has in training too.
         """
-        noise = normal(rng(0, "noise"), *latents[: self.args.draws].flatten(0, 1).shape)
-        noise += latents.mean((0, 1, -2, -1))[:, None, None]
+        means = latents.mean((0, 1, -2, -1))[:, None, None]
         latents = latents[: self.args.draws].flatten(0, 1)
+        noise = means + normal(rng(0, "noise"), *latents.shape)
         rows = list(zip(*self.bank.members.values(), strict=True))[: self.args.draws]
         real = torch.stack([source.load(image_id, 1, 32) for row in rows for image_id in row])
         back = self.once("back", latents, lambda: sample(self.backbone, latents, steps=50))
