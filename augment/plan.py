@@ -7,14 +7,18 @@ batch, on any worker, today or in a year.
 
 import dataclasses
 import json
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
 
-from augment.errors import UserError
+from augment.errors import UserError, lookup
 from augment.seeds import rng
-from augment.weights import dirichlet
+from augment.weights import concentrations, dirichlet, effective_count
 
 
 @dataclass(frozen=True)
@@ -22,12 +26,13 @@ class Plan:
     """One synthetic image, decided.
 
     Args:
-        label: index of the class.
+        label: index of the class; of the home class, if several are mixed.
         class_name: its name.
         members: ids of the images whose latents are mixed.
         weights: their weights, on the simplex.
         noise: share of fresh Gaussian noise, in [0, 1): one more point to mix, of weight ``noise``.
         seed, epoch, index: what the dice were thrown from.
+        classes: the class of each member; empty if all are of ``class_name``.
     """
 
     label: int
@@ -38,6 +43,33 @@ class Plan:
     seed: int
     epoch: int
     index: int
+    classes: tuple[str, ...] = ()
+
+    @property
+    def member_classes(self) -> tuple[str, ...]:
+        """The class of each member."""
+        return self.classes or (self.class_name,) * len(self.members)
+
+    @property
+    def effective_count(self) -> float:
+        """How many members are really mixed, fresh noise aside; see `augment.weights`."""
+        return effective_count(torch.tensor(self.weights, dtype=torch.float64)).item()
+
+    def soft_label(self, class_names: Sequence[str]) -> Float[Tensor, " c"]:
+        """The share of each class, float32, of sum 1: its members' weights added up.
+
+        Fresh noise is of no class and takes nothing from any.
+
+        Args:
+            class_names: all classes, in label order.
+
+        Raises:
+            UserError: a member's class is not among them.
+        """
+        labels = {name: label for label, name in enumerate(class_names)}
+        rows = [lookup(labels, name, "class") for name in self.member_classes]
+        shares = torch.zeros(len(labels), dtype=torch.float64)
+        return shares.index_add(0, torch.tensor(rows), shares.new_tensor(self.weights)).float()
 
     def to_json(self) -> str:
         """One line of JSON that `from_json` reads back without loss."""
@@ -52,8 +84,9 @@ class Plan:
         """
         try:
             record: dict[str, Any] = json.loads(line)
-            members, weights = tuple(record.pop("members")), tuple(record.pop("weights"))
-            return cls(members=members, weights=weights, **record)
+            lists = {key: tuple(record.pop(key)) for key in ("members", "weights")}
+            classes = tuple(record.pop("classes", ()))  # older plans have none
+            return cls(**lists, classes=classes, **record)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise UserError(f"expected a plan as JSON, got {line[:60]!r} ({error})") from None
 
@@ -65,43 +98,121 @@ class Planner:
     Neighbouring indices belong to different classes (index modulo the number of classes), so any
     run of indices is a balanced batch.
 
+    Members are drawn anew each time, and a class that has fewer images than are asked for gives all
+    it has (the tail of a long-tailed set). With ``features`` they are neighbours: a randomly drawn
+    anchor first, then the images nearest to it by Euclidean distance, ties by their order.
+
     Args:
         images: the image ids of each class, in label order.
         seed: the run's seed.
-        alpha: concentration of the Dirichlet weights; see `augment.weights.dirichlet`.
-        members: how many images a centroid mixes, drawn anew each time; None is all of the class.
+        alpha: concentration of the Dirichlet weights, see `augment.weights.dirichlet`; one number,
+            or one for each member in their order (the first the anchor's, with ``features``).
+        members: how many images of a class a centroid mixes; None is all.
         noise: share of fresh noise, in [0, 1).
+        classes: how many classes a centroid mixes: the home class, whose members come first, and
+            others drawn at random, each with ``members`` images.
+        features: (n, f) of each class, a row an image in the order of ``images``.
 
     Raises:
-        UserError: a parameter is out of its range.
+        UserError: a parameter is out of its range; of several alphas, a class would give more or
+            fewer members; or the features do not fit the images.
     """
 
     images: dict[str, tuple[str, ...]]
     seed: int = 0
-    alpha: float = 1.0
+    alpha: float | Sequence[float] = 1.0
     members: int | None = None
     noise: float = 0.0
+    classes: int = 1
+    features: dict[str, Tensor] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
-        if not self.alpha >= 0:
-            raise UserError(f"expected alpha ≥ 0, got {self.alpha}; 1 is uniform on the simplex")
         if not 0 <= self.noise < 1:
             raise UserError(f"expected noise in [0, 1), got {self.noise}; 0 is none")
         if self.members is not None and self.members < 1:
             raise UserError(f"expected members ≥ 1, got {self.members}; leave it out to mix all")
         if self.seed < 0:
             raise UserError(f"expected a seed ≥ 0, got {self.seed}")
+        if not 1 <= self.classes <= max(len(self.images), 1):
+            raise UserError(
+                f"expected classes from 1 to the {len(self.images)} there are, got {self.classes}"
+            )
+        self._check_alpha()
+        if self.features is not None:
+            self._check_features(self.features)
+
+    def _check_alpha(self) -> None:
+        """One number in its range, or as many as there are members, whatever classes are mixed."""
+        if not isinstance(self.alpha, Sequence):
+            concentrations(self.alpha, 1)
+            return
+        concentrations(self.alpha, max(len(self.alpha), 1))
+        for name, ids in self.images.items():
+            mixed = self.classes * min(self.members or len(ids), len(ids))
+            if mixed != len(self.alpha):
+                raise UserError(
+                    f"expected one alpha for each member mixed, {mixed} with class {name!r}, got "
+                    f"{len(self.alpha)}; use one number for all, or members that every class has"
+                )
+
+    def _check_features(self, features: dict[str, Tensor]) -> None:
+        """A finite row for every image, and all of one length."""
+        if self.members is None:
+            raise UserError(
+                "expected a number of members beside features (nearest), got none; say how many "
+                "neighbours to mix"
+            )
+        width = next(iter(features.values()), torch.empty(0)).shape[-1:]
+        for name, ids in self.images.items():
+            rows = features.get(name)
+            if rows is None:
+                found = "none"
+            elif rows.ndim != 2 or rows.shape != (len(ids), *width):
+                found = f"shape {tuple(rows.shape)}"
+            elif not rows.isfinite().all():
+                found = "NaN or infinity"
+            else:
+                continue
+            raise UserError(
+                f"expected the features of class {name!r} as {len(ids)} finite rows, as long as "
+                f"those of any class, got {found}; give every image a row"
+            )
 
     def __call__(self, epoch: int, index: int) -> Plan:
         """The plan of one sample of one epoch."""
         dice = rng(self.seed, "plan", epoch, index)
-        label = index % len(self.images)
-        name, ids = list(self.images.items())[label]
-        chosen = self._choose(dice, ids)
-        weights = tuple(dirichlet(dice, self.alpha, len(chosen)).tolist())
-        return Plan(label, name, chosen, weights, self.noise, self.seed, epoch, index)
+        names = list(self.images)
+        label = index % len(names)
+        home = names.pop(label)
+        mixed = [home]
+        if self.classes > 1:  # else nothing is thrown, and the plans of one class stay as they were
+            mixed += [names[i] for i in dice.permutation(len(names))[: self.classes - 1]]
+        chosen = self._nearest(dice, mixed) if self.features else self._drawn(dice, mixed)
+        members = tuple(self.images[name][row] for name, row in chosen)
+        weights = tuple(dirichlet(dice, self.alpha, len(members)).tolist())
+        classes = tuple(name for name, _ in chosen) if self.classes > 1 else ()
+        return Plan(label, home, members, weights, self.noise, self.seed, epoch, index, classes)
 
-    def _choose(self, dice: np.random.Generator, ids: tuple[str, ...]) -> tuple[str, ...]:
-        if self.members is None or self.members >= len(ids):
-            return ids
-        return tuple(ids[i] for i in sorted(dice.permutation(len(ids))[: self.members]))
+    def _drawn(self, dice: np.random.Generator, names: list[str]) -> list[tuple[str, int]]:
+        """(class, row) of the members drawn from each class, in the class's order."""
+        chosen = []
+        for name in names:
+            count = len(self.images[name])
+            rows = range(count)
+            if self.members is not None and self.members < count:
+                rows = sorted(dice.permutation(count)[: self.members].tolist())
+            chosen += [(name, row) for row in rows]
+        return chosen
+
+    def _nearest(self, dice: np.random.Generator, names: list[str]) -> list[tuple[str, int]]:
+        """(class, row) of the images of each class nearest to an anchor in the first."""
+        assert self.features is not None
+        anchor = dice.integers(len(self.images[names[0]]))
+        point, chosen = self.features[names[0]][anchor], []
+        for name in names:
+            away = (self.features[name] - point).double().norm(dim=1)
+            if name == names[0]:
+                away[anchor] = -1  # before its duplicates
+            rows = away.argsort(stable=True)[: self.members].tolist()
+            chosen += [(name, row) for row in rows]
+        return chosen

@@ -10,7 +10,7 @@ import torch
 from augment import UserError
 from augment.prior import log_chi, nominal_norm
 from augment.seeds import PURPOSES, normal, rng
-from augment.weights import dirichlet, effective_count
+from augment.weights import dirichlet, effective_count, expected_count
 
 ALPHAS = [0.0, 5e-324, 1e-300, 1e-3, 0.1, 1.0, 10.0, 1e6, 1e300, math.inf]
 
@@ -56,6 +56,69 @@ def test_alpha_zero_is_a_vertex_and_infinity_the_centre():
     assert vertices.unique().tolist() == [0, 1]
     assert vertices.sum(0).min() > 60, "each member has its turn"
     assert (draws(math.inf, 4, 3) == 0.25).all()
+
+
+SEVERAL = [
+    (1.0,), (3.0, 1.0), (10.0, 1.0, 1.0), (0.0, 2.0, 0.0, 0.5), (1e-3, 2e-3), (5e-324, 1.0),
+    (1e-12, 3e-12, 0.0), (5e-324, 0.0), (1e300, 1e300, 0.0), (0.05, 20.0, 3.0),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("alphas", SEVERAL, ids=str)
+def test_weights_of_several_alphas_have_the_mean_of_the_dirichlet_law(alphas):
+    weights = draws(alphas, len(alphas), 4000)
+    assert weights.dtype == torch.float64
+    assert (weights >= 0).all()
+    torch.testing.assert_close(weights.sum(1), torch.ones(4000, dtype=torch.float64))
+    parts = torch.tensor(alphas, dtype=torch.float64) / max(alphas)
+    assert (weights[:, parts == 0] == 0).all(), "a zero shuts its member out"
+    mean = parts / parts.sum()
+    error = 5 * (mean * (1 - mean) / (sum(alphas) + 1) / 4000).sqrt() + 1e-12
+    assert ((weights.mean(0) - mean).abs() <= error).all()
+
+
+@pytest.mark.parametrize("alpha", [1e-9, 1e-3, 1.0, 1e6])
+def test_several_equal_alphas_are_one(alpha):
+    assert torch.equal(draws((alpha,) * 4, 4, 20), draws(alpha, 4, 20))
+
+
+class Unlucky(np.random.Generator):
+    """Throws the least uniform number there is."""
+
+    def random(self, size):
+        return np.zeros(size)
+
+
+def test_a_zero_alpha_shuts_its_member_out_whatever_is_thrown():
+    weights = dirichlet(Unlucky(np.random.Philox(0)), (0.0, 1.0, 1.0), 3)
+    assert weights[0] == 0
+    assert weights.sum().item() == pytest.approx(1)
+
+
+BAD_SEVERAL = [(), (1.0, 2.0), (1.0, -1.0, 1.0), (1.0, math.nan, 1.0), (1.0, math.inf, 1.0),
+               (0.0, 0.0, 0.0)]  # fmt: skip
+
+
+@pytest.mark.parametrize("alphas", BAD_SEVERAL, ids=str)
+@pytest.mark.parametrize("ask", [expected_count, lambda *a: draws(*a, 1)])
+def test_several_bad_alphas_are_refused(alphas, ask):
+    with pytest.raises(UserError, match="alpha"):
+        ask(alphas, 3)
+
+
+@pytest.mark.parametrize("alphas", [0.0, 0.1, 1.0, 10.0, 1e300, math.inf, *SEVERAL], ids=str)
+def test_the_expected_count_is_that_of_many_draws(alphas):
+    count = len(alphas) if isinstance(alphas, tuple) else 6
+    squares = draws(alphas, count, 4000).square().sum(1)
+    error = 5 * squares.std().item() / math.sqrt(len(squares)) + 1e-9
+    assert 1 / expected_count(alphas, count) == pytest.approx(squares.mean().item(), abs=error)
+
+
+@pytest.mark.parametrize(("alpha", "count"), [(0.5, 4), (2.0, 5), (30.0, 2)])
+def test_the_expected_count_of_one_alpha_has_a_short_form(alpha, count):
+    short = (count * alpha + 1) / (alpha + 1)
+    assert expected_count(alpha, count) == pytest.approx(short)
+    assert expected_count((alpha,) * count, count) == pytest.approx(short)
 
 
 @pytest.mark.parametrize(("alpha", "count"), [(-1.0, 3), (math.nan, 3), (1.0, 0), (1.0, -1)])
