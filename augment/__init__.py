@@ -10,7 +10,7 @@ is a place to add a file: `augment.centroid` rules, `augment.diffusion` backbone
 """
 
 from augment.bank import LatentBank
-from augment.centroid.rule import Rule
+from augment.centroid import Rule, walk
 from augment.dataset import MixedDataset, SyntheticDataset
 from augment.diffusion import load_backbone
 from augment.diffusion.solver import sample
@@ -35,4 +35,5 @@ __all__ = [
     "invert",
     "load_backbone",
     "sample",
+    "walk",
 ]

@@ -20,6 +20,11 @@ def nominal_norm(dim: int) -> float:
     return math.sqrt(dim)
 
 
+def modal_norm(dim: int) -> float:
+    r"""The likeliest norm, :math:`\sqrt{D - 1}`: the mode of the chi density."""
+    return math.sqrt(dim - 1)
+
+
 def log_chi(norm: Float[Tensor, "*b"], dim: int) -> Float[Tensor, "*b"]:
     """Log density of the norm of a ``dim``-dimensional standard normal vector, norm > 0.
 

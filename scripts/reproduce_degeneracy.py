@@ -41,13 +41,17 @@ from augment.seeds import normal, rng
 from augment.sources import Folder
 from augment.synthesis import Synthesizer
 
-RULES = ("lin/0", "fix/0", "nin/0", "vp/0", "fade/0", "fix/chm", "nin/chm", "fade/chm", "fade/lp")
+RULES = (
+    *("lin/0", "fix/0", "nin/0", "vp/0", "fade/0", "vp/mu", "nao/0"),
+    *("fix/chm", "nin/chm", "fade/chm", "slerp/chm", "nao/chm", "nin/lp", "fade/lp"),
+)
 COUNTS = (2, 8, 32, 64)
 FIRST, LAST = COUNTS[0], COUNTS[-1]
 REFERENCE = 200  # real test images a class that FID compares with, none of them in the bank
 EXHIBITS = ("Sandal", "Shirt")
-COLORS = {"lin": "#888888", "fix": "#d55e00", "nin": "#cc79a7", "vp": "#e69f00", "fade": "#0072b2"}
-STYLES = {"0": "o-", "m": "D-.", "chm": "s--", "lp": "^:"}
+COLORS = {"lin": "#888888", "fix": "#d55e00", "nin": "#cc79a7", "vp": "#e69f00", "fade": "#0072b2",
+          "slerp": "#56b4e9", "nao": "#009e73"}  # fmt: skip
+STYLES = {"0": "o-", "m": "D-.", "mu": "D-.", "chm": "s--", "lp": "^:"}
 
 
 class Oracle(nn.Module):
@@ -229,7 +233,7 @@ def fit(cells: Cells, rule: str) -> tuple[float, float]:
 
 def draw_centroids(cells: Cells, real: Cell, classes: list[str], path: Path) -> None:
     """Fig. 1: centroids of two classes, rules across and members down."""
-    figure = plt.figure(figsize=(9.6, 9.8), layout="constrained")
+    figure = plt.figure(figsize=(13.2, 9.8), layout="constrained")
     for part, name in zip(figure.subfigures(len(EXHIBITS), 1), EXHIBITS, strict=True):
         part.suptitle(f"{name} (framed: taken for another class)", fontweight="bold")
         grid = part.subplots(len(COUNTS), len(RULES) + 1)
@@ -289,10 +293,10 @@ def draw_quality(cells: Cells, real: Cell, path: Path) -> None:
 
 def print_table(cells: Cells, title: str, text: Callable[[Cell], str]) -> None:
     """A Markdown table, rules down and members across."""
-    print(f"\n{title}\n\n| rule     |" + "".join(f" N = {n:<8} |" for n in COUNTS))
-    print("|----------|" + "--------------|" * len(COUNTS))
+    print(f"\n{title}\n\n| rule      |" + "".join(f" N = {n:<8} |" for n in COUNTS))
+    print("|-----------|" + "--------------|" * len(COUNTS))
     for rule in RULES:
-        print(f"| {rule:8} |" + "".join(f" {text(cells[rule, n]):12} |" for n in COUNTS))
+        print(f"| {rule:9} |" + "".join(f" {text(cells[rule, n]):12} |" for n in COUNTS))
 
 
 def judge_claims(cells: Cells, bank_bias: float) -> list[dict[str, str]]:

@@ -8,17 +8,25 @@ import torch
 
 from augment import Rule, UserError
 from augment.centroid import MEANS, NORMS
-from augment.centroid.means import low_pass
-from augment.prior import nominal_norm
+from augment.centroid.means import low_pass, split_named
+from augment.prior import log_chi, nominal_norm
 
 SHAPE = (4, 4, 4)
-RULES = [Rule(norm, mean) for norm, mean in itertools.product(NORMS, MEANS)]
+TWO_POINTS_ONLY = {"circle": "a great circle has two latents; its laws are further down"}
+MANY = [norm for norm in NORMS if norm not in TWO_POINTS_ONLY]
+SPLITS = [*MEANS, "lp0.7", "lp∞"]
+MEANS_OF = {name: split_named(name) for name in SPLITS}
+RULES = [Rule(norm, mean) for norm, mean in itertools.product(MANY, SPLITS)]
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-13}
-NOT_REPRODUCING = {"fix": "it sets every norm to √D, that of a single latent too"}
+NOT_REPRODUCING = {
+    "fix": "it sets every norm to √D, that of a single latent too",
+    "mode": "it sets every norm to √(D − 1), that of a single latent too",
+    "nao": "it sets the norm to √(D − 1) where that is likelier by more than the way there costs",
+}
 
 every_rule = pytest.mark.parametrize("rule", RULES, ids=str)
-every_norm = pytest.mark.parametrize("norm", NORMS)
-every_mean = pytest.mark.parametrize("mean", MEANS)
+every_norm = pytest.mark.parametrize("norm", MANY)
+every_mean = pytest.mark.parametrize("mean", SPLITS)
 every_count = pytest.mark.parametrize("count", [1, 2, 5, 50])
 every_dtype = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 
@@ -97,21 +105,37 @@ def test_a_vertex_gives_back_its_point(rule, count, dtype):
     for chosen in {0, count - 1}:
         vertex = torch.eye(count, dtype=dtype)[chosen].expand(len(points), -1)
         centroid, point = rule(points, vertex), points[:, chosen]
-        if rule.norm in NOT_REPRODUCING:
-            assert (centroid - point).abs().max() > 0.01, "the exemption is out of date"
-        else:
-            assert_near(centroid, point)
+        if rule.norm in NOT_REPRODUCING:  # but its direction
+            mean = MEANS_OF[rule.mean](point)
+            centroid = torch.nn.functional.normalize((centroid - mean).flatten(1))
+            point = torch.nn.functional.normalize((point - mean).flatten(1))
+        assert_near(centroid, point)
+
+
+@pytest.mark.parametrize("norm", NOT_REPRODUCING)
+def test_an_exemption_is_needed(norm):
+    points, _ = draw(1, batch=64)
+    centroids = Rule(norm, "0")(points, torch.ones(64, 1, dtype=points.dtype))
+    assert (centroids - points[:, 0]).abs().max() > 0.1
 
 
 @every_mean
 def test_a_split_shares_out_the_point(mean):
     """d broadcasts to z, and splitting a constant latent leaves no residual but with split 0."""
     points, _ = draw(2)
-    means = MEANS[mean](points)
+    means = MEANS_OF[mean](points)
     assert torch.broadcast_shapes(means.shape, points.shape) == points.shape
     constant = torch.full_like(points, 0.3)
-    expected = torch.zeros_like(points) if mean == "0" else constant
-    torch.testing.assert_close(MEANS[mean](constant).expand_as(points), expected)
+    expected = torch.zeros_like(points) if mean in ("0", "mu") else constant
+    torch.testing.assert_close(MEANS_OF[mean](constant).expand_as(points), expected)
+
+
+@every_mean
+def test_the_split_of_a_mixture_is_the_mixture_of_the_splits(mean):
+    points, weights = draw(5)
+    shares = weights[:, :, None, None, None]
+    mixed = (shares * MEANS_OF[mean](points)).sum(1)
+    assert_near(MEANS_OF[mean]((shares * points).sum(1)), mixed)
 
 
 @every_count
@@ -122,10 +146,20 @@ def test_fix_sets_the_norm_to_root_d(count):
 
 
 @every_count
-def test_nin_interpolates_the_norms(count):
+@pytest.mark.parametrize("norm", ["nin", "slerp"])
+def test_nin_and_slerp_interpolate_the_norms(count, norm):
     points, weights = draw(count)
-    norms = Rule("nin", "0")(points, weights).flatten(1).norm(dim=1)
+    norms = Rule(norm, "0")(points, weights).flatten(1).norm(dim=1)
     assert_near(norms, (weights * points.flatten(2).norm(dim=2)).sum(1))
+
+
+@every_count
+def test_mode_sets_the_norm_to_the_likeliest(count):
+    points, weights = draw(count)
+    norms = Rule("mode", "0")(points, weights).flatten(1).norm(dim=1)
+    assert_near(norms, torch.full_like(norms, math.sqrt(math.prod(SHAPE) - 1)))
+    step = torch.tensor([-0.01, 0.0, 0.01], dtype=torch.float64)
+    assert log_chi(norms[0] + step, math.prod(SHAPE)).argmax() == 1
 
 
 def test_fade_goes_from_the_norm_of_the_input_to_root_d():
@@ -245,3 +279,114 @@ def test_low_pass_smooths_noise_and_favours_no_direction():
     torch.testing.assert_close(low_pass(points.mT), blurred.mT)
     torch.testing.assert_close(low_pass(points.flip(-1)), blurred.flip(-1))
     torch.testing.assert_close(low_pass(points.flip(-2)), blurred.flip(-2))
+
+
+def test_low_pass_is_a_gaussian_of_its_sigma():
+    """An impulse far from the border becomes exp(−x²/2σ²), of sum 1."""
+    impulse = torch.zeros(1, 1, 33, 33, dtype=torch.float64)
+    impulse[..., 16, 16] = 1
+    axis = torch.arange(-16, 17, dtype=torch.float64)
+    bell = torch.exp(-axis.square() / (2 * 2.0**2))
+    expected = bell[:, None] * bell / bell.sum() ** 2
+    torch.testing.assert_close(low_pass(impulse)[0, 0], expected, rtol=0, atol=1e-6)
+    assert low_pass(impulse).sum().item() == pytest.approx(1)
+
+
+def test_low_pass_goes_from_everything_to_the_channel_mean():
+    points, _ = draw(2, shape=(4, 16, 16))
+    torch.testing.assert_close(low_pass(points, 1e-3), points, rtol=0, atol=1e-4)
+    mean = points.mean((-2, -1), keepdim=True).expand_as(points)
+    torch.testing.assert_close(low_pass(points, 1e3), mean)
+    torch.testing.assert_close(split_named("lp∞")(points).expand_as(points), mean)
+    torch.testing.assert_close(split_named("lpinf")(points), split_named("lp∞")(points))
+    torch.testing.assert_close(split_named("lp2.0")(points), low_pass(points))
+
+
+@every_mean
+def test_no_split_but_0_and_mu_changes_a_channel_mean(mean):
+    """So lp, too, keeps what is left to the norm rule free of a bias of the latent."""
+    points, _ = draw(2, shape=(4, 16, 16))
+    dims = (-3, -2, -1) if mean == "m" else (-2, -1)
+    means = MEANS_OF[mean](points).expand_as(points)
+    expected = torch.zeros_like(points) if mean in ("0", "mu") else points
+    torch.testing.assert_close(means.mean(dims), expected.mean(dims))
+
+
+@pytest.mark.parametrize("name", ["fix/lp0", "fix/lp-1", "fix/lpx", "fix/lpnan"])
+def test_a_blur_without_a_width_is_refused(name):
+    with pytest.raises(UserError, match=r"lp2\.0"):
+        Rule.parse(name)
+
+
+def test_lol_is_vp_with_a_fixed_mean():
+    assert Rule.parse("lol") == Rule("vp", "mu")
+
+
+@every_norm
+def test_the_fixed_mean_moves_the_origin(norm):
+    """Rule(z; μ) = μ + Rule(z − μ)."""
+    points, weights = draw(5)
+    mu = draw(1, seed=9)[0][0, 0]
+    shifted = Rule(norm, "0")(points - mu, weights) + mu
+    assert_near(Rule(norm, "mu")(points, weights, mu), shifted)
+    assert (Rule(norm, "mu")(points, weights) - Rule(norm, "0")(points, weights)).abs().max() == 0
+
+
+def test_circle_goes_once_around_through_both_points():
+    points = torch.nn.functional.normalize(draw(2, batch=1)[0].flatten(2), dim=2).unflatten(
+        2, SHAPE
+    )
+    share = torch.linspace(0, 1, 361, dtype=torch.float64)
+    around = Rule.parse("circle")(
+        points.expand(361, -1, -1, -1, -1), torch.stack([1 - share, share], 1)
+    )
+    flat, ends = around.flatten(1), points[0].flatten(1)
+    torch.testing.assert_close(flat.norm(dim=1), torch.ones_like(share))
+    torch.testing.assert_close(flat[0], flat[-1])
+    steps = flat.diff(dim=0).norm(dim=1)
+    torch.testing.assert_close(steps, steps[:1].expand_as(steps), rtol=1e-9, atol=0)
+    assert ((flat @ ends.T).amax(0) > math.cos(math.pi / 360)).all()  # it passes both
+    middle = torch.nn.functional.normalize(ends.sum(0), dim=0)
+    torch.testing.assert_close(flat[180], middle)
+    torch.testing.assert_close(flat[0], -middle)
+
+
+@every_dtype
+def test_circle_does_not_care_for_the_order_nor_for_its_batch(dtype):
+    points, weights = draw(2, dtype)
+    rule = Rule.parse("circle/chm")
+    assert_near(rule(points.flip(1), weights.flip(1)), rule(points, weights))
+    rows = [rule(p[None], w[None])[0] for p, w in zip(points, weights, strict=True)]
+    assert_near(rule(points, weights), torch.stack(rows))
+
+
+def test_circle_of_a_point_with_itself_stays_finite():
+    points, _ = draw(1, torch.float32)
+    twice = Rule.parse("circle")(points.expand(-1, 2, -1, -1, -1), torch.full((3, 2), 0.5))
+    torch.testing.assert_close(twice, points[:, 0])
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_circle_wants_two_points(count):
+    with pytest.raises(UserError, match="two latents"):
+        Rule.parse("circle")(*draw(count))
+
+
+def test_nao_sticks_to_the_heavier_of_two():
+    """A weighted geometric median does not mix: see `augment.centroid.nao`."""
+    points, _ = draw(2, batch=1, shape=(4, 16, 16))
+    for share in (0.51, 0.7, 0.9):
+        weights = torch.tensor([[1 - share, share]], dtype=torch.float64)
+        centroid = Rule.parse("nao")(points, weights)[0].flatten()
+        assert torch.cosine_similarity(centroid, points[0, 1].flatten(), 0) > 1 - 1e-12
+
+
+@pytest.mark.parametrize("scale", [0.8, 1.0, 1.2])
+def test_nao_of_equal_weights_is_near_mode(scale):
+    points = draw(8, batch=4, shape=(4, 16, 16))[0]
+    points = torch.nn.functional.normalize(points.flatten(2), dim=2) * 32 * scale
+    weights = torch.full((4, 8), 1 / 8, dtype=torch.float64)
+    points = points.unflatten(2, (4, 16, 16))
+    nao, mode = (Rule(n, "0")(points, weights).flatten(1) for n in ("nao", "mode"))
+    assert (torch.cosine_similarity(nao, mode) > 0.999).all()
+    assert_near(nao.norm(dim=1), mode.norm(dim=1))

@@ -22,7 +22,7 @@ import torch
 from tqdm import tqdm
 
 from augment.bank import LatentBank, fill_bank
-from augment.centroid.norms import mix
+from augment.centroid.residuals import mix
 from augment.diffusion import Backbone, load_backbone
 from augment.diffusion.solver import sample
 from augment.errors import UserError
@@ -75,6 +75,8 @@ ROWS = (
     Row("real + centroids nin/chm", rule="nin/chm", short=False),
     Row("real + centroids fade/chm", rule="fade/chm"),
     Row("real + centroids fade/lp", rule="fade/lp", short=False),
+    Row("real + centroids slerp/chm", rule="slerp/chm", short=False),
+    Row("real + centroids nao/chm", rule="nao/chm", short=False),
     Row(TWICE, twice=True),
 )
 

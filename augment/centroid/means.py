@@ -1,66 +1,96 @@
-"""Mean splits: which part of a latent is averaged plainly and kept out of the norm rule.
+r"""Mean splits: which part of a latent is averaged plainly and kept out of the norm rule.
 
 Inverted latents share a small bias (their channel means are not zero). A norm rule that lengthens
 the average of N latents √N-fold lengthens that bias too, until the images degenerate. A split
 z = d + e takes the bias d out; only the residual e is rescaled. (Landolsi & Kahl, *Mean-adjusted
 interpolation*, arXiv 2505.07481, sec. 4.)
 
-Each split is a function (B, K, C, H, W) → d of a shape that broadcasts to it:
+Each split is a *linear* map (\*b, C, H, W) → d of a shape that broadcasts to it, so that the split
+of a mixture is the mixture of the splits:
 
-========  ====================================================
+========  =====================================================================
 split     d
-========  ====================================================
+========  =====================================================================
 ``0``     nothing
 ``m``     the mean over all of the latent
 ``chm``   the mean of each channel
-``lp``    the low frequencies: a Gaussian blur of σ = 2 latent pixels, reflected at the border
-========  ====================================================
+``lp``    the low frequencies: a Gaussian blur of σ = 2 latent pixels
+``lp0.5`` the same of another σ; ``lp∞`` or ``lpinf`` is ``chm``
+``mu``    for every point the same latent μ, given to the rule; zero if none is
+========  =====================================================================
+
+The blur reflects the latent at its border (d c b a | a b c d | d c b a). Such a blur is diagonal in
+the cosines of the DCT-II, with gain exp(−σ²ω²/2) at frequency ω: its gain at ω = 0 is exactly 1,
+it keeps every channel's mean, and for σ → ∞ nothing but that mean is left.
 """
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-Latents = Float[Tensor, "b k c h w"]
-Means = Float[Tensor, "#b #k #c #h #w"]
+from augment.errors import UserError, lookup
+
+Latents = Float[Tensor, "*b c h w"]
+Means = Float[Tensor, "*b #c #h #w"]
+Split = Callable[[Latents], Means]
 LOW_PASS_SIGMA = 2.0
 
 
-def nothing(points: Latents) -> Means:
-    return torch.zeros_like(points[..., :1, :1, :1])
+def nothing(latents: Latents) -> Means:
+    return torch.zeros_like(latents[..., :1, :1, :1])
 
 
-def latent_mean(points: Latents) -> Means:
-    return points.mean((-3, -2, -1), keepdim=True)
+def latent_mean(latents: Latents) -> Means:
+    return latents.mean((-3, -2, -1), keepdim=True)
 
 
-def channel_mean(points: Latents) -> Means:
-    return points.mean((-2, -1), keepdim=True)
+def channel_mean(latents: Latents) -> Means:
+    return latents.mean((-2, -1), keepdim=True)
 
 
-def low_pass(points: Latents, sigma: float = LOW_PASS_SIGMA) -> Latents:
-    """A separable Gaussian blur of unit DC gain."""
-    flat = points.flatten(0, 1)
-    for dim in (-2, -1):
-        # reflection cannot reach further than the other edge
-        reach = min(math.ceil(3 * sigma), flat.shape[dim] - 1)
-        kernel = torch.exp(-torch.arange(-reach, reach + 1).to(flat).square() / (2 * sigma**2))
-        kernel = (kernel / kernel.sum()).repeat(flat.shape[1], 1, 1, 1)
-        pad, weight = (
-            ((0, 0, reach, reach), kernel.mT) if dim == -2 else ((reach, reach, 0, 0), kernel)
-        )
-        flat = F.conv2d(F.pad(flat, pad, mode="reflect"), weight, groups=flat.shape[1])
-    return flat.unflatten(0, points.shape[:2])
+def blur(size: int, sigma: float) -> Float[Tensor, "n n"]:
+    """The matrix of a Gaussian blur of ``size`` pixels in a row, float64."""
+    frequency = torch.arange(size, dtype=torch.float64) * (math.pi / size)
+    cosines = torch.cos(frequency[:, None] * (torch.arange(size) + 0.5))
+    cosines = cosines / torch.linalg.vector_norm(cosines, dim=1, keepdim=True)
+    return cosines.mT @ (torch.exp(-(sigma**2) * frequency.square() / 2)[:, None] * cosines)
 
 
-MEANS: dict[str, Callable[[Latents], Means]] = {
+def low_pass(latents: Latents, sigma: float = LOW_PASS_SIGMA) -> Latents:
+    """A separable Gaussian blur of unit DC gain; see the module's docstring."""
+    height, width = (blur(n, sigma).to(latents) for n in latents.shape[-2:])
+    return height @ latents @ width
+
+
+MEANS: dict[str, Split] = {
     "0": nothing,
     "m": latent_mean,
     "chm": channel_mean,
     "lp": low_pass,
+    "mu": nothing,
 }
-"""Mean splits by name."""
+"""Mean splits by name; ``lp`` followed by a number is a name too. μ is the rule's to know."""
+
+
+def split_named(name: str) -> Split:
+    """The split of a name.
+
+    Raises:
+        UserError: there is none of that name, or the σ of ``lpσ`` is not positive.
+    """
+    if name not in MEANS and name.startswith("lp"):
+        try:
+            sigma = float(name[2:].replace("∞", "inf"))
+        except ValueError:
+            sigma = math.nan
+        if not sigma > 0:
+            raise UserError(
+                f"expected lp and a blur of so many latent pixels such as lp2.0 or lp∞, got "
+                f"{name!r}; plain lp is lp{LOW_PASS_SIGMA}"
+            )
+        return channel_mean if math.isinf(sigma) else partial(low_pass, sigma=sigma)
+    return lookup(MEANS, name, "mean split")

@@ -1,23 +1,31 @@
-r"""Norm rules: how long the mixture :math:`s = \sum_n w_n e_n` of residuals shall be.
+r"""Norm rules: what becomes of the residuals that a mean split leaves.
 
-Averaging shrinks: for N independent latents of norm √D and equal weights ‖s‖ ≈ √(D/N), far from
-any norm the backbone was trained on. Each rule is a function ``(residuals, weights) → mixture``
-that returns :math:`g\,s` with its own gain g. With q = Σ w_n² (so that 1/q is the effective count):
+Averaging shrinks: for N independent latents of norm √D and equal weights the mixture
+:math:`s = \sum_n w_n e_n` has the norm √(D/N), far from any the backbone was trained on. A rule is
+a function of `Residuals` that returns coefficients: a gain g (B, 1), for g·s, or one coefficient a
+residual (B, K), for :math:`\sum_n c_n e_n`. With q = Σ w_n² (so that 1/q is the effective count):
 
-========  =================================================  ===================================
-rule      gain g                                             norm of the result
-========  =================================================  ===================================
-``lin``   1                                                  that of the average
-``fix``   √D / ‖s‖                                           √D, always
-``nin``   Σ w_n ‖e_n‖ / ‖s‖                                  the interpolated norm of the inputs
-``vp``    1 / √q                                             √D in expectation, if independent
-``fade``  (q·Σ w_n ‖e_n‖ + (1 − q)·√D) / ‖s‖                 nin's at a vertex, fix's amid many
-========  =================================================  ===================================
+==========  =================================================  ==================================
+rule        gain g, or what the result is                      norm of the result
+==========  =================================================  ==================================
+``lin``     1                                                  that of the average
+``fix``     √D / ‖s‖                                           √D, always
+``mode``    √(D − 1) / ‖s‖                                     the likeliest of a latent, always
+``nin``     Σ w_n ‖e_n‖ / ‖s‖                                  the interpolated norm of the inputs
+``vp``      1 / √q                                             √D in expectation, if independent
+``fade``    (q·Σ w_n ‖e_n‖ + (1 − q)·√D) / ‖s‖                 nin's at a vertex, fix's amid many
+``slerp``   the Fréchet mean of the directions                 the interpolated norm of the inputs
+``nao``     the geometric median of the directions             √(D − 1), or the heavy input's own
+``circle``  a place on the great circle of two                 that of the two
+==========  =================================================  ==================================
 
 ``lin``, ``fix`` and ``nin`` are those of Landolsi & Kahl, *Mean-adjusted interpolation*, arXiv
-2505.07481, sec. 3; ``vp`` is the variance-preserving gain of Bodin et al., arXiv 2408.08558 with
-μ = 0; ``fade`` is ours: it gives back an input exactly where it is alone, and trusts the prior
-where many are mixed.
+2505.07481, sec. 3; ``mode`` is the standardised centroid of the chi law (see `augment.prior`);
+``vp`` is the variance-preserving gain of Bodin et al., *Linear combinations of latents in
+generative models*, arXiv 2408.08558: with the split ``mu`` it is their LOL,
+:math:`z = (1 - a/\sqrt b)\mu + \sum_n w_n x_n / \sqrt b`, a = Σ w_n, b = Σ w_n², and so has the
+name ``lol`` too. ``fade`` is ours: it gives back an input exactly where it is alone, and trusts the
+prior where many are mixed. The others have files of their own.
 
 To add a rule: write the function here (or in a file of its own) and enter it in `NORMS`; the laws
 of ``tests/test_centroid_laws.py`` then run over it.
@@ -27,64 +35,60 @@ from collections.abc import Callable
 
 from jaxtyping import Float
 from torch import Tensor
-from torch.linalg import vector_norm
 
-from augment.prior import nominal_norm
+from augment.centroid.circle import circle
+from augment.centroid.nao import nao
+from augment.centroid.residuals import Residuals
+from augment.centroid.spherical import slerp
+from augment.prior import modal_norm, nominal_norm
 
-Points = Float[Tensor, "b k d"]
-Weights = Float[Tensor, "b k"]
-Mixture = Float[Tensor, "b d"]
-
-TINY = 1e-30
-"""Guards 0/0 where all residuals are zero: the mixture then stays zero."""
+Gain = Float[Tensor, "b 1"]
 
 
-def mix(points: Points, weights: Weights) -> Mixture:
-    """The weighted sum Σ_n w_n x_n."""
-    return (weights[:, None] @ points)[:, 0]
+def mean_norm(residuals: Residuals) -> Gain:
+    """Σ_n w_n ‖e_n‖."""
+    return (residuals.weights * residuals.norms).sum(-1, keepdim=True)
 
 
-def rescaled(mixture: Mixture, norm: Float[Tensor, "b 1"] | float) -> Mixture:
-    """The mixture, lengthened or shortened to a norm."""
-    return mixture * (norm / vector_norm(mixture, dim=-1, keepdim=True).clamp_min(TINY))
-
-
-def mean_norm(points: Points, weights: Weights) -> Float[Tensor, "b 1"]:
-    """Σ_n w_n ‖x_n‖."""
-    return (weights * vector_norm(points, dim=-1)).sum(-1, keepdim=True)
-
-
-def concentration(weights: Weights) -> Float[Tensor, "b 1"]:
+def concentration(weights: Float[Tensor, "b k"]) -> Gain:
     """Q = Σ_n w_n²: 1 at a vertex, 1/N in the middle of N."""
     return weights.square().sum(-1, keepdim=True)
 
 
-def lin(residuals: Points, weights: Weights) -> Mixture:
-    return mix(residuals, weights)
+def lin(residuals: Residuals) -> Gain:
+    return residuals.weights.new_ones(len(residuals.weights), 1)
 
 
-def fix(residuals: Points, weights: Weights) -> Mixture:
-    return rescaled(mix(residuals, weights), nominal_norm(residuals.shape[-1]))
+def fix(residuals: Residuals) -> Gain:
+    return nominal_norm(residuals.dim) / residuals.length
 
 
-def nin(residuals: Points, weights: Weights) -> Mixture:
-    return rescaled(mix(residuals, weights), mean_norm(residuals, weights))
+def mode(residuals: Residuals) -> Gain:
+    return modal_norm(residuals.dim) / residuals.length
 
 
-def vp(residuals: Points, weights: Weights) -> Mixture:
-    return mix(residuals, weights) / concentration(weights).sqrt()
+def nin(residuals: Residuals) -> Gain:
+    return mean_norm(residuals) / residuals.length
 
 
-def fade(residuals: Points, weights: Weights) -> Mixture:
-    q, nominal = concentration(weights), nominal_norm(residuals.shape[-1])
-    return rescaled(mix(residuals, weights), q * mean_norm(residuals, weights) + (1 - q) * nominal)
+def vp(residuals: Residuals) -> Gain:
+    return concentration(residuals.weights).rsqrt()
 
 
-NORMS: dict[str, Callable[[Points, Weights], Mixture]] = {
+def fade(residuals: Residuals) -> Gain:
+    q, nominal = concentration(residuals.weights), nominal_norm(residuals.dim)
+    return (q * mean_norm(residuals) + (1 - q) * nominal) / residuals.length
+
+
+NORMS: dict[str, Callable[[Residuals], Tensor]] = {
     "lin": lin,
     "fix": fix,
+    "mode": mode,
     "nin": nin,
     "vp": vp,
     "fade": fade,
+    "slerp": slerp,
+    "nao": nao,
+    "circle": circle,
 }
 """Norm rules by name."""

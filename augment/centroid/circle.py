@@ -1,0 +1,43 @@
+r"""The great circle of two latents (Diff-II: *Inversion Circle Interpolation*, CVPR 2025).
+
+Two latents x, y at the angle θ span a great circle; Diff-II draws a place on the whole of it,
+uniformly: :math:`z = \frac{\sin((1+a)\theta)}{\sin\theta} x - \frac{\sin(a\theta)}{\sin\theta} y`,
+a ~ U(0, 2π/θ). Written from the middle of the arc, at φ = 2π (w_2 − ½) from it,
+
+.. math:: z = \frac{\cos\varphi}{\cos\frac\theta2} \cdot \frac{x + y}2
+          + \frac{\sin\varphi}{\sin\frac\theta2} \cdot \frac{y - x}2,
+
+which does not care for the order of the points and loses no digits at small angles. Weights from
+Dir(1, 1) are uniform on the circle; equal weights are the middle of the arc, and at a vertex stands
+the point opposite to it: three quarters of the circle of two latents at a right angle lie outside
+the arc between them.
+"""
+
+import math
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from augment.centroid.residuals import Residuals
+from augment.errors import UserError
+
+FLAT = 1e-6
+
+
+def circle(residuals: Residuals) -> Float[Tensor, "b k"]:
+    """A place on the great circle of two points; in float64 inside, never in half precision.
+
+    Raises:
+        UserError: there are not two points.
+    """
+    count = residuals.weights.shape[1]
+    if count != 2:
+        raise UserError(
+            f"expected two latents for the rule circle, got {count}; set members to 2, or use slerp"
+        )
+    half = residuals.cosines[:, 0, 1].acos() / 2
+    turn = 2 * math.pi * (residuals.weights[:, 1].double() - 0.5)
+    along = turn.cos() / half.cos().clamp_min(FLAT) / 2
+    across = turn.sin() / half.sin().clamp_min(FLAT) / 2
+    return torch.stack([along - across, along + across], 1).to(residuals.weights)

@@ -1,0 +1,181 @@
+r"""Walks between two latents: T latents from one to the other, (T, C, H, W).
+
+===============  =================================================================================
+walk             its latent at the place γ in [0, 1]
+===============  =================================================================================
+``lerp``         (1 − γ) a + γ b
+``normalised``   lerp / √(γ(2γ − 2) + 1): of unit variance where a and b are independent
+``nin``          lerp at the interpolated norm
+``fade``         lerp at a norm that goes from ‖a‖ over √D to ‖b‖; see `augment.centroid.norms`
+``slerp``        at a constant angular speed on the arc, the norm interpolated
+``circle``       around the great circle of a and b: through b and the opposite side back to a
+``nao``          the geodesic of the NAO metric at constant speed; see `augment.centroid.nao`
+``translation``  a window that slides over a and b, set side by side along the width
+``slice``        a and b, each in its place, cut at one column that slides
+===============  =================================================================================
+
+``normalised``, ``translation`` and ``slice`` (its "corrected" translation, where the picture does
+not move) are those of Ribeiro, *Exploring the latent space of text-to-image diffusion models*,
+2023. They end at γ = 1 in b itself, all but ``circle``. Translations move by whole columns: a
+fraction of one would blur the noise.
+"""
+
+import math
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from augment.centroid.nao import climb
+from augment.centroid.rule import Rule
+from augment.errors import UserError, lookup
+from augment.prior import log_chi, modal_norm
+
+Latent = Float[Tensor, "c h w"]
+Walk = Float[Tensor, "t c h w"]
+LEG = 256
+"""Points on each of the three legs of the NAO geodesic."""
+
+
+def by_rule(a: Latent, b: Latent, count: int, norm: str) -> Walk:
+    """A norm rule of weights (1 − γ, γ)."""
+    place = torch.linspace(0, 1, count, dtype=a.dtype, device=a.device)
+    points = torch.stack([a, b]).expand(count, -1, -1, -1, -1)
+    return Rule(norm, "0")(points, torch.stack([1 - place, place], 1))
+
+
+def circle(a: Latent, b: Latent, count: int) -> Walk:
+    """Around the great circle: the rule's weight w_2 stands at ½ in the middle of the arc a b."""
+    half = angle(a, b) / (4 * math.pi)
+    place = (0.5 - half + torch.linspace(0, 1, count, dtype=torch.float64)).to(a)
+    points = torch.stack([a, b]).expand(count, -1, -1, -1, -1)
+    return Rule("circle", "0")(points, torch.stack([1 - place, place], 1))
+
+
+def angle(a: Latent, b: Latent) -> float:
+    """The angle between two latents, in radians."""
+    a, b = (x.double().flatten() / x.double().norm() for x in (a, b))
+    # loses no digits near 0 and π (Kahan), as the arc cosine does
+    return 2 * math.atan2((a - b).norm().item(), (a + b).norm().item())
+
+
+def nao(a: Latent, b: Latent, count: int) -> Walk:
+    """The geodesic of Samuel et al., arXiv 2306.08687, sec. 4.1, in the plane of a and b.
+
+    Along the radius to a norm r, around, and along the radius to b; the true geodesic rounds the
+    two corners, over an angle of some 1/√D. r is the cheapest: near √(D − 1) if a and b are far
+    apart, their own norms if they are close. A latent far from √(D − 1) spends much of the walk on
+    its radius, for that is what the metric finds long.
+    """
+    dim, turn = a.numel(), angle(a, b)
+    ends = torch.tensor([x.double().norm().item() for x in (a, b)], dtype=torch.float64)
+    first, last = ends.tolist()
+    curve = legs(first, last, cheapest(ends, turn, dim), turn)
+    radius, phi = evenly(curve, count, dim).T
+    if turn < 1e-9:
+        on_a, on_b = 1 - phi, phi
+    else:
+        on_a, on_b = (turn - phi).sin() / math.sin(turn), phi.sin() / math.sin(turn)
+    units = torch.stack([a, b]).double().flatten(1) / ends[:, None].to(a.device)
+    mixed = (radius[:, None] * torch.stack([on_a, on_b], 1)).to(units) @ units
+    return mixed.unflatten(1, a.shape).to(a)
+
+
+def cheapest(ends: Float[Tensor, " 2"], turn: float, dim: int) -> float:
+    """The norm at which to go around: |climb| there, the way around, and |climb| back."""
+    reach = torch.cat([ends, ends.new_tensor([modal_norm(dim)])])
+    radii = torch.linspace(reach.min().item(), reach.max().item(), 1025, dtype=torch.float64)
+    height = climb(torch.cat([ends, radii]), dim) * (torch.cat([ends, radii]) - reach[2]).sign()
+    ways = (height[:2, None] - height[2:]).abs().sum(0) - radii * turn * log_chi(radii, dim)
+    return radii[ways.argmin()].item()
+
+
+def legs(first: float, last: float, middle: float, turn: float) -> Float[Tensor, "n 2"]:
+    """A curve of (norm, angle): to the middle norm, around, and to the last norm."""
+    share = torch.linspace(0, 1, LEG, dtype=torch.float64)
+    radius = [
+        first + (middle - first) * share,
+        middle + 0 * share,
+        middle + (last - middle) * share,
+    ]
+    phi = [0 * share, turn * share, turn + 0 * share]
+    return torch.stack([torch.cat(radius), torch.cat(phi)], 1)
+
+
+def evenly(curve: Float[Tensor, "n 2"], count: int, dim: int) -> Float[Tensor, "t 2"]:
+    """Points of a curve of (norm, angle) at equal steps of its length ∫ −log χ_D(r) ds."""
+    radius, phi = curve.T
+    centre = (radius[1:] + radius[:-1]) / 2
+    pieces = torch.hypot(radius.diff(), centre * phi.diff()) * -log_chi(centre, dim)
+    far = torch.cat([pieces.new_zeros(1), pieces.cumsum(0)])
+    goal = torch.linspace(0, 1, count, dtype=torch.float64) * far[-1]
+    end = torch.searchsorted(far, goal).clamp(1, len(far) - 1)
+    share = (goal - far[end - 1]) / (far[end] - far[end - 1]).clamp_min(1e-300)
+    return torch.lerp(curve[end - 1], curve[end], share.clamp(0, 1)[:, None])
+
+
+def translation(a: Latent, b: Latent, count: int) -> Walk:
+    """A window sliding over [a | b]."""
+    both, width = torch.cat([a, b], -1), a.shape[-1]
+    return torch.stack([both[..., at : at + width] for at in columns(width, count)])
+
+
+def cut(a: Latent, b: Latent, count: int) -> Walk:
+    """The first columns from b, the others from a."""
+    return torch.stack(
+        [torch.cat([b[..., :at], a[..., at:]], -1) for at in columns(a.shape[-1], count)]
+    )
+
+
+def columns(width: int, count: int) -> list[int]:
+    """Whole columns, from none to all."""
+    return [round(width * step / max(count - 1, 1)) for step in range(count)]
+
+
+WALKS: dict[str, Callable[[Latent, Latent, int], Walk]] = {
+    "lerp": partial(by_rule, norm="lin"),
+    "normalised": partial(by_rule, norm="vp"),
+    "nin": partial(by_rule, norm="nin"),
+    "fade": partial(by_rule, norm="fade"),
+    "slerp": partial(by_rule, norm="slerp"),
+    "circle": circle,
+    "nao": nao,
+    "translation": translation,
+    "slice": cut,
+}
+"""Walks by name."""
+
+
+def walk(
+    a: Float[Tensor, "c h w"], b: Float[Tensor, "_ _ _"], count: int, name: str = "slerp"
+) -> Float[Tensor, "t c h w"]:
+    """Latents on the way from a to b, in float32 (float64 stays float64).
+
+    Args:
+        a: the first latent, finite.
+        b: the last, of the same shape.
+        count: latents T of the walk, both ends among them; at least 2.
+        name: a key of `WALKS`.
+
+    Raises:
+        UserError: an unknown walk, fewer than two latents, or ends that do not fit.
+
+    >>> a, b = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    >>> walk(a, b, 5).shape
+    torch.Size([5, 4, 8, 8])
+    """
+    way = lookup(WALKS, name, "walk")
+    if count < 2:
+        raise UserError(f"expected a walk of at least 2 latents, got {count}; both ends are in it")
+    if a.shape != b.shape:
+        raise UserError(
+            f"expected two latents of one shape, got {tuple(a.shape)} and {tuple(b.shape)}; "
+            "invert both with the same backbone"
+        )
+    dtype = torch.float64 if torch.float64 in (a.dtype, b.dtype) else torch.float32
+    a, b = a.to(dtype), b.to(dtype)
+    if not (a.sum() + b.sum()).isfinite():
+        raise UserError("expected finite latents, got NaN or infinity; invert that image again")
+    return way(a, b, count)
