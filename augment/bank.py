@@ -113,6 +113,23 @@ class LatentBank:
         row_of = {image_id: row for row, image_id in enumerate(ids)}
         return rows[[row_of[image_id] for image_id in self.members[class_name]]]
 
+    def features(self, which: str | Path) -> dict[str, Float[Tensor, "n f"]]:
+        """A vector of every image, by class, in the order of ``members``: what nearness goes by.
+
+        Args:
+            which: ``latent``, the latents themselves, flattened (all are read into memory); or a
+                .safetensors file that has under each image's id its vector, all of one length.
+
+        Raises:
+            UserError: no such file, it lacks an image, or a vector is of another length or not
+                finite.
+        """
+        if which == "latent":
+            return {name: self.latents(name).flatten(1) for name in self.classes}
+        ids = [image_id for members in self.members.values() for image_id in members]
+        vectors = read_vectors(Path(which), ids)
+        return {name: torch.stack([vectors[i] for i in m]) for name, m in self.members.items()}
+
     def subset(self, keep: Callable[[str], bool]) -> "LatentBank":
         """A view of the images whose id passes ``keep``; classes and labels stay.
 
@@ -155,6 +172,33 @@ class LatentBank:
             raise UserError(
                 f"expected a readable chunk {path}, got {error!r}; delete the bank and invert again"
             ) from None
+
+
+def read_vectors(path: Path, ids: list[str]) -> dict[str, Float[Tensor, " f"]]:
+    """The vectors of images in a .safetensors file, float32; see `LatentBank.features`."""
+    try:
+        vectors = {key: vector.float() for key, vector in load(path.read_bytes()).items()}
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"expected latent or a readable .safetensors file of features, got {path} ({error}); "
+            "check the path"
+        ) from None
+    missing = [i for i in ids if i not in vectors]
+    if missing:
+        raise UserError(
+            f"expected a vector in {path} for each of {len(ids)} images of the bank, got none for "
+            f"{missing[0]}; add it under that name"
+        )
+    shape = (vectors[ids[0]].numel(),)
+    for image_id in ids:
+        vector = vectors[image_id]
+        if vector.shape != shape or not vector.isfinite().all():
+            found = "NaN or infinity" if vector.shape == shape else f"shape {tuple(vector.shape)}"
+            raise UserError(
+                f"expected finite vectors in {path}, all of shape {shape}, got {found} for "
+                f"{image_id}; mend that one"
+            )
+    return vectors
 
 
 def require_same(path: Path, have: dict[str, Any], want: dict[str, Any]) -> None:

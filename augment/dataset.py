@@ -26,21 +26,25 @@ class SyntheticDataset(Dataset[Sample]):
     """Images synthesised from random centroids of a bank's latents, on the fly.
 
     Item i belongs to class ``i % len(classes)``; its plan depends on (seed, epoch, i) alone.
-    ``set_epoch`` gives fresh images; without it every pass shows the same ones.
+    ``set_epoch`` gives fresh images; without it every pass shows the same ones. Where several
+    classes are mixed, that one is the home class, and the label is soft: the share of every class,
+    a float32 tensor (C,); real images to batch with them need labels of that form.
 
     Args:
         bank: a bank, or the path of one.
         backbone: the model it was inverted with.
         rule: how latents are mixed; see `augment.Rule`.
-        alpha, members, noise: see `augment.plan.Planner`.
+        alpha, members, noise, classes: see `augment.plan.Planner`.
         per_class: images a class and epoch.
         seed: of all dice.
         solver, steps, guidance, batch_size: see `augment.sample`.
         transform, target_transform: applied to the image tensor and to the label.
+        nearest: mix neighbours, by ``latent`` or a file (see `LatentBank.features`), or by features
+            at hand (see `augment.plan.Planner`); None mixes at random.
 
     Raises:
         BankMismatch: the bank is of another backbone.
-        UserError: a parameter is out of its range.
+        UserError: a parameter is out of its range, or the features do not fit the bank.
     """
 
     def __init__(
@@ -48,7 +52,7 @@ class SyntheticDataset(Dataset[Sample]):
         bank: LatentBank | str | Path,
         backbone: Backbone,
         rule: Rule | str = "fade/chm",
-        alpha: float = 1.0,
+        alpha: float | Sequence[float] = 1.0,
         per_class: int = 100,
         seed: int = 0,
         members: int | None = None,
@@ -58,13 +62,16 @@ class SyntheticDataset(Dataset[Sample]):
         guidance: float = 1.0,
         batch_size: int = 64,
         transform: Callable[[Tensor], Any] | None = None,
-        target_transform: Callable[[int], Any] | None = None,
+        target_transform: Callable[[Any], Any] | None = None,
+        classes: int = 1,
+        nearest: str | Path | dict[str, Tensor] | None = None,
     ) -> None:
         if per_class < 1:
             raise UserError(f"expected at least 1 image a class, got {per_class}")
         bank = bank if isinstance(bank, LatentBank) else LatentBank.open(bank)
         self.synthesizer = Synthesizer(backbone, bank, rule, solver, steps, guidance, batch_size)
-        self.planner = Planner(bank.members, seed, alpha, members, noise)
+        features = bank.features(nearest) if isinstance(nearest, (str, Path)) else nearest
+        self.planner = Planner(bank.members, seed, alpha, members, noise, classes, features)
         self.classes = bank.classes
         self.class_to_idx = {name: label for label, name in enumerate(self.classes)}
         self.per_class, self.epoch = per_class, 0
@@ -75,7 +82,7 @@ class SyntheticDataset(Dataset[Sample]):
 
     @property
     def targets(self) -> list[int]:
-        """The label of every item."""
+        """The label of every item; of its home class, where several are mixed."""
         return [index % len(self.classes) for index in range(len(self))]
 
     def set_epoch(self, epoch: int) -> None:
@@ -92,6 +99,10 @@ class SyntheticDataset(Dataset[Sample]):
             raise IndexError(f"expected an index below {len(self)}, got {index}")
         return self.planner(self.epoch, index % len(self))
 
+    def label(self, plan: Plan) -> int | Tensor:
+        """What a plan's image is labelled with: its class, or the share of each if it mixes any."""
+        return plan.soft_label(self.classes) if self.planner.classes > 1 else plan.label
+
     def __getitem__(self, index: int) -> Sample:
         return self.__getitems__([index])[0]
 
@@ -107,7 +118,7 @@ class SyntheticDataset(Dataset[Sample]):
         images = self.synthesizer.images(plans)
         transform = self.transform or (lambda image: image)
         target = self.target_transform or (lambda label: label)
-        return [(transform(x), target(p.label)) for x, p in zip(images, plans, strict=True)]
+        return [(transform(x), target(self.label(p))) for x, p in zip(images, plans, strict=True)]
 
 
 class MixedDataset(Dataset[Sample]):

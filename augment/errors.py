@@ -21,6 +21,10 @@ class ImageRejected(UserError):
     """An image file that cannot be read; the message names it."""
 
 
+class BiasWarning(UserWarning):
+    """A rule makes a bias of the bank's latents so large that images will degenerate."""
+
+
 def lookup(table: dict[str, T], name: str, what: str) -> T:
     """The entry ``name`` of an extension table, or a `UserError` that lists the right names."""
     if name not in table:

@@ -5,10 +5,13 @@ The network then works on batches; its images are the same to the last bit for t
 layout on the same device, and within 1e-4 otherwise.
 """
 
+import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -19,9 +22,10 @@ from augment.bank import LatentBank
 from augment.centroid.rule import Rule
 from augment.diffusion.backbone import Backbone, check_batch
 from augment.diffusion.solver import SOLVERS, check_steps, sample
-from augment.errors import UserError, lookup
-from augment.files import check_folder, read_json, write_bytes, write_json
+from augment.errors import BiasWarning, UserError, lookup
+from augment.files import check_folder, read_json, sha256, write_bytes, write_json
 from augment.images import save_image
+from augment.measure import bias_warning, latent_statistics
 from augment.plan import Plan, Planner
 from augment.seeds import normal, rng
 
@@ -49,6 +53,8 @@ class Synthesizer:
     guidance: float = 1.0
     batch_size: int = 64
     _latents: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
+    _looked_at: set[str] = field(default_factory=set, init=False, repr=False)
+    _warned: bool = field(default=False, init=False, repr=False)
 
     def __post_init__(self) -> None:
         self.rule = Rule.parse(str(self.rule))
@@ -70,35 +76,53 @@ class Synthesizer:
             self._latents[class_name] = self.bank.latents(class_name)
         return self._latents[class_name]
 
-    def centroid(self, plan: Plan) -> Float[Tensor, "c h w"]:
-        """The latent of a plan.
+    def latent(self, class_name: str, image_id: str) -> Float[Tensor, "c h w"]:
+        """One image's latent.
 
         Raises:
-            UserError: the bank lacks one of the plan's images.
+            UserError: the bank has no such image in the class.
         """
-        rows = self.rows.get(plan.class_name, {})
-        unknown = [i for i in plan.members if i not in rows]
-        if unknown:
+        row = self.rows.get(class_name, {}).get(image_id)
+        if row is None:
             raise UserError(
-                f"expected the plan's images in class {plan.class_name!r} of {self.bank.path}, got "
-                f"no {unknown[0]} there"
+                f"expected the plan's images in class {class_name!r} of {self.bank.path}, got no "
+                f"{image_id} there; use the bank that the plan was made for"
             )
-        if len(plan.weights) != len(plan.members):
+        return self.latents(class_name)[row]
+
+    def centroid(self, plan: Plan) -> Float[Tensor, "c h w"]:
+        """The latent of a plan, each member's taken from the class of its own.
+
+        Raises:
+            UserError: the bank lacks one of the plan's images, or its lists differ in length.
+        """
+        if not 0 < len(plan.members) == len(plan.weights) == len(plan.member_classes):
             raise UserError(
-                f"expected a weight for each of a plan's {len(plan.members)} members, got "
-                f"{len(plan.weights)}"
+                f"expected a weight for each member of a plan, and a class if any are given, got "
+                f"{len(plan.members)} members, {len(plan.weights)} weights and "
+                f"{len(plan.classes)} classes; take the plan as the planner made it"
             )
-        points = self.latents(plan.class_name)[[rows[i] for i in plan.members]]
+        homes = zip(plan.member_classes, plan.members, strict=True)
+        points = torch.stack([self.latent(name, image_id) for name, image_id in homes])
         weights = torch.tensor(plan.weights, dtype=torch.float64)
         if plan.noise:
             fresh = normal(rng(plan.seed, "noise", plan.epoch, plan.index), *points.shape[1:])
             points = torch.cat([points, fresh[None]])
             weights = torch.cat([weights * (1 - plan.noise), weights.new_tensor([plan.noise])])
-        return self.rule(points[None], weights.float()[None])[0]  # type: ignore[operator]
+        return self.rule(points[None], weights.float()[None], self.mu)[0]  # type: ignore[operator]
+
+    @cached_property
+    def mu(self) -> Float[Tensor, "c h w"] | None:
+        """The mean of all latents of the bank, for rules that want it (``lol``)."""
+        if self.rule.mean != "mu":  # type: ignore[union-attr]
+            return None
+        total = sum(self.latents(name).double().sum(0) for name in self.bank.classes)
+        return (total / sum(map(len, self.bank.members.values()))).float()  # type: ignore[union-attr]
 
     def images(self, plans: Sequence[Plan]) -> Float[Tensor, "n c h w"]:
         """The images of plans, float32 in [0, 1] on the backbone's device."""
         centroids = torch.stack([self.centroid(plan) for plan in plans])
+        self._warn_of_bias(plans, centroids)
         prompts = [self.bank.prompt(plan.class_name) for plan in plans]
         return sample(
             self.backbone,
@@ -109,6 +133,19 @@ class Synthesizer:
             self.guidance,
             self.batch_size,
         )
+
+    def _warn_of_bias(self, plans: Sequence[Plan], centroids: Float[Tensor, "n c h w"]) -> None:
+        """Tell, of the first class it happens to and once, that the rule enlarges its bias."""
+        for name in dict.fromkeys(plan.class_name for plan in plans if not plan.classes):
+            if self._warned or name in self._looked_at:
+                continue
+            self._looked_at.add(name)
+            mine = torch.tensor([plan.class_name == name for plan in plans])
+            statistics = latent_statistics(self.latents(name))
+            message = bias_warning(statistics, centroids[mine], str(self.rule))
+            if message:
+                self._warned = True
+                warnings.warn(f"class {name!r}: {message}", BiasWarning, stacklevel=3)
 
 
 def write_folder(
@@ -123,10 +160,15 @@ def write_folder(
         How many images were made by this call.
 
     Raises:
-        UserError: the folder holds the images of other settings.
+        UserError: the folder holds the images of other settings, or classes are to be mixed.
     """
     out = Path(out)
     check_folder(out)
+    if planner.classes > 1:
+        raise UserError(
+            f"expected images of one class each for a folder by class, got classes = "
+            f"{planner.classes}; use SyntheticDataset, which gives soft labels"
+        )
     if per_class < 1:
         raise UserError(f"expected at least 1 image a class, got {per_class}")
     for name in planner.images:  # a harmed chunk is found before anything is written
@@ -136,6 +178,7 @@ def write_folder(
         "rule": str(synthesizer.rule),
         **{key: getattr(synthesizer, key) for key in ("solver", "steps", "guidance")},
         **{key: getattr(planner, key) for key in ("seed", "alpha", "members", "noise")},
+        **choice(planner),
         "images": {name: list(ids) for name, ids in planner.images.items()},
         "fingerprint": synthesizer.bank.fingerprint,
     }
@@ -163,3 +206,16 @@ def write_folder(
                 made += len(files)
             bar.update(len(files))
     return made
+
+
+def choice(planner: Planner) -> dict[str, Any]:
+    """The planner's alpha as strict JSON has it, and the features' digest if it goes by them."""
+    alpha = planner.alpha
+    if isinstance(alpha, Sequence):
+        alpha = list(alpha)
+    record: dict[str, Any] = {"alpha": "inf" if alpha == math.inf else alpha}
+    if planner.features is not None:  # else left out, as folders of older versions have it
+        rows = (planner.features[name].detach().cpu().double() for name in planner.images)
+        digests = [sha256(part.numpy().tobytes()) for part in rows]
+        record["nearest"] = sha256("".join(digests).encode())
+    return record

@@ -1,13 +1,16 @@
 """The command: the whole way, and one sentence with exit code 2 for each fault."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import paint, snapshot
+from safetensors.torch import save_file
 
-from augment import LatentBank
+from augment import LatentBank, Plan
 from augment.cli import COMMANDS, main, underscored
 
 COUNTS = {"Bag": 2, "Coat": 1}
@@ -43,15 +46,47 @@ def test_invert_then_synthesize(monkeypatch, capsys, images, tmp_path):
         monkeypatch, capsys, "invert", "--images", images, "--backbone", "tiny", "--bank", bank,
         "--steps", 2, "--prompts", "{Bag: bag}",
     )  # fmt: skip
-    assert (code, told) == (0, f"{bank}: 3 latents of 2 classes\n")
+    assert code == 0 and told.startswith(f"{bank}: 3 latents of 2 classes\n\nclass ")
+    assert "channel means" in told and "norm / √D" in told
     assert LatentBank.open(bank).prompt("Bag") == "bag"
     command = ("synthesize", "--bank", bank, "--out", out, "--per-class", 3, "--rule", "fix/chm",
                "--alpha", 0.5, "--seed", 7, "--steps", 2)  # fmt: skip
     code, told, _ = call(monkeypatch, capsys, *command)
-    assert (code, told) == (0, f"{out}: 3 images of each of 2 classes (6 made now)\n")
+    lines = (out / "plans.jsonl").read_text().splitlines()
+    count = sum(1 / sum(w * w for w in json.loads(line)["weights"]) for line in lines) / 6
+    tail = f"; each mixes {count:.1f} of 1.5 members on average (effective count)\n"
+    assert 1 < count < 1.5
+    assert (code, told) == (0, f"{out}: 3 images of each of 2 classes (6 made now){tail}")
     assert len(list(out.glob("*/*.png"))) == 6
     code, told, _ = call(monkeypatch, capsys, *command)
-    assert (code, told) == (0, f"{out}: 3 images of each of 2 classes (0 made now)\n")
+    assert (code, told) == (0, f"{out}: 3 images of each of 2 classes (0 made now){tail}")
+
+
+def test_synthesize_from_neighbours_with_an_alpha_for_each(monkeypatch, capsys, tmp_path):
+    images, bank, out = (tmp_path / name for name in ("images", "bank", "out"))
+    paint(images, {"Bag": 3, "Coat": 2}, size=28)
+    assert (
+        call(monkeypatch, capsys, "invert", "--images", images, "--bank", bank, "--steps", 1)[0]
+        == 0
+    )
+    ids = [image for members in LatentBank.open(bank).members.values() for image in members]
+    vectors = {image: torch.tensor([float(place)]) for place, image in enumerate(ids)}
+    save_file(vectors, tmp_path / "vectors.safetensors")
+    command = ("synthesize", "--bank", bank, "--out", out, "--per-class", 4, "--steps", 1,
+               "--members", 2, "--alpha", "1e6,0")  # fmt: skip
+    code, told, _ = call(
+        monkeypatch, capsys, *command, "--nearest", tmp_path / "vectors.safetensors"
+    )
+    assert code == 0
+    assert told.endswith("each mixes 1.0 of 2 members on average (effective count)\n")
+    plans = [Plan.from_json(line) for line in (out / "plans.jsonl").read_text().splitlines()]
+    assert all(plan.weights == (1.0, 0.0) for plan in plans)
+    gaps = {abs(ids.index(plan.members[0]) - ids.index(plan.members[1])) for plan in plans}
+    assert gaps == {1}
+    for other in ([], ["--nearest", "latent"]):
+        code, _, told = call(monkeypatch, capsys, *command, *other)
+        assert code == 2
+        assert "new folder" in told
 
 
 def corrupt(root):

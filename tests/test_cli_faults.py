@@ -9,7 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import paint, snapshot
+from safetensors.torch import save_file
 
 from augment import cli
 from augment.diffusion.tiny import WEIGHTS
@@ -17,6 +19,7 @@ from augment.diffusion.tiny import WEIGHTS
 COUNTS = {"ant": 2, "bee": 1}
 INVERT = "invert --images images --bank made --steps 1"
 SYNTHESIZE = "synthesize --bank bank --out made --steps 1 --per_class 1"
+NEAREST = f"{SYNTHESIZE} --members 2 --nearest"
 TRAIN = "train fit --data.real images --data.test images --trainer.max_steps 1"
 
 
@@ -101,6 +104,11 @@ def write_other_weights(place: Path) -> None:
     (place / "other.safetensors").write_bytes(b"not weights")
 
 
+def write_a_part(place: Path) -> None:
+    vectors = {f"ant/{number}.png": torch.ones(3) for number in range(2)}
+    save_file(vectors, place / "part.safetensors")
+
+
 def put_a_file_in_the_way(place: Path) -> None:
     (place / "made").write_text("mine")
 
@@ -145,6 +153,18 @@ FAULTS = {
     "no sampling batch": Fault(f"{SYNTHESIZE} --batch_size 0", ("batch",)),
     "negative batch": Fault(f"{SYNTHESIZE} --batch_size=-1", ("batch",)),
     "negative alpha": Fault(f"{SYNTHESIZE} --alpha=-1", ("alpha",)),
+    "alpha not a number": Fault(f"{SYNTHESIZE} --alpha=nan", ("alpha", "nan")),
+    "alpha a word": Fault(f"{SYNTHESIZE} --alpha 1,many", ("alpha", "1,many")),
+    "alphas for a class of one": Fault(f"{SYNTHESIZE} --alpha 2,1", ("alpha", "1", "'bee'", "2")),
+    "a negative alpha of several": Fault(f"{SYNTHESIZE} --alpha=2,-1", ("alpha", "-1")),
+    "neighbours of no number": Fault(f"{SYNTHESIZE} --nearest latent", ("members", "nearest")),
+    "neighbours by no file": Fault(f"{NEAREST} no.safetensors", ("no.safetensors", "latent")),
+    "neighbours by another file": Fault(
+        f"{NEAREST} other.safetensors", ("other.safetensors",), write_other_weights
+    ),
+    "neighbours by a part": Fault(
+        f"{NEAREST} part.safetensors", ("part.safetensors", "bee/0.png"), write_a_part
+    ),
     "all noise": Fault(f"{SYNTHESIZE} --noise 1", ("noise",)),
     "negative seed": Fault(f"{SYNTHESIZE} --seed=-1", ("seed",)),
     "folder in use": Fault(SYNTHESIZE, ("made", "new"), put_a_folder_in_the_way),

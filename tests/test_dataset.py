@@ -5,18 +5,22 @@ import itertools
 import math
 import random
 import shutil
+import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import COUNTS, snapshot
+from conftest import COUNTS, paint, snapshot
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from augment import BankMismatch, MixedDataset, Plan, Planner, SyntheticDataset, UserError
+from augment import BankMismatch, MixedDataset, Plan, Planner, Rule, SyntheticDataset, UserError
+from augment.bank import fill_bank
 from augment.diffusion.gaussian import GaussianBackbone
+from augment.errors import BiasWarning
 from augment.seeds import normal, rng
+from augment.sources import Folder
 from augment.synthesis import Synthesizer, write_folder
 
 PLANNERS = {
@@ -29,7 +33,16 @@ PLANNERS = {
     "noisy": {"noise": 0.3},
     "another seed": {"seed": 7},
 }
+CHOICES = {
+    "two classes": {"classes": 2, "noise": 0.3},
+    "neighbours": {"members": 3, "nearest": "latent"},
+    "neighbours of three classes": {"members": 2, "nearest": "latent", "classes": 3},
+    "an alpha a member": {"members": 1, "classes": 2, "alpha": (3.0, 1.0)},
+}
 every_planner = pytest.mark.parametrize("options", PLANNERS.values(), ids=PLANNERS)
+every_choice = pytest.mark.parametrize(
+    "options", [*PLANNERS.values(), *CHOICES.values()], ids=[*PLANNERS, *CHOICES]
+)
 
 
 @pytest.fixture
@@ -61,7 +74,7 @@ def same(ours, theirs) -> bool:
     )
 
 
-@every_planner
+@every_choice
 def test_plans_and_centroids_are_the_same_bits_in_any_order_and_history(make, options):
     first = list(Insides(make(**options)))
     other = Insides(make(**options, batch_size=1, steps=5))
@@ -156,7 +169,7 @@ def test_another_seed_throws_other_dice(make):
     assert all(ours.plan(i).weights != theirs.plan(i).weights for i in (0, 1, 3, 4))
 
 
-@every_planner
+@every_choice
 def test_a_plan_is_its_json_and_makes_its_image_again(make, options):
     synthetic = make(**options)
     for index in (1, 8):
@@ -183,6 +196,9 @@ ODD_PLANS = {
     "of another class's images": {"members": ("ant/0.png", "ant/1.png")},
     "of an unknown class": {"class_name": "wasp"},
     "of fewer weights than members": {"weights": (1.0,)},
+    "of fewer classes than members": {"classes": ("bee",)},
+    "of images of each other's classes": {"classes": ("ant", "ant")},
+    "of nobody": {"members": (), "weights": ()},
 }
 
 
@@ -434,3 +450,36 @@ def test_a_bad_number_leaves_no_half_made_folder(write, fault, tmp_path):
 def test_a_synthesizer_refuses_a_bank_of_another_backbone(bank):
     with pytest.raises(BankMismatch):
         Synthesizer(GaussianBackbone(mean=0.7, latent_shape=(1, 8, 8)), bank)
+
+
+def test_a_bias_that_the_rule_enlarges_is_told_once(gaussian, tmp_path):
+    bank = fill_bank(tmp_path / "bank", gaussian, Folder(paint(tmp_path / "p", {"a": 9, "b": 9})))
+    planner = Planner(bank.members, alpha=math.inf)
+    plans = [planner(0, index) for index in range(4)]
+
+    def told(rule):
+        synthesizer = Synthesizer(gaussian, bank, rule, steps=1)
+        dice = torch.Generator().manual_seed(0)
+        for name in bank.classes:
+            synthesizer._latents[name] = 0.3 + torch.randn(9, 1, 8, 8, generator=dice)
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            synthesizer.images(plans)
+            synthesizer.images(plans)
+        return [str(warning.message) for warning in seen if warning.category is BiasWarning]
+
+    (message,) = told("fix/0")
+    assert message.startswith("class 'a': fix/0 makes the channel means 2.1 times")
+    assert "fix/chm keeps them" in message
+    assert told("fix/chm") == []
+
+
+def test_lol_takes_the_mean_of_the_bank(gaussian, bank):
+    synthesizer = Synthesizer(gaussian, bank, "lol", steps=1)
+    everything = torch.cat([bank.latents(name) for name in bank.classes])
+    torch.testing.assert_close(synthesizer.mu, everything.mean(0))
+    plan = Planner(bank.members)(0, 1)
+    points = torch.stack([synthesizer.latent("bee", i) for i in plan.members])
+    expected = Rule.parse("lol")(points[None], torch.tensor([plan.weights]), everything.mean(0))
+    torch.testing.assert_close(synthesizer.centroid(plan), expected[0])
+    assert Synthesizer(gaussian, bank, "fix/chm", steps=1).mu is None

@@ -12,7 +12,7 @@ LAYERS = (
     {"augment.errors", "augment.seeds", "augment.files", "augment.images"},
     {"augment.weights", "augment.prior", "augment.centroid"},
     {"augment.sources", "augment.diffusion", "augment.inversion"},
-    {"augment.bank", "augment.plan"},
+    {"augment.bank", "augment.plan", "augment.measure"},
     {"augment.synthesis"},
     {"augment.dataset"},
     {"training"},

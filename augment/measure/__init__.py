@@ -1,0 +1,12 @@
+"""Numbers about latents, so that trouble is seen before a night of sampling."""
+
+from augment.measure.bias import amplification, bias_warning, predicted_bias
+from augment.measure.latents import LatentStatistics, latent_statistics
+
+__all__ = [
+    "LatentStatistics",
+    "amplification",
+    "bias_warning",
+    "latent_statistics",
+    "predicted_bias",
+]

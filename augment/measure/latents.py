@@ -1,0 +1,143 @@
+r"""Are the latents of a class the white noise that norm rules take them for, and what if not?
+
+Norm rules trust that latents are N(0, I): no mean, norms of the chi law, no neighbour like
+another. Inverted latents :math:`z_n = d + e_n` are not quite: they share d, of mean square δ² an
+element, and what differs has variance v. With ⟨a, b⟩ the mean product over elements,
+δ² is estimated by the mean of :math:`⟨z_m, z_n⟩, m ≠ n`, and δ² + v by that of
+:math:`⟨z_n, z_n⟩`. Both are unbiased, and make the mean square of an average of these very
+latents, δ² + v·Σw², exact in expectation over who is drawn. What that does to a centroid is told in
+`augment.measure.bias`. Left open: correlation of channels, or of pixels further apart.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from augment.errors import UserError
+from augment.prior import log_chi, nominal_norm
+
+TINY = 1e-30
+"""Guards 0/0 where all latents are zero, or equal."""
+
+
+@dataclass(frozen=True)
+class LatentStatistics:
+    """What `latent_statistics` found; in brackets what is expected of white noise.
+
+    Args:
+        count, dim: latents n, and elements D of each.
+        channel_means: of each channel [0].
+        channel_errors: their standard errors, from the scatter between latents. One latent has
+            none: then those of white noise are given, and no bias is called significant.
+        energy: mean square of an element, δ² + v [1].
+        shared: δ² [0]; may be a little below 0. One latent shows its channel means' part only.
+        norm, norm_spread: mean and standard deviation (0 for one latent) of ‖z‖/√D [`norm_law`].
+        log_density: mean of log χ_D(‖z‖), less that of the mode √(D − 1) [about −½].
+        horizontal, vertical: correlation of neighbouring pixels, class channel means taken out [0].
+    """
+
+    count: int
+    dim: int
+    channel_means: tuple[float, ...]
+    channel_errors: tuple[float, ...]
+    energy: float
+    shared: float
+    norm: float
+    norm_spread: float
+    log_density: float
+    horizontal: float
+    vertical: float
+
+    @property
+    def largest(self) -> tuple[float, float]:
+        """The largest |channel mean| and its standard error."""
+        return max(zip(map(abs, self.channel_means), self.channel_errors, strict=True))
+
+    @property
+    def biased(self) -> bool:
+        """Whether the largest channel mean is not 0: Student's test at 1 % for all channels.
+
+        By Wallace's normal score of t (Ann. Math. Stat. 30, 1959), too careful for 2 or 3 latents.
+        """
+        (mean, error), freedom = self.largest, max(self.count - 1, TINY)
+        score = math.sqrt(freedom * math.log1p((mean / max(error, TINY)) ** 2 / freedom))
+        score *= (8 * freedom + 1) / (8 * freedom + 3)
+        return len(self.channel_means) * math.erfc(score / math.sqrt(2)) < 0.01
+
+    @property
+    def norm_law(self) -> tuple[float, float]:
+        """Mean and standard deviation of ‖z‖/√D for white noise, by the chi law for large D."""
+        return math.sqrt(1 - 1 / (2 * self.dim)), 1 / math.sqrt(2 * self.dim)
+
+    @property
+    def norm_sigmas(self) -> float:
+        """By how many standard errors of n white latents `norm` is too large (negative: small)."""
+        mean, spread = self.norm_law
+        return (self.norm - mean) / spread * math.sqrt(self.count)
+
+    @property
+    def correlation_error(self) -> float:
+        """Standard error of `horizontal` and `vertical` for n white latents."""
+        return 1 / math.sqrt(self.count * self.dim)
+
+    def __str__(self) -> str:
+        (largest, error), (mean, spread) = self.largest, self.norm_law
+        return f"""\
+channel means {min(self.channel_means):+.3f} … {max(self.channel_means):+.3f}; the largest, \
+{largest:.3f} ± {error:.3f}, is {"" if self.biased else "not "}significant
+norm / √D {self.norm:.3f} ± {self.norm_spread:.3f} (white noise {mean:.3f} ± {spread:.3f}), mean \
+{self.norm_sigmas:+.1f} standard errors off; log density {self.log_density:+.1f} (white noise -0.5)
+neighbouring pixels correlate {self.horizontal:+.3f} across and {self.vertical:+.3f} down \
+(white noise 0 ± {self.correlation_error:.3f})
+mean latent: {self.shared / max(self.energy, TINY):.1%} of the energy of {self.count} latents"""
+
+
+def latent_statistics(latents: Float[Tensor, "n c h w"]) -> LatentStatistics:
+    """Measure the latents of a class, at least one and finite, in float64 on the CPU.
+
+    Raises:
+        UserError: there is none, or one is not finite.
+
+    >>> noise = torch.randn(64, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    >>> latent_statistics(noise).biased, latent_statistics(noise + 0.1).biased
+    (False, True)
+    """
+    if not latents.numel():
+        raise UserError(f"expected latents, got a shape of {tuple(latents.shape)}; add images")
+    bad = (~latents.flatten(1).isfinite().all(1)).nonzero().flatten().tolist()
+    if bad:
+        what = f"got NaN or infinity in latent {bad[0]}; invert that image again"
+        raise UserError(f"expected finite latents, {what}")
+    latents = latents.detach().cpu().double()
+    n, dim, means = len(latents), latents[0].numel(), latents.mean((-2, -1))
+    mean, energy = means.mean(0), latents.square().mean().item()
+    errors, shared = torch.full_like(mean, math.sqrt(len(mean) / dim)), mean.square().mean().item()
+    if n > 1:
+        errors = means.std(0) / math.sqrt(n)
+        shared = (n * latents.mean(0).square().mean().item() - energy) / (n - 1)
+    norms, centred = latents.flatten(1).norm(dim=1).clamp_min(TINY), latents - mean[:, None, None]
+    mode = norms.new_tensor(max(dim - 1, TINY)).sqrt()
+    return LatentStatistics(
+        count=n,
+        dim=dim,
+        channel_means=tuple(mean.tolist()),
+        channel_errors=tuple(errors.tolist()),
+        energy=energy,
+        shared=shared,
+        norm=norms.mean().item() / nominal_norm(dim),
+        norm_spread=norms.std(correction=min(n - 1, 1)).item() / nominal_norm(dim),
+        log_density=(log_chi(norms, dim) - log_chi(mode, dim)).mean().item(),
+        horizontal=neighbour_correlation(centred),
+        vertical=neighbour_correlation(centred.mT),
+    )
+
+
+def neighbour_correlation(centred: Float[Tensor, "n c h w"]) -> float:
+    """Of pixels beside each other in a row, the mean of the channels'; 0 for a width of 1."""
+    if centred.shape[-1] == 1:
+        return 0.0
+    products = (centred[..., 1:] * centred[..., :-1]).mean((0, 2, 3))
+    return (products / centred.square().mean((0, 2, 3)).clamp_min(TINY)).mean().item()
