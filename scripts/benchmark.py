@@ -1,4 +1,4 @@
-"""Time the parts: ``python scripts/benchmark.py {centroids,sampling}``.
+"""Time the parts: ``python scripts/benchmark.py {centroids,nao,sampling}``.
 
 Both sides of a ratio run in turn in one process, after a warm-up; medians and interquartile ranges
 of the repeats are printed with the machine and the versions. Never part of the tests.
@@ -7,14 +7,19 @@ of the repeats are printed with the machine and the versions. Never part of the 
 import argparse
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import diffusers
 import torch
 
 from augment import Rule, invert, load_backbone, sample
 from augment.centroid import MEANS, NORMS
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+from reference.centroids import nao_by_adam, nao_objective_of
 
 
 def seconds(runs: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
@@ -36,7 +41,12 @@ def line(name: str, times: list[float], floor: list[float] | None = None) -> str
     return f"| {name} | {1e3 * median:.2f} | {1e3 * low:.2f}–{1e3 * high:.2f} | {ratio:.2f} |"
 
 
-def centroids(repeats: int) -> None:
+def machine_says() -> str:
+    """The threads and the versions that times depend on."""
+    return f"{torch.get_num_threads()} threads, torch {torch.__version__}"
+
+
+def centroids(repeats: int, seconds_each: float) -> None:
     """Every rule against one weighted sum by torch.matmul and one norm."""
     batch, count, shape = 256, 16, (4, 64, 64)
     points = torch.randn(batch, count, *shape)
@@ -46,16 +56,72 @@ def centroids(repeats: int) -> None:
     def floor() -> torch.Tensor:
         return (weights[:, None] @ flat).norm(dim=-1)
 
-    rules = [Rule(norm, mean) for norm in NORMS for mean in MEANS]
+    rules = [Rule(norm, mean) for norm in NORMS if norm != "circle" for mean in MEANS]
     runs = {"matmul + norm": floor} | {str(r): lambda r=r: r(points, weights) for r in rules}
-    times = seconds(runs, repeats)
-    print(f"B = {batch}, K = {count}, D = {points[0, 0].numel()}\n")
-    print("| rule | ms, median | quartiles | × floor |\n|---|---|---|---|")
-    for name, values in times.items():
-        print(line(name, values, times["matmul + norm"]))
+    pairs, halves = points[:, :2].contiguous(), torch.rand(batch, 2).softmax(1)
+    runs["circle/0 (K = 2)"] = lambda: Rule("circle", "0")(pairs, halves)
+    for threads in dict.fromkeys((1, torch.get_num_threads())):
+        torch.set_num_threads(threads)
+        times = seconds(runs, repeats)
+        print(f"\nB = {batch}, K = {count}, D = {points[0, 0].numel()}, {machine_says()}\n")
+        print("| rule | ms, median | quartiles | × floor |\n|---|---|---|---|")
+        for name, values in times.items():
+            print(line(name, values, times["matmul + norm"]))
+    print(
+        "\n| K | D | matmul + norm | fix/chm | nin/chm | slerp/0 | nao/0 | (µs a centroid)\n"
+        + "|---" * 7
+        + "|"
+    )
+    for count, side in ((2, 64), (5, 64), (20, 64), (50, 64), (5, 16), (5, 32), (5, 128)):
+        points, weights = torch.randn(32, count, 4, side, side), torch.rand(32, count).softmax(1)
+        rules = {name: Rule.parse(name) for name in ("fix/chm", "nin/chm", "slerp/0", "nao/0")}
+        mixed = (points, weights)
+        runs = {"floor": lambda x=mixed: (x[1][:, None] @ x[0].flatten(2)).norm(dim=-1)}
+        runs |= {name: lambda r=rule, x=mixed: r(*x) for name, rule in rules.items()}
+        row = [statistics.median(v) / 32 * 1e6 for v in seconds(runs, repeats).values()]
+        print(f"| {count} | {4 * side**2} | " + " | ".join(f"{v:.0f}" for v in row) + " |")
 
 
-def sampling(repeats: int) -> None:
+def nao(repeats: int, seconds_each: float) -> None:
+    """The closed form against the published optimiser in all dimensions, objectives beside."""
+    print("| latents | K | weights | threads | ours, s | objective | Adam, s | its loss "
+          "(polished) | iterations | ratio |\n" + "|---" * 10 + "|")  # fmt: skip
+    dice = torch.Generator().manual_seed(0)
+    for threads in dict.fromkeys((1, torch.get_num_threads())):
+        torch.set_num_threads(threads)
+        for count in (2, 5, 20, 50):
+            for even in (True, False):
+                points = torch.randn(64, count, 4, 64, 64, generator=dice)
+                weights = torch.rand(64, count, generator=dice).log().neg()
+                weights = torch.ones(64, count) if even else weights
+                weights = weights / weights.sum(1, keepdim=True)
+                row = compare(points, weights, repeats, seconds_each)
+                kind = "equal" if even else "Dir(1)"
+                print(f"| N(0, I) | {count} | {kind} | {threads} | {row}", flush=True)
+
+
+def compare(points: torch.Tensor, weights: torch.Tensor, repeats: int, seconds_each: float) -> str:
+    """The end of a row: a batch of ours, and one of theirs for so many seconds or until it stops."""
+    rule = Rule.parse("nao")
+    ours = statistics.median(seconds({"ours": lambda: rule(points, weights)}, repeats)["ours"])
+    flat, share = points[0].flatten(1), weights[0]
+    start = time.perf_counter()
+    nao_by_adam(flat, share, limit=3)
+    limit = max(int(seconds_each / (time.perf_counter() - start) * 3), 3)
+    start = time.perf_counter()
+    centroid, loss, steps = nao_by_adam(flat, share, limit=limit)
+    theirs = time.perf_counter() - start
+    mine = nao_objective_of(flat, share, rule(points[:1], weights[:1])[0].flatten())
+    polished = nao_objective_of(flat, share, centroid)
+    each = ours / len(points)
+    stopped = "" if steps < limit else " (not done)"
+    return (
+        f"{each:.6f} | {mine:.2f} | {theirs:.1f} | {loss:.2f} ({polished:.2f}) | {steps}{stopped} "
+        f"| {theirs / each:.0f} |"
+    )
+
+
+def sampling(repeats: int, seconds_each: float) -> None:
     """Images a second of the embedded backbone, by batch size."""
     backbone = load_backbone("tiny", device="cpu")
     for batch in (1, 8, 64):
@@ -71,13 +137,16 @@ def sampling(repeats: int) -> None:
 def main() -> None:
     """Print the machine, then a benchmark."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("centroids", "sampling"))
+    parser.add_argument("what", choices=("centroids", "nao", "sampling"))
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument(
+        "--seconds", type=float, default=60, help="nao: how long a published run may take"
+    )
     args = parser.parse_args()
     machine = platform.processor() or platform.machine()
-    versions = f"torch {torch.__version__}, diffusers {diffusers.__version__}"
-    print(f"{machine}, {torch.get_num_threads()} threads, {versions}")
-    {"centroids": centroids, "sampling": sampling}[args.what](args.repeats)
+    print(f"{machine}, {machine_says()}, diffusers {diffusers.__version__}")
+    runs = {"centroids": centroids, "nao": nao, "sampling": sampling}
+    runs[args.what](args.repeats, args.seconds)
 
 
 if __name__ == "__main__":

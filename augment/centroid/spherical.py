@@ -24,7 +24,7 @@ weights the mean is zero, and so is the result, as under every rule.
 from collections.abc import Callable
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from augment.centroid.residuals import TINY, Residuals
@@ -35,28 +35,32 @@ SHORT = 1e-6
 """Sines below this are rounding, and are held up to it."""
 
 
-def apply(cosines: Cosines, a: Coefficients) -> Coefficients:
-    """C a."""
-    return (cosines @ a[..., None])[..., 0]
-
-
-def normalised(cosines: Cosines, a: Coefficients) -> Coefficients:
-    """The direction of Σ a_n u_n."""
-    square = (a * apply(cosines, a)).sum(-1, keepdim=True)
-    return a / square.clamp_min(TINY).sqrt()
+def normalised(cosines: Cosines, a: Coefficients) -> tuple[Coefficients, Coefficients]:
+    """The unit vector along Σ a_n u_n, and its cosines to the points."""
+    product = (cosines @ a[..., None])[..., 0]
+    size = (a * product).sum(-1, keepdim=True).clamp_min(TINY).sqrt()
+    return a / size, (product / size).clamp(-1, 1)
 
 
 def settle(
-    step: Callable[[Coefficients], Coefficients], start: Coefficients, limit: int = 300
+    cosines: Cosines,
+    start: Coefficients,
+    step: Callable[[Coefficients, Coefficients], Coefficients],
+    moving: Bool[Tensor, "b 1"] | None = None,
 ) -> Coefficients:
-    """Iterate until no coefficient moves by more than 1e-10; a row that is done rests."""
-    moving = torch.ones_like(start[:, :1], dtype=torch.bool)
-    for _ in range(limit):
-        start, before = torch.where(moving, step(start), start), start
-        moving = (start - before).abs().amax(-1, keepdim=True) > 1e-10
+    """Iterate a ← step(a, its cosines), normalised, until no coefficient moves by more than 1e-10.
+
+    A row that has come to rest stays as it is, and so do those not ``moving`` from the start.
+    """
+    a, cosine = normalised(cosines, start)
+    moving = torch.ones_like(a[:, :1], dtype=torch.bool) if moving is None else moving
+    for _ in range(300):
         if not moving.any():
             break
-    return start
+        (after, turned), before = normalised(cosines, step(a, cosine)), a
+        a, cosine = torch.where(moving, after, a), torch.where(moving, turned, cosine)
+        moving = (a - before).abs().amax(-1, keepdim=True) > 1e-10
+    return a
 
 
 def frechet_mean(cosines: Cosines, weights: Coefficients, start: Coefficients) -> Coefficients:
@@ -68,38 +72,38 @@ def frechet_mean(cosines: Cosines, weights: Coefficients, start: Coefficients) -
         start: coefficients of a direction.
     """
 
-    def step(a: Coefficients) -> Coefficients:
-        cosine = apply(cosines, a).clamp(-1, 1)
-        angle, sine = cosine.acos(), (1 - cosine.square()).sqrt().clamp_min(SHORT)
-        pull = weights * torch.where(sine > SHORT, angle / sine, 1.0)
+    def step(a: Coefficients, cosine: Coefficients) -> Coefficients:
+        sine = (1 - cosine.square()).sqrt().clamp_min(SHORT)
+        pull = weights * torch.where(sine > SHORT, cosine.acos() / sine, 1.0)
         stretch = (pull * cosine).sum(-1, keepdim=True)
         # no step may be longer than the flattest direction allows, nor turn around
-        move = (pull - stretch * a) / stretch.clamp(0.55, 1)
-        return normalised(cosines, a + move)
+        return a + (pull - stretch * a) / stretch.clamp(0.55, 1)
 
-    return settle(step, normalised(cosines, start))
+    return settle(cosines, start, step)
 
 
 def geometric_median(cosines: Cosines, weights: Coefficients, start: Coefficients) -> Coefficients:
     """Coefficients on the unit vectors of their weighted geometric median; see `frechet_mean`.
 
-    Where one point has as much weight as the pulls of all others together, the median *is* that
-    point: of two points always the heavier one, of K at right angles the first as soon as
-    w_1² ≥ Σ_{n>1} w_n². The iteration only creeps towards such a point, so all are tried.
+    Where one point has more weight than the pulls of all others together, the median *is* that
+    point: of two points the heavier one, of K at right angles the first as soon as
+    w_1² > Σ_{n>1} w_n². The iteration would only creep there, so the likeliest point, the one of
+    least cost, is tried first.
     """
+    cost = (cosines.acos() @ weights[..., None])[..., 0].masked_fill(weights == 0, torch.inf)
+    vertex = torch.nn.functional.one_hot(cost.argmin(-1), weights.shape[-1]).to(weights)
+    cosine = (cosines @ vertex[..., None])[..., 0]
+    beside = 1 - cosine.square() > SHORT  # the others; points in the same place add to its weight
+    pulls = torch.where(beside, weights * (1 - cosine.square()).clamp_min(SHORT).rsqrt(), 0)
+    along = (pulls * cosine).sum(-1)
+    force = ((cosines @ pulls[..., None])[..., 0] * pulls).sum(-1) - along.square()
+    weight = torch.where(beside, 0, weights).sum(-1)
+    stuck = (force.clamp_min(0).sqrt() < weight * (1 - 1e-9))[:, None]
 
-    def step(a: Coefficients) -> Coefficients:
-        cosine = apply(cosines, a)
-        return normalised(cosines, weights / (1 - cosine.square()).clamp_min(SHORT**2).sqrt())
+    def step(a: Coefficients, cosine: Coefficients) -> Coefficients:
+        return weights / (1 - cosine.square()).clamp_min(SHORT**2).sqrt()
 
-    def cost(cosine: Tensor) -> Tensor:
-        return (weights.unsqueeze(-1) * cosine.clamp(-1, 1).acos()).sum(-2)
-
-    a = settle(step, normalised(cosines, start))
-    least, vertex = cost(cosines).masked_fill(weights == 0, torch.inf).min(-1)
-    alone = torch.nn.functional.one_hot(vertex, weights.shape[-1]).to(a)
-    stuck = least < cost(apply(cosines, a)[..., None])[..., 0] - 1e-12
-    return torch.where(stuck[:, None], alone, a)
+    return settle(cosines, torch.where(stuck, vertex, start), step, ~stuck)
 
 
 def slerp(residuals: Residuals) -> Float[Tensor, "b k"]:

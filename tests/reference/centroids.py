@@ -3,6 +3,7 @@
 Points are (K, D), weights (K,), both float64 where not said otherwise; one centroid at a time.
 """
 
+import itertools
 import math
 
 import torch
@@ -78,18 +79,21 @@ def nao_by_adam(points, weights, n=50, limit=10_000, seed=0):
     inner = inner + torch.rand(inner.shape, generator=dice, dtype=points.dtype) / 100
     centroid.requires_grad_(), inner.requires_grad_()
     adam = torch.optim.Adam([centroid, inner], lr=0.01)
-    last, calm = math.inf, 0
-    for done in range(1, limit + 1):
+    losses: list[float] = []
+    while len(losses) < limit and not settled(losses):
         adam.zero_grad()
         paths = torch.cat([points[:, None], inner, centroid.expand(count, 1, dim)], 1)
         loss = nao_objective(points, weights, centroid, polyline_cost(paths, dim, eps))
         loss.backward()
         adam.step()
-        calm = calm + 1 if abs(last - loss.item()) < 0.01 else 0
-        last = loss.item()
-        if calm == 5:
-            break
-    return centroid.detach(), last, done
+        losses.append(loss.item())
+    return centroid.detach(), losses[-1], len(losses)
+
+
+def settled(losses):
+    """Whether the last five changes are all below 0.01."""
+    last = losses[-6:]
+    return len(last) == 6 and all(abs(a - b) < 0.01 for a, b in itertools.pairwise(last))
 
 
 def nao_objective_of(points, weights, centroid, n=50):
