@@ -101,13 +101,14 @@ def nao(repeats: int, seconds_each: float) -> None:
 
 
 def compare(points: torch.Tensor, weights: torch.Tensor, repeats: int, seconds_each: float) -> str:
-    """The end of a row: a batch of ours, and one of theirs for so many seconds or until it stops."""
+    """The end of a row: a batch of ours, and one of theirs until it stops or its time is up."""
     rule = Rule.parse("nao")
     ours = statistics.median(seconds({"ours": lambda: rule(points, weights)}, repeats)["ours"])
     flat, share = points[0].flatten(1), weights[0]
+    nao_by_adam(flat, share, limit=2)
     start = time.perf_counter()
-    nao_by_adam(flat, share, limit=3)
-    limit = max(int(seconds_each / (time.perf_counter() - start) * 3), 3)
+    nao_by_adam(flat, share, limit=8)
+    limit = min(max(int(seconds_each / (time.perf_counter() - start) * 8), 8), 10_000)
     start = time.perf_counter()
     centroid, loss, steps = nao_by_adam(flat, share, limit=limit)
     theirs = time.perf_counter() - start

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from augment.bank import LatentBank, fill_bank
+from augment.centroid import Rule
 from augment.diffusion import Backbone, load_backbone
 from augment.diffusion.solver import sample
 from augment.files import write_bytes, write_json
@@ -373,6 +374,7 @@ def leak(backbone: Backbone, latents: Tensor, images: Tensor) -> float:
 def print_report(report: dict[str, Any], cells: Cells, real: Cell, back: Cell, drawn: Cell) -> None:
     """Everything that was measured, for reading."""
     bank, means = report["bank"], report["bank"]["channel_means"]
+    alone = ", ".join(f"{100 * share:.0f}" for share in bank["alone"])
     print(f"""
 oracle  {100 * report["oracle_accuracy"]:.2f} % of the test split; takes a black image for a \
 {report["black_is"]}
@@ -381,7 +383,9 @@ the largest of a class {bank["bias"]:.3f}; norm / √D {bank["norm"][0]:.3f} ± 
         {bank["leak"]:.3f} of the clean latent is left in it (exact: {bank["alpha"]:.3f})
 back    PSNR {bank["psnr"][0]:.1f} ± {bank["psnr"][1]:.1f} dB; class kept {back.kept:.0f} %, \
 FID {back.fid:.1f} (real images: {real.kept:.0f} %, {real.fid:.1f})
-noise   with the bank's channel means: FID {drawn.fid:.1f}""")
+noise   with the bank's channel means: FID {drawn.fid:.1f}
+nao     of weights from Dir(1) is one latent alone in {alone} % of all centroids
+        of N = {", ".join(map(str, COUNTS))}""")
     kept, count = "Class kept, % ± standard error", real.hits.numel()
     print_table(cells, kept, lambda c: f"{c.kept:.1f} ± {100 * standard_error(c.hits):.1f}")
     print_table(cells, f"FID of {count} images, oracle features", lambda c: f"{c.fid:.1f}")
@@ -389,6 +393,23 @@ noise   with the bank's channel means: FID {drawn.fid:.1f}""")
     print("\n| claimed | here | |\n|---|---|---|")
     for claim in report["claims"]:
         print("| " + " | ".join(claim.values()) + " |")
+
+
+def alone(bank: LatentBank, draws: int = 20) -> list[float]:
+    """How often NAO of members with random weights, Dir(1), has the direction of one member."""
+    latents, found = {name: bank.latents(name) for name in bank.classes}, []
+    for count in COUNTS:
+        planner = Planner(bank.members, seed=count, alpha=1.0, members=count)
+        hits = []
+        for plan in (planner(0, i) for i in range(draws * len(bank.classes))):
+            rows = [bank.members[plan.class_name].index(i) for i in plan.members]
+            points = latents[plan.class_name][rows]
+            centroid = Rule.parse("nao/chm")(points[None], torch.tensor([plan.weights]))
+            apart = [x - x.mean((-2, -1), keepdim=True) for x in (points, centroid)]
+            near = torch.cosine_similarity(apart[0].flatten(1), apart[1].flatten(1)).max()
+            hits.append(near.item() > 0.9999)
+        found.append(float(np.mean(hits)))
+    return found
 
 
 def main() -> None:
@@ -410,6 +431,7 @@ def main() -> None:
     bank_record = describe_bank(latents, real, back) | {
         "leak": leak(backbone, latents[: len(real.images)], real.images),
         "alpha": backbone.process.alpha_sigma(1)[0],
+        "alone": alone(bank),
     }
     report = {
         "settings": {key: str(value) for key, value in vars(args).items()} | backbone.fingerprint,

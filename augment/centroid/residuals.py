@@ -69,14 +69,14 @@ class Residuals:
         return self.split(self.points) if self.mu is None else self.mu.expand_as(self.points)
 
     @property
-    def _smooth(self) -> bool:
-        """Whether d is an orthogonal projection of z on constants: then ‖e‖² = ‖z‖² − ‖d‖²."""
+    def _flat(self) -> bool:
+        """Whether d is constant over the pixels, and so a projection: ‖e‖² = ‖z‖² − ‖d‖²."""
         return self.means.shape[-2:] != self.points.shape[-2:]
 
     @cached_property
     def norms(self) -> Float[Tensor, "b k"]:
         """‖e_n‖."""
-        if not self._smooth:
+        if not self._flat:
             return vector_norm((self.points - self.means).flatten(2), dim=-1)
         means = self.means.flatten(2)
         shared = means.square().sum(-1) * (self.dim / means.shape[-1])
@@ -86,7 +86,7 @@ class Residuals:
     @cached_property
     def gram(self) -> Float[Tensor, "b k k"]:
         """The inner products e_n · e_m, float64."""
-        if not self._smooth:
+        if not self._flat:
             flat = (self.points - self.means).flatten(2)
             return (flat @ flat.mT).double()
         flat, means = self.points.flatten(2), self.means.flatten(2)
