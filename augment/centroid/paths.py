@@ -9,7 +9,7 @@ walk             its latent at the place γ in [0, 1]
 ``fade``         lerp at a norm that goes from ‖a‖ over √D to ‖b‖; see `augment.centroid.norms`
 ``slerp``        at a constant angular speed on the arc, the norm interpolated
 ``circle``       around the great circle of a and b: through b and the opposite side back to a
-``nao``          the geodesic of the NAO metric at constant speed; see `augment.centroid.nao`
+``nao``          the geodesic of the NAO metric, in equal steps; see `augment.centroid.nao`
 ``translation``  a window that slides over a and b, set side by side along the width
 ``slice``        a and b, each in its place, cut at one column that slides
 ===============  =================================================================================
@@ -66,14 +66,14 @@ def nao(a: Latent, b: Latent, count: int) -> Walk:
 
     Along the radius to a norm r, around, and along the radius to b; the true geodesic rounds the
     two corners, over an angle of some 1/√D. r is the cheapest: near √(D − 1) if a and b are far
-    apart, their own norms if they are close. A latent far from √(D − 1) spends much of the walk on
-    its radius, for that is what the metric finds long.
+    apart, their own norms if they are close. Its latents stand at equal distances, as the published
+    penalty on long pieces asks of its polyline.
     """
     dim, turn = a.numel(), angle(a, b)
     ends = torch.tensor([x.double().norm().item() for x in (a, b)], dtype=torch.float64)
     first, last = ends.tolist()
     curve = legs(first, last, cheapest(ends, turn, dim), turn)
-    radius, phi = evenly(curve, count, dim).T
+    radius, phi = evenly(curve, count).T
     if turn < 1e-9:
         on_a, on_b = 1 - phi, phi
     else:
@@ -104,11 +104,10 @@ def legs(first: float, last: float, middle: float, turn: float) -> Float[Tensor,
     return torch.stack([torch.cat(radius), torch.cat(phi)], 1)
 
 
-def evenly(curve: Float[Tensor, "n 2"], count: int, dim: int) -> Float[Tensor, "t 2"]:
-    """Points of a curve of (norm, angle) at equal steps of its length ∫ −log χ_D(r) ds."""
+def evenly(curve: Float[Tensor, "n 2"], count: int) -> Float[Tensor, "t 2"]:
+    """Points of a curve of (norm, angle), equal lengths of it apart."""
     radius, phi = curve.T
-    centre = (radius[1:] + radius[:-1]) / 2
-    pieces = torch.hypot(radius.diff(), centre * phi.diff()) * -log_chi(centre, dim)
+    pieces = torch.hypot(radius.diff(), (radius[1:] + radius[:-1]) / 2 * phi.diff())
     far = torch.cat([pieces.new_zeros(1), pieces.cumsum(0)])
     goal = torch.linspace(0, 1, count, dtype=torch.float64) * far[-1]
     end = torch.searchsorted(far, goal).clamp(1, len(far) - 1)
