@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 
 from augment import LatentBank, Plan
 from augment.cli import COMMANDS, main, underscored
+from augment.sources.fashion import write_fashion
 
 COUNTS = {"Bag": 2, "Coat": 1}
 
@@ -202,3 +203,23 @@ def test_the_installed_command_lists_its_commands():
     script = Path(sys.executable).with_name("latent-augment")
     done = subprocess.run([script, "--help"], capture_output=True, text=True, check=True)
     assert all(name in done.stdout for name in COMMANDS)
+
+
+def test_a_rule_that_enlarges_the_bias_is_told_in_one_line(tmp_path):
+    """As a user sees it: real images, a biased bank, and a rule without a mean split."""
+    write_fashion(tmp_path / "all", "shots", list(range(16)))
+    (tmp_path / "images").mkdir()
+    (tmp_path / "all" / "Sandal").rename(tmp_path / "images" / "Sandal")
+    bank, command = tmp_path / "bank", [sys.executable, "-m", "augment.cli"]
+    invert = ["invert", "--images", tmp_path / "images", "--bank", bank, "--steps", "10"]
+    done = subprocess.run([*command, *invert], capture_output=True, text=True, check=True)
+    assert "class Sandal, whose channel means are largest" in done.stdout
+    assert "take one with /chm or /lp" in done.stdout
+    for rule, lines in (("fix/0", 1), ("fix/chm", 0)):
+        synthesize = ["synthesize", "--bank", bank, "--out", tmp_path / rule, "--per-class", "4",
+                      "--alpha", "inf", "--rule", rule, "--steps", "2"]  # fmt: skip
+        done = subprocess.run([*command, *synthesize], capture_output=True, text=True, check=True)
+        told = [x for x in done.stderr.splitlines() if x.startswith("latent-augment: warning:")]
+        assert len(told) == lines, done.stderr
+        assert all("class 'Sandal': fix/0 makes the channel means" in line for line in told)
+        assert "Traceback" not in done.stderr and "UserWarning" not in done.stderr
