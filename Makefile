@@ -17,6 +17,7 @@ lint: .venv/dev
 
 bench: .venv/dev
 	$(PY) scripts/benchmark.py centroids
+	$(PY) scripts/benchmark.py nao
 	$(PY) scripts/benchmark.py sampling
 
 wheel: .venv/dev

@@ -4,9 +4,11 @@ A picture travels one way. ``encode`` and ``invert`` turn each real *image* into
 keep it in a per-class *bank* (`LatentBank`); a *plan* throws the dice: members, Dirichlet
 *weights*, seed; a `Rule` turns the members' latents into one *centroid*; ``sample`` and
 ``decode`` turn that into a new image, which a torch Dataset (`SyntheticDataset`), a folder or a
-Lightning trainer (`training`) takes from there. Each stage is one module of that name; a folder
-is a place to add a file: `augment.centroid` rules, `augment.diffusion` backbones,
-`augment.inversion` inversions, `augment.sources` where labelled images come from.
+Lightning trainer (`training`) takes from there. `augment.measure` says what a bank's latents are
+like and what a rule will make of their bias; `walk` goes from one latent to another. Each stage
+is one module of that name; a folder is a place to add a file: `augment.centroid` rules,
+`augment.diffusion` backbones, `augment.inversion` inversions, `augment.sources` where labelled
+images come from.
 """
 
 from augment.bank import LatentBank
