@@ -25,7 +25,7 @@ from augment.diffusion.solver import SOLVERS, check_steps, sample
 from augment.errors import BiasWarning, UserError, lookup
 from augment.files import check_folder, read_json, sha256, write_bytes, write_json
 from augment.images import save_image
-from augment.measure import bias_warning, latent_statistics
+from augment.measure import LatentStatistics, bias_warning, latent_statistics
 from augment.plan import Plan, Planner
 from augment.seeds import normal, rng
 
@@ -53,7 +53,7 @@ class Synthesizer:
     guidance: float = 1.0
     batch_size: int = 64
     _latents: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
-    _looked_at: set[str] = field(default_factory=set, init=False, repr=False)
+    _statistics: dict[str, LatentStatistics] = field(default_factory=dict, init=False, repr=False)
     _warned: bool = field(default=False, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -90,8 +90,8 @@ class Synthesizer:
             )
         return self.latents(class_name)[row]
 
-    def centroid(self, plan: Plan) -> Float[Tensor, "c h w"]:
-        """The latent of a plan, each member's taken from the class of its own.
+    def points(self, plan: Plan) -> tuple[Float[Tensor, "k c h w"], Float[Tensor, " k"]]:
+        """What a plan mixes, each member's latent taken from the class of its own, and the weights.
 
         Raises:
             UserError: the bank lacks one of the plan's images, or its lists differ in length.
@@ -109,7 +109,16 @@ class Synthesizer:
             fresh = normal(rng(plan.seed, "noise", plan.epoch, plan.index), *points.shape[1:])
             points = torch.cat([points, fresh[None]])
             weights = torch.cat([weights * (1 - plan.noise), weights.new_tensor([plan.noise])])
-        return self.rule(points[None], weights.float()[None], self.mu)[0]  # type: ignore[operator]
+        return points, weights.float()
+
+    def centroid(self, plan: Plan) -> Float[Tensor, "c h w"]:
+        """The latent of a plan.
+
+        Raises:
+            UserError: see `points`; or the rule is for another number of them.
+        """
+        points, weights = self.points(plan)
+        return self.rule(points[None], weights[None], self.mu)[0]  # type: ignore[operator]
 
     @cached_property
     def mu(self) -> Float[Tensor, "c h w"] | None:
@@ -136,16 +145,21 @@ class Synthesizer:
 
     def _warn_of_bias(self, plans: Sequence[Plan], centroids: Float[Tensor, "n c h w"]) -> None:
         """Tell, of the first class it happens to and once, that the rule enlarges its bias."""
-        for name in dict.fromkeys(plan.class_name for plan in plans if not plan.classes):
-            if self._warned or name in self._looked_at:
-                continue
-            self._looked_at.add(name)
-            mine = torch.tensor([plan.class_name == name for plan in plans])
-            statistics = latent_statistics(self.latents(name))
-            message = bias_warning(statistics, centroids[mine], str(self.rule))
-            if message:
+        rows: dict[str, list[int]] = {}
+        for row, plan in enumerate(plans):
+            if not plan.classes and not self._warned:
+                rows.setdefault(plan.class_name, []).append(row)
+        for name, mine in rows.items():
+            if name not in self._statistics:
+                self._statistics[name] = latent_statistics(self.latents(name))
+            parts = [self.points(plans[row]) for row in mine]
+            averages = torch.stack([weights @ points.mean((-2, -1)) for points, weights in parts])
+            means = centroids[mine].mean((-2, -1))
+            told = bias_warning(self._statistics[name], means, averages, str(self.rule))
+            if told:
                 self._warned = True
-                warnings.warn(f"class {name!r}: {message}", BiasWarning, stacklevel=3)
+                return warnings.warn(f"class {name!r}: {told}", BiasWarning, stacklevel=3)
+        return None
 
 
 def write_folder(

@@ -16,7 +16,7 @@ TWO_POINTS_ONLY = {"circle": "a great circle has two latents; its laws are furth
 MANY = [norm for norm in NORMS if norm not in TWO_POINTS_ONLY]
 SPLITS = [*MEANS, "lp0.7", "lp∞"]
 MEANS_OF = {name: split_named(name) for name in SPLITS}
-RULES = [Rule(norm, mean) for norm, mean in itertools.product(MANY, SPLITS)]
+RULES = [Rule(norm, mean) for norm, mean in itertools.product(MANY, [*MEANS, "lp0.7"])]
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-13}
 NOT_REPRODUCING = {
     "fix": "it sets every norm to √D, that of a single latent too",
@@ -300,6 +300,7 @@ def test_low_pass_goes_from_everything_to_the_channel_mean():
     torch.testing.assert_close(split_named("lp∞")(points).expand_as(points), mean)
     torch.testing.assert_close(split_named("lpinf")(points), split_named("lp∞")(points))
     torch.testing.assert_close(split_named("lp2.0")(points), low_pass(points))
+    torch.testing.assert_close(split_named("lp0.7")(points), low_pass(points, 0.7))
 
 
 @every_mean
@@ -390,3 +391,77 @@ def test_nao_of_equal_weights_is_near_mode(scale):
     nao, mode = (Rule(n, "0")(points, weights).flatten(1) for n in ("nao", "mode"))
     assert (torch.cosine_similarity(nao, mode) > 0.999).all()
     assert_near(nao.norm(dim=1), mode.norm(dim=1))
+
+
+@every_norm
+@every_dtype
+def test_a_latent_without_a_residual_adds_no_direction(norm, dtype):
+    """A constant latent under chm: of its residual only rounding is left, and must not be mixed."""
+    for constant in (0.1, 0.3, 3.3):
+        points, weights = draw(5, dtype, shape=(4, 16, 16))
+        points[:, 2] = constant
+        found = Rule(norm, "chm")(points, weights)
+        points[:, 2] = 0
+        expected = Rule(norm, "chm")(points, weights)
+        expected = expected + constant * weights[:, 2, None, None, None]
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-3 if norm == "nao" else 1e-4)
+
+
+@every_rule
+@every_dtype
+def test_latents_without_any_residual_stay_as_they_are(rule, dtype):
+    """No rule makes a picture of rounding."""
+    if rule.mean in ("0", "mu"):
+        constant, count = 0.0, 3
+    else:
+        constant, count = 0.7, 3
+    points = torch.full((2, count, 4, 7, 9), constant, dtype=dtype)
+    weights = torch.tensor([[0.2, 0.3, 0.5]] * 2, dtype=dtype)
+    torch.testing.assert_close(rule(points, weights), points[:, 0], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("mean", MEANS)
+@every_dtype
+def test_opposite_latents_of_equal_weights_have_no_slerp(mean, dtype):
+    point = draw(1, dtype)[0][:, 0]
+    points = torch.stack([point, -point], 1)
+    found = Rule("slerp", mean)(points, torch.full((3, 2), 0.5, dtype=dtype))
+    torch.testing.assert_close(found, torch.zeros_like(found), rtol=0, atol=1e-5)
+
+
+@every_norm
+def test_a_large_bias_costs_few_digits(norm):
+    points, weights = draw(5, torch.float32, shape=(4, 16, 16))
+    rule = Rule(norm, "chm")
+    expected = rule(points.double(), weights.double()).float()
+    torch.testing.assert_close(rule(points + 100, weights) - 100, expected, rtol=0, atol=2e-3)
+
+
+@every_rule
+def test_an_empty_batch_gives_no_centroid(rule):
+    points, weights = draw(3)
+    assert rule(points[:0], weights[:0]).shape == (0, *SHAPE)
+
+
+@every_norm
+def test_bad_weights_are_refused(norm):
+    points, weights = draw(3)
+    weights[1, 1] = math.nan
+    with pytest.raises(UserError, match="check weights"):
+        Rule(norm, "chm")(points, weights)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_a_centroid_has_a_gradient(norm):
+    """Of every point; by finite differences along one direction."""
+    points, weights = draw(2, batch=2)
+    points.requires_grad_()
+    rule, other = Rule(norm, "chm"), draw(2, batch=2, seed=5)[0]
+
+    def value(x):
+        return (rule(x, weights) * other[:, 0]).sum()
+
+    (gradient,) = torch.autograd.grad(value(points), points)
+    with torch.no_grad():
+        slope = (value(points + 1e-6 * other) - value(points - 1e-6 * other)) / 2e-6
+    assert (gradient * other).sum().item() == pytest.approx(slope.item(), rel=1e-5, abs=1e-6)

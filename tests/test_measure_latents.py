@@ -262,33 +262,45 @@ def test_a_shared_part_that_came_out_negative_counts_as_none():
     assert predicted == pytest.approx(100 * statistics.largest[0])
 
 
-def centroids_of(latents, rule, count=16, draws=8):
+def told(latents, rule, count=16, draws=8):
+    """The warning for centroids of random members in equal parts."""
     dice = torch.Generator().manual_seed(1)
     rows = [torch.randperm(len(latents), generator=dice)[:count] for _ in range(draws)]
-    weights = torch.full((draws, count), 1 / count)
-    return Rule.parse(rule)(latents[torch.stack(rows)].float(), weights)
+    points, weights = latents[torch.stack(rows)].float(), torch.full((draws, count), 1 / count)
+    means = Rule.parse(rule)(points, weights).mean((-2, -1))
+    return bias_warning(latent_statistics(latents), means, points.mean((1, -2, -1)), rule)
 
 
 @pytest.mark.parametrize("rule", ["fix/0", "nin/0", "vp/0", "mode/m", "slerp/0", "nao/0"])
-def test_a_rule_that_enlarges_a_bias_is_told_with_numbers(rule):
+@pytest.mark.parametrize("draws", [1, 8])
+def test_a_rule_that_enlarges_a_bias_is_told_with_numbers(rule, draws):
     latents = white(64) + BIAS
     statistics = latent_statistics(latents)
-    told = bias_warning(statistics, centroids_of(latents, rule), rule)
-    assert told.startswith(f"{rule} makes the channel means")
-    assert f"{statistics.largest[0]:.3f}" in told
-    assert f"{rule.split('/')[0]}/chm" in told
-    times = float(told.split(" times")[0].split()[-1])
-    assert times == pytest.approx(
-        predicted_bias(statistics, 16, math.inf) / statistics.largest[0], rel=0.15
-    )
+    message = told(latents, rule, draws=draws)
+    assert message.startswith(f"{rule} makes the channel means")
+    assert f"{statistics.largest[0]:.3f}" in message
+    assert f"{rule.split('/')[0]}/chm" in message
+    times = float(message.split(" times")[0].split()[-1])
+    predicted = predicted_bias(statistics, 16, math.inf) / statistics.largest[0]
+    assert times == pytest.approx(predicted, rel=0.15)
 
 
 @pytest.mark.parametrize("rule", ["lin/0", "fix/chm", "nin/lp", "nao/chm"])
-def test_a_rule_that_keeps_the_bias_is_not(rule):
-    latents = white(64) + BIAS
-    assert bias_warning(latent_statistics(latents), centroids_of(latents, rule), rule) is None
+@pytest.mark.parametrize("scatter", [0, 0.3])
+def test_a_rule_that_keeps_the_bias_is_not(rule, scatter):
+    """However much the channel means of the latents scatter, and whichever one is drawn."""
+    means = white(64, size=1, seed=3) * scatter
+    for count in (1, 3, 16):
+        assert told(white(64) + BIAS + means, rule, count, draws=1) is None
+
+
+def test_a_small_bias_may_double():
+    """Significant, but nobody will see it."""
+    latents = white(2000, size=8) + BIAS / 4
+    assert latent_statistics(latents).biased
+    assert told(latents, "fix/0", 4) is None
+    assert told(latents, "fix/0", 200) is not None
 
 
 def test_white_latents_are_no_reason_to_warn():
-    latents = white(64)
-    assert bias_warning(latent_statistics(latents), centroids_of(latents, "fix/0"), "fix/0") is None
+    assert told(white(64), "fix/0") is None

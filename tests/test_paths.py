@@ -43,7 +43,7 @@ def test_back_is_the_same_way(name):
         pytest.skip("b comes in from one side, or the other half of the circle comes first")
     a, b = ends()
     there, back = walk(a, b, 9, name), walk(b, a, 9, name)
-    torch.testing.assert_close(there, back.flip(0), rtol=0, atol=2e-2 if name == "nao" else 1e-9)
+    torch.testing.assert_close(there, back.flip(0), rtol=0, atol=1e-9)
 
 
 @every_walk
@@ -128,6 +128,38 @@ def test_nao_between_neighbours_does_not_climb_to_the_sphere():
     a, _ = ends(0.85)
     b = a + 1e-4 * ends(seed=1)[1]
     assert norms(walk(a, b, 9, "nao")).max() < norms(a[None]) + 0.1
+
+
+@pytest.mark.parametrize("turn", [0.01, 0.1, 1.0])
+@pytest.mark.parametrize(("first", "last"), [(0.85, 0.9), (0.9, 1.1), (1.1, 1.2)])
+def test_nao_goes_around_at_the_cheapest_norm(first, last, turn):
+    """No way along the radius to another norm, around, and along the radius is shorter."""
+    x, y = (torch.nn.functional.normalize(z.flatten(), dim=0) for z in ends())
+    y = torch.nn.functional.normalize(y - (y @ x) * x, dim=0)
+    y = math.cos(turn) * x + math.sin(turn) * y
+    a, b = first * 32 * x, last * 32 * y
+    found = metric_steps(walk(a.view(SHAPE), b.view(SHAPE), 3001, "nao")).sum()
+    share = torch.linspace(0, 1, 1001, dtype=torch.float64)[:, None]
+    arc = (turn * (1 - share)).sin() * x + (turn * share).sin() * y
+    for norm in torch.linspace(25, 40, 61).tolist():
+        around = norm * arc / math.sin(turn)
+        legs = [a + share * (around[0] - a), around, around[-1] + share * (b - around[-1])]
+        assert found < sum(metric_steps(leg[:, None, None]).sum() for leg in legs) * 1.002
+
+
+@pytest.mark.parametrize("name", ["slerp", "circle", "nao"])
+def test_a_walk_that_has_no_way_to_turn_is_refused(name):
+    a, _ = ends()
+    for other in (-a, 0 * a, -a + 1e-5):
+        with pytest.raises(UserError, match="take lerp"):
+            walk(a, other, 5, name)
+
+
+def test_a_walk_between_neighbours_keeps_its_digits():
+    a, _ = ends()
+    b = a + 1e-7 * ends(seed=1)[1]
+    frames = walk(a, b, 3, "slerp")
+    torch.testing.assert_close(frames[1] - a, (b - a) / 2, rtol=0, atol=1e-9)
 
 
 def test_translation_slides_and_slice_cuts():

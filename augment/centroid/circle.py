@@ -10,7 +10,7 @@ a ~ U(0, 2π/θ). Written from the middle of the arc, at φ = 2π (w_2 − ½) f
 which does not care for the order of the points and loses no digits at small angles. Weights from
 Dir(1, 1) are uniform on the circle; equal weights are the middle of the arc, and at a vertex stands
 the point opposite to it: three quarters of the circle of two latents at a right angle lie outside
-the arc between them.
+the arc between them. Latents of unequal norms span an ellipse through both.
 """
 
 import math
@@ -22,11 +22,12 @@ from torch import Tensor
 from augment.centroid.residuals import Residuals
 from augment.errors import UserError
 
-FLAT = 1e-6
+FLAT = 5e-4
+"""Half angles nearer to 0 or π/2 span no circle: what has no direction is left out."""
 
 
 def circle(residuals: Residuals) -> Float[Tensor, "b k"]:
-    """A place on the great circle of two points; in float64 inside, never in half precision.
+    """A place on the great circle of two points; coefficients in float64, never half precision.
 
     Raises:
         UserError: there are not two points.
@@ -38,6 +39,8 @@ def circle(residuals: Residuals) -> Float[Tensor, "b k"]:
         )
     half = residuals.cosines[:, 0, 1].acos() / 2
     turn = 2 * math.pi * (residuals.weights[:, 1].double() - 0.5)
-    along = turn.cos() / half.cos().clamp_min(FLAT) / 2
-    across = turn.sin() / half.sin().clamp_min(FLAT) / 2
+    along = turn.cos() / half.cos() / 2
+    across = turn.sin() / half.sin() / 2
+    along = torch.where(half < math.pi / 2 - FLAT, along, 0)
+    across = torch.where(half > FLAT, across, 0)
     return torch.stack([along - across, along + across], 1).to(residuals.weights)

@@ -24,10 +24,12 @@ minimise is :math:`\sum_n w_n \theta_n`: **the NAO centroid is the weighted geom
 directions** (`augment.centroid.spherical`) at the norm r_0. Three things follow:
 
 - Equal weights, angles near 90°: it is the direction of the mean, and NAO is `mode`.
-- Unequal weights: a median sticks to its heavy points. Of two points NAO returns the heavier, of
-  many at right angles the first as soon as w_1² ≥ Σ_{n>1} w_n². It jumps there, and mixes nothing.
-- Stuck to a point of more than half the weight, it stays at that point's own norm too if the way
-  to the sphere costs more than the norm is unlikely.
+- Unequal weights: a median sticks to its heavy points. Of two points NAO returns the heavier, and
+  jumps when the weights cross; of many at right angles it turns towards the heaviest and has
+  arrived as soon as w_1² > Σ_{n>1} w_n². From there on it mixes nothing.
+- Stuck to a point, its way to the sphere is paid by that point too: with more than half the weight
+  it stays at a norm between that point's own and r_0, whichever is cheapest. (Here the ways are
+  taken along the radius, ∫ρ for A; they differ by less than 1.)
 
 The published polyline objective is no other problem, only a coarser one: its value at this centroid
 (with its own best polylines) is below what Adam reaches; ``scripts/benchmark.py nao`` prints both.
@@ -37,8 +39,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from augment.centroid.residuals import TINY, Residuals
-from augment.centroid.spherical import geometric_median
+from augment.centroid.residuals import Residuals
+from augment.centroid.spherical import SAME, geometric_median
 from augment.prior import log_chi, modal_norm
 
 
@@ -52,20 +54,39 @@ def climb(norm: Float[Tensor, "*b"], dim: int) -> Float[Tensor, "*b"]:
     return ((-log_chi(radii, dim)) * simpson).sum(-1) * (norm - middle).abs()
 
 
+def cheapest_norm(
+    own: Float[Tensor, "b 1"], held: Float[Tensor, "b 1"], count: Float[Tensor, "b 1"], dim: int
+) -> Float[Tensor, "b 1"]:
+    """The norm of a centroid in the direction of a point, between the point's own and r_0.
+
+    The point comes there along the radius, the others by way of the sphere: the least of
+    count·(held·(climb(own) − climb(r)) + (1 − held)·climb(r)) + ρ(r), on a grid.
+
+    Args:
+        own: the point's norm.
+        held: its share of the weights.
+        count: K, which multiplies all weights.
+        dim: D.
+    """
+    shares = torch.linspace(0, 1, 65, dtype=own.dtype, device=own.device)
+    radii = torch.lerp(own.new_tensor(modal_norm(dim)), own.clamp_min(1e-3), shares)
+    costs = count * (1 - 2 * held) * climb(radii, dim) - log_chi(radii, dim)
+    return radii.gather(-1, costs.argmin(-1, keepdim=True))
+
+
 def nao(residuals: Residuals) -> Float[Tensor, "b k"]:
     """The centroid of Samuel et al., arXiv 2306.08687, sec. 4.2; see the module's docstring.
 
     K w_n is read as w_n / Σ w², which is the same for equal weights and does not count points
     without weight.
     """
-    weights, dim = residuals.weights.double(), residuals.dim
-    norms = residuals.norms.double().clamp_min(TINY)
-    a = geometric_median(residuals.cosines, weights, weights * norms)
+    weights, cosines, dim = residuals.weights.double(), residuals.cosines, residuals.dim
+    norms = residuals.norms.double()
+    a = geometric_median(cosines, weights, weights * norms)
     heavy = a.argmax(-1, keepdim=True)
-    own, share = norms.gather(-1, heavy), weights.gather(-1, heavy)
-    count = 1 / weights.square().sum(-1, keepdim=True)
-    saved = count * (2 * share - 1) * climb(own, dim)
-    unlikely = log_chi(own.new_tensor(modal_norm(dim)), dim) - log_chi(own, dim)
     alone = a.gather(-1, heavy) > 1 - 1e-9
-    radius = torch.where(alone & (saved > unlikely), own, modal_norm(dim))
-    return (radius * a / norms).to(residuals.weights)
+    beside = cosines.gather(1, heavy[..., None].expand(-1, 1, weights.shape[1]))[:, 0] > SAME
+    held = (weights * beside).sum(-1, keepdim=True)
+    count = 1 / weights.square().sum(-1, keepdim=True)
+    own = cheapest_norm(norms.gather(-1, heavy), held, count, dim)
+    return residuals.from_units(torch.where(alone, own, modal_norm(dim)) * a)

@@ -2,8 +2,8 @@ r"""Norm rules: what becomes of the residuals that a mean split leaves.
 
 Averaging shrinks: for N independent latents of norm √D and equal weights the mixture
 :math:`s = \sum_n w_n e_n` has the norm √(D/N), far from any the backbone was trained on. A rule is
-a function of `Residuals` that returns coefficients: a gain g (B, 1), for g·s, or one coefficient a
-residual (B, K), for :math:`\sum_n c_n e_n`. With q = Σ w_n² (so that 1/q is the effective count):
+a function of `Residuals` that returns a gain g (B, 1), for g·s, or one coefficient a residual
+(B, K), for :math:`\sum_n c_n e_n`. With q = Σ w_n² (so that 1/q is the effective count):
 
 ==========  =================================================  ==================================
 rule        gain g, or what the result is                      norm of the result
@@ -16,7 +16,7 @@ rule        gain g, or what the result is                      norm of the resul
 ``fade``    (q·Σ w_n ‖e_n‖ + (1 − q)·√D) / ‖s‖                 nin's at a vertex, fix's amid many
 ``slerp``   the Fréchet mean of the directions                 the interpolated norm of the inputs
 ``nao``     the geometric median of the directions             √(D − 1), or the heavy input's own
-``circle``  a place on the great circle of two                 that of the two
+``circle``  a place on the great circle of two                 that of the two, where it is one
 ==========  =================================================  ==================================
 
 ``lin``, ``fix`` and ``nin`` are those of Landolsi & Kahl, *Mean-adjusted interpolation*, arXiv
@@ -27,8 +27,10 @@ generative models*, arXiv 2408.08558: with the split ``mu`` it is their LOL,
 name ``lol`` too. ``fade`` is ours: it gives back an input exactly where it is alone, and trusts the
 prior where many are mixed. The others have files of their own.
 
-To add a rule: write the function here (or in a file of its own) and enter it in `NORMS`; the laws
-of ``tests/test_centroid_laws.py`` then run over it.
+Where all residuals are zero up to rounding, so is the result, under every rule.
+
+To add a rule: write the function here (or in a file of its own) and enter it in `GAINS` or
+`COEFFICIENTS`; the laws of ``tests/test_centroid_laws.py`` then run over it.
 """
 
 from collections.abc import Callable
@@ -80,15 +82,22 @@ def fade(residuals: Residuals) -> Gain:
     return (q * mean_norm(residuals) + (1 - q) * nominal) / residuals.length
 
 
-NORMS: dict[str, Callable[[Residuals], Tensor]] = {
+GAINS: dict[str, Callable[[Residuals], Gain]] = {
     "lin": lin,
     "fix": fix,
     "mode": mode,
     "nin": nin,
     "vp": vp,
     "fade": fade,
+}
+"""Norm rules that lengthen the mixture, by name."""
+
+COEFFICIENTS: dict[str, Callable[[Residuals], Float[Tensor, "b k"]]] = {
     "slerp": slerp,
     "nao": nao,
     "circle": circle,
 }
-"""Norm rules by name."""
+"""Norm rules that mix in other shares than the weights, by name."""
+
+NORMS = GAINS | COEFFICIENTS
+"""All norm rules by name."""

@@ -145,6 +145,8 @@ WALKS: dict[str, Callable[[Latent, Latent, int], Walk]] = {
     "slice": cut,
 }
 """Walks by name."""
+TURNING = ("slerp", "circle", "nao")
+"""Walks that turn from one direction to the other."""
 
 
 def walk(
@@ -177,4 +179,11 @@ def walk(
     a, b = a.to(dtype), b.to(dtype)
     if not (a.sum() + b.sum()).isfinite():
         raise UserError("expected finite latents, got NaN or infinity; invert that image again")
+    if name in TURNING:
+        turn = angle(a, b) if a.any() and b.any() else math.pi
+        if not (1e-3 if name == "circle" else -1) < turn < math.pi - 1e-3:
+            raise UserError(
+                f"expected latents of two directions for a {name} walk, got zero, opposite ones, "
+                "or one twice; take lerp"
+            )
     return way(a, b, count)

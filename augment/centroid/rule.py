@@ -17,8 +17,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from augment.centroid.means import split_named
-from augment.centroid.norms import NORMS
-from augment.centroid.residuals import Residuals
+from augment.centroid.norms import COEFFICIENTS, GAINS, NORMS
+from augment.centroid.residuals import Residuals, blocks
 from augment.errors import UserError, lookup
 
 ALIASES = {"lol": "vp/mu"}
@@ -71,19 +71,24 @@ class Rule:
             mu: the fixed latent of the split ``mu``; zero by default, and unused by other splits.
 
         Raises:
-            UserError: a point is not finite, or the rule is for another number of points.
+            UserError: a point or weight is not finite, or the rule is for another number of
+                points.
         """
         if points.dtype != torch.float64:
             points = points.float()
-        fixed = None if mu is None or self.mean != "mu" else mu.to(points)
-        residuals = Residuals(points, weights.to(points), split_named(self.mean), fixed)
-        coefficients = NORMS[self.norm](residuals)
-        if coefficients.shape[1] == 1:  # a gain
-            mixture, mean = residuals.mixed
-            centroid = torch.addcmul(mean, coefficients[:, :, None, None], mixture)
+        weights, split = weights.to(points), split_named(self.mean)
+        mu = None if mu is None or self.mean != "mu" else mu.to(points)
+        if self.norm in GAINS:
+            centroid = torch.empty_like(points[:, 0])
+            for rows in blocks(len(points), 4 * points[:1, 0].numel()):
+                residuals = Residuals(points[rows], weights[rows], split, mu)
+                mixture, mean = residuals.mixed
+                gain = GAINS[self.norm](residuals)[:, :, None, None]
+                centroid[rows] = torch.addcmul(mean, mixture, gain)
         else:
-            mean = residuals.mixed[1]
-            centroid = residuals.combine(coefficients)[0] + mean
+            residuals = Residuals(points, weights, split, mu)
+            total, mean = residuals.combine(COEFFICIENTS[self.norm](residuals))
+            centroid = total + (residuals.combine(weights)[1] - mean)
         # one sum sees every NaN and infinity, at a tenth of the cost of looking at each point
         if not centroid.sum().isfinite():
             refuse(points)
@@ -91,10 +96,18 @@ class Rule:
 
 
 def refuse(points: Float[Tensor, "b k c h w"]) -> None:
-    """Name the first point that is not finite."""
-    bad = (~points.isfinite()).flatten(2).any(-1)
-    row, column = bad.nonzero()[0].tolist()
+    """Say why a centroid is not finite, and name the first point that is at fault.
+
+    Raises:
+        UserError: always.
+    """
+    bad = (~points.isfinite()).flatten(2).any(-1).nonzero().tolist()
+    if bad:
+        raise UserError(
+            f"expected finite latents, got NaN or infinity in point {bad[0][1]} of row "
+            f"{bad[0][0]}; invert that image again"
+        )
     raise UserError(
-        f"expected finite latents, got NaN or infinity in point {column} of row {row}; "
-        "invert that image again"
+        "expected weights on the simplex and latents of moderate size, got a centroid that is not "
+        f"finite; the largest element is {points.abs().max().item():.3g}, check weights and mu"
     )

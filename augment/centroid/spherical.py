@@ -7,18 +7,18 @@ dimension once C is there, and a whole batch is solved at once, in float64.
 
 - **Fréchet mean**: the minimiser of :math:`\tfrac12 \sum_n w_n \theta_n^2` over the angles θ_n to
   the points (Buss & Fillmore, *Spherical averages*, ACM TOG 20, 2001, algorithm A1). The gradient
-  step m ← exp_m(t Σ w_n log_m u_n), with the step t = 1 / Σ w_n θ_n cot θ_n that its curvature
-  across the points suggests, converges in about ten steps for latents, whose angles are near 90°
-  or less.
+  step m ← m + t Σ w_n log_m u_n, normalised, with the step t = 1 / Σ w_n θ_n cot θ_n that its
+  curvature across the points suggests, converges in 5 to 30 steps. Unique where the points lie in
+  an open hemisphere (their theorem 1).
 - **Geometric median**: the minimiser of :math:`\sum_n w_n \theta_n`, by Weiszfeld's iteration on
   the sphere, m ← Σ (w_n / sin θ_n) u_n, normalised; for angles below 90° each step minimises an
-  upper bound of the sum (arccos is concave there), so it never rises.
+  upper bound of the sum (arccos is concave there), so it never rises. Not always unique: for two
+  points of equal weight the whole arc is optimal, and the start decides.
 
-Both are unique where the points with weight lie in an open hemisphere (Buss & Fillmore, theorem
-1). For points more than 90° apart the iteration starts at the direction of the weighted mean and
-gives the stationary point it reaches from there; towards a point opposite to the iterate, where the
-direction of the way is not defined, the pull is bounded. Of exactly opposite points of equal
-weights the mean is zero, and so is the result, as under every rule.
+For points more than 90° apart both start at the direction of the weighted mean and give the
+stationary point they reach from there; towards a point opposite to the iterate, where the way has
+no direction, the pull is bounded. Exactly opposite points of equal weights have no mean direction:
+the result is zero, as under every rule.
 """
 
 from collections.abc import Callable
@@ -33,13 +33,17 @@ Cosines = Float[Tensor, "b k k"]
 Coefficients = Float[Tensor, "b k"]
 SHORT = 1e-6
 """Sines below this are rounding, and are held up to it."""
+SAME = 1 - 5e-7
+"""Directions of a larger cosine, within 1e-3, count as one: float32 tells no better."""
 
 
 def normalised(cosines: Cosines, a: Coefficients) -> tuple[Coefficients, Coefficients]:
     """The unit vector along Σ a_n u_n, and its cosines to the points."""
     product = (cosines @ a[..., None])[..., 0]
-    size = (a * product).sum(-1, keepdim=True).clamp_min(TINY).sqrt()
-    return a / size, (product / size).clamp(-1, 1)
+    square = (a * product).sum(-1, keepdim=True)
+    rounding = square <= 1e-14 * a.square().sum(-1, keepdim=True)
+    scale = torch.where(rounding, 0, square.clamp_min(TINY).rsqrt())
+    return a * scale, (product * scale).clamp(-1, 1)
 
 
 def settle(
@@ -88,17 +92,20 @@ def geometric_median(cosines: Cosines, weights: Coefficients, start: Coefficient
     Where one point has more weight than the pulls of all others together, the median *is* that
     point: of two points the heavier one, of K at right angles the first as soon as
     w_1² > Σ_{n>1} w_n². The iteration would only creep there, so the likeliest point, the one of
-    least cost, is tried first.
+    least cost, is tried first. Near the threshold 300 steps may end 0.1 radian away, at a cost
+    within 1e-4 of the least.
     """
     cost = (cosines.acos() @ weights[..., None])[..., 0].masked_fill(weights == 0, torch.inf)
     vertex = torch.nn.functional.one_hot(cost.argmin(-1), weights.shape[-1]).to(weights)
     cosine = (cosines @ vertex[..., None])[..., 0]
-    beside = 1 - cosine.square() > SHORT  # the others; points in the same place add to its weight
-    pulls = torch.where(beside, weights * (1 - cosine.square()).clamp_min(SHORT).rsqrt(), 0)
+    pulls = weights / (1 - cosine.square()).clamp_min(1 - SAME**2).sqrt()
+    pulls = torch.where(cosine.abs() > SAME, 0, pulls)
     along = (pulls * cosine).sum(-1)
     force = ((cosines @ pulls[..., None])[..., 0] * pulls).sum(-1) - along.square()
-    weight = torch.where(beside, 0, weights).sum(-1)
-    stuck = (force.clamp_min(0).sqrt() < weight * (1 - 1e-9))[:, None]
+    # what lies opposite pulls whichever way one goes
+    force = force.clamp_min(0).sqrt() + (weights * (cosine < -SAME)).sum(-1)
+    held = (weights * (cosine > SAME)).sum(-1)
+    stuck = (force < held * (1 - 1e-9))[:, None]
 
     def step(a: Coefficients, cosine: Coefficients) -> Coefficients:
         return weights / (1 - cosine.square()).clamp_min(SHORT**2).sqrt()
@@ -112,7 +119,6 @@ def slerp(residuals: Residuals) -> Float[Tensor, "b k"]:
     For two points it is the slerp of Shoemake, *Animating rotation with quaternion curves*,
     SIGGRAPH 1985, at a constant angular speed.
     """
-    norms, weights = residuals.norms.double().clamp_min(TINY), residuals.weights.double()
+    norms, weights = residuals.norms.double(), residuals.weights.double()
     a = frechet_mean(residuals.cosines, weights, weights * norms)
-    radius = (weights * norms).sum(-1, keepdim=True)
-    return (radius * a / norms).to(residuals.weights)
+    return residuals.from_units((weights * norms).sum(-1, keepdim=True) * a)

@@ -15,7 +15,6 @@ interpolation*, arXiv 2505.07481.) `augment.measure.latents` finds δ² and v.
 
 import math
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -27,7 +26,7 @@ MUCH = 0.25
 
 
 def amplification(count: int, alpha: float) -> float:
-    r"""How often a small bias grows, :math:`1/\sqrt{\mathbb E q} = \sqrt{(N\alpha+1)/(\alpha+1)}`.
+    r"""What a small bias is multiplied by, :math:`\sqrt{(N\alpha+1)/(\alpha+1)} = 1/\sqrt{E q}`.
 
     Args:
         count: members N of a centroid, at least 1.
@@ -46,7 +45,7 @@ def predicted_bias(statistics: LatentStatistics, count: int, alpha: float) -> fl
     """The largest |channel mean| to expect of centroids under ``fix/0``, |d|/√(δ² + v q).
 
     With the expectation of q, though it varies with the weights: exact for α = ∞, 2 % too low at
-    α = 1, 7 % at worst. White latents have a little of it too: what they happen to share.
+    α = 1, 8 % at worst. White latents have a little of it too: what they happen to share.
 
     Args:
         statistics: of the class's latents.
@@ -60,24 +59,22 @@ def predicted_bias(statistics: LatentStatistics, count: int, alpha: float) -> fl
     return statistics.largest[0] / math.sqrt(max(shared + (statistics.energy - shared) * q, TINY))
 
 
-def growth(statistics: LatentStatistics, centroids: Float[Tensor, "n c h w"]) -> float:
-    """How many times the class's channel means stand in its centroids, whatever rule made them."""
-    bias = torch.tensor(statistics.channel_means, dtype=torch.float64)
-    means = centroids.detach().cpu().double().mean((0, 2, 3))
-    return (means @ bias / bias.square().sum().clamp_min(TINY)).item()
-
-
 def bias_warning(
-    statistics: LatentStatistics, centroids: Float[Tensor, "n c h w"], rule: str
+    statistics: LatentStatistics,
+    centroids: Float[Tensor, "n c"],
+    averages: Float[Tensor, "n c"],
+    rule: str,
 ) -> str | None:
     """What a rule does to a class's bias, in one sentence; None if there is nothing to tell.
 
     Args:
         statistics: of the class's latents.
-        centroids: of members of the class, by the rule.
+        centroids: the channel means of centroids of the class by the rule.
+        averages: those of the plain weighted averages of the same members.
         rule: its name.
     """
-    times, (largest, error) = growth(statistics, centroids), statistics.largest
+    times = ((centroids * averages).sum() / averages.square().sum().clamp_min(TINY)).item()
+    largest, error = statistics.largest
     if not statistics.biased or times < 1.5 or times * largest < MUCH:
         return None
     norm, split = rule.split("/")
