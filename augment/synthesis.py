@@ -205,6 +205,8 @@ def write_folder(
     elif out.exists() and any(out.iterdir()):
         raise UserError(f"expected {out} to be new or empty, got a folder in use; use a new one")
     plans = [planner(0, index) for index in range(per_class * len(planner.images))]
+    for plan in plans[: len(planner.images)]:  # a rule that does not fit, too
+        synthesizer.centroid(plan)
     write_json(out / "synthesis.json", settings)
     write_bytes(out / "plans.jsonl", "".join(plan.to_json() + "\n" for plan in plans).encode())
     made = 0

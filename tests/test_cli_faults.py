@@ -149,6 +149,8 @@ FAULTS = {
     "harmed chunk": Fault(SYNTHESIZE, ("bank/0000/chunk-0000.safetensors",), harm_a_chunk),
     "harmed manifest": Fault(SYNTHESIZE, ("bank", "manifest.json"), harm_the_manifest),
     "unknown split": Fault(f"{SYNTHESIZE} --rule fix/hat", ("chm", "'hat'")),
+    "a blur of no width": Fault(f"{SYNTHESIZE} --rule fix/lp0", ("lp0", "lp2.0")),
+    "a circle of one": Fault(f"{SYNTHESIZE} --rule circle", ("circle", "two", "members")),
     "no sampling steps": Fault(f"{SYNTHESIZE} --steps 0", ("1 solver step",)),
     "no sampling batch": Fault(f"{SYNTHESIZE} --batch_size 0", ("batch",)),
     "negative batch": Fault(f"{SYNTHESIZE} --batch_size=-1", ("batch",)),
