@@ -20,7 +20,7 @@ from augment.centroid.means import Split, nothing
 TINY = 1e-30
 """Guards 0/0."""
 BLOCK = 2**21
-"""Elements that are worked on at once, some 8 MiB: more would leave the cache."""
+"""Elements of float32, 8 MiB, that stay in the cache while they are worked on in a few steps."""
 
 
 def mix(points: Float[Tensor, "b k d"], weights: Float[Tensor, "b k"]) -> Float[Tensor, "b d"]:
@@ -67,7 +67,13 @@ class Residuals:
     def mixed(self) -> tuple[Tensor, Tensor]:
         """(s, d): the mixtures Σ w_n e_n (B, C, H, W) and Σ w_n d_n."""
         total, mean = self.combine(self.weights)
-        return total - mean, mean
+        # in place, for no gradient asks for the total; and nothing need not be taken away
+        return (total if self._whole else total.sub_(mean)), mean
+
+    @property
+    def _whole(self) -> bool:
+        """Whether residuals are the points themselves."""
+        return self.split is nothing and self.mu is None
 
     @cached_property
     def length(self) -> Float[Tensor, "b 1"]:
@@ -79,12 +85,10 @@ class Residuals:
 
     def each(self) -> Iterator[Float[Tensor, "b k d"]]:
         """The residuals, some rows at a time."""
-        for rows in blocks(len(self.points), self.points[:1].numel()):
+        for rows in blocks(len(self.points), 4 * self.points[:1].numel()):
             points = self.points[rows]
-            if self.mu is not None:
-                points = points - self.mu
-            elif self.split is not nothing:
-                points = points - self.split(points)
+            if not self._whole:
+                points = points - (self.split(points) if self.mu is None else self.mu)
             yield points.flatten(2)
 
     @cached_property
