@@ -48,6 +48,7 @@ class Row:
     Args:
         name: as printed.
         rule: how the synthetic images are mixed; ``pixels`` mixes the images themselves.
+        alpha: of their weights, if not the demo's; 0 mixes nothing.
         twice: train on twice the shots.
         augment: classical augmentation.
         mixup: α of mixup.
@@ -56,6 +57,7 @@ class Row:
 
     name: str
     rule: str | None = None
+    alpha: float | None = None
     twice: bool = False
     augment: bool = True
     mixup: float = 0.0
@@ -77,6 +79,7 @@ ROWS = (
     Row("real + centroids fade/lp", rule="fade/lp", short=False),
     Row("real + centroids slerp/chm", rule="slerp/chm", short=False),
     Row("real + centroids nao/chm", rule="nao/chm", short=False),
+    Row("real + single latents fix/chm", rule="fix/chm", alpha=0.0, short=False),
     Row(TWICE, twice=True),
 )
 
@@ -155,7 +158,7 @@ def run_row(
         return read_json(done, "an accuracy")
     shots = few_shots(seed, SHOTS * (2 if row.twice else 1))
     real = write_fashion(folder / f"real-{len(shots)}", "shots", shots)
-    fake = synthetic(folder, row.rule, seed, settings, backbone, bank) if row.rule else None
+    fake = synthetic(folder, row, seed, settings, backbone, bank) if row.rule else None
     torch.manual_seed(seed)
     data = FewShotData(
         str(real), str(root / "test"), fake, settings.p_synthetic, row.augment,
@@ -182,13 +185,15 @@ def quiet_trainer(steps: int) -> pl.Trainer:
 
 
 def synthetic(
-    folder: Path, rule: str, seed: int, settings: Settings, backbone: Backbone, bank: LatentBank
+    folder: Path, row: Row, seed: int, settings: Settings, backbone: Backbone, bank: LatentBank
 ) -> str:
-    """The folder of a seed's synthetic images under a rule, made if needed."""
-    out = folder / "synthetic" / rule.replace("/", "-")
+    """The folder of a seed's synthetic images of a row, made if needed."""
+    assert row.rule is not None
+    rule, alpha = row.rule, settings.alpha if row.alpha is None else row.alpha
+    out = folder / "synthetic" / (rule.replace("/", "-") + ("-alone" if alpha == 0 else ""))
     shots = {f"{number:03d}.png" for number in few_shots(seed, SHOTS)}
     bank = bank.subset(lambda image_id: Path(image_id).name in shots)
-    planner = Planner(bank.members, seed, settings.alpha)
+    planner = Planner(bank.members, seed, alpha)
     if rule == "pixels":
         write_pixel_mixes(planner, Folder(folder / f"real-{SHOTS}"), settings.per_class, out)
     else:
