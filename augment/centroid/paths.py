@@ -35,8 +35,6 @@ from augment.prior import log_chi, modal_norm
 
 Latent = Float[Tensor, "c h w"]
 Walk = Float[Tensor, "t c h w"]
-LEG = 256
-"""Points on each of the three legs of the NAO geodesic."""
 
 
 def by_rule(a: Latent, b: Latent, count: int, norm: str) -> Walk:
@@ -69,18 +67,24 @@ def nao(a: Latent, b: Latent, count: int) -> Walk:
     apart, their own norms if they are close. Its latents stand at equal distances, as the published
     penalty on long pieces asks of its polyline.
     """
-    dim, turn = a.numel(), angle(a, b)
+    turn = angle(a, b)
     ends = torch.tensor([x.double().norm().item() for x in (a, b)], dtype=torch.float64)
-    first, last = ends.tolist()
-    curve = legs(first, last, cheapest(ends, turn, dim), turn)
-    radius, phi = evenly(curve, count).T
+    (first, last), middle = ends.tolist(), cheapest(ends, turn, a.numel())
+    corners = ends.new_tensor([[first, 0], [middle, 0], [middle, turn], [last, turn]])
+    legs = ends.new_tensor([abs(middle - first), middle * turn, abs(last - middle)])
+    far = torch.cat([legs.new_zeros(1), legs.cumsum(0)])
+    goal = torch.linspace(0, 1, count, dtype=torch.float64) * far[-1]
+    leg = torch.searchsorted(far, goal).clamp(1, 3)
+    # norm and angle are linear in the length of each leg
+    share = ((goal - far[leg - 1]) / legs[leg - 1].clamp_min(1e-300)).clamp(0, 1)
+    radius, phi = torch.lerp(corners[leg - 1], corners[leg], share[:, None]).T
     if turn < 1e-9:
         on_a, on_b = 1 - phi, phi
     else:
         on_a, on_b = (turn - phi).sin() / math.sin(turn), phi.sin() / math.sin(turn)
+    shares = (radius[:, None] * torch.stack([on_a, on_b], 1)).to(a.device)
     units = torch.stack([a, b]).double().flatten(1) / ends[:, None].to(a.device)
-    mixed = (radius[:, None] * torch.stack([on_a, on_b], 1)).to(units) @ units
-    return mixed.unflatten(1, a.shape).to(a)
+    return (shares @ units).unflatten(1, a.shape).to(a)
 
 
 def cheapest(ends: Float[Tensor, " 2"], turn: float, dim: int) -> float:
@@ -90,29 +94,6 @@ def cheapest(ends: Float[Tensor, " 2"], turn: float, dim: int) -> float:
     height = climb(torch.cat([ends, radii]), dim) * (torch.cat([ends, radii]) - reach[2]).sign()
     ways = (height[:2, None] - height[2:]).abs().sum(0) - radii * turn * log_chi(radii, dim)
     return radii[ways.argmin()].item()
-
-
-def legs(first: float, last: float, middle: float, turn: float) -> Float[Tensor, "n 2"]:
-    """A curve of (norm, angle): to the middle norm, around, and to the last norm."""
-    share = torch.linspace(0, 1, LEG, dtype=torch.float64)
-    radius = [
-        first + (middle - first) * share,
-        middle + 0 * share,
-        middle + (last - middle) * share,
-    ]
-    phi = [0 * share, turn * share, turn + 0 * share]
-    return torch.stack([torch.cat(radius), torch.cat(phi)], 1)
-
-
-def evenly(curve: Float[Tensor, "n 2"], count: int) -> Float[Tensor, "t 2"]:
-    """Points of a curve of (norm, angle), equal lengths of it apart."""
-    radius, phi = curve.T
-    pieces = torch.hypot(radius.diff(), (radius[1:] + radius[:-1]) / 2 * phi.diff())
-    far = torch.cat([pieces.new_zeros(1), pieces.cumsum(0)])
-    goal = torch.linspace(0, 1, count, dtype=torch.float64) * far[-1]
-    end = torch.searchsorted(far, goal).clamp(1, len(far) - 1)
-    share = (goal - far[end - 1]) / (far[end] - far[end - 1]).clamp_min(1e-300)
-    return torch.lerp(curve[end - 1], curve[end], share.clamp(0, 1)[:, None])
 
 
 def translation(a: Latent, b: Latent, count: int) -> Walk:

@@ -19,8 +19,8 @@ from augment.centroid.means import Split, nothing
 
 TINY = 1e-30
 """Guards 0/0."""
-BLOCK = 2**21
-"""Elements of float32, 8 MiB, that stay in the cache while they are worked on in a few steps."""
+BLOCK = 2**19
+"""Elements, 2 MiB of float32, that with a few temporaries of their size stay in the cache."""
 
 
 def mix(points: Float[Tensor, "b k d"], weights: Float[Tensor, "b k"]) -> Float[Tensor, "b d"]:
@@ -85,7 +85,7 @@ class Residuals:
 
     def each(self) -> Iterator[Float[Tensor, "b k d"]]:
         """The residuals, some rows at a time."""
-        for rows in blocks(len(self.points), 4 * self.points[:1].numel()):
+        for rows in blocks(len(self.points), self.points[:1].numel()):
             points = self.points[rows]
             if not self._whole:
                 points = points - (self.split(points) if self.mu is None else self.mu)

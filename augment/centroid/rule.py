@@ -80,7 +80,7 @@ class Rule:
         mu = None if mu is None or self.mean != "mu" else mu.to(points)
         if self.norm in GAINS:
             centroid = torch.empty_like(points[:, 0])
-            for rows in blocks(len(points), 4 * points[:1, 0].numel()):
+            for rows in blocks(len(points), points[:1, 0].numel()):
                 residuals = Residuals(points[rows], weights[rows], split, mu)
                 mixture, mean = residuals.mixed
                 gain = GAINS[self.norm](residuals)[:, :, None, None]

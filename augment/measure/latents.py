@@ -16,11 +16,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from augment.centroid.residuals import TINY
 from augment.errors import UserError
 from augment.prior import log_chi, nominal_norm
-
-TINY = 1e-30
-"""Guards 0/0 where all latents are zero, or equal."""
 
 
 @dataclass(frozen=True)
