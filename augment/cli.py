@@ -171,15 +171,16 @@ def run(args: list[str]) -> None:
         )
 
 
+SHOW = warnings.showwarning
+"""How Python tells of warnings."""
+
+
 def show_warning(message: Warning | str, category: type[Warning], *where: Any) -> None:
     """Ours are one line, as errors are."""
     if issubclass(category, BiasWarning):
         print(f"latent-augment: warning: {message}", file=sys.stderr)
     else:
         SHOW(message, category, *where)
-
-
-SHOW = warnings.showwarning
 
 
 def main() -> None:

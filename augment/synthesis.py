@@ -117,8 +117,13 @@ class Synthesizer:
         Raises:
             UserError: see `points`; or the rule is for another number of them.
         """
+        return self._mix(plan)[0]
+
+    def _mix(self, plan: Plan) -> tuple[Float[Tensor, "c h w"], Float[Tensor, " c"]]:
+        """A plan's centroid, and the channel means of the plain average."""
         points, weights = self.points(plan)
-        return self.rule(points[None], weights[None], self.mu)[0]  # type: ignore[operator]
+        centroid = self.rule(points[None], weights[None], self.mu)[0]  # type: ignore[operator]
+        return centroid, weights @ points.mean((-2, -1))
 
     @cached_property
     def mu(self) -> Float[Tensor, "c h w"] | None:
@@ -130,8 +135,9 @@ class Synthesizer:
 
     def images(self, plans: Sequence[Plan]) -> Float[Tensor, "n c h w"]:
         """The images of plans, float32 in [0, 1] on the backbone's device."""
-        centroids = torch.stack([self.centroid(plan) for plan in plans])
-        self._warn_of_bias(plans, centroids)
+        mixed = [self._mix(plan) for plan in plans]
+        centroids = torch.stack([centroid for centroid, _ in mixed])
+        self._warn_of_bias(plans, centroids, torch.stack([average for _, average in mixed]))
         prompts = [self.bank.prompt(plan.class_name) for plan in plans]
         return sample(
             self.backbone,
@@ -143,7 +149,12 @@ class Synthesizer:
             self.batch_size,
         )
 
-    def _warn_of_bias(self, plans: Sequence[Plan], centroids: Float[Tensor, "n c h w"]) -> None:
+    def _warn_of_bias(
+        self,
+        plans: Sequence[Plan],
+        centroids: Float[Tensor, "n c h w"],
+        averages: Float[Tensor, "n c"],
+    ) -> None:
         """Tell, of the first class it happens to and once, that the rule enlarges its bias."""
         rows: dict[str, list[int]] = {}
         for row, plan in enumerate(plans):
@@ -152,10 +163,8 @@ class Synthesizer:
         for name, mine in rows.items():
             if name not in self._statistics:
                 self._statistics[name] = latent_statistics(self.latents(name))
-            parts = [self.points(plans[row]) for row in mine]
-            averages = torch.stack([weights @ points.mean((-2, -1)) for points, weights in parts])
             means = centroids[mine].mean((-2, -1))
-            told = bias_warning(self._statistics[name], means, averages, str(self.rule))
+            told = bias_warning(self._statistics[name], means, averages[mine], str(self.rule))
             if told:
                 self._warned = True
                 return warnings.warn(f"class {name!r}: {told}", BiasWarning, stacklevel=3)
