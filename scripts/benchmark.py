@@ -47,7 +47,7 @@ def machine_says() -> str:
     return f"{torch.get_num_threads()} threads, torch {torch.__version__}"
 
 
-def centroids(repeats: int, seconds_each: float) -> None:
+def centroids(args: argparse.Namespace) -> None:
     """Every rule against one weighted sum by torch.matmul and one norm."""
     batch, count, shape = 256, 16, (4, 64, 64)
     points = torch.randn(batch, count, *shape)
@@ -64,7 +64,7 @@ def centroids(repeats: int, seconds_each: float) -> None:
     runs["circle/0 (K = 2)"] = lambda: Rule("circle", "0")(pairs, halves)
     for threads in dict.fromkeys((1, torch.get_num_threads())):
         torch.set_num_threads(threads)
-        times = seconds(runs, repeats)
+        times = seconds(runs, args.repeats)
         print(f"\nB = {batch}, K = {count}, D = {points[0, 0].numel()}, {machine_says()}\n")
         print("| rule | ms, median | quartiles | × floor |\n|---|---|---|---|")
         for name, values in times.items():
@@ -80,11 +80,11 @@ def centroids(repeats: int, seconds_each: float) -> None:
         mixed = (points, weights)
         runs = {"floor": lambda x=mixed: (x[1][:, None] @ x[0].flatten(2)).norm(dim=-1)}
         runs |= {name: lambda r=rule, x=mixed: r(*x) for name, rule in rules.items()}
-        row = [statistics.median(v) / 32 * 1e6 for v in seconds(runs, repeats).values()]
+        row = [statistics.median(v) / 32 * 1e6 for v in seconds(runs, args.repeats).values()]
         print(f"| {count} | {4 * side**2} | " + " | ".join(f"{v:.0f}" for v in row) + " |")
 
 
-def nao(repeats: int, seconds_each: float) -> None:
+def nao(args: argparse.Namespace) -> None:
     """The closed form against the published optimiser in all dimensions, objectives beside."""
     print(
         "64 centroids of N(0, I) at once; for Adam one, its seconds those of all its iterations\n"
@@ -98,7 +98,7 @@ def nao(repeats: int, seconds_each: float) -> None:
         weights = torch.rand(64, count, generator=dice).log().neg()
         weights = torch.ones(64, count) if even else weights
         weights = weights / weights.sum(1, keepdim=True)
-        row = compare(points, weights, repeats, seconds_each)
+        row = compare(points, weights, args.repeats, args.seconds)
         print(f"| {4 * side**2} | {count} | {'equal' if even else 'Dir(1)'} | {row}", flush=True)
 
 
@@ -124,7 +124,7 @@ def compare(points: torch.Tensor, weights: torch.Tensor, repeats: int, seconds_e
     )
 
 
-def sampling(repeats: int, seconds_each: float) -> None:
+def sampling(args: argparse.Namespace) -> None:
     """Images a second of the embedded backbone, by batch size."""
     backbone = load_backbone("tiny", device="cpu")
     for batch in (1, 8, 64):
@@ -133,7 +133,7 @@ def sampling(repeats: int, seconds_each: float) -> None:
             f"sample, 20 steps, batch {batch}": lambda z=latents: sample(backbone, z, steps=20),
             f"invert, 50 steps, batch {batch}": lambda x=images: invert(backbone, x, steps=50),
         }
-        for name, values in seconds(runs, repeats).items():
+        for name, values in seconds(runs, args.repeats).items():
             print(f"{name}: {batch / statistics.median(values):.1f} images/s")
 
 
@@ -149,7 +149,7 @@ def main() -> None:
     machine = platform.processor() or platform.machine()
     print(f"{machine}, {machine_says()}, diffusers {diffusers.__version__}")
     runs = {"centroids": centroids, "nao": nao, "sampling": sampling}
-    runs[args.what](args.repeats, args.seconds)
+    runs[args.what](args)
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from augment.bank import LatentBank, fill_bank
-from augment.centroid import Rule
+from augment.centroid.means import channel_mean
 from augment.diffusion import Backbone, load_backbone
 from augment.diffusion.solver import sample
 from augment.files import write_bytes, write_json
@@ -395,19 +395,16 @@ nao     of weights from Dir(1) is one latent alone in {alone} % of all centroids
         print("| " + " | ".join(claim.values()) + " |")
 
 
-def alone(bank: LatentBank, draws: int = 20) -> list[float]:
+def alone(study: Study, draws: int = 20) -> list[float]:
     """How often NAO of members with random weights, Dir(1), has the direction of one member."""
-    latents, found = {name: bank.latents(name) for name in bank.classes}, []
+    synthesizer, found = Synthesizer(study.backbone, study.bank, "nao/chm"), []
     for count in COUNTS:
-        planner = Planner(bank.members, seed=count, alpha=1.0, members=count)
+        planner = Planner(study.bank.members, seed=count, alpha=1.0, members=count)
         hits = []
-        for plan in (planner(0, i) for i in range(draws * len(bank.classes))):
-            rows = [bank.members[plan.class_name].index(i) for i in plan.members]
-            points = latents[plan.class_name][rows]
-            centroid = Rule.parse("nao/chm")(points[None], torch.tensor([plan.weights]))
-            apart = [x - x.mean((-2, -1), keepdim=True) for x in (points, centroid)]
-            near = torch.cosine_similarity(apart[0].flatten(1), apart[1].flatten(1)).max()
-            hits.append(near.item() > 0.9999)
+        for plan in (planner(0, i) for i in range(draws * len(study.bank.classes))):
+            latents = synthesizer.points(plan)[0], synthesizer.centroid(plan)[None]
+            points, centroid = ((x - channel_mean(x)).flatten(1) for x in latents)
+            hits.append(torch.cosine_similarity(points, centroid).max().item() > 0.9999)
         found.append(float(np.mean(hits)))
     return found
 
@@ -431,7 +428,7 @@ def main() -> None:
     bank_record = describe_bank(latents, real, back) | {
         "leak": leak(backbone, latents[: len(real.images)], real.images),
         "alpha": backbone.process.alpha_sigma(1)[0],
-        "alone": alone(bank),
+        "alone": alone(study),
     }
     report = {
         "settings": {key: str(value) for key, value in vars(args).items()} | backbone.fingerprint,

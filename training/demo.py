@@ -158,7 +158,10 @@ def run_row(
         return read_json(done, "an accuracy")
     shots = few_shots(seed, SHOTS * (2 if row.twice else 1))
     real = write_fashion(folder / f"real-{len(shots)}", "shots", shots)
-    fake = synthetic(folder, row, seed, settings, backbone, bank) if row.rule else None
+    out, fake = folder / "synthetic" / name, None
+    if row.rule:
+        alpha = settings.alpha if row.alpha is None else row.alpha
+        fake = synthetic(out, row.rule, alpha, seed, settings, backbone, bank)
     torch.manual_seed(seed)
     data = FewShotData(
         str(real), str(root / "test"), fake, settings.p_synthetic, row.augment,
@@ -185,17 +188,22 @@ def quiet_trainer(steps: int) -> pl.Trainer:
 
 
 def synthetic(
-    folder: Path, row: Row, seed: int, settings: Settings, backbone: Backbone, bank: LatentBank
+    out: Path,
+    rule: str,
+    alpha: float,
+    seed: int,
+    settings: Settings,
+    backbone: Backbone,
+    bank: LatentBank,
 ) -> str:
-    """The folder of a seed's synthetic images of a row, made if needed."""
-    assert row.rule is not None
-    rule, alpha = row.rule, settings.alpha if row.alpha is None else row.alpha
-    out = folder / "synthetic" / (rule.replace("/", "-") + ("-alone" if alpha == 0 else ""))
+    """The folder of a row's synthetic images, made if needed."""
     shots = {f"{number:03d}.png" for number in few_shots(seed, SHOTS)}
     bank = bank.subset(lambda image_id: Path(image_id).name in shots)
     planner = Planner(bank.members, seed, alpha)
     if rule == "pixels":
-        write_pixel_mixes(planner, Folder(folder / f"real-{SHOTS}"), settings.per_class, out)
+        write_pixel_mixes(
+            planner, Folder(out.parents[1] / f"real-{SHOTS}"), settings.per_class, out
+        )
     else:
         synthesizer = Synthesizer(backbone, bank, rule, steps=settings.solver_steps)
         write_folder(synthesizer, planner, settings.per_class, out)
