@@ -4,37 +4,43 @@ A bank is a folder::
 
     manifest.json                 what is in it, and how it was made
     0000/chunk-0000.safetensors   class 0, its first 256 latents: ``latents`` (n, C, H, W) float16
-    0000/chunk-0001.safetensors   … and ``norms`` (n,) float32 beside them
+    0000/chunk-0000.nulls.safetensors   what null-text inversion adds: ``nulls`` (g, steps, …)
+                                  float16 and ``null_rows`` (n,), which of them is an image's
+    0000/chunk-0001.safetensors   … and ``norms`` (n,) float32 beside the latents
     0001/chunk-0000.safetensors   class 1 …
 
 The manifest (schema 1) holds the latent shape; the **fingerprint**, which must match before
-latents may be mixed or sampled: backbone, weights, process, inversion, steps, guidance; and the
+latents may be mixed or sampled: backbone, weights, process, inversion, steps, guidance; the
+**recipe**, how `load_backbone` makes the backbone again, for information; and the
 classes in label order, each with its prompt, the ids it is to hold, and its chunks so far (file,
 bytes, SHA-256, and each image's id with the SHA-256 of its file). A chunk counts from the moment
 the manifest names it, and the manifest is replaced whole; so an interrupted inversion goes on
 from its last chunk, and `LatentBank.open` refuses a bank that is not complete.
 """
 
+import dataclasses
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 from tqdm import tqdm
 
 from augment.diffusion.backbone import Backbone, check_batch
-from augment.diffusion.solver import check_steps
-from augment.errors import BankMismatch, UserError, lookup
+from augment.errors import BankMismatch, EnlargedWarning, UserError
 from augment.files import check_folder, read_json, sha256, write_bytes, write_json
-from augment.inversion import INVERTERS, invert
+from augment.images import shorter_side
+from augment.inversion import check_guidance, inverted, inverter
 
 SCHEMA = 1
 CHUNK = 256
+ENLARGED = 1.5  # by how much images may be enlarged in silence
 
 
 @runtime_checkable
@@ -101,17 +107,52 @@ class LatentBank:
         """The prompt a class was inverted with; empty if none."""
         return self._class(class_name)["prompt"]
 
+    @property
+    def inversion(self) -> dict[str, Any]:
+        """Method, steps, guidance and settings of the inversion."""
+        return self.fingerprint["inversion"]
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """The arguments of `load_backbone` that made the backbone; by its name if unknown."""
+        return self.manifest.get("recipe") or {"name_or_path": self.fingerprint["backbone"]["name"]}
+
     def latents(self, class_name: str) -> Float[Tensor, "n c h w"]:
         """The latents of a class in float32, in the order of ``members``.
 
         Raises:
             UserError: no such class, or a chunk is missing or damaged.
         """
-        record = self._class(class_name)
-        ids = [image["id"] for chunk in record["chunks"] for image in chunk["images"]]
-        rows = torch.cat([self._chunk(chunk) for chunk in record["chunks"]]).float()
+        chunks = self._class(class_name)["chunks"]
+        rows = torch.cat([self._file(chunk, "latents")["latents"] for chunk in chunks]).float()
+        return rows[self._places(class_name)]
+
+    def nulls(self, class_name: str) -> tuple[Float[Tensor, "g steps ..."], Int[Tensor, " n"]]:
+        """The embeddings of a class by null-text inversion, and which is whose of ``members``.
+
+        Raises:
+            UserError: the bank has none, no such class, or a file is missing or damaged.
+        """
+        chunks = self._class(class_name)["chunks"]
+        if any("nulls" not in chunk for chunk in chunks):
+            raise UserError(
+                f"expected a bank of null_text at {self.path}, got one of "
+                f"{self.inversion['method']}; invert with that"
+            )
+        parts, rows, offset = [], [], 0
+        for chunk in chunks:
+            found = self._file(chunk["nulls"], "nulls", "null_rows")
+            parts.append(found["nulls"].float())
+            rows.append(found["null_rows"] + offset)
+            offset += len(found["nulls"])
+        return torch.cat(parts), torch.cat(rows)[self._places(class_name)]
+
+    def _places(self, class_name: str) -> list[int]:
+        """Where in a class's chunks its members stand."""
+        chunks = self._class(class_name)["chunks"]
+        ids = [image["id"] for chunk in chunks for image in chunk["images"]]
         row_of = {image_id: row for row, image_id in enumerate(ids)}
-        return rows[[row_of[image_id] for image_id in self.members[class_name]]]
+        return [row_of[image_id] for image_id in self.members[class_name]]
 
     def features(self, which: str | Path) -> dict[str, Float[Tensor, "n f"]]:
         """A vector of every image, by class, in the order of ``members``: what nearness goes by.
@@ -158,7 +199,7 @@ class LatentBank:
                 return record
         raise UserError(f"expected a class out of {', '.join(self.classes)}, got {name!r}")
 
-    def _chunk(self, chunk: dict[str, Any]) -> Tensor:
+    def _file(self, chunk: dict[str, Any], *keys: str) -> dict[str, Tensor]:
         path = self.path / chunk["file"]
         try:
             content = path.read_bytes()
@@ -167,7 +208,8 @@ class LatentBank:
                     f"expected {path} as it was written, got other bytes; "
                     "delete the bank and invert again"
                 )
-            return load(content)["latents"]
+            tensors = load(content)
+            return {key: tensors[key] for key in keys}
         except (OSError, SafetensorError, KeyError) as error:
             raise UserError(
                 f"expected a readable chunk {path}, got {error!r}; delete the bank and invert again"
@@ -216,10 +258,11 @@ def fill_bank(
     backbone: Backbone,
     source: Source,
     prompts: dict[str, str] | None = None,
-    method: str = "ddim",
+    inversion: str = "ddim",
     steps: int = 50,
-    guidance: float = 1.0,
+    guidance: float | None = None,
     batch_size: int = 64,
+    **settings: Any,
 ) -> LatentBank:
     """Invert a source's images into a bank; a partial bank of the same settings is completed.
 
@@ -228,20 +271,24 @@ def fill_bank(
         backbone: the model to invert with.
         source: labelled images, such as `augment.sources.Folder`.
         prompts: a prompt for each class; none by default.
-        method: the inversion, see `augment.invert`.
-        steps: network evaluations an image.
-        guidance: scale of classifier-free guidance.
-        batch_size: images a network call.
+        inversion: a key of `augment.inversion.INVERTERS`.
+        steps: solver steps.
+        guidance: scale of classifier-free guidance; see `augment.invert`.
+        batch_size: images a network call; halved if they do not fit into memory.
+        settings: the inversion's others, such as ``iterations`` of ``fixed_point``.
 
     Raises:
         ImageRejected: an image cannot be read; nothing is written then.
         BankMismatch: the folder holds a bank of other settings.
-        UserError: the bank holds other images, a prompt is unknown, or a latent is not finite.
+        UserError: the bank holds other images, a prompt or setting is unknown, or a latent is not
+            finite.
+
+    Warns:
+        EnlargedWarning: images are much smaller than the backbone's.
     """
     path, prompts = Path(path), prompts or {}
     # what can be refused is refused before anything is read or written
-    lookup(INVERTERS, method, "inversion")
-    check_steps(steps)
+    run = inverter(inversion, steps=steps, **settings)
     check_batch(batch_size)
     check_folder(path)
     unknown = prompts.keys() - source.ids.keys()
@@ -250,14 +297,19 @@ def fill_bank(
             f"expected prompts for classes out of {', '.join(source.ids)}, got one for "
             f"{min(unknown)!r}; choose one of these"
         )
-    backbone.condition([prompts.get(name, "") for name in source.ids])
+    scale = run.guidance if guidance is None else guidance
+    texts = [prompts.get(name, "") for name in source.ids]
+    check_guidance(run, texts, scale)
+    backbone.condition(texts)
     digests = read_all(source, backbone)
-    inversion = {"method": method, "steps": steps, "guidance": guidance}
-    fingerprint = {"backbone": backbone.fingerprint, "inversion": inversion}
     manifest = {
         "schema": SCHEMA,
         "latent_shape": list(backbone.latent_shape),
-        "fingerprint": fingerprint,
+        "fingerprint": {
+            "backbone": backbone.fingerprint,
+            "inversion": {"method": inversion, "guidance": scale, **dataclasses.asdict(run)},  # type: ignore[call-overload]
+        },
+        "recipe": backbone.recipe,
         "classes": [
             {"name": name, "prompt": prompts.get(name, ""), "ids": ids, "chunks": []}
             for name, ids in source.ids.items()
@@ -266,33 +318,53 @@ def fill_bank(
     if (path / "manifest.json").exists():
         manifest = resume(path, manifest, digests)
     write_json(path / "manifest.json", manifest)
-    for label, record, ids in tqdm(
-        list(todo(manifest)), "bank", unit="chunk", delay=2, leave=False
-    ):
-        images = torch.stack([source.load(i, backbone.channels, backbone.resolution) for i in ids])
-        latents = invert(backbone, images, record["prompt"], method, steps, guidance, batch_size)
-        file = f"{label:04d}/chunk-{len(record['chunks']):04d}.safetensors"
-        content = pack(latents, ids)
-        write_bytes(path / file, content)
-        record["chunks"].append(
-            {
-                "file": file,
-                "bytes": len(content),
-                "sha256": sha256(content),
-                "images": [{"id": i, "sha256": digests[i]} for i in ids],
-            }
-        )
-        write_json(path / "manifest.json", manifest)
+    jobs = list(todo(manifest))
+    with tqdm(total=len(digests), desc="bank", unit="image", delay=2, leave=False) as bar:
+        bar.update(len(digests) - sum(len(ids) for _, _, ids in jobs))
+        for label, record, ids in jobs:
+            images = torch.stack(
+                [source.load(i, backbone.channels, backbone.resolution) for i in ids]
+            )
+            seeds = [int(digests[i][:8], 16) for i in ids]
+            kept = inverted(run, backbone, images, record["prompt"], scale, batch_size, seeds)
+            stem = f"{label:04d}/chunk-{len(record['chunks']):04d}"
+            chunk: dict[str, Any] = store(path, f"{stem}.safetensors", pack(kept["latents"], ids))
+            if "nulls" in kept:
+                content = pack_nulls(kept["nulls"], kept["null_rows"])
+                chunk["nulls"] = store(path, f"{stem}.nulls.safetensors", content)
+            chunk["images"] = [{"id": i, "sha256": digests[i]} for i in ids]
+            record["chunks"].append(chunk)
+            write_json(path / "manifest.json", manifest)
+            bar.update(len(ids))
     return LatentBank.open(path)
+
+
+def store(root: Path, file: str, content: bytes) -> dict[str, Any]:
+    """Write a file of the bank; its record in the manifest."""
+    write_bytes(root / file, content)
+    return {"file": file, "bytes": len(content), "sha256": sha256(content)}
 
 
 def read_all(source: Source, backbone: Backbone) -> dict[str, str]:
     """Decode every image once, so that a bad one stops the job before it begins; the digests."""
-    digests = {}
+    digests, small = {}, {}
     ids = [i for members in source.ids.values() for i in members]
     for image_id in tqdm(ids, "check images", unit="image", delay=2, leave=False):
         source.load(image_id, backbone.channels, backbone.resolution)
-        digests[image_id] = sha256(source.read(image_id))
+        content = source.read(image_id)
+        digests[image_id] = sha256(content)
+        side = shorter_side(content)
+        if side and side * ENLARGED < backbone.resolution:
+            small[image_id] = side
+    if small:
+        least = min(small, key=lambda image_id: small[image_id])
+        warnings.warn(
+            f"expected images of about {backbone.resolution} pixels, got {len(small)} of "
+            f"{len(ids)} that are enlarged more than {ENLARGED}-fold ({least}: {small[least]}); "
+            "their latents are of blurred images",
+            EnlargedWarning,
+            stacklevel=3,
+        )
     return digests
 
 
@@ -340,6 +412,11 @@ def todo(manifest: dict[str, Any]) -> Iterator[tuple[int, dict[str, Any], list[s
         start = sum(len(chunk["images"]) for chunk in record["chunks"])
         for first in range(start, len(record["ids"]), CHUNK):
             yield label, record, record["ids"][first : first + CHUNK]
+
+
+def pack_nulls(nulls: Float[Tensor, "g steps ..."], rows: Int[Tensor, " n"]) -> bytes:
+    """The bytes of a chunk's embeddings."""
+    return save({"nulls": nulls.half().cpu().contiguous(), "null_rows": rows.cpu()})
 
 
 def pack(latents: Float[Tensor, "n c h w"], ids: list[str]) -> bytes:

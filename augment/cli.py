@@ -12,40 +12,55 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from augment.errors import BiasWarning, UserError
+from augment.errors import AugmentWarning, UserError, lookup
 
 
 def invert(
     images: str,
     bank: str,
     backbone: str = "tiny",
+    prompt: str = "",
     prompts: dict[str, str] | None = None,
-    method: str = "ddim",
+    inversion: str = "ddim",
     steps: int = 50,
-    guidance: float = 1.0,
+    guidance: float | None = None,
     batch_size: int = 64,
     device: str | None = None,
+    dtype: str | None = None,
+    inversion_options: dict[str, Any] | None = None,
+    backbone_options: dict[str, Any] | None = None,
 ) -> None:
     """Invert a folder of labelled images into a bank of latents.
 
     Args:
         images: folder with one sub-folder of PNG or JPEG files a class.
         bank: folder of the bank, made if needed; an interrupted job goes on.
-        backbone: the diffusion model.
-        prompts: a prompt for each class, as YAML such as '{Coat: top}'.
-        method: the inversion.
-        steps: network evaluations an image.
-        guidance: scale of classifier-free guidance; 1 is none.
-        batch_size: images a network call.
+        backbone: the diffusion model: tiny, sd15, sdxl and so on, a folder or .safetensors file of
+            a checkpoint, or the id of one on the Hugging Face hub.
+        prompt: a template such as 'a photo of a {name}'; WordNet ids of ImageNet get their names.
+        prompts: a prompt for each class, as YAML such as '{Coat: top}'; goes before the template.
+        inversion: ddim, fixed_point, forward_start, midpoint, fireflow, negative_prompt, null_text.
+        steps: solver steps.
+        guidance: scale of classifier-free guidance; by default none but 7.5 for null_text.
+        batch_size: images a network call; halved if they do not fit into memory.
         device: such as cuda or cpu; by default the GPU if there is one.
+        dtype: float32, float16 or bfloat16 of the network; by default what the backbone likes.
+        inversion_options: others of the inversion, as YAML such as '{iterations: 3}'.
+        backbone_options: of the backbone, as YAML such as '{resolution: 384, lora: FILE}'.
     """
     from augment.bank import fill_bank
     from augment.diffusion import load_backbone
     from augment.measure import latent_statistics, predicted_bias
+    from augment.prompts import class_prompts
     from augment.sources import Folder
 
-    source, model = Folder(images), load_backbone(backbone, device)
-    filled = fill_bank(bank, model, source, prompts, method, steps, guidance, batch_size)
+    source = Folder(images)
+    texts = {**(class_prompts(source.classes, prompt) if prompt else {}), **(prompts or {})}
+    model = load_backbone(backbone, device, parse_dtype(dtype), **(backbone_options or {}))
+    filled = fill_bank(
+        bank, model, source, texts, inversion, steps, guidance, batch_size,
+        **(inversion_options or {}),
+    )  # fmt: skip
     count = sum(map(len, filled.members.values()))
     print(f"{bank}: {count} latents of {len(filled.classes)} classes")
     found = {name: latent_statistics(filled.latents(name)) for name in filled.classes}
@@ -68,12 +83,16 @@ def synthesize(
     seed: int = 0,
     members: int | None = None,
     noise: float = 0.0,
-    solver: str = "ddim",
-    steps: int = 50,
-    guidance: float = 1.0,
+    solver: str = "exact",
+    steps: int | None = None,
+    guidance: float | None = None,
+    interval: tuple[float, float] = (0.0, 1.0),
+    prompt: str = "",
     batch_size: int = 64,
     backbone: str | None = None,
     device: str | None = None,
+    dtype: str | None = None,
+    backbone_options: dict[str, Any] | None = None,
     nearest: str | None = None,
 ) -> None:
     """Synthesize images from random centroids of a bank's latents.
@@ -88,18 +107,24 @@ def synthesize(
         seed: of all dice.
         members: how many images a centroid mixes; by default all of the class.
         noise: share of fresh noise, in [0, 1).
-        solver: the sampler.
-        steps: network evaluations an image.
-        guidance: scale of classifier-free guidance; 1 is none.
-        batch_size: images a network call.
-        backbone: the diffusion model; by default the one named in the bank.
+        solver: exact (undoes the bank's inversion), fast (dpm++ in 20 steps), or ddim, euler,
+            dpm++, midpoint, fireflow.
+        steps: solver steps; by default those of the bank, or 20 with fast.
+        guidance: scale of classifier-free guidance; by default as the bank was inverted.
+        interval: noise levels between which there is guidance, as YAML such as '[0.2, 0.8]'.
+        prompt: a template such as 'a sketch of a {name}', if other than the bank's prompts.
+        batch_size: images a network call; halved if they do not fit into memory.
+        backbone: the diffusion model; by default the one that made the bank.
         device: such as cuda or cpu; by default the GPU if there is one.
+        dtype: float32, float16 or bfloat16 of the network; by default what the backbone likes.
+        backbone_options: of the backbone, as YAML such as '{compile: true}'.
         nearest: mix an image, drawn at random, with its neighbours, as many as members says: by
             the distance of latents (latent), or of the vectors by image id of a .safetensors file.
     """
     from augment.bank import LatentBank
     from augment.diffusion import load_backbone
     from augment.plan import Plan, Planner
+    from augment.prompts import class_prompts
     from augment.synthesis import Synthesizer, write_folder
 
     opened = LatentBank.open(bank)
@@ -112,8 +137,14 @@ def synthesize(
     concentration = alphas if len(alphas) > 1 else alphas[0]
     features = None if nearest is None else opened.features(nearest)
     planner = Planner(opened.members, seed, concentration, members, noise, features=features)
-    model = load_backbone(backbone or opened.fingerprint["backbone"]["name"], device)
-    synthesizer = Synthesizer(model, opened, rule, solver, steps, guidance, batch_size)
+    recipe = {"name_or_path": backbone} if backbone else opened.recipe
+    model = load_backbone(
+        device=device, dtype=parse_dtype(dtype), **{**recipe, **(backbone_options or {})}
+    )
+    prompts = class_prompts(opened.classes, prompt) if prompt else None
+    synthesizer = Synthesizer(
+        model, opened, rule, solver, steps, guidance, batch_size, interval, prompts
+    )
     made = write_folder(synthesizer, planner, per_class, out)
     with (Path(out) / "plans.jsonl").open(encoding="utf-8") as lines:
         plans = [Plan.from_json(line) for line in lines]
@@ -141,6 +172,18 @@ def demo(out: str | None = None, full: bool = False, seeds: int | None = None) -
 
 def train() -> None:
     """Train a classifier with Lightning: train fit --config YAML; see train --help."""
+
+
+def parse_dtype(name: str | None) -> Any:
+    """A torch dtype by name, or None.
+
+    Raises:
+        UserError: an unknown name.
+    """
+    import torch
+
+    known = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+    return None if name is None else lookup(known, name, "dtype")
 
 
 COMMANDS = {"invert": invert, "synthesize": synthesize, "train": train, "demo": demo}
@@ -177,7 +220,7 @@ SHOW = warnings.showwarning
 
 def show_warning(message: Warning | str, category: type[Warning], *where: Any) -> None:
     """Ours are one line, as errors are."""
-    if issubclass(category, BiasWarning):
+    if issubclass(category, AugmentWarning):
         print(f"latent-augment: warning: {message}", file=sys.stderr)
     else:
         SHOW(message, category, *where)

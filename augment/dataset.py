@@ -37,7 +37,7 @@ class SyntheticDataset(Dataset[Sample]):
         alpha, members, noise, classes: see `augment.plan.Planner`.
         per_class: images a class and epoch.
         seed: of all dice.
-        solver, steps, guidance, batch_size: see `augment.sample`.
+        solver, steps, guidance, batch_size, interval, prompts: see `augment.synthesis.Synthesizer`.
         transform, target_transform: applied to the image tensor and to the label.
         nearest: mix neighbours, by ``latent`` or a file (see `LatentBank.features`), or by features
             at hand (see `augment.plan.Planner`); None mixes at random.
@@ -57,19 +57,23 @@ class SyntheticDataset(Dataset[Sample]):
         seed: int = 0,
         members: int | None = None,
         noise: float = 0.0,
-        solver: str = "ddim",
-        steps: int = 50,
-        guidance: float = 1.0,
+        solver: str = "exact",
+        steps: int | None = None,
+        guidance: float | None = None,
         batch_size: int = 64,
         transform: Callable[[Tensor], Any] | None = None,
         target_transform: Callable[[Any], Any] | None = None,
         classes: int = 1,
         nearest: str | Path | dict[str, Tensor] | None = None,
+        interval: tuple[float, float] = (0.0, 1.0),
+        prompts: dict[str, str] | None = None,
     ) -> None:
         if per_class < 1:
             raise UserError(f"expected at least 1 image a class, got {per_class}")
         bank = bank if isinstance(bank, LatentBank) else LatentBank.open(bank)
-        self.synthesizer = Synthesizer(backbone, bank, rule, solver, steps, guidance, batch_size)
+        self.synthesizer = Synthesizer(
+            backbone, bank, rule, solver, steps, guidance, batch_size, interval, prompts
+        )
         features = bank.features(nearest) if isinstance(nearest, (str, Path)) else nearest
         self.planner = Planner(bank.members, seed, alpha, members, noise, classes, features)
         self.classes = bank.classes

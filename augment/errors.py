@@ -21,8 +21,20 @@ class ImageRejected(UserError):
     """An image file that cannot be read; the message names it."""
 
 
-class BiasWarning(UserWarning):
+class AugmentWarning(UserWarning):
+    """Something that a user should know; the command line prints it in one line."""
+
+
+class BiasWarning(AugmentWarning):
     """A rule makes a bias of the bank's latents so large that images will degenerate."""
+
+
+class PrecisionWarning(AugmentWarning):
+    """Half precision was too narrow for a part of the backbone, which went on in float32."""
+
+
+class EnlargedWarning(AugmentWarning):
+    """Images are much smaller than the backbone's and have to be enlarged."""
 
 
 def lookup(table: dict[str, T], name: str, what: str) -> T:

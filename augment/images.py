@@ -3,6 +3,7 @@
 An image is a float32 tensor (C, H, W) in [0, 1] with C = 1 or 3.
 """
 
+import io
 from pathlib import Path
 
 import numpy as np
@@ -58,6 +59,15 @@ def load_image(path: Path, channels: int, resolution: int) -> Float[Tensor, "C R
         ) from None
     pixels = pixels[None] if channels == 1 else pixels.permute(2, 0, 1)
     return prepare(pixels[None], channels, resolution)[0]
+
+
+def shorter_side(content: bytes) -> int | None:
+    """The pixels of an image file's shorter side; None if it is no image."""
+    try:
+        with Image.open(io.BytesIO(content)) as file:
+            return min(file.size)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        return None
 
 
 def to_pil(image: Float[Tensor, "c h w"]) -> Image.Image:

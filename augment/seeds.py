@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-PURPOSES = {"plan": 0, "noise": 1, "mix": 2, "order": 3}
+PURPOSES = {"plan": 0, "noise": 1, "mix": 2, "order": 3, "forward": 4}
 """The independent streams of one sample."""
 
 

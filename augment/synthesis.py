@@ -20,14 +20,36 @@ from tqdm import tqdm
 
 from augment.bank import LatentBank
 from augment.centroid.rule import Rule
-from augment.diffusion.backbone import Backbone, check_batch
+from augment.diffusion.backbone import Backbone, check_batch, check_interval
 from augment.diffusion.solver import SOLVERS, check_steps, sample
 from augment.errors import BiasWarning, UserError, lookup
 from augment.files import check_folder, read_json, sha256, write_bytes, write_json
 from augment.images import save_image
+from augment.inversion import INVERTERS, NegativePrompt, NullText
 from augment.measure import LatentStatistics, bias_warning, latent_statistics
 from augment.plan import Plan, Planner
 from augment.seeds import normal, rng
+
+PROFILES = ("exact", "fast")
+"""Solvers by what they are for: to undo the bank's inversion, or to be quick."""
+
+
+def solver_of(bank: LatentBank, solver: str, steps: int | None) -> tuple[str, int]:
+    """The solver that a name or profile means for a bank, and its steps.
+
+    Raises:
+        UserError: an unknown solver, or no steps.
+    """
+    method, usual = bank.inversion["method"], bank.inversion["steps"]
+    if solver == "fast":
+        solver, usual = "dpm++", 20
+    elif solver == "exact":
+        solver = lookup(INVERTERS, method, "inversion").solver
+    if solver not in SOLVERS:
+        lookup(dict.fromkeys([*PROFILES, *SOLVERS]), solver, "solver")
+    count: int = usual if steps is None else steps
+    check_steps(count)
+    return solver, count
 
 
 @dataclass
@@ -38,7 +60,12 @@ class Synthesizer:
         backbone: the model the bank was inverted with.
         bank: the latents.
         rule: how they are mixed, such as ``fade/chm``.
-        solver, steps, guidance, batch_size: see `augment.sample`.
+        solver: see `augment.sample`; or a profile: ``exact``, the solver that undoes the bank's
+            inversion, or ``fast``, DPM-Solver++(2M).
+        steps: solver steps; by default those of the bank, or 20 with ``fast``.
+        guidance: by default as the bank was inverted.
+        interval, batch_size: see `augment.sample`.
+        prompts: of classes that are to be sampled with another prompt than they were inverted with.
 
     Raises:
         BankMismatch: the bank is of another backbone.
@@ -48,20 +75,27 @@ class Synthesizer:
     backbone: Backbone
     bank: LatentBank
     rule: Rule | str = "fade/chm"
-    solver: str = "ddim"
-    steps: int = 50
-    guidance: float = 1.0
+    solver: str = "exact"
+    steps: int | None = None
+    guidance: float | None = None
     batch_size: int = 64
+    interval: tuple[float, float] = (0.0, 1.0)
+    prompts: dict[str, str] | None = None
     _latents: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
+    _nulls: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict, init=False, repr=False)
     _statistics: dict[str, LatentStatistics] = field(default_factory=dict, init=False, repr=False)
     _warned: bool = field(default=False, init=False, repr=False)
 
     def __post_init__(self) -> None:
         self.rule = Rule.parse(str(self.rule))
-        lookup(SOLVERS, self.solver, "solver")
-        check_steps(self.steps)
-        check_batch(self.batch_size)
         self.bank.check(self.backbone)
+        self.solver, self.steps = solver_of(self.bank, self.solver, self.steps)
+        if self.guidance is None:
+            self.guidance = float(self.bank.inversion["guidance"])
+        check_batch(self.batch_size)
+        check_interval(self.interval)
+        for name in self.prompts or {}:
+            lookup(dict.fromkeys(self.bank.classes), name, "class to prompt")
 
     @cached_property
     def rows(self) -> dict[str, dict[str, int]]:
@@ -138,16 +172,42 @@ class Synthesizer:
         mixed = [self._mix(plan) for plan in plans]
         centroids = torch.stack([centroid for centroid, _ in mixed])
         self._warn_of_bias(plans, centroids, torch.stack([average for _, average in mixed]))
-        prompts = [self.bank.prompt(plan.class_name) for plan in plans]
+        inverted_with = [self.bank.prompt(plan.class_name) for plan in plans]
+        kind = lookup(INVERTERS, self.bank.inversion["method"], "inversion")
+        guided = self.guidance != 1 and issubclass(kind, NullText)
         return sample(
             self.backbone,
             centroids,
-            prompts,
+            [(self.prompts or {}).get(p.class_name, self.bank.prompt(p.class_name)) for p in plans],
             self.solver,
-            self.steps,
-            self.guidance,
+            self.steps,  # type: ignore[arg-type]
+            self.guidance,  # type: ignore[arg-type]
             self.batch_size,
+            self.interval,
+            negative=inverted_with if issubclass(kind, NegativePrompt) else None,
+            nulls=torch.stack([self.null(plan) for plan in plans]) if guided else None,
         )
+
+    def null(self, plan: Plan) -> Float[Tensor, "steps ..."]:
+        """The null-text embeddings of a plan: its members', mixed by its weights.
+
+        Mokady et al., arXiv 2211.09794, interpolate them linearly too. Fresh noise has the empty
+        prompt's.
+
+        Raises:
+            UserError: the bank was not inverted with null_text.
+        """
+        parts = []
+        for name, image_id in zip(plan.member_classes, plan.members, strict=True):
+            if name not in self._nulls:
+                self._nulls[name] = self.bank.nulls(name)
+            nulls, owner = self._nulls[name]
+            parts.append(nulls[owner[self.rows[name][image_id]]])
+        mixed = torch.einsum("k,k...->...", torch.tensor(plan.weights), torch.stack(parts))
+        if plan.noise:
+            empty = self.backbone.condition([""])["text"].float().cpu()
+            mixed = (1 - plan.noise) * mixed + plan.noise * empty
+        return mixed
 
     def _warn_of_bias(
         self,
@@ -200,6 +260,8 @@ def write_folder(
         "per_class": per_class,
         "rule": str(synthesizer.rule),
         **{key: getattr(synthesizer, key) for key in ("solver", "steps", "guidance")},
+        **({"interval": list(synthesizer.interval)} if synthesizer.interval != (0, 1) else {}),
+        **({"prompts": synthesizer.prompts} if synthesizer.prompts else {}),
         **{key: getattr(planner, key) for key in ("seed", "alpha", "members", "noise")},
         **choice(planner),
         "images": {name: list(ids) for name, ids in planner.images.items()},

@@ -1,4 +1,4 @@
-"""Time the parts: ``python scripts/benchmark.py {centroids,nao,sampling}``.
+"""Time the parts: ``python scripts/benchmark.py {centroids,nao,sampling,backbones}``.
 
 Both sides of a ratio run in turn in one process, after a warm-up; medians and interquartile ranges
 of the repeats are printed with the machine and the versions. Never part of the tests.
@@ -139,8 +139,17 @@ def sampling(args: argparse.Namespace) -> None:
 
 def main() -> None:
     """Print the machine, then a benchmark."""
+    if sys.argv[1:2] == ["backbones"]:
+        from benchmark_backbones import main as backbones  # here: it builds on the tests' pipelines
+
+        backbones(sys.argv[2:])
+        return
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("centroids", "nao", "sampling"))
+    parser.add_argument(
+        "what",
+        choices=("centroids", "nao", "sampling", "backbones"),
+        help="backbones has options of its own: backbones --help",
+    )
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument(
         "--seconds", type=float, default=60, help="nao: how long a published run may take"

@@ -15,6 +15,7 @@ from augment.bank import fill_bank
 from augment.diffusion.gaussian import GaussianBackbone
 from augment.diffusion.process import Flow
 from augment.files import sha256
+from augment.inversion import inverted
 from augment.sources import Folder
 
 STEPS = 4
@@ -81,7 +82,7 @@ def test_prompts_are_kept_by_class(tmp_path, gaussian, pictures):
 
 def test_filling_a_full_bank_again_changes_nothing(copy, gaussian, pictures, monkeypatch):
     before = snapshot(copy)
-    monkeypatch.setattr(augment.bank, "invert", None)  # it would be an error to call it
+    monkeypatch.setattr(augment.bank, "inverted", None)  # it would be an error to call it
     fill_bank(copy, gaussian, Folder(pictures), steps=STEPS)
     assert snapshot(copy) == before
 
@@ -111,10 +112,10 @@ def test_an_interrupted_bank_is_refused_until_the_same_command_completes_it(
         if made == calls:
             raise KeyboardInterrupt
         made += 1
-        return invert(*args)
+        return inverted(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(augment.bank, "invert", invert_until_interrupted)
+        patch.setattr(augment.bank, "inverted", invert_until_interrupted)
         with pytest.raises(KeyboardInterrupt):
             fill_bank(tmp_path / "part", gaussian, Folder(pictures), steps=STEPS)
     assert len(chunks(tmp_path / "part")) == calls

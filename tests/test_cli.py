@@ -63,6 +63,50 @@ def test_invert_then_synthesize(monkeypatch, capsys, images, tmp_path):
     assert (code, told) == (0, f"{out}: 3 images of each of 2 classes (0 made now){tail}")
 
 
+def test_inversion_prompts_and_profiles(monkeypatch, capsys, tmp_path):
+    images = paint(tmp_path / "images", {"bag": 2, "001.top": 1}, size=28)
+    bank = tmp_path / "bank"
+    code, _, told = call(
+        monkeypatch, capsys, "invert", "--images", images, "--bank", bank, "--prompt", "{name}",
+        "--inversion", "fixed_point", "--steps", 3, "--inversion-options", "{iterations: 3}",
+        "--dtype", "float32",
+    )  # fmt: skip
+    assert (code, told) == (0, "")
+    opened = LatentBank.open(bank)
+    assert [opened.prompt(name) for name in opened.classes] == ["top", "bag"]
+    assert opened.inversion == {
+        "method": "fixed_point", "guidance": 1.0, "steps": 3, "iterations": 3, "average": 1,
+    }  # fmt: skip
+    for profile, kept in (
+        (["--solver", "exact"], {"solver": "ddim", "steps": 3, "guidance": 1.0}),
+        (["--solver", "fast", "--guidance", 2, "--interval", "[0.2, 0.8]"],
+         {"solver": "dpm++", "steps": 20, "guidance": 2.0, "interval": [0.2, 0.8]}),
+        (["--solver", "midpoint", "--steps", 2, "--prompt", "bag{name:.0}"], None),
+    ):  # fmt: skip
+        out = tmp_path / str(profile[1])
+        code, _, told = call(monkeypatch, capsys, "synthesize", "--bank", bank, "--out", out,
+                             "--per-class", 1, *profile)  # fmt: skip
+        if kept is None:
+            assert code == 2 and "{name}" in told
+            continue
+        assert (code, told) == (0, "")
+        settings = json.loads((out / "synthesis.json").read_text())
+        assert kept.items() <= settings.items()
+
+
+def test_small_images_are_told_of_in_one_line(monkeypatch, capsys, tmp_path):
+    images = paint(tmp_path / "images", {"Bag": 2}, size=8)
+    (images / "Bag" / "1.png").write_bytes(
+        (paint(tmp_path / "b", {"Bag": 2}, 28) / "Bag" / "1.png").read_bytes()
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "augment.cli", "invert", "--images", images, "--bank",
+         tmp_path / "bank", "--steps", "1"], capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    (line,) = [x for x in done.stderr.splitlines() if x.startswith("latent-augment: warning:")]
+    assert "1 of 2" in line and "Bag/0.png: 8" in line
+
+
 def test_synthesize_from_neighbours_with_an_alpha_for_each(monkeypatch, capsys, tmp_path):
     images, bank, out = (tmp_path / name for name in ("images", "bank", "out"))
     paint(images, {"Bag": 3, "Coat": 2}, size=28)
@@ -134,12 +178,19 @@ def test_bad_images_are_one_sentence_and_nothing_is_written(monkeypatch, capsys,
 
 OPTIONS = {
     "an unknown backbone": (["invert", "--backbone", "sd42"], "tiny"),
-    "an unknown method": (["invert", "--method", "edict"], "ddim"),
+    "an unknown inversion": (["invert", "--inversion", "edict"], "ddim"),
+    "an unknown setting": (["invert", "--inversion-options", "{iterations: 3}"], "steps"),
+    "a template without a name": (["invert", "--prompt", "a photo"], "{name}"),
+    "a prompt that tiny does not know": (["invert", "--prompt", "a {name}"], "trousers"),
+    "an unknown dtype": (["invert", "--dtype", "int8"], "bfloat16"),
+    "an option that tiny has not": (["invert", "--backbone-options", "{lora: x}"], "lora"),
+    "null-text of nothing": (["invert", "--inversion", "null_text"], "prompt"),
     "an unknown prompt": (["invert", "--prompts", "{Bag: dog}"], "trousers"),
     "no steps": (["invert", "--steps", "0"], "solver step"),
     "a bank that is none": (["synthesize", "--bank", "nowhere"], "nowhere"),
     "an unknown rule": (["synthesize", "--rule", "fixx/0"], "fade"),
     "an unknown solver": (["synthesize", "--solver", "heun"], "ddim"),
+    "an interval upside down": (["synthesize", "--interval", "[0.8, 0.2]"], "interval"),
     "no images a class": (["synthesize", "--per-class", "0"], "at least 1"),
     "a bank of another backbone": (["synthesize", "--backbone", "OTHER"], "weights"),
 }

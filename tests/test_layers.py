@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 LAYERS = (
-    {"augment.errors", "augment.seeds", "augment.files", "augment.images"},
+    {"augment.errors", "augment.seeds", "augment.files", "augment.images", "augment.prompts"},
     {"augment.weights", "augment.prior", "augment.centroid"},
     {"augment.sources", "augment.diffusion", "augment.inversion"},
     {"augment.bank", "augment.plan", "augment.measure"},
@@ -23,6 +23,8 @@ HOMES = {
     "timm": "training",
     "torchmetrics": "training",
     "diffusers": "augment.diffusion",
+    "transformers": "augment.diffusion",
+    "peft": "augment.diffusion",
     "jsonargparse": "augment.cli",
 }
 
@@ -77,7 +79,7 @@ def test_the_pure_core_knows_torch_alone():
     for name, source in modules():
         if name.startswith(("augment.centroid", "augment.prior", "augment.diffusion.process")):
             tops = {imported.split(".")[0] for imported in imports(source)}
-            allowed = {"augment", "torch", "jaxtyping", "math", "collections"}
+            allowed = {"augment", "torch", "jaxtyping", "math", "bisect", "collections"}
             assert tops <= allowed | {"dataclasses", "functools", "typing"}, name
 
 

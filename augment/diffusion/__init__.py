@@ -1,20 +1,90 @@
 """Backbones: the latent diffusion models whose latents are mixed.
 
 To add one: a file with a class that has the members of `augment.diffusion.backbone.Backbone`, and
-an entry in `BACKBONES`.
+an entry in `BACKBONES`; or, for a pipeline class of diffusers, in `PIPELINES`.
 """
 
+import inspect
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from augment.diffusion.backbone import Backbone
+from augment.diffusion.checkpoint import HUB, find_checkpoint, read_header, require
+from augment.diffusion.dit import DiT
+from augment.diffusion.stable_diffusion import StableDiffusion, StableDiffusionXL
+from augment.diffusion.stable_diffusion3 import StableDiffusion3
 from augment.diffusion.tiny import Tiny
 from augment.errors import UserError, lookup
 
-BACKBONES: dict[str, Callable[..., Backbone]] = {"tiny": Tiny}
+PIPELINES: dict[str, Callable[..., Backbone]] = {
+    "StableDiffusionPipeline": StableDiffusion,
+    "StableDiffusionXLPipeline": StableDiffusionXL,
+    "StableDiffusion3Pipeline": StableDiffusion3,
+    "DiTPipeline": DiT,
+}
+"""Backbones by diffusers' pipeline class."""
+
+TAKEN = ("self", "checkpoint", "source", "weights", "device", "dtype", "options")
+
+
+def known_options(factory: Callable[..., Backbone]) -> dict[str, Any]:
+    """A factory's own options with their defaults."""
+    parameters = inspect.signature(factory).parameters.values()
+    return {p.name: p.default for p in parameters if p.name not in TAKEN}
+
+
+def check_options(name: str, options: dict[str, Any], known: dict[str, Any]) -> None:
+    """Refuse options that a backbone has not."""
+    for option in options:
+        if option not in known:
+            names = ", ".join(known) or "none"
+            raise UserError(
+                f"expected an option out of {names} for the backbone {name}, got {option!r}; "
+                "leave it out"
+            )
+
+
+def pretrained(
+    source: str,
+    device: torch.device | str,
+    dtype: torch.dtype | None = None,
+    revision: str | None = None,
+    variant: str | None = None,
+    local_files_only: bool = False,
+    config: str | Path | None = None,
+    **options: Any,
+) -> Backbone:
+    """The backbone of a diffusers checkpoint.
+
+    Args:
+        source: see `find_checkpoint`.
+        revision: branch, tag or commit on the hub.
+        variant: of the weights' files, ``fp16`` for instance.
+        local_files_only: ask the network nothing.
+        config: of a single file; see `find_checkpoint`.
+        device: where it runs.
+        dtype: the networks' precision.
+        options: of the class in `PIPELINES` that the checkpoint asks for.
+
+    Raises:
+        UserError: see `find_checkpoint`; a checkpoint or an option of another kind.
+    """
+    require("transformers", "accelerate")
+    checkpoint = find_checkpoint(source, revision, variant, local_files_only, config)
+    factory = lookup(PIPELINES, checkpoint.kind, "diffusers pipeline")
+    known = known_options(pretrained) | known_options(factory)
+    check_options(str(source), options, known)
+    return factory(checkpoint, device=device, dtype=dtype, **options)
+
+
+BACKBONES: dict[str, Callable[..., Backbone]] = {
+    "tiny": Tiny,
+    **{name: partial(pretrained, name) for name in HUB},
+}
 """Backbones by name. A factory takes ``device``, ``dtype`` and options of its own."""
 
 
@@ -27,13 +97,17 @@ def load_backbone(
     """A backbone, ready to invert and sample.
 
     Args:
-        name_or_path: a key of `BACKBONES`, or a safetensors file of ``scripts/train_tiny.py``.
+        name_or_path: a key of `BACKBONES`; a diffusers pipeline folder; a repository
+            ``owner/name`` of the Hugging Face hub; or a safetensors file, of
+            ``scripts/train_tiny.py`` or in the format of the original Stable Diffusion releases.
         device: where the network runs; by default the GPU if there is one.
-        dtype: the network's precision; float32 by default.
-        options: passed on to the backbone.
+        dtype: the network's precision; float32 by default, and for diffusers' models on a GPU
+            float16 (UNets) or bfloat16 (transformers).
+        options: passed on to the backbone: those of `pretrained` and, by what the checkpoint is,
+            of `StableDiffusion`, `StableDiffusionXL`, `StableDiffusion3` or `DiT`.
 
     Raises:
-        UserError: an unknown name, or no usable weights.
+        UserError: an unknown name, an option that the backbone has not, or no usable weights.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -41,13 +115,28 @@ def load_backbone(
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"expected a device that is there, got {device!r}: {reason}") from None
-    options |= {"device": device, "dtype": dtype or torch.float32}
-    path = Path(name_or_path)
-    if path.suffix == ".safetensors":
-        if not path.is_file():
-            raise UserError(f"expected a weights file, got {path}, which is not there")
-        return Tiny(weights=path, **options)
-    return lookup(BACKBONES, str(name_or_path), "backbone")(**options)
+    name, where = str(name_or_path), {"device": device, "dtype": dtype}
+    mine = name == "tiny"
+    if Path(name).suffix == ".safetensors":
+        mine = "unet" in read_header(Path(name))[0].get("config", "")
+    if mine:
+        check_options(name, options, {})
+        weights = {} if name == "tiny" else {"weights": Path(name)}
+        backbone = Tiny(**weights, device=device, dtype=dtype or torch.float32)
+    else:
+        backbone = BACKBONES.get(name, partial(pretrained, name))(**where, **options)
+    defaults = known_options(pretrained) | known_options(type(backbone))
+    changed = {key: value for key, value in options.items() if value != defaults[key]}
+    backbone.recipe = {"name_or_path": rooted(name)}
+    backbone.recipe |= {key: rooted(value) for key, value in changed.items()}
+    return backbone
 
 
-__all__ = ["BACKBONES", "Backbone", "load_backbone"]
+def rooted(value: Any) -> Any:
+    """A recipe's value as JSON has it; a path that is there is absolute, to be found again."""
+    if not isinstance(value, str | Path) or value in BACKBONES:
+        return value
+    return str(Path(value).resolve()) if Path(value).exists() else str(value)
+
+
+__all__ = ["BACKBONES", "PIPELINES", "Backbone", "load_backbone", "pretrained"]

@@ -6,8 +6,10 @@ and come out in float32.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
+from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Float
@@ -17,8 +19,12 @@ from tqdm import tqdm
 from augment.diffusion.process import Pair, Process, split
 from augment.errors import UserError
 
-Denoiser = Callable[[Tensor, float], Pair]
-"""(latent, level) → (clean, noise): a backbone with its condition and guidance filled in."""
+T = TypeVar("T")
+Condition = dict[str, Tensor]
+"""What a network is told beside latent and timestep: tensors by name, a row an image each.
+
+The entry ``text`` holds floats that the network is differentiable in, if it can take a prompt.
+"""
 
 
 @runtime_checkable
@@ -29,7 +35,9 @@ class Backbone(Protocol):
         channels, resolution: the image format, (channels, resolution, resolution) in [0, 1].
         latent_shape: (C, H, W) of its latents.
         process: its noising process.
+        device: where the network runs.
         fingerprint: strings that identify it; two backbones with equal fingerprints share banks.
+        recipe: the arguments of `load_backbone` that make it again; empty if it was not loaded.
     """
 
     channels: int
@@ -38,6 +46,7 @@ class Backbone(Protocol):
     process: Process
     device: torch.device
     fingerprint: dict[str, str]
+    recipe: dict[str, Any]
 
     def encode(self, images: Float[Tensor, "n c h w"]) -> Float[Tensor, "n ..."]:
         """Images to clean latents, scaled to unit variance."""
@@ -47,34 +56,102 @@ class Backbone(Protocol):
         """Clean latents to images in [0, 1]."""
         ...
 
-    def condition(self, prompts: Sequence[str]) -> Tensor:
-        """One row of conditioning a prompt; the empty prompt is the unconditional model."""
+    def condition(self, prompts: Sequence[str]) -> Condition:
+        """The conditions of prompts; the empty prompt is the unconditional model."""
         ...
 
-    def network(self, latent: Tensor, timestep: float, condition: Tensor) -> Tensor:
+    def network(self, latent: Tensor, timestep: float, condition: Condition) -> Tensor:
         """The network's raw answer, float32."""
         ...
 
 
-def denoiser(backbone: Backbone, prompts: Sequence[str], guidance: float = 1.0) -> Denoiser:
-    """A batch's denoiser, with classifier-free guidance if ``guidance`` is not 1.
+@dataclass(frozen=True)
+class Denoiser:
+    """(latent, level) → (clean, noise): a backbone with its condition and guidance filled in.
 
     The guided answer is u + guidance·(c − u), of conditional c and unconditional u (Ho & Salimans,
-    arXiv 2207.12598, eq. 6); rows without a prompt are their own u.
+    arXiv 2207.12598, eq. 6), both asked for in one batch; outside the interval it is c
+    (Kynkäänniemi et al., arXiv 2404.07724).
+
+    Args:
+        backbone: the model.
+        condition: of a batch.
+        both: if it is to be guided, the conditions of u and c in one, u's rows first, by level.
+        guidance: its scale.
+        interval: the levels between which there is guidance, ends included.
     """
+
+    backbone: Backbone
+    condition: Condition
+    both: Callable[[float], Condition] | None = None
+    guidance: float = 1.0
+    interval: tuple[float, float] = (0.0, 1.0)
+
+    def __call__(self, latent: Float[Tensor, "n *d"], level: float) -> Pair:
+        """The estimates at a level, each of the latent's shape."""
+        process, network = self.backbone.process, self.backbone.network
+        timestep = process.timestep(level)
+        if self.both and self.interval[0] <= level <= self.interval[1]:
+            answers = network(torch.cat([latent, latent]), timestep, self.both(level))
+            free, output = answers.chunk(2)
+            output = free + self.guidance * (output - free)
+        else:
+            output = network(latent, timestep, self.condition)
+        return split(process, latent, output, level)
+
+
+def denoiser(
+    backbone: Backbone,
+    prompts: Sequence[str],
+    guidance: float = 1.0,
+    interval: tuple[float, float] = (0.0, 1.0),
+    negative: Sequence[str] | None = None,
+    nulls: Float[Tensor, "n steps ..."] | None = None,
+) -> Denoiser:
+    """A batch's denoiser, with classifier-free guidance if ``guidance`` is not 1.
+
+    Args:
+        backbone: the model.
+        prompts: one an image.
+        guidance: see `Denoiser`.
+        interval: see `Denoiser`.
+        negative: prompts to guide away from; empty ones by default. Where they are the image's own
+            there is nothing to guide.
+        nulls: in place of those, embeddings for each image and solver step, of null-text inversion;
+            a level takes the nearest step's.
+
+    Raises:
+        UserError: an interval that is none.
+    """
+    check_interval(interval)
     condition = backbone.condition(prompts)
-    null = backbone.condition([""] * len(prompts))
+    negative = list(negative or [""] * len(prompts))
+    if guidance == 1 or (nulls is None and negative == list(prompts)):
+        return Denoiser(backbone, condition)
+    free = backbone.condition(negative)
+    if nulls is None:
+        constant = stack(free, condition)
+        return Denoiser(backbone, condition, lambda _: constant, guidance, interval)
+    levels = backbone.process.levels(nulls.shape[1])[1:]
 
-    @torch.inference_mode()
-    def denoise(latent: Tensor, level: float) -> Pair:
-        timestep = backbone.process.timestep(level)
-        output = backbone.network(latent, timestep, condition)
-        if guidance != 1 and any(prompts):
-            free = backbone.network(latent, timestep, null)
-            output = free + guidance * (output - free)
-        return split(backbone.process, latent, output, level)
+    def both(level: float) -> Condition:
+        step = min(range(len(levels)), key=lambda k: abs(levels[k] - level))
+        return stack({**free, "text": nulls[:, step].to(free["text"])}, condition)
 
-    return denoise
+    return Denoiser(backbone, condition, both, guidance, interval)
+
+
+def stack(first: Condition, second: Condition) -> Condition:
+    """Two batches' conditions as one batch's."""
+    return {key: torch.cat([first[key], second[key]]) for key in first}
+
+
+def check_interval(interval: tuple[float, float]) -> None:
+    """Refuse levels that are out of order or range."""
+    if not (len(interval) == 2 and 0 <= interval[0] <= interval[1] <= 1):
+        raise UserError(
+            f"expected two levels for the guidance interval, 0 ≤ low ≤ high ≤ 1, got {interval}"
+        )
 
 
 def as_prompts(prompts: str | Sequence[str] | None, count: int) -> list[str]:
@@ -96,22 +173,76 @@ def check_batch(batch_size: int) -> None:
         raise UserError(f"expected a batch of at least 1, got {batch_size}; 64 is usual")
 
 
+LIMITS: WeakKeyDictionary[Backbone, dict[str, int]] = WeakKeyDictionary()
+"""The batches that fitted into memory, by backbone and job, once one did not."""
+
+
 def batched(
-    run: Callable[[Tensor, list[str], Callable[[], Any]], Tensor],
-    rows: Float[Tensor, "n ..."],
-    prompts: str | Sequence[str] | None,
+    run: Callable[[slice, Callable[[], Any]], T],
+    backbone: Backbone,
+    count: int,
     batch_size: int,
     steps: int,
     label: str,
-) -> Float[Tensor, "n ..."]:
-    """Call ``run(rows, prompts, tick)`` in batches, with a progress bar if that takes long."""
+) -> list[T]:
+    """Call ``run(rows, tick)`` for ``count`` rows in batches, with a progress bar if it takes long.
+
+    A batch that does not fit into memory is halved, and the smaller size kept for the rest of the
+    process.
+
+    Args:
+        run: makes some rows, and calls ``tick`` ``steps`` times meanwhile.
+        backbone: whose memory it is.
+        count: of rows; of none, ``run`` is called once, for the shape.
+        batch_size: rows a call at most.
+        steps: ticks a call.
+        label: what the job is called.
+
+    Returns:
+        What ``run`` returned, call by call.
+
+    Raises:
+        UserError: not even one row fits into memory.
+    """
     check_batch(batch_size)
-    texts = as_prompts(prompts, len(rows))
-    with tqdm(total=len(rows) * steps, desc=label, unit="eval", delay=2, leave=False) as bar:
-        parts = []
-        # an empty batch is run too: it has the shape of a full one
-        for start in range(0, max(len(rows), 1), batch_size):
-            part = rows[start : start + batch_size]
-            tick = partial(bar.update, len(part))
-            parts.append(run(part, texts[start : start + batch_size], tick))
-    return torch.cat(parts)
+    limits = LIMITS.setdefault(backbone, {})
+    parts: list[T] = []
+    start = 0
+    with tqdm(total=count, desc=label, unit="image", unit_scale=True, delay=2, leave=False) as bar:
+        while start < count or not parts:
+            size = min(limits.get(label, batch_size), batch_size, max(count - start, 1))
+            rows = slice(start, start + size)
+            part = attempt(run, rows, partial(advance, bar, min(size, count) / steps))
+            if part is not None:
+                parts.append(part)
+                start += size
+            elif size > 1:
+                limits[label] = size // 2
+            else:
+                raise UserError(
+                    f"expected memory for one image at a time, got none on {backbone.device}; "
+                    "take a smaller resolution, half precision or another device"
+                )
+            bar.n = min(start, count)
+    return parts
+
+
+def advance(bar: tqdm, share: float) -> None:
+    """Move a bar on, not beyond its end by rounding."""
+    bar.update(min(share, bar.total - bar.n))
+
+
+def attempt(
+    run: Callable[[slice, Callable[[], Any]], T], rows: slice, tick: Callable[[], Any]
+) -> T | None:
+    """What ``run`` returns, or None if memory ran out.
+
+    By the time that None is returned, the error, which holds on to the failed batch, is gone.
+    """
+    try:
+        return run(rows, tick)
+    except torch.OutOfMemoryError:
+        pass
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return None

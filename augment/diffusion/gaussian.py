@@ -11,11 +11,13 @@ in milliseconds. Its images are its latents (the codec is the identity up to a s
 
 import hashlib
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from augment.diffusion.backbone import Condition
 from augment.diffusion.process import Process, VariancePreserving
 
 
@@ -45,6 +47,7 @@ class GaussianBackbone:
         law = mean.tolist() if isinstance(mean, Tensor) else mean, std, latent_shape, self.process
         digest = hashlib.sha256(repr(law).encode()).hexdigest()
         self.fingerprint = {"name": "gaussian", "weights": digest}
+        self.recipe: dict[str, Any] = {}
 
     def encode(self, images: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c h w"]:
         return 2 * images - 1
@@ -52,11 +55,11 @@ class GaussianBackbone:
     def decode(self, clean: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c h w"]:
         return ((clean + 1) / 2).clamp(0, 1)
 
-    def condition(self, prompts: Sequence[str]) -> Tensor:
-        return torch.zeros(len(prompts), device=self.device)
+    def condition(self, prompts: Sequence[str]) -> Condition:
+        return {"text": torch.zeros(len(prompts), 1, device=self.device)}
 
     def network(
-        self, latent: Float[Tensor, "n c h w"], timestep: float, condition: Tensor
+        self, latent: Float[Tensor, "n c h w"], timestep: float, condition: Condition
     ) -> Float[Tensor, "n c h w"]:
         """The exact ε, v or flow answer at a timestep."""
         if isinstance(self.process, VariancePreserving):  # timestep 0 is its first noisy level

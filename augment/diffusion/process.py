@@ -20,6 +20,8 @@ prediction        :math:`\hat z_0`                    :math:`\hat\varepsilon`
 What is left open here is the path between two levels: that is the solver's.
 """
 
+import bisect
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -29,7 +31,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from augment.errors import lookup
+from augment.errors import UserError, lookup
 
 Pair = tuple[Tensor, Tensor]
 PREDICTIONS: dict[str, Callable[[Tensor, Tensor, float, float], Pair]] = {
@@ -38,6 +40,15 @@ PREDICTIONS: dict[str, Callable[[Tensor, Tensor, float, float], Pair]] = {
     "flow": lambda z, out, alpha, sigma: (z - sigma * out, z + (1 - sigma) * out),
 }
 """How each kind of network answer splits into (clean, noise)."""
+
+BETAS: dict[str, Callable[[float, float, int], Tensor]] = {
+    "scaled_linear": lambda a, b, n: torch.linspace(a**0.5, b**0.5, n, dtype=torch.float64) ** 2,
+    "linear": lambda a, b, n: torch.linspace(a, b, n, dtype=torch.float64),
+}
+"""β of each training step: √β linear in the step (latent diffusion), or β (DDPM, DiT)."""
+
+SPACINGS = ("trailing", "leading", "linspace")
+"""Which of the trained levels n steps visit, as diffusers names them; see `VariancePreserving`."""
 
 
 @runtime_checkable
@@ -50,7 +61,11 @@ class Process(Protocol):
         ...
 
     def levels(self, steps: int) -> list[float]:
-        """``steps + 1`` noise levels u, ascending from 0 (clean) to 1."""
+        """``steps + 1`` noise levels u, ascending from the clean end to the noisiest."""
+        ...
+
+    def middle(self, low: float, high: float) -> float:
+        """The level halfway between two, where a second-order step asks."""
         ...
 
     def alpha_sigma(self, level: float) -> tuple[float, float]:
@@ -71,6 +86,11 @@ def split(
     )
 
 
+def check_spacing(spacing: str, known: tuple[str, ...]) -> None:
+    """Refuse a spacing that a process has not."""
+    lookup(dict.fromkeys(known), spacing, "spacing")
+
+
 @dataclass(frozen=True)
 class VariancePreserving:
     r"""Stable Diffusion's process: :math:`\alpha^2 + \sigma^2 = 1`, with √β linear in the step.
@@ -80,32 +100,98 @@ class VariancePreserving:
     :math:`\alpha(1)^2 = 0.0047`, not at 0: 7 % of the clean latent's amplitude is still there,
     which is one source of the channel bias that centroids amplify.
 
-    Levels are multiples of 1 / ``train_steps`` and level u is the network's timestep
-    u·train_steps − 1 (so ``levels`` is diffusers' *trailing* spacing with a clean end).
+    Level u is the network's timestep u·train_steps − 1, and 0 is clean. Levels between two trained
+    ones interpolate the angle atan(σ/α). Of the spacings, ``trailing`` begins every number of steps
+    at the noisiest level, so that a latent inverted with 50 steps can be sampled with 20; with the
+    other two and with ``clean_end=False`` it is diffusers' DDIM grid, for comparison.
+
+    Args:
+        prediction: what the network answers, ``epsilon`` or ``v``.
+        train_steps: number of trained levels.
+        beta_start, beta_end: noise of the first and last training step.
+        betas: how β goes from one to the other, a key of `BETAS`.
+        spacing: one of `SPACINGS`.
+        offset: added to the timesteps of ``leading``.
+        clean_end: whether sampling ends at level 0 (``set_alpha_to_one``) or, as SD 1's scheduler
+            files have it, at the first trained level.
+        zero_terminal_snr: rescale √ᾱ linearly so that it ends at 0 (Lin et al., *Common Diffusion
+            Noise Schedules and Sample Steps are Flawed*, arXiv 2305.08891, alg. 1). Then nothing of
+            the clean latent is left at the noisiest level: no bias from there, and pure noise is
+            what sampling really starts from. But a network that was not trained so is told a level
+            that it never saw as noisy as this, and ε says nothing of the clean latent there: it
+            takes v-prediction.
+
+    Raises:
+        UserError: an unknown schedule or spacing, or ε-prediction with zero terminal SNR.
     """
 
     prediction: str = "epsilon"
     train_steps: int = 1000
     beta_start: float = 0.00085
     beta_end: float = 0.012
+    betas: str = "scaled_linear"
+    spacing: str = "trailing"
+    offset: int = 0
+    clean_end: bool = True
+    zero_terminal_snr: bool = False
+
+    def __post_init__(self) -> None:
+        lookup(BETAS, self.betas, "noise schedule")
+        check_spacing(self.spacing, SPACINGS)
+        if self.zero_terminal_snr and self.prediction == "epsilon":
+            raise UserError(
+                "expected v-prediction for zero terminal SNR, got epsilon, which says nothing of "
+                "the clean latent where nothing of it is left; leave zero_terminal_snr out"
+            )
 
     @cached_property
     def alphas_cumprod(self) -> Float[Tensor, " t"]:
         """ᾱ at each of ``train_steps + 1`` levels in float64, beginning with the clean 1."""
-        root = torch.linspace(
-            self.beta_start**0.5, self.beta_end**0.5, self.train_steps, dtype=torch.float64
-        )
-        return torch.cat([torch.ones(1, dtype=torch.float64), (1 - root**2).cumprod(0)])
+        betas = BETAS[self.betas](self.beta_start, self.beta_end, self.train_steps)
+        kept = (1 - betas).cumprod(0)
+        if self.zero_terminal_snr:
+            root = kept.sqrt()
+            kept = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
+        return torch.cat([torch.ones(1, dtype=torch.float64), kept])
+
+    @cached_property
+    def angles(self) -> list[float]:
+        """atan(σ/α) at each level, ascending from 0."""
+        return [math.acos(min(root, 1.0)) for root in self.alphas_cumprod.sqrt().tolist()]
 
     def levels(self, steps: int) -> list[float]:
-        return [round(self.train_steps * k / steps) / self.train_steps for k in range(steps + 1)]
+        count = self.train_steps
+        if self.spacing == "trailing":
+            numbers = [round(count * k / steps) for k in range(1, steps + 1)]
+        elif self.spacing == "leading":
+            numbers = [k * (count // steps) + self.offset + 1 for k in range(steps)]
+        else:
+            numbers = [round(k * (count - 1) / max(steps - 1, 1)) + 1 for k in range(steps)]
+        return [number / count for number in (0 if self.clean_end else 1, *numbers)]
+
+    def middle(self, low: float, high: float) -> float:
+        angle = (self._angle(low) + self._angle(high)) / 2
+        below = bisect.bisect_right(self.angles, angle) - 1
+        here, there = self.angles[below], self.angles[below + 1]
+        return (below + (angle - here) / (there - here)) / self.train_steps
 
     def alpha_sigma(self, level: float) -> tuple[float, float]:
-        alpha2 = self.alphas_cumprod[round(level * self.train_steps)].item()
-        return alpha2**0.5, (1 - alpha2) ** 0.5
+        number = level * self.train_steps
+        if abs(number - round(number)) < 1e-6:
+            alpha2 = self.alphas_cumprod[round(number)].item()
+            return alpha2**0.5, (1 - alpha2) ** 0.5
+        angle = self._angle(level)
+        return math.cos(angle), math.sin(angle)
 
     def timestep(self, level: float) -> float:
-        return max(round(level * self.train_steps) - 1, 0)
+        number = level * self.train_steps - 1
+        return max(round(number) if abs(number - round(number)) < 1e-6 else number, 0)
+
+    def _angle(self, level: float) -> float:
+        number = min(level * self.train_steps, float(self.train_steps))
+        below = min(int(number), self.train_steps - 1)
+        here, there = self.angles[below], self.angles[below + 1]
+        return here + (number - below) * (there - here)
 
 
 @dataclass(frozen=True)
@@ -114,13 +200,32 @@ class Flow:
 
     Liu et al., *Flow Straight and Fast*, arXiv 2209.03003; the shift
     :math:`\sigma = s u / (1 + (s - 1) u)` is eq. 23 of Esser et al., arXiv 2403.03206.
+
+    Args:
+        shift: s > 0.
+        spacing: ``trailing``, equal steps in u; or ``linspace``, diffusers' grid for SD 3, whose
+            last step but one ends at the least trained noise (a little before 0).
+
+    Raises:
+        UserError: an unknown spacing.
     """
 
     shift: float = 1.0
     prediction: str = field(default="flow", init=False)
+    spacing: str = "trailing"
+
+    def __post_init__(self) -> None:
+        check_spacing(self.spacing, ("trailing", "linspace"))
 
     def levels(self, steps: int) -> list[float]:
-        return [k / steps for k in range(steps + 1)]
+        if self.spacing == "trailing":
+            return [k / steps for k in range(steps + 1)]
+        least = self.alpha_sigma(0.001)[1]
+        return [0.0, *(1 - (1 - least) * k / max(steps - 1, 1) for k in reversed(range(steps)))]
+
+    def middle(self, low: float, high: float) -> float:
+        sigma = (self.alpha_sigma(low)[1] + self.alpha_sigma(high)[1]) / 2
+        return sigma / (self.shift - (self.shift - 1) * sigma)
 
     def alpha_sigma(self, level: float) -> tuple[float, float]:
         sigma = self.shift * level / (1 + (self.shift - 1) * level)

@@ -23,10 +23,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from augment.diffusion.backbone import Condition
 from augment.diffusion.process import Process, VariancePreserving
 from augment.errors import UserError
 
@@ -91,6 +92,9 @@ class Tiny:
             self.white: float = config["white"]
             self.unet = build_network(config["unet"])
             self.unet.load_state_dict(state)
+            # the prompts' embeddings are looked up by us, so that null-text can optimise them
+            self.texts = state["class_embedding.weight"].float().to(self.device)
+            self.unet.class_embedding = nn.Identity()
         except BAD_WEIGHTS as error:
             raise UserError(
                 f"expected weights of the tiny backbone at {weights}, got "
@@ -101,6 +105,7 @@ class Tiny:
         nn.Module.to(self.unet, self.device, dtype).eval().requires_grad_(False)
         digest = hashlib.sha256(Path(weights).read_bytes()).hexdigest()
         self.fingerprint = {"name": "tiny", "weights": digest, "process": repr(self.process)}
+        self.recipe: dict[str, Any] = {}
 
     def encode(self, images: Float[Tensor, "n 1 32 32"]) -> Float[Tensor, "n 4 16 16"]:
         return haar(images.to(self.device) - self.white) * self.scale
@@ -108,17 +113,19 @@ class Tiny:
     def decode(self, clean: Float[Tensor, "n 4 16 16"]) -> Float[Tensor, "n 1 32 32"]:
         return (inverse_haar(clean / self.scale) + self.white).clamp(0, 1)
 
-    def condition(self, prompts: Sequence[str]) -> Int[Tensor, " n"]:
+    def condition(self, prompts: Sequence[str]) -> Condition:
         for prompt in prompts:
             if prompt not in PROMPTS:
                 raise UserError(
                     f"expected a prompt out of {PROMPTS} for the tiny backbone, got {prompt!r}; "
                     "choose one of these or none"
                 )
-        return torch.tensor([PROMPTS.index(p) for p in prompts], device=self.device)
+        numbers = [PROMPTS.index(prompt) for prompt in prompts]
+        return {"text": self.texts[torch.tensor(numbers, dtype=torch.long, device=self.device)]}
 
     def network(
-        self, latent: Float[Tensor, "n 4 16 16"], timestep: float, condition: Int[Tensor, " n"]
+        self, latent: Float[Tensor, "n 4 16 16"], timestep: float, condition: Condition
     ) -> Float[Tensor, "n 4 16 16"]:
         """v-prediction of the UNet."""
-        return self.unet(latent.to(self.dtype), timestep, condition, return_dict=False)[0].float()
+        text = condition["text"].to(self.dtype)
+        return self.unet(latent.to(self.dtype), timestep, text, return_dict=False)[0].float()

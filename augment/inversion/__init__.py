@@ -1,34 +1,129 @@
 """Inversions: from an image to the latent that the sampler turns back into it.
 
-To add one: a file with a frozen dataclass that has ``steps`` and DDIM's ``__call__``, and an entry
-in `INVERTERS`.
+To add one: a file with a frozen dataclass that has the members of `Inverter`, and an entry in
+`INVERTERS`.
 """
 
+import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from augment.diffusion.backbone import Backbone, batched, denoiser
+from augment.diffusion.backbone import Backbone, Denoiser, as_prompts, batched, denoiser
 from augment.diffusion.solver import check_steps
 from augment.errors import UserError, lookup
 from augment.images import prepare
 from augment.inversion.ddim import DDIM
+from augment.inversion.fireflow import FireFlow
+from augment.inversion.fixed_point import FixedPoint
+from augment.inversion.forward_start import ForwardStart
+from augment.inversion.midpoint import Midpoint
+from augment.inversion.negative_prompt import NegativePrompt
+from augment.inversion.null_text import NullText
 
-INVERTERS = {"ddim": DDIM}
+
+@runtime_checkable
+class Inverter(Protocol):
+    """An inversion with its settings, which are its fields.
+
+    Attributes:
+        steps: solver steps.
+        solver: the solver that undoes it, a key of `augment.diffusion.solver.SOLVERS`.
+        guidance: the scale it is meant for; 1 is none.
+        evaluations: of the network, an image.
+    """
+
+    solver: ClassVar[str]
+    guidance: ClassVar[float]
+
+    @property
+    def steps(self) -> int:
+        """Solver steps."""
+        ...
+
+    @property
+    def evaluations(self) -> int:
+        """Network evaluations an image."""
+        ...
+
+    def __call__(
+        self,
+        denoise: Denoiser,
+        clean: Float[Tensor, "n c h w"],
+        tick: Callable[[], Any] = lambda: None,
+        seeds: Sequence[int] = (),
+    ) -> dict[str, Tensor]:
+        """What a bank keeps of a batch.
+
+        Args:
+            denoise: the backbone with the batch's condition and guidance.
+            clean: clean latents.
+            tick: called after each solver step.
+            seeds: an integer an image, for those that throw dice.
+
+        Returns:
+            ``latents`` (n, C, H, W) at the noisiest level, and what else sampling needs.
+        """
+        ...
+
+
+INVERTERS: dict[str, type[Inverter]] = {
+    "ddim": DDIM,
+    "fixed_point": FixedPoint,
+    "forward_start": ForwardStart,
+    "midpoint": Midpoint,
+    "fireflow": FireFlow,
+    "negative_prompt": NegativePrompt,
+    "null_text": NullText,
+}
 """Inversions by name."""
+
+
+def inverter(name: str, **settings: Any) -> Inverter:
+    """An inversion by name.
+
+    Raises:
+        UserError: an unknown name or setting, or one out of its range.
+    """
+    kind = lookup(INVERTERS, name, "inversion")
+    known = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]
+    for key in settings:
+        if key not in known:
+            raise UserError(
+                f"expected settings of {name} out of {', '.join(known)}, got {key!r}; choose one "
+                "of these"
+            )
+    made = kind(**settings)
+    check_steps(made.steps)
+    return made
+
+
+def check_guidance(run: Inverter, prompts: Sequence[str], guidance: float) -> None:
+    """Refuse an inversion that is meant for guidance where there is none.
+
+    Raises:
+        UserError: the scale is 1, or an image has no prompt.
+    """
+    if run.guidance != 1 and (guidance == 1 or not all(prompts)):
+        raise UserError(
+            f"expected a prompt for every image and a guidance other than 1 for "
+            f"{type(run).__name__}, got {'guidance 1' if guidance == 1 else 'none for some'}; "
+            "give every class a prompt, or take another inversion"
+        )
 
 
 def invert(
     backbone: Backbone,
     images: Float[Tensor, "n c h w"],
     prompts: str | Sequence[str] | None = None,
-    method: str = "ddim",
+    inversion: str = "ddim",
     steps: int = 50,
-    guidance: float = 1.0,
+    guidance: float | None = None,
     batch_size: int = 64,
+    **settings: Any,
 ) -> Float[Tensor, "n C H W"]:
     """Latents of images.
 
@@ -36,29 +131,62 @@ def invert(
         backbone: the model.
         images: in [0, 1]; brought to the backbone's size and channels by `augment.images.prepare`.
         prompts: one for all, one an image, or none.
-        method: a key of `INVERTERS`.
-        steps: network evaluations an image.
-        guidance: scale of classifier-free guidance; other than 1 it harms the reconstruction.
-        batch_size: images a network call.
+        inversion: a key of `INVERTERS`.
+        steps: solver steps, each a network evaluation with ``ddim``.
+        guidance: scale of classifier-free guidance; by default 1, which is none, but what
+            ``null_text`` is for. Otherwise it harms the reconstruction.
+        batch_size: images a network call; halved if they do not fit into memory.
+        settings: the inversion's others, such as ``iterations`` of ``fixed_point``.
 
     Returns:
         float32 latents at the noisiest level, on the backbone's device.
 
     Raises:
-        UserError: an unknown method, no steps, or pixels outside [0, 1].
+        UserError: an unknown inversion or setting, no steps, or pixels outside [0, 1].
     """
-    inverter = lookup(INVERTERS, method, "inversion")(steps)
-    check_steps(steps)
+    run = inverter(inversion, steps=steps, **settings)
+    return inverted(run, backbone, images, prompts, guidance, batch_size)["latents"]
+
+
+def inverted(
+    run: Inverter,
+    backbone: Backbone,
+    images: Float[Tensor, "n c h w"],
+    prompts: str | Sequence[str] | None = None,
+    guidance: float | None = None,
+    batch_size: int = 64,
+    seeds: Sequence[int] | None = None,
+) -> dict[str, Tensor]:
+    """All that an inversion keeps of images; see `invert` and `Inverter`.
+
+    Args:
+        run: the inversion.
+        backbone: see `invert`.
+        images: see `invert`.
+        prompts: see `invert`.
+        guidance: see `invert`.
+        batch_size: see `invert`.
+        seeds: an integer an image, for inversions that throw dice; their places by default.
+    """
     if len(images) and not (images.min() >= 0 and images.max() <= 1):
         raise UserError(
             f"expected pixels in [0, 1], got {images.min():.3g} to {images.max():.3g}; "
             "divide 8-bit images by 255"
         )
+    texts = as_prompts(prompts, len(images))
+    seeds = range(len(images)) if seeds is None else seeds
+    scale = run.guidance if guidance is None else guidance
+    check_guidance(run, texts, scale)
 
-    def run(part: Tensor, texts: list[str], tick: Callable[[], Any]) -> Tensor:
-        part = prepare(part, backbone.channels, backbone.resolution).to(backbone.device)
-        with torch.inference_mode():
-            clean = backbone.encode(part)
-        return inverter(denoiser(backbone, texts, guidance), backbone.process, clean, tick)
+    @torch.no_grad()
+    def some(rows: slice, tick: Callable[[], Any]) -> dict[str, Tensor]:
+        part = prepare(images[rows], backbone.channels, backbone.resolution).to(backbone.device)
+        denoise = denoiser(backbone, texts[rows], scale)
+        return run(denoise, backbone.encode(part), tick, seeds[rows])
 
-    return batched(run, images, prompts, batch_size, steps, "invert")
+    parts = batched(some, backbone, len(images), batch_size, run.steps, "invert")
+    offset = 0
+    for part in parts if "nulls" in parts[0] else ():
+        part["null_rows"] = part["null_rows"] + offset
+        offset += len(part["nulls"])
+    return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}

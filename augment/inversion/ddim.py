@@ -16,40 +16,41 @@ inverted latent of a class keeps nearly twice as much of the mean clean one, the
 centroids amplify, and images come back 2.7 dB worse (RESULTS.md).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
-from typing import Any
+from typing import Any, ClassVar
 
 from jaxtyping import Float
 from torch import Tensor
 
 from augment.diffusion.backbone import Denoiser
-from augment.diffusion.process import Process
+from augment.diffusion.solver import ddim
 
 
 @dataclass(frozen=True)
 class DDIM:
-    """Plain DDIM inversion.
+    """Plain DDIM inversion; the Euler step, for rectified flow.
 
     Args:
-        steps: network evaluations an image.
+        steps: solver steps, each a network evaluation.
     """
 
     steps: int = 50
+    solver: ClassVar[str] = "ddim"
+    guidance: ClassVar[float] = 1.0
+
+    @property
+    def evaluations(self) -> int:
+        """Network evaluations an image."""
+        return self.steps
 
     def __call__(
         self,
         denoise: Denoiser,
-        process: Process,
         clean: Float[Tensor, "n c h w"],
         tick: Callable[[], Any] = lambda: None,
-    ) -> Float[Tensor, "n c h w"]:
-        """Clean latents to latents at the noisiest level."""
-        latent = clean
-        for here, there in pairwise(process.levels(self.steps)):
-            estimate, noise = denoise(latent, here or there)
-            alpha, sigma = process.alpha_sigma(there)
-            latent = alpha * (estimate if here else latent) + sigma * noise
-            tick()
-        return latent
+        seeds: Sequence[int] = (),
+    ) -> dict[str, Tensor]:
+        """See `augment.inversion.Inverter`."""
+        levels = denoise.backbone.process.levels(self.steps)
+        return {"latents": ddim(denoise, clean, levels, tick)}

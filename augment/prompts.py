@@ -1,0 +1,116 @@
+"""Prompts from class folders: what the pictures in a folder show, said to the network.
+
+Data sets name their folders for machines, by WordNet id (``n01440764``) or with numbers
+(``001.Black_footed_Albatross``); a network that takes prompts knows words. The names of the 1000
+classes of ImageNet-1k are in ``sources/imagenet.txt``.
+"""
+
+import re
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from string import Formatter
+
+from augment.errors import UserError
+
+NAMES = Path(__file__).parent / "sources" / "imagenet.txt"
+FIELDS = ("name", "folder")
+"""What a template may ask for."""
+
+WORDNET_ID = re.compile(r"n\d{8}")
+NUMBERING = re.compile(r"^(\d+\.|0\d*[\s_-]|n\d{8}[\s_-])[\s_-]*(?=\D)")
+"""``001.`` of CUB, ``007_``, ``n02085620-`` of Stanford Dogs; not the number of ``3-wheeler``."""
+
+ARTICLE = re.compile(r"\b([Aa])n? (?=\{name\})")
+VOWEL = re.compile(r"(?!eu|one\b|uni(?!n|m)|use|ukulele)[aeiou]|hour|heir", re.IGNORECASE)
+"""Names that begin with the sound of a vowel: an hourglass, but a unicycle."""
+
+
+@cache
+def imagenet_names() -> dict[str, str]:
+    """The names of the classes of ImageNet-1k by WordNet id, in label order."""
+    lines = NAMES.read_text(encoding="utf-8").splitlines()
+    return dict(line.split(" ", 1) for line in lines if not line.startswith("#"))
+
+
+def class_name(folder: str) -> str:
+    """What people call the class of a folder.
+
+    >>> class_name("n01440764"), class_name("001.Black_footed_Albatross")
+    ('tench', 'Black footed Albatross')
+
+    Args:
+        folder: a WordNet id of ImageNet-1k; or words, of which underscores, hyphens and leading
+            numbering are no part.
+
+    Raises:
+        UserError: a WordNet id out of ImageNet-1k's.
+    """
+    if WORDNET_ID.fullmatch(folder):
+        if folder not in imagenet_names():
+            raise UserError(
+                f"expected a WordNet id of ImageNet-1k, got {folder}, which has no name here; "
+                "give it one"
+            )
+        return imagenet_names()[folder]
+    words = re.split(r"[\s_-]+", NUMBERING.sub("", folder))
+    return " ".join(words).strip() or folder
+
+
+def class_prompts(
+    classes: Sequence[str], template: str, names: dict[str, str] | None = None
+) -> dict[str, str]:
+    """A prompt for each class, such as `augment.bank.fill_bank` takes.
+
+    >>> class_prompts(["n01440764", "great_owl"], "a photo of a {name}", {"great_owl": "owl"})
+    {'n01440764': 'a photo of a tench', 'great_owl': 'a photo of an owl'}
+
+    Args:
+        classes: folder names.
+        template: a prompt with ``{name}``, and ``{folder}`` if the folder's own name is wanted too;
+            braces of its own are doubled. An article right before ``{name}`` becomes a or an
+            by the sound of the name; no other word is changed.
+        names: names of single classes, by folder, in place of `class_name`'s.
+
+    Raises:
+        UserError: a template without ``{name}`` or with another field, a name of a class that is
+            not there, or a class of unknown name.
+    """
+    names = names or {}
+    check_template(template)
+    unknown = names.keys() - set(classes)
+    if unknown:
+        raise UserError(
+            f"expected names for classes out of {', '.join(classes)}, got one for "
+            f"{min(unknown)!r}; choose one of these"
+        )
+    called = {c: names[c] if c in names else class_name(c) for c in classes}
+    return {folder: fill(template, folder, name) for folder, name in called.items()}
+
+
+def check_template(template: str) -> None:
+    """Refuse a template without a name, with other fields, or with braces that do not match."""
+    try:
+        parts = [part[1:] for part in Formatter().parse(template) if part[1] is not None]
+    except ValueError as error:
+        raise UserError(
+            f"expected a template such as 'a photo of a {{name}}', got {template!r} ({error}); "
+            "double the braces that are the prompt's own"
+        ) from None
+    for field, form, conversion in parts:
+        if field not in FIELDS or form or conversion:
+            raise UserError(
+                f"expected no field but {{name}} and {{folder}} in a template, got one of "
+                f"{field!r} in {template!r}; double the braces if they are the prompt's own"
+            )
+    if "name" not in {field for field, _, _ in parts}:
+        raise UserError(
+            f"expected {{name}} in a template, got {template!r}; write one such as "
+            "'a photo of a {name}'"
+        )
+
+
+def fill(template: str, folder: str, name: str) -> str:
+    """A template with its fields and the article before the name filled in."""
+    article = r"\1n " if VOWEL.match(name) else r"\1 "
+    return ARTICLE.sub(article, template).format(name=name, folder=folder)

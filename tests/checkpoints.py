@@ -1,0 +1,339 @@
+"""Pipeline folders of diffusers' own classes, randomly initialised and a few hundred kilobytes big.
+
+The networks are too small to make pictures, but every part is the real one: tokenizers, text
+encoders, autoencoder, network, scheduler file, model_index.json.
+"""
+
+import hashlib
+import json
+import string
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import torch
+
+LATENT, FACTOR = 16, 2
+RESOLUTION = LATENT * FACTOR
+PROMPT = "a cat on a mat"
+SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+DDIM = {**SCHEDULE, "steps_offset": 1, "set_alpha_to_one": False, "clip_sample": False}
+UNET = {
+    "sample_size": LATENT,
+    "block_out_channels": (32, 64),
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+    "layers_per_block": 1,
+    "cross_attention_dim": 32,
+    "attention_head_dim": 4,
+    "norm_num_groups": 8,
+}
+
+
+def clip_tokenizer() -> Any:
+    """Letters and one word, as byte-pair encoding has them."""
+    from transformers import CLIPTokenizer
+
+    letters = [*string.ascii_lowercase]
+    tokens = [*letters, *(letter + "</w>" for letter in letters), "ca", "cat</w>"]
+    tokens += ["<|startoftext|>", "<|endoftext|>"]
+    vocab = {token: number for number, token in enumerate(tokens)}
+    return CLIPTokenizer(vocab=vocab, merges=[("c", "a"), ("ca", "t</w>")], model_max_length=77)
+
+
+def t5_tokenizer() -> Any:
+    from transformers import T5Tokenizer
+
+    tokens = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -5.0), ("▁", -2.0)]
+    tokens += [(letter, -3.0) for letter in string.ascii_lowercase]
+    return T5Tokenizer(vocab=tokens, extra_ids=0, model_max_length=512)
+
+
+def clip_config(width: int = 32, **changes: Any) -> Any:
+    from transformers import CLIPTextConfig
+
+    return CLIPTextConfig(
+        vocab_size=56,
+        hidden_size=width,
+        intermediate_size=37,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        bos_token_id=54,
+        eos_token_id=55,
+        pad_token_id=55,
+        projection_dim=width,
+        **changes,
+    )
+
+
+def autoencoder(**changes: Any) -> Any:
+    from diffusers import AutoencoderKL
+
+    config = {
+        "block_out_channels": (16, 32),
+        "down_block_types": ("DownEncoderBlock2D",) * 2,
+        "up_block_types": ("UpDecoderBlock2D",) * 2,
+        "latent_channels": 4,
+        "norm_num_groups": 8,
+        "sample_size": RESOLUTION,
+    }
+    return AutoencoderKL(**config | changes)
+
+
+def save(pipe: Any, folder: Path, scheduler: dict[str, Any]) -> Path:
+    """Write the pipeline, its text encoders louder than they are initialised."""
+    for name in ("text_encoder", "text_encoder_2"):
+        encoder = getattr(pipe, name, None)
+        if encoder is not None:
+            for key, weight in encoder.named_parameters():
+                weight.data *= 30 if "embedding" in key else 1
+    pipe.save_pretrained(folder)
+    path = folder / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | scheduler))
+    return folder
+
+
+def stable_diffusion(folder: Path, seed: int = 0, **scheduler: Any) -> Path:
+    """Stable Diffusion 1 or 2: one CLIP, a UNet, DDIM's scheduler file as SD 1 has it."""
+    from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextModel
+
+    torch.manual_seed(seed)
+    pipe = StableDiffusionPipeline(
+        vae=autoencoder(scaling_factor=4.0),
+        text_encoder=CLIPTextModel(clip_config()),
+        tokenizer=clip_tokenizer(),
+        unet=UNet2DConditionModel(**UNET),
+        scheduler=DDIMScheduler(**DDIM),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    return save(pipe, folder, scheduler)
+
+
+def sdxl(folder: Path, seed: int = 0, zeros: bool = True, **scheduler: Any) -> Path:
+    """Two text encoders of 32 and 24 channels, the second's pooled row, and size conditions."""
+    from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+    torch.manual_seed(seed)
+    changes = {
+        "cross_attention_dim": 32 + 24,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 8,
+        "projection_class_embeddings_input_dim": 24 + 6 * 8,
+        "use_linear_projection": True,
+    }
+    pipe = StableDiffusionXLPipeline(
+        vae=autoencoder(scaling_factor=4.0, force_upcast=True),
+        text_encoder=CLIPTextModel(clip_config()),
+        text_encoder_2=CLIPTextModelWithProjection(clip_config(24)),
+        tokenizer=clip_tokenizer(),
+        tokenizer_2=clip_tokenizer(),
+        unet=UNet2DConditionModel(**UNET | changes),
+        scheduler=EulerDiscreteScheduler(**SCHEDULE, timestep_spacing="leading", steps_offset=1),
+        force_zeros_for_empty_prompt=zeros,
+    )
+    return save(pipe, folder, scheduler)
+
+
+def sd3(folder: Path, seed: int = 0, t5: bool = True, **scheduler: Any) -> Path:
+    """Two CLIPs and T5, a transformer with Stable Diffusion 3.5's normalised queries and keys."""
+    from diffusers import (
+        FlowMatchEulerDiscreteScheduler,
+        SD3Transformer2DModel,
+        StableDiffusion3Pipeline,
+    )
+    from transformers import CLIPTextModelWithProjection, T5Config, T5EncoderModel
+
+    torch.manual_seed(seed)
+    transformer = SD3Transformer2DModel(
+        sample_size=LATENT,
+        patch_size=2,
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=4,
+        caption_projection_dim=32,
+        joint_attention_dim=64,
+        pooled_projection_dim=32 + 24,
+        pos_embed_max_size=LATENT,
+        qk_norm="rms_norm",
+        dual_attention_layers=(0,),
+    )
+    config = T5Config(vocab_size=30, d_model=64, d_kv=8, d_ff=37, num_layers=2, num_heads=4)
+    pipe = StableDiffusion3Pipeline(
+        vae=autoencoder(scaling_factor=1.5305, shift_factor=0.0609, use_quant_conv=False),
+        text_encoder=CLIPTextModelWithProjection(clip_config()),
+        text_encoder_2=CLIPTextModelWithProjection(clip_config(24)),
+        text_encoder_3=T5EncoderModel(config) if t5 else None,
+        tokenizer=clip_tokenizer(),
+        tokenizer_2=clip_tokenizer(),
+        tokenizer_3=t5_tokenizer() if t5 else None,
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+    )
+    return save(pipe, folder, scheduler)
+
+
+def dit(folder: Path, seed: int = 0, **scheduler: Any) -> Path:
+    """Class conditions and a learned variance; the labels are ImageNet's first three."""
+    from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+
+    torch.manual_seed(seed)
+    transformer = DiTTransformer2DModel(
+        sample_size=LATENT, in_channels=4, out_channels=8, num_layers=2, num_attention_heads=4,
+        attention_head_dim=8, num_embeds_ada_norm=1000, norm_elementwise_affine=False,
+    )  # fmt: skip
+    labels = {0: "tench, Tinca tinca", 1: "goldfish, Carassius auratus", 2: "great white shark"}
+    pipe = DiTPipeline(
+        transformer=transformer,
+        vae=autoencoder(scaling_factor=4.0),
+        scheduler=DDIMScheduler(
+            beta_start=1e-4, beta_end=0.02, beta_schedule="linear", clip_sample=False
+        ),
+    )
+    save(pipe, folder, scheduler)
+    index = folder / "model_index.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"id2label": labels}))
+    return folder
+
+
+RESNET = {
+    "norm1": "in_layers.0",
+    "conv1": "in_layers.2",
+    "time_emb_proj": "emb_layers.1",
+    "norm2": "out_layers.0",
+    "conv2": "out_layers.3",
+    "conv_shortcut": "skip_connection",
+}
+OUTER = {
+    "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2",
+    "conv_in": "input_blocks.0.0",
+    "conv_norm_out": "out.0",
+    "conv_out": "out.2",
+}
+ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
+
+
+def original_unet(key: str) -> str:
+    """A UNet's key in the original releases; of two levels with one layer each."""
+    name, kind = key.rsplit(".", 1)
+    if name in OUTER:
+        return f"{OUTER[name]}.{kind}"
+    side, *rest = name.split(".")
+    if side == "mid_block":
+        part, number, tail = rest[0], int(rest[1]), ".".join(rest[2:])
+        place = f"middle_block.{1 if part == 'attentions' else 2 * number}"
+    else:
+        block, part, number, tail = int(rest[0]), rest[1], int(rest[2]), ".".join(rest[3:])
+        down, last = side == "down_blocks", part.endswith("samplers")
+        place = f"{'in' if down else 'out'}put_blocks.{2 * block + (1 if last else number) + down}"
+        if last:  # behind the attention, if the block has one: here the first up block has none
+            return f"{place}.{'0.op' if down else '1.conv'}.{kind}"
+        place += ".1" if part == "attentions" else ".0"
+    return f"{place}.{tail if part == 'attentions' else RESNET[tail]}.{kind}"
+
+
+def original_vae(key: str) -> str:
+    """An autoencoder's key in the original releases; of two levels."""
+    name, kind = key.rsplit(".", 1)
+    for new, old in (
+        ("conv_norm_out", "norm_out"),
+        ("conv_shortcut", "nin_shortcut"),
+        ("mid_block.resnets.0", "mid.block_1"),
+        ("mid_block.resnets.1", "mid.block_2"),
+        ("resnets", "block"),
+        ("downsamplers.0", "downsample"),
+        ("upsamplers.0", "upsample"),
+        ("down_blocks", "down"),
+        ("up_blocks.0", "up.1"),
+        ("up_blocks.1", "up.-"),
+        ("up.-", "up.0"),
+    ):
+        name = name.replace(new, old)
+    if "mid_block.attentions.0." in name:
+        side, layer = name.split(".mid_block.attentions.0.")
+        name = f"{side}.mid.attn_1.{ATTENTION[layer]}"
+    return f"{name}.{kind}"
+
+
+def single_file(folder: Path, path: Path) -> Path:
+    """The weights of a `stable_diffusion` folder in one file, named as the first releases did."""
+    from safetensors.torch import load_file, save_file
+
+    name = "diffusion_pytorch_model.safetensors"
+    unet, vae = load_file(folder / "unet" / name), load_file(folder / "vae" / name)
+    text = load_file(folder / "text_encoder" / "model.safetensors")
+    state = {f"model.diffusion_model.{original_unet(key)}": unet[key] for key in unet}
+    for key, value in vae.items():
+        square = value.ndim == 2  # linear layers of attention, once convolutions
+        value = value[..., None, None].contiguous() if square else value
+        state[f"first_stage_model.{original_vae(key)}"] = value
+    prefix = "cond_stage_model.transformer.text_model."
+    state |= {prefix + key.removeprefix("text_model."): value for key, value in text.items()}
+    save_file(state, path)
+    return path
+
+
+class Hub(ThreadingHTTPServer):
+    """As much of the Hugging Face hub as downloading takes, on this machine.
+
+    Args:
+        repositories: folders by ``owner/name``; instead of a folder an error: a status and a code.
+    """
+
+    def __init__(self, repositories: dict[str, Path | tuple[int, str]]) -> None:
+        super().__init__(("127.0.0.1", 0), Desk)
+        self.repositories, self.asked = repositories, []
+        self.url = f"http://127.0.0.1:{self.server_port}"
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+
+class Desk(BaseHTTPRequestHandler):
+    """Answers one request to a `Hub`."""
+
+    def log_message(self, *_: Any) -> None:
+        """Say nothing."""
+
+    def do_GET(self) -> None:
+        path = self.path.split("?")[0].strip("/").removeprefix("api/models/")
+        owner, name, *rest = path.split("/")
+        found = self.server.repositories.get(f"{owner}/{name}", (404, "RepoNotFound"))
+        self.server.asked.append("/".join(rest))
+        if isinstance(found, tuple):
+            self.reply(found[0], b"", {"X-Error-Code": found[1]})
+            return
+        files = sorted(str(p.relative_to(found)) for p in found.rglob("*") if p.is_file())
+        if rest[:1] == ["resolve"]:
+            self.send_file(found / "/".join(rest[2:]))
+        elif rest[:1] == ["tree"]:
+            entry = {"type": "file", "oid": "0" * 40, "size": 1}
+            self.reply(200, json.dumps([entry | {"path": file} for file in files]).encode())
+        else:
+            info = {"id": f"{owner}/{name}", "sha": "0" * 40}
+            siblings = [{"rfilename": file} for file in files]
+            self.reply(200, json.dumps(info | {"siblings": siblings}).encode())
+
+    do_HEAD = do_GET
+
+    def send_file(self, path: Path) -> None:
+        if not path.is_file():
+            self.reply(404, b"", {"X-Error-Code": "EntryNotFound"})
+            return
+        content = path.read_bytes()
+        tag = hashlib.sha256(content).hexdigest()
+        self.reply(200, content, {"ETag": f'"{tag}"', "X-Repo-Commit": "0" * 40})
+
+    def reply(self, status: int, content: bytes, headers: dict[str, str] | None = None) -> None:
+        self.send_response(status)
+        headers = {"Content-Length": str(len(content)), **(headers or {})}
+        for key, value in headers.items():
+            self.send_header(key, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(content)
