@@ -258,8 +258,8 @@ def fill_bank(
     backbone: Backbone,
     source: Source,
     prompts: dict[str, str] | None = None,
-    inversion: str = "ddim",
-    steps: int = 50,
+    inversion: str = "forward_start",
+    steps: int = 25,
     guidance: float | None = None,
     batch_size: int = 64,
     **settings: Any,
@@ -299,7 +299,7 @@ def fill_bank(
         )
     scale = run.guidance if guidance is None else guidance
     texts = [prompts.get(name, "") for name in source.ids]
-    check_guidance(run, texts, scale)
+    check_guidance(run, backbone, texts, scale)
     backbone.condition(texts)
     digests = read_all(source, backbone)
     manifest = {

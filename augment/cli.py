@@ -21,8 +21,8 @@ def invert(
     backbone: str = "tiny",
     prompt: str = "",
     prompts: dict[str, str] | None = None,
-    inversion: str = "ddim",
-    steps: int = 50,
+    inversion: str = "forward_start",
+    steps: int = 25,
     guidance: float | None = None,
     batch_size: int = 64,
     device: str | None = None,
@@ -39,7 +39,7 @@ def invert(
             a checkpoint, or the id of one on the Hugging Face hub.
         prompt: a template such as 'a photo of a {name}'; WordNet ids of ImageNet get their names.
         prompts: a prompt for each class, as YAML such as '{Coat: top}'; goes before the template.
-        inversion: ddim, fixed_point, forward_start, midpoint, fireflow, negative_prompt, null_text.
+        inversion: forward_start, fireflow, midpoint, fixed_point, ddim, negative_prompt, null_text.
         steps: solver steps.
         guidance: scale of classifier-free guidance; by default none but 7.5 for null_text.
         batch_size: images a network call; halved if they do not fit into memory.
@@ -107,9 +107,9 @@ def synthesize(
         seed: of all dice.
         members: how many images a centroid mixes; by default all of the class.
         noise: share of fresh noise, in [0, 1).
-        solver: exact (undoes the bank's inversion), fast (dpm++ in 20 steps), or ddim, euler,
+        solver: exact (undoes the bank's inversion), fast (fireflow in 10 steps), or ddim, euler,
             dpm++, midpoint, fireflow.
-        steps: solver steps; by default those of the bank, or 20 with fast.
+        steps: solver steps; by default those of the bank, or 10 with fast.
         guidance: scale of classifier-free guidance; by default as the bank was inverted.
         interval: noise levels between which there is guidance, as YAML such as '[0.2, 0.8]'.
         prompt: a template such as 'a sketch of a {name}', if other than the bank's prompts.

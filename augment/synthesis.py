@@ -42,7 +42,7 @@ def solver_of(bank: LatentBank, solver: str, steps: int | None) -> tuple[str, in
     """
     method, usual = bank.inversion["method"], bank.inversion["steps"]
     if solver == "fast":
-        solver, usual = "dpm++", 20
+        solver, usual = "fireflow", 10
     elif solver == "exact":
         solver = lookup(INVERTERS, method, "inversion").solver
     if solver not in SOLVERS:
@@ -61,8 +61,8 @@ class Synthesizer:
         bank: the latents.
         rule: how they are mixed, such as ``fade/chm``.
         solver: see `augment.sample`; or a profile: ``exact``, the solver that undoes the bank's
-            inversion, or ``fast``, DPM-Solver++(2M).
-        steps: solver steps; by default those of the bank, or 20 with ``fast``.
+            inversion, or ``fast``, FireFlow in 10.
+        steps: solver steps; by default those of the bank, or 10 with ``fast``.
         guidance: by default as the bank was inverted.
         interval, batch_size: see `augment.sample`.
         prompts: of classes that are to be sampled with another prompt than they were inverted with.

@@ -9,6 +9,7 @@ import itertools
 import platform
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,10 @@ import torch
 
 from augment import Rule, invert, load_backbone, sample
 from augment.centroid import MEANS, NORMS
+from augment.diffusion import Backbone
+from augment.inversion import inverted, inverter
+from augment.sources import Folder
+from augment.sources.fashion import write_fashion
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from reference.centroids import nao_by_adam, nao_objective_of
@@ -124,6 +129,35 @@ def compare(points: torch.Tensor, weights: torch.Tensor, repeats: int, seconds_e
     )
 
 
+TOPS = ("T-shirt", "Pullover", "Coat", "Shirt")
+
+
+def tops() -> torch.Tensor:
+    """Eight embedded pictures that go by the prompt ``top``."""
+    with tempfile.TemporaryDirectory() as folder:
+        source = Folder(write_fashion(folder, "shots", [0, 1]))
+        names = [f"{name}/{number:03d}.png" for name in TOPS for number in (0, 1)]
+        return torch.stack([source.load(name, 1, 32) for name in names])
+
+
+def null_text(backbone: Backbone, repeats: int) -> None:
+    """Null-text inversion of a batch, and of its images one by one, in turn."""
+    images, run = tops(), inverter("null_text", steps=10)
+
+    def inverted_by(size: int) -> None:
+        inverted(run, backbone, images, "top", 5.0, batch_size=size)
+
+    runs = {"a batch of 8": lambda: inverted_by(8), "one by one": lambda: inverted_by(1)}
+    times = seconds(runs, repeats)
+    batch, alone = (statistics.median(values) / len(images) for values in times.values())
+    pairs = zip(times["one by one"], times["a batch of 8"], strict=True)
+    ratio = statistics.median(one / eight for one, eight in pairs)
+    print(
+        "null_text, 10 steps: a batch of 8 against one by one: "
+        f"{batch:.3f} and {alone:.3f} s an image, ratio {ratio:.2f}"
+    )
+
+
 def sampling(args: argparse.Namespace) -> None:
     """Images a second of the embedded backbone, by batch size."""
     backbone = load_backbone("tiny", device="cpu")
@@ -135,6 +169,7 @@ def sampling(args: argparse.Namespace) -> None:
         }
         for name, values in seconds(runs, args.repeats).items():
             print(f"{name}: {batch / statistics.median(values):.1f} images/s")
+    null_text(backbone, args.repeats)
 
 
 def main() -> None:

@@ -1,13 +1,9 @@
 """Time diffusion backbones against diffusers' own pipelines: ``benchmark.py backbones --help``.
 
-Weights are random, at the configurations of the public models, so that nothing is downloaded: time,
-memory and operations do not depend on what the weights are. Text encoders are small stand-ins of
-the right width, off the hot path: ours keeps what they said, the pipeline asks once a batch. Both
-sides read the same folder and run in turn in one process, from the same latents and prompts, on the
-same levels.
-
-The model ``small``, and its sisters, show on a CPU that every part runs, and that both sides
-compute the same map.
+Time, memory and operations do not depend on what the weights are, so they are random. Both sides
+read the same folder and run in turn in one process, from the same latents and prompts, on the same
+levels. The model ``small``, and its sisters, show on a CPU that every part runs, and that both
+sides compute the same map.
 """
 
 import argparse
@@ -16,7 +12,7 @@ import gc
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,208 +20,20 @@ from typing import Any
 import diffusers
 import torch
 import transformers
+from backbone_configs import MODELS, PIPELINES, VP, Model, build, network
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from augment import invert, load_backbone, sample
-from augment.diffusion.checkpoint import quiet
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-import checkpoints
+from augment.diffusion.hub import quiet
 
 Run = Callable[[int], Tensor]
 """Does a job for so many images."""
 
 GIB = 2**30
 GUIDANCE = 7.5
-CROSS, PLAIN = "CrossAttn{}Block2D", "{}Block2D"
-
-
-def blocks(*kinds: str) -> dict[str, tuple[str, ...]]:
-    """A UNet's block types from those of its way down."""
-    down, up = (tuple(kind.format(way) for kind in kinds) for way in ("Down", "Up"))
-    return {"down_block_types": down, "up_block_types": up[::-1]}
-
-
-SD15: dict[str, Any] = {
-    "sample_size": 64,
-    "block_out_channels": (320, 640, 1280, 1280),
-    "layers_per_block": 2,
-    "cross_attention_dim": 768,
-    "attention_head_dim": 8,
-    **blocks(CROSS, CROSS, CROSS, PLAIN),
-}
-SDXL: dict[str, Any] = {
-    "sample_size": 128,
-    "block_out_channels": (320, 640, 1280),
-    "layers_per_block": 2,
-    "transformer_layers_per_block": (1, 2, 10),
-    "cross_attention_dim": 2048,
-    "attention_head_dim": (5, 10, 20),
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 2816,
-    "use_linear_projection": True,
-    **blocks(PLAIN, CROSS, CROSS),
-}
-SD35: dict[str, Any] = {
-    "sample_size": 128,
-    "patch_size": 2,
-    "in_channels": 16,
-    "out_channels": 16,
-    "num_layers": 24,
-    "num_attention_heads": 24,
-    "attention_head_dim": 64,
-    "caption_projection_dim": 1536,
-    "joint_attention_dim": 4096,
-    "pooled_projection_dim": 2048,
-    "pos_embed_max_size": 384,
-    "qk_norm": "rms_norm",
-    "dual_attention_layers": tuple(range(13)),
-}
-VAE: dict[str, Any] = {
-    "block_out_channels": (128, 256, 512, 512),
-    "down_block_types": ("DownEncoderBlock2D",) * 4,
-    "up_block_types": ("UpDecoderBlock2D",) * 4,
-    "layers_per_block": 2,
-    "latent_channels": 4,
-    "scaling_factor": 0.18215,
-}
-VAE_XL = {**VAE, "scaling_factor": 0.13025, "force_upcast": True}
-VAE_3 = {**VAE, "latent_channels": 16, "scaling_factor": 1.5305, "shift_factor": 0.0609}
-VAE_3 |= {"use_quant_conv": False, "use_post_quant_conv": False}
-SMALL_VAE = {"block_out_channels": (32,) * 4, "layers_per_block": 1, "norm_num_groups": 8}
-VP = {**checkpoints.SCHEDULE, "timestep_spacing": "trailing", "steps_offset": 1}
-
-
-@dataclass(frozen=True)
-class Model:
-    """What a benchmark builds.
-
-    Args:
-        kind: its pipeline, a key of `PIPELINES`.
-        network, vae: their configurations.
-        widths: of the text encoders.
-        millions: of parameters, which the network is to have; not checked if 0.
-        resolution: in pixels.
-        steps: of DDIM (or Euler), which also inverts, and of DPM++.
-        half: the precision it is meant for on a GPU.
-        options: of `load_backbone`, so that it tells the network as much as diffusers does.
-    """
-
-    kind: str
-    network: dict[str, Any]
-    vae: dict[str, Any]
-    widths: tuple[int, ...]
-    millions: float = 0.0
-    resolution: int = 512
-    steps: tuple[int, int] = (50, 20)
-    half: str = "float16"
-    options: dict[str, Any] = field(default_factory=dict)
-
-
-FLOW = {"half": "bfloat16", "options": {"t5": True, "max_sequence_length": 256}}
-SMALL = {"millions": 0.0, "resolution": 64, "steps": (4, 4)}
-MODELS = {
-    "sd15": Model("sd", SD15, VAE, (768,), 859.5),
-    "sdxl": Model("sdxl", SDXL, VAE_XL, (768, 1280), 2567.5),
-    "sd35-medium": Model("sd3", SD35, VAE_3, (768, 1280, 4096), 2243.2, **FLOW),
-    "small": Model(
-        "sd",
-        SD15
-        | {
-            "block_out_channels": (32, 64, 64, 64),
-            "cross_attention_dim": 32,
-            "norm_num_groups": 8,  # 32 would leave two numbers to normalise where the UNet ends
-        },
-        VAE | SMALL_VAE,
-        (32,),
-        **SMALL,
-    ),
-    "small-xl": Model(
-        "sdxl",
-        SDXL
-        | {
-            "block_out_channels": (32, 64, 64),
-            "norm_num_groups": 8,
-            "transformer_layers_per_block": 1,
-            "cross_attention_dim": 56,
-            "attention_head_dim": (2, 4, 4),
-            "addition_time_embed_dim": 8,
-            "projection_class_embeddings_input_dim": 24 + 6 * 8,
-        },
-        VAE_XL | SMALL_VAE,
-        (32, 24),
-        **SMALL,
-    ),
-    "small-3": Model(
-        "sd3",
-        SD35
-        | {
-            "num_layers": 2,
-            "num_attention_heads": 2,
-            "attention_head_dim": 16,
-            "caption_projection_dim": 32,
-            "joint_attention_dim": 64,
-            "pooled_projection_dim": 32 + 24,
-            "dual_attention_layers": (0,),
-        },
-        VAE_3 | SMALL_VAE,
-        (32, 24, 64),
-        **SMALL,
-        **FLOW,
-    ),
-}
-"""The models by name."""
-
-
-def network(model: Model) -> Any:
-    """The untrained network of a model."""
-    kind = diffusers.SD3Transformer2DModel if model.kind == "sd3" else None
-    return (kind or diffusers.UNet2DConditionModel)(**model.network)
-
-
-def build(model: Model, folder: Path, device: str, dtype: torch.dtype) -> Path:
-    """Write a pipeline of random weights."""
-    torch.manual_seed(0)
-    with torch.device(device):
-        net, vae = network(model), diffusers.AutoencoderKL(**model.vae)
-    for part in (net, vae):
-        torch.nn.Module.to(part, dtype)
-    clip = [transformers.CLIPTextModel, transformers.CLIPTextModelWithProjection]
-    kinds = {"sd": clip[:1], "sdxl": clip, "sd3": clip[1:] * 2}[model.kind]
-    parts: dict[str, Any] = {"vae": vae, "transformer" if model.kind == "sd3" else "unet": net}
-    for number, (kind, width) in enumerate(zip(kinds, model.widths, strict=False)):
-        tail = f"_{number + 1}" if number else ""
-        parts["text_encoder" + tail] = kind(checkpoints.clip_config(width))
-        parts["tokenizer" + tail] = checkpoints.clip_tokenizer()
-    if model.kind == "sd":
-        parts |= {"safety_checker": None, "feature_extractor": None}
-        parts["requires_safety_checker"] = False
-    if model.kind == "sd3":
-        small: dict[str, Any] = {
-            "vocab_size": 30,
-            "d_kv": 8,
-            "d_ff": 37,
-            "num_layers": 2,
-            "num_heads": 4,
-        }
-        config = transformers.T5Config(d_model=model.widths[2], **small)
-        parts["text_encoder_3"] = transformers.T5EncoderModel(config)
-        parts["tokenizer_3"] = checkpoints.t5_tokenizer()
-        parts["scheduler"] = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
-    else:
-        parts["scheduler"] = diffusers.DDIMScheduler(**VP, clip_sample=False)
-    with quiet():
-        return checkpoints.save(PIPELINES[model.kind](**parts), folder, {})
-
-
-PIPELINES: dict[str, Any] = {
-    "sd": diffusers.StableDiffusionPipeline,
-    "sdxl": diffusers.StableDiffusionXLPipeline,
-    "sd3": diffusers.StableDiffusion3Pipeline,
-}
-"""diffusers' pipelines by kind."""
+ROUNDS = 5
+"""Timed rounds at most."""
 
 
 def operations(model: Model, resolution: int) -> dict[str, float]:
@@ -268,6 +76,7 @@ class Job:
     name: str
     tflop: float
     runs: dict[str, Run] = field(default_factory=dict)
+    timings: dict[str, "Timing"] = field(default_factory=dict)
 
 
 @dataclass
@@ -290,7 +99,6 @@ class Bench:
         pixels = torch.rand(args.batch, 3, 8, 8, generator=dice).to(self.device)
         self.images = torch.nn.functional.interpolate(pixels, self.resolution, mode="bilinear")
         self.prompts = [f"a photo of a {'cat' if n % 2 else 'tench'}" for n in range(args.batch)]
-        self.weights: dict[str, int] = {}
 
     def jobs(self, tflop: dict[str, float]) -> list[Job]:
         """What is timed, without anybody who does it."""
@@ -302,13 +110,6 @@ class Bench:
             Job(f"sample, {first} {many}, {guided}", 2 * many * net + tflop["decoder"]),
             Job(f"sample, DPM++ {few}, {guided}", 2 * few * net + tflop["decoder"]),
         ]
-
-    def loaded(self, name: str, load: Callable[[], Any]) -> Any:
-        """What ``load`` gives, its bytes on the GPU noted."""
-        before = allocated(self.device)
-        made = load()
-        self.weights[name] = allocated(self.device) - before
-        return made
 
     def ours(self, dtype: torch.dtype, compiled: bool = False) -> list[Run]:
         """Our side of the jobs, each a function of how many images."""
@@ -423,21 +224,32 @@ def psnr(found: Tensor, reference: Tensor) -> float:
     return (20 * (reference.max() - reference.min()).log10() - 10 * error.log10()).item()
 
 
-def peaked(bench: Bench, who: str, run: Run) -> tuple[Tensor, float]:
-    """The first run of a side, which warms up, and its GiB: its weights and what the run took."""
+@dataclass
+class Timing:
+    """What is known of a job on one side: GiB, PSNR, and seconds round by round."""
+
+    memory: float
+    fidelity: float
+    seconds: list[float] = field(default_factory=list)
+
+
+def peaked(bench: Bench, held: int, run: Run) -> tuple[Tensor, float]:
+    """The first run of a side, which warms up, and its GiB: ``held`` bytes of weights and its own.
+
+    The other side's weights are on the GPU too, and do not count.
+    """
     before = allocated(bench.device)
     if bench.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     found = run(bench.args.batch)
     peak = torch.cuda.max_memory_allocated() if bench.device == "cuda" else 0
-    return found, (bench.weights[who] + peak - before) / GIB
+    return found, (held + peak - before) / GIB
 
 
-def in_turn(bench: Bench, jobs: list[Job], until: float) -> dict[tuple[str, str], list[float]]:
-    """Seconds of every job and side, round by round, as many as there is time for; at least one."""
-    times: dict[tuple[str, str], list[float]] = {}
+def in_turn(bench: Bench, jobs: list[Job], until: float) -> None:
+    """Time every job and side, round by round, as many as there is time for; at least one."""
     last = 0.0
-    for number in range(bench.args.repeats):
+    for number in range(ROUNDS):
         begun = time.perf_counter()
         if number and begun + last > until:
             break
@@ -445,19 +257,17 @@ def in_turn(bench: Bench, jobs: list[Job], until: float) -> dict[tuple[str, str]
             for who, run in job.runs.items():
                 start = synchronized(bench.device)
                 run(bench.args.batch)
-                taken = synchronized(bench.device) - start
-                times.setdefault((job.name, who), []).append(taken)
+                job.timings[who].seconds.append(synchronized(bench.device) - start)
         last = time.perf_counter() - begun
-    return times
 
 
 def compare(name: str, args: argparse.Namespace, rate: float, folder: Path) -> None:
     """Build a model, time it, and print its table."""
     model, until = MODELS[name], time.perf_counter() + args.seconds
-    resolution = args.resolution or model.resolution
-    tflop, bench = operations(model, resolution), Bench(model, folder, args)
+    bench = Bench(model, folder, args)
+    tflop = operations(model, bench.resolution)
     print(
-        f"\n{name}: {tflop['millions']:.1f} M parameters; TFLOP an image at {resolution} px: "
+        f"\n{name}: {tflop['millions']:.1f} M parameters; TFLOP an image at {bench.resolution} px: "
         + ", ".join(f"{part} {tflop[part]:.4g}" for part in ("network", "encoder", "decoder"))
         + f"; {str(bench.dtype).removeprefix('torch.')}",
         flush=True,
@@ -466,48 +276,39 @@ def compare(name: str, args: argparse.Namespace, rate: float, folder: Path) -> N
     jobs = bench.jobs(tflop)
     exact = [run(min(2, args.batch)) for run in bench.ours(torch.float32)]
     gc.collect()  # what was built, and the float32 network, leave the GPU
-    sides: dict[str, Callable[[], Sequence[Run | None]]]
-    sides = {"ours": lambda: bench.ours(bench.dtype)}
+    sides: dict[str, Callable[[], list[Run | None]]] = {"ours": lambda: bench.ours(bench.dtype)}
     if args.compile:
         sides["ours, compiled"] = lambda: bench.ours(bench.dtype, compiled=True)
     sides["diffusers"] = bench.theirs
     if args.compile_diffusers:
         sides["diffusers, compiled"] = lambda: bench.theirs(compiled=True)
-    notes = {}
     for who, load in sides.items():
-        for job, run, reference in zip(jobs, bench.loaded(who, load), exact, strict=True):
+        before = allocated(bench.device)
+        runs = load()
+        held = allocated(bench.device) - before
+        for job, run, reference in zip(jobs, runs, exact, strict=True):
             if run is not None:
-                start = time.perf_counter()
-                found, memory = peaked(bench, who, run)
-                notes[job.name, who] = memory, psnr(found, reference), time.perf_counter() - start
-                job.runs[who] = run
-    times = in_turn(bench, jobs, until)
-    show(bench, jobs, times, notes, rate)
+                found, memory = peaked(bench, held, run)
+                job.runs[who], job.timings[who] = run, Timing(memory, psnr(found, reference))
+    in_turn(bench, jobs, until)
+    show(bench, jobs, rate)
 
 
-def show(
-    bench: Bench,
-    jobs: list[Job],
-    times: dict[tuple[str, str], list[float]],
-    notes: dict[tuple[str, str], tuple[float, float, float]],
-    rate: float,
-) -> None:
+def show(bench: Bench, jobs: list[Job], rate: float) -> None:
     """Print the Markdown table of a model."""
-    batch = bench.args.batch
     print(
-        "\n| job | by | images/s, median | quartiles | rounds | TFLOP/s | of matmul | GiB | PSNR "
-        "| first run, s |\n" + "|---" * 10 + "|"
+        "\n| job | by | images/s, median | quartiles | rounds | TFLOP/s | of matmul | GiB | PSNR |"
+        "\n" + "|---" * 9 + "|"
     )
     for job in jobs:
-        for who in job.runs:
-            taken, (memory, fidelity, first) = times[job.name, who], notes[job.name, who]
-            low, median, high = quartiles([batch / seconds for seconds in taken])
+        for who, timing in job.timings.items():
+            speeds = [bench.args.batch / seconds for seconds in timing.seconds]
+            low, median, high = quartiles(speeds)
             done = median * job.tflop
-            held = f"{memory:.1f}" if bench.device == "cuda" else "–"
-            share = f"{100 * done / rate:.0f} %"
+            memory = f"{timing.memory:.1f}" if bench.device == "cuda" else "–"
             print(
-                f"| {job.name} | {who} | {median:.3g} | {low:.3g}–{high:.3g} | {len(taken)} "
-                f"| {done:.3g} | {share} | {held} | {fidelity:.1f} | {first:.1f} |",
+                f"| {job.name} | {who} | {median:.3g} | {low:.3g}–{high:.3g} | {len(speeds)} "
+                f"| {done:.3g} | {100 * done / rate:.0f} % | {memory} | {timing.fidelity:.1f} |",
                 flush=True,
             )
 
@@ -527,7 +328,6 @@ def parsed(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--models", nargs="+", choices=MODELS, default=["sd15" if cuda else "small"]
     )
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if cuda else "cpu")
     parser.add_argument(
         "--dtype",
         choices=("float16", "bfloat16", "float32"),
@@ -535,7 +335,6 @@ def parsed(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--resolution", type=int, help="pixels; 512, or 64 of the small models")
     parser.add_argument("--batch", type=int, help="images a call; 16, or 2 on a CPU")
-    parser.add_argument("--repeats", type=int, default=5, help="timed rounds at most")
     parser.add_argument(
         "--seconds",
         type=float,
@@ -548,7 +347,7 @@ def parsed(argv: list[str]) -> argparse.Namespace:
         "--compile-diffusers", action="store_true", help="diffusers compiled as its tutorial does"
     )
     args = parser.parse_args(argv)
-    args.batch = args.batch or (16 if args.device == "cuda" else 2)
+    args.device, args.batch = "cuda" if cuda else "cpu", args.batch or (16 if cuda else 2)
     return args
 
 

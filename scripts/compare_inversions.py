@@ -37,16 +37,21 @@ ROWS: list[tuple[str, dict[str, Any]]] = [
     ("fixed_point", {"steps": 50, "iterations": 1}),
     ("fixed_point", {"steps": 25, "iterations": 2}),
     ("fixed_point", {"steps": 17, "iterations": 3, "average": 2}),
-    ("forward_start", {"steps": 50, "forward": 3}),
-    ("forward_start", {"steps": 50, "forward": 10}),
+    ("forward_start", {"steps": 25}),
+    ("forward_start", {"steps": 50}),
+    ("forward_start", {"steps": 50, "start": 0.1}),
+    ("forward_start", {"steps": 50, "start": 0.2}),
     ("midpoint", {"steps": 25}),
     ("fireflow", {"steps": 50}),
     ("fireflow", {"steps": 20}),
 ]
-SAMPLERS = (("ddim", 50), ("midpoint", 25), ("fireflow", 50), ("fireflow", 20), ("dpm++", 20))
+SAMPLERS = (("ddim", 50), ("midpoint", 25), ("fireflow", 50), ("fireflow", 25), ("fireflow", 10),
+            ("dpm++", 20))  # fmt: skip
 FOLLOWED = (("ddim", {"steps": 50}), ("fixed_point", {"steps": 25, "iterations": 2}),
             ("midpoint", {"steps": 25}), ("fireflow", {"steps": 50}),
-            ("fireflow", {"steps": 20}))  # fmt: skip
+            ("forward_start", {"steps": 25}))  # fmt: skip
+NOISE = (("ddim", 10), ("ddim", 20), ("ddim", 50), ("dpm++", 10), ("dpm++", 20), ("midpoint", 10),
+         ("fireflow", 10), ("fireflow", 25), ("fireflow", 50))  # fmt: skip
 GUIDANCE = (2.0, 7.5)
 
 
@@ -136,6 +141,18 @@ class Bench:
         )  # fmt: skip
         return {"back": psnr(back, images)}
 
+    def from_noise(self, scale: float) -> dict[str, Any]:
+        """What each sampler makes of fresh noise, dB against 200 steps of the midpoint rule."""
+        latents = normal(rng(0, "noise"), 32, *self.backbone.latent_shape)
+        prompts = self.prompts[:: len(self.prompts) // 32][:32]
+        goal = sample(self.backbone, latents, prompts, "midpoint", 200, scale)
+        return {
+            f"{solver} {steps}": psnr(
+                sample(self.backbone, latents, prompts, solver, steps, scale), goal
+            )
+            for solver, steps in NOISE
+        }
+
     def once(self, name: str, make: Any) -> dict[str, Any]:
         """A record, made if it is not there."""
         path = self.out / f"{name}.json"
@@ -199,6 +216,11 @@ def main() -> None:
     for row in FOLLOWED:
         found = bench.once("then-" + label(*row), lambda row=row: bench.followed(*row))
         print(f"| {label(*row)} | " + " | ".join(f"{v:.1f}" for v in found.values()) + " |")
+    print("\n| from noise, guidance | " + " | ".join(f"{s} {n}" for s, n in NOISE) + " |")
+    print("|---" * (1 + len(NOISE)) + "|")
+    for scale in (1.0, 3.0, 7.5):
+        found = bench.once(f"noise-{scale}", lambda g=scale: bench.from_noise(g))
+        print(f"| {scale} | " + " | ".join(f"{v:.1f}" for v in found.values()) + " |")
     print("\n| with prompts, guidance in sampling only | " + " | ".join(map(str, GUIDANCE)) + " |")
     print("|---" * (1 + len(GUIDANCE)) + "|")
     for method, settings in (

@@ -208,8 +208,8 @@ class Study:
         noise = means + normal(rng(0, "noise"), *latents.shape)
         rows = list(zip(*self.bank.members.values(), strict=True))[: self.args.draws]
         real = torch.stack([source.load(image_id, 1, 32) for row in rows for image_id in row])
-        back = self.once("back", latents, lambda: sample(self.backbone, latents, steps=50))
-        drawn = self.once("noise", noise, lambda: sample(self.backbone, noise, steps=50))
+        back = self.once("back", latents, lambda: sample(self.backbone, latents, None, "ddim", 50))
+        drawn = self.once("noise", noise, lambda: sample(self.backbone, noise, None, "ddim", 50))
         return self.measure(latents, real), self.measure(latents, back), self.measure(noise, drawn)
 
 
@@ -419,7 +419,9 @@ def main() -> None:
     features, predicted = oracle.judge(prepare(images, 1, 32))
     source, rows = open_source(args.out / f"images-{args.per_class}", args.per_class)
     weights = backbone.fingerprint["weights"][:8]
-    bank = fill_bank(args.out / f"bank-{args.per_class}-{weights}", backbone, source, steps=50)
+    bank = fill_bank(
+        args.out / f"bank-{args.per_class}-{weights}", backbone, source, None, "ddim", 50
+    )
     study = Study(args, backbone, oracle, bank, features[rows])
     latents = torch.stack([bank.latents(name) for name in bank.classes], 1)
     real, back, drawn = study.yardsticks(latents, source)

@@ -10,12 +10,12 @@ from conftest import COUNTS, paint, snapshot
 from safetensors.torch import load_file
 
 import augment.bank
-from augment import BankMismatch, ImageRejected, LatentBank, SyntheticDataset, UserError, invert
+from augment import BankMismatch, ImageRejected, LatentBank, SyntheticDataset, UserError
 from augment.bank import fill_bank
 from augment.diffusion.gaussian import GaussianBackbone
 from augment.diffusion.process import Flow
 from augment.files import sha256
-from augment.inversion import inverted
+from augment.inversion import inverted, inverter
 from augment.sources import Folder
 
 STEPS = 4
@@ -45,7 +45,9 @@ def test_latents_are_those_of_their_images_in_half_precision(bank, gaussian, pic
     source = Folder(pictures)
     for name, ids in source.ids.items():
         images = torch.stack([source.load(i, 1, 8) for i in ids])
-        expected = invert(gaussian, images, steps=STEPS)
+        seeds = [int(sha256(source.read(i))[:8], 16) for i in ids]  # its noise is the file's own
+        run = inverter("forward_start", steps=STEPS)
+        expected = inverted(run, gaussian, images, seeds=seeds)["latents"]
         torch.testing.assert_close(bank.latents(name), expected.half().float())
 
 
@@ -53,7 +55,9 @@ def test_the_manifest_names_every_image_and_digests_every_file(bank, pictures):
     manifest = json.loads((bank.path / "manifest.json").read_bytes())
     assert manifest["schema"] == 1
     assert manifest["latent_shape"] == [1, 8, 8]
-    assert manifest["fingerprint"]["inversion"] == {"method": "ddim", "steps": 4, "guidance": 1}
+    assert manifest["fingerprint"]["inversion"] == {
+        "method": "forward_start", "steps": 4, "start": 0.04, "guidance": 1,
+    }  # fmt: skip
     named = [chunk for record in manifest["classes"] for chunk in record["chunks"]]
     for chunk in named:
         content = (bank.path / chunk["file"]).read_bytes()
@@ -237,7 +241,7 @@ def test_a_corrupt_image_stops_the_job_before_anything_is_written(content, tmp_p
 
 
 BAD_SETTINGS = {
-    "unknown method": ({"method": "edict"}, "ddim"),
+    "unknown inversion": ({"inversion": "edict"}, "ddim"),
     "no steps": ({"steps": 0}, "1 solver step"),
     "no batch": ({"batch_size": 0}, "batch"),
     "prompt of no class": ({"prompts": {"wasp": "a wasp"}}, "wasp"),

@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from augment import UserError, load_backbone, sample
 from augment.diffusion import BACKBONES
-from augment.diffusion.checkpoint import HUB, guess_config
+from augment.diffusion.find import guess_config
+from augment.diffusion.hub import HUB
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 

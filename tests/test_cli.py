@@ -80,7 +80,7 @@ def test_inversion_prompts_and_profiles(monkeypatch, capsys, tmp_path):
     for profile, kept in (
         (["--solver", "exact"], {"solver": "ddim", "steps": 3, "guidance": 1.0}),
         (["--solver", "fast", "--guidance", 2, "--interval", "[0.2, 0.8]"],
-         {"solver": "dpm++", "steps": 20, "guidance": 2.0, "interval": [0.2, 0.8]}),
+         {"solver": "fireflow", "steps": 10, "guidance": 2.0, "interval": [0.2, 0.8]}),
         (["--solver", "midpoint", "--steps", 2, "--prompt", "bag{name:.0}"], None),
     ):  # fmt: skip
         out = tmp_path / str(profile[1])
@@ -179,7 +179,7 @@ def test_bad_images_are_one_sentence_and_nothing_is_written(monkeypatch, capsys,
 OPTIONS = {
     "an unknown backbone": (["invert", "--backbone", "sd42"], "tiny"),
     "an unknown inversion": (["invert", "--inversion", "edict"], "ddim"),
-    "an unknown setting": (["invert", "--inversion-options", "{iterations: 3}"], "steps"),
+    "an unknown setting": (["invert", "--inversion-options", "{iterations: 3}"], "start"),
     "a template without a name": (["invert", "--prompt", "a photo"], "{name}"),
     "a prompt that tiny does not know": (["invert", "--prompt", "a {name}"], "trousers"),
     "an unknown dtype": (["invert", "--dtype", "int8"], "bfloat16"),

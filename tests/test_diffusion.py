@@ -266,9 +266,9 @@ FAULTS = {
     "prompts to invert": (lambda b: invert(b, IMAGES, [""] * 4), "3 prompts"),
     "no batch to sample": (lambda b: sample(b, LATENTS, batch_size=0), "batch"),
     "no batch to invert": (lambda b: invert(b, IMAGES, batch_size=0), "batch"),
-    "an unknown setting": (lambda b: invert(b, IMAGES, iterations=3), "steps"),
+    "an unknown setting": (lambda b: invert(b, IMAGES, iterations=3), "steps, start"),
     "no iteration": (lambda b: invert(b, IMAGES, inversion="fixed_point", iterations=0), "average"),
-    "all noise": (lambda b: invert(b, IMAGES, inversion="forward_start", forward=50), "forward"),
+    "all noise": (lambda b: invert(b, IMAGES, start=1.0), "[0, 1)"),
     "no inner step": (lambda b: invert(b, IMAGES, inversion="null_text", inner=0), "inner"),
     "null-text of nothing": (lambda b: invert(b, IMAGES, inversion="null_text"), "prompt"),
     "null-text unguided": (

@@ -10,7 +10,10 @@ from augment.diffusion.process import Flow, VariancePreserving
 from augment.diffusion.solver import SOLVERS
 from augment.inversion import INVERTERS, FixedPoint, Inverter, inverted, inverter
 from augment.inversion.fireflow import FireFlow
+from augment.measure import latent_statistics
 from augment.seeds import normal, rng
+from augment.sources import Folder
+from augment.sources.fashion import write_fashion
 
 FIRST, SECOND = 1.6, 2.8
 ORDERS = {
@@ -131,7 +134,7 @@ def test_the_fixed_point_is_the_preimage_of_the_samplers_step():
 
 
 def test_midpoint_of_flow_is_rf_solver():
-    """x + h·v + ½h²·v', with the derivative of v from half a step (arXiv 2411.04746, eq. 8)."""
+    """x + h·v + ½h²·v', with the derivative of v from half a step (Wang et al., 2411.04746)."""
     backbone = GaussianBackbone(mean=0.3, std=0.5, process=Flow())
     latent, (high, low) = noise(2, 4, 8, 8), (0.8, 0.6)
 
@@ -148,7 +151,7 @@ def test_midpoint_of_flow_is_rf_solver():
 def test_forward_start_is_noise_mixed_in_and_belongs_to_the_image():
     backbone = GaussianBackbone()
     images = torch.rand(3, 4, 16, 16, generator=torch.Generator().manual_seed(0))
-    run = inverter("forward_start", steps=1000, forward=999)
+    run = inverter("forward_start", steps=1000, start=0.999)
     whole = inverted(run, backbone, images, seeds=[5, 6, 7])["latents"]
     alpha, sigma = backbone.process.alpha_sigma(0.999)
     expected = alpha * backbone.encode(images[1:2])[0] + sigma * normal(
@@ -159,10 +162,41 @@ def test_forward_start_is_noise_mixed_in_and_belongs_to_the_image():
     torch.testing.assert_close(whole[1:2], alone)
     other = inverted(run, backbone, images, seeds=[5, 8, 7])["latents"]
     assert (other - whole).flatten(1).norm(dim=1)[1] > 10
-    plain = inverter("forward_start", steps=10, forward=0)
-    torch.testing.assert_close(
-        inverted(plain, backbone, images)["latents"], invert(backbone, images, steps=10)
+    plain = inverter("forward_start", steps=10, start=0.0)
+    expected = invert(backbone, images, inversion="fireflow", steps=10)
+    torch.testing.assert_close(inverted(plain, backbone, images)["latents"], expected)
+
+
+@pytest.mark.parametrize("steps", [1, 3, 25, 40])
+def test_forward_start_begins_at_its_level_whatever_the_grid(steps):
+    backbone, levels = GaussianBackbone(), []
+    denoise = denoiser(backbone, [""])
+
+    class Watched(type(denoise)):
+        def __call__(self, latent, level):
+            levels.append(level)
+            return super().__call__(latent, level)
+
+    watched = Watched(backbone, denoise.condition)
+    inverter("forward_start", steps=steps)(watched, noise(1, 4, 8, 8), seeds=[0])
+    assert levels[0] == 0.04
+    assert min(levels[1:]) > 0.04
+    assert len(levels) == inverter("forward_start", steps=steps).evaluations
+
+
+def test_latents_of_a_forward_start_are_as_white_as_noise(tiny, tmp_path):
+    """What it is for: on real pictures, the norm and the neighbours of noise."""
+    source = Folder(write_fashion(tmp_path, "shots", [0, 1]))
+    ids = [image_id for members in source.ids.values() for image_id in members]
+    images = torch.stack([source.load(image_id, 1, 32) for image_id in ids])
+    plain, started = (
+        latent_statistics(invert(tiny, images, inversion=name))
+        for name in ("ddim", "forward_start")
     )
+    assert plain.norm < 0.93
+    assert started.norm == pytest.approx(1, abs=0.03)
+    for direction in ("horizontal", "vertical"):
+        assert abs(getattr(started, direction)) < 0.5 * abs(getattr(plain, direction))
 
 
 class Small(GaussianBackbone):
@@ -180,12 +214,13 @@ class Small(GaussianBackbone):
 def test_a_batch_that_does_not_fit_is_halved_and_the_size_remembered():
     images = torch.rand(20, 4, 16, 16, generator=torch.Generator().manual_seed(0))
     backbone = Small()
-    latents = invert(backbone, images, steps=1, batch_size=16)
+    latents = invert(backbone, images, inversion="ddim", steps=1, batch_size=16)
     assert backbone.sizes == (4, 4, 4, 4, 4)
-    torch.testing.assert_close(latents, invert(GaussianBackbone(), images, steps=1))
+    expected = invert(GaussianBackbone(), images, inversion="ddim", steps=1)
+    torch.testing.assert_close(latents, expected)
     assert LIMITS[backbone] == {"invert": 4}
     backbone.sizes = ()
-    invert(backbone, images[:6], steps=1, batch_size=64)
+    invert(backbone, images[:6], inversion="ddim", steps=1, batch_size=64)
     assert backbone.sizes == (4, 2)
     backbone.room = 0
     with pytest.raises(UserError, match="memory for one image"):

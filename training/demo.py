@@ -91,7 +91,6 @@ class Settings:
     seeds: int = 3
     rows: tuple[str, ...] = tuple(row.name for row in ROWS if row.short)
     per_class: int = 25
-    solver_steps: int = 20
     train_steps: int = 200
     alpha: float = 1.0
     p_synthetic: float = 0.25
@@ -118,8 +117,8 @@ def run_demo(out: str | None, full: bool, seeds: int | None) -> None:
     drawn = {n for seed in range(settings.seeds) for n in few_shots(seed, SHOTS)}
     write_fashion(root / "images", "shots", sorted(drawn))
     write_fashion(root / "test", "test")
-    bank = fill_bank(root / "bank", backbone, Folder(root / "images"), steps=50)
-    write_sheet(root, backbone, bank, settings)
+    bank = fill_bank(root / "bank", backbone, Folder(root / "images"))
+    write_sheet(root, backbone, bank)
     accuracies = {name: [0.0] * settings.seeds for name in settings.rows}
     jobs = [(seed, row) for seed in range(settings.seeds) for row in rows_of(settings)]
     with tqdm(jobs, "rows × seeds", unit="run") as bar:
@@ -205,7 +204,7 @@ def synthetic(
             planner, Folder(out.parents[1] / f"real-{SHOTS}"), settings.per_class, out
         )
     else:
-        synthesizer = Synthesizer(backbone, bank, rule, steps=settings.solver_steps)
+        synthesizer = Synthesizer(backbone, bank, rule)
         write_folder(synthesizer, planner, settings.per_class, out)
     return str(out)
 
@@ -219,7 +218,7 @@ def write_pixel_mixes(planner: Planner, source: Folder, per_class: int, out: Pat
         save_image(mixed.view(1, 32, 32), out / plan.class_name / f"{index:06d}.png")
 
 
-def write_sheet(root: Path, backbone: Backbone, bank: LatentBank, settings: Settings) -> None:
+def write_sheet(root: Path, backbone: Backbone, bank: LatentBank) -> None:
     """One picture: real images, their latents sampled back, and a centroid by each rule."""
     if (root / "sheet.png").exists():
         return
@@ -230,10 +229,9 @@ def write_sheet(root: Path, backbone: Backbone, bank: LatentBank, settings: Sett
     source = Folder(root / "images")
     real = [source.load(plan.members[0], 1, 32) for plan in plans]
     latents = torch.stack([bank.latents(name)[0] for name in bank.classes])
-    steps = settings.solver_steps
-    columns = {"real": real, "sampled back": sample(backbone, latents, steps=50)}
+    columns = {"real": real, "sampled back": sample(backbone, latents)}
     for rule in tqdm(SHEET_RULES, "sheet", delay=2, leave=False):
-        columns[rule] = Synthesizer(backbone, bank, rule, steps=steps).images(plans)
+        columns[rule] = Synthesizer(backbone, bank, rule).images(plans)
     rows = {
         name: [images[row] for images in columns.values()] for row, name in enumerate(bank.classes)
     }

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 
 from augment.diffusion.backbone import Backbone
-from augment.diffusion.checkpoint import HUB, find_checkpoint, read_header, require
 from augment.diffusion.dit import DiT
+from augment.diffusion.find import find_checkpoint, read_header
+from augment.diffusion.hub import HUB, require
 from augment.diffusion.stable_diffusion import StableDiffusion, StableDiffusionXL
 from augment.diffusion.stable_diffusion3 import StableDiffusion3
 from augment.diffusion.tiny import Tiny

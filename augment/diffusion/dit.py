@@ -12,7 +12,7 @@ from torch import Tensor
 
 from augment.diffusion.backbone import Condition
 from augment.diffusion.checkpoint import Checkpoint
-from augment.diffusion.stable_diffusion import LatentDiffusion
+from augment.diffusion.latent_diffusion import LatentDiffusion
 from augment.errors import UserError
 
 

@@ -71,9 +71,9 @@ class Inverter(Protocol):
 
 
 INVERTERS: dict[str, type[Inverter]] = {
+    "forward_start": ForwardStart,
     "ddim": DDIM,
     "fixed_point": FixedPoint,
-    "forward_start": ForwardStart,
     "midpoint": Midpoint,
     "fireflow": FireFlow,
     "negative_prompt": NegativePrompt,
@@ -101,13 +101,23 @@ def inverter(name: str, **settings: Any) -> Inverter:
     return made
 
 
-def check_guidance(run: Inverter, prompts: Sequence[str], guidance: float) -> None:
-    """Refuse an inversion that is meant for guidance where there is none.
+def check_guidance(
+    run: Inverter, backbone: Backbone, prompts: Sequence[str], guidance: float
+) -> None:
+    """Refuse an inversion that is meant for guidance where there is none to optimise.
 
     Raises:
-        UserError: the scale is 1, or an image has no prompt.
+        UserError: the backbone's condition has no ``text``, the scale is 1, or an image has no
+            prompt.
     """
-    if run.guidance != 1 and (guidance == 1 or not all(prompts)):
+    if run.guidance == 1:
+        return
+    if "text" not in backbone.condition([""]):
+        raise UserError(
+            f"expected a backbone that takes text for {type(run).__name__}, got "
+            f"{backbone.fingerprint['name']}; take another inversion"
+        )
+    if guidance == 1 or not all(prompts):
         raise UserError(
             f"expected a prompt for every image and a guidance other than 1 for "
             f"{type(run).__name__}, got {'guidance 1' if guidance == 1 else 'none for some'}; "
@@ -119,8 +129,8 @@ def invert(
     backbone: Backbone,
     images: Float[Tensor, "n c h w"],
     prompts: str | Sequence[str] | None = None,
-    inversion: str = "ddim",
-    steps: int = 50,
+    inversion: str = "forward_start",
+    steps: int = 25,
     guidance: float | None = None,
     batch_size: int = 64,
     **settings: Any,
@@ -132,7 +142,7 @@ def invert(
         images: in [0, 1]; brought to the backbone's size and channels by `augment.images.prepare`.
         prompts: one for all, one an image, or none.
         inversion: a key of `INVERTERS`.
-        steps: solver steps, each a network evaluation with ``ddim``.
+        steps: solver steps, mostly a network evaluation each (see the inversions).
         guidance: scale of classifier-free guidance; by default 1, which is none, but what
             ``null_text`` is for. Otherwise it harms the reconstruction.
         batch_size: images a network call; halved if they do not fit into memory.
@@ -176,7 +186,7 @@ def inverted(
     texts = as_prompts(prompts, len(images))
     seeds = range(len(images)) if seeds is None else seeds
     scale = run.guidance if guidance is None else guidance
-    check_guidance(run, texts, scale)
+    check_guidance(run, backbone, texts, scale)
 
     @torch.no_grad()
     def some(rows: slice, tick: Callable[[], Any]) -> dict[str, Tensor]:

@@ -1,0 +1,197 @@
+"""What the backbones through diffusers share: loading, the codec, prompts, one call of the network.
+
+Only the parts are diffusers': the process is ours (`augment.diffusion.process`), read from the
+checkpoint's scheduler file, and so are the solvers.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from augment.diffusion.backbone import Condition
+from augment.diffusion.checkpoint import Checkpoint, read_process
+from augment.diffusion.codec import Codec, load_tiny
+from augment.diffusion.hub import require
+from augment.diffusion.lora import add_lora, find_lora
+from augment.errors import UserError
+
+PROMPTS = 1000
+"""Prompts whose embeddings are kept."""
+
+
+class LatentDiffusion:
+    """What the diffusers backbones share; see `augment.diffusion.backbone.Backbone`.
+
+    A subclass says what the prompts' conditions are (`embed`) and how its network is called
+    (`answer`).
+
+    Args:
+        checkpoint: from `augment.diffusion.find.find_checkpoint`.
+        device: where everything runs.
+        dtype: the networks' precision; by default float32 on the CPU, ``half`` on a GPU.
+        absent: parts and options of the pipeline class to load it without.
+        resolution: of the images, in pixels; the model's own by default.
+        lora: low-rank weights to add: a safetensors file, a folder, or ``owner/name``.
+        lora_scale: how much of them.
+        tiny_vae: folder or repository of an ``AutoencoderTiny`` to decode with: faster, less exact.
+        compile: compile the network's repeated blocks, each kind and shape once.
+        process: keywords of `read_process`.
+
+    Raises:
+        UserError: missing packages, weights or network, or a resolution that does not fit.
+    """
+
+    name: str
+    part = "unet"
+    half = torch.float16
+    blocks: tuple[str, ...] = ("BasicTransformerBlock", "ResnetBlock2D")
+    cell = 1
+    channels = 3
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        device: torch.device | str,
+        dtype: torch.dtype | None,
+        *,
+        absent: dict[str, None],
+        resolution: int | None = None,
+        lora: str | Path | None = None,
+        lora_scale: float = 1.0,
+        tiny_vae: str | Path | None = None,
+        compile: bool = False,
+        **process: Any,
+    ) -> None:
+        require("transformers", "accelerate", *(["peft"] if lora else []))
+        self.device = torch.device(device)
+        self.dtype = dtype or (self.half if self.device.type == "cuda" else torch.float32)
+        checkpoint = checkpoint.fetch(**absent)
+        parts = checkpoint.parts(**absent)
+        self.pipe = checkpoint.load(self.dtype, parts, **absent)
+        self.process = read_process(self.pipe.scheduler.config, **process)
+        self.recipe: dict[str, Any] = {}
+        self._known: dict[str, Condition] = {}
+        print_of_lora = {}
+        if lora:
+            file = find_lora(lora, checkpoint.local_files_only)
+            add_lora(self.pipe, file, lora_scale)
+            digest = hashlib.sha256(file.read_bytes()).hexdigest()
+            print_of_lora = {"lora": f"{digest} × {lora_scale:g}"}
+        for name in parts:
+            # not diffusers' own ``to``, which warns of half precision that nobody asked for
+            module = getattr(self.pipe, name).eval().requires_grad_(False)
+            nn.Module.to(module, self.device, self.dtype)
+        self.net = getattr(self.pipe, self.part)
+        self.codec = Codec(self.pipe.vae, self.device, self.vae_dtype(), load_tiny(tiny_vae))
+        self._set_size(resolution)
+        self.prepare(compile)
+        self.fingerprint = {
+            "name": self.name,
+            "weights": checkpoint.digest(parts),
+            "process": repr(self.process),
+            "resolution": str(self.resolution),
+            **print_of_lora,
+        }
+
+    def _set_size(self, resolution: int | None) -> None:
+        """Resolution and latent shape, by the network's own or the wished size."""
+        factor = self.codec.factor
+        self.resolution: int = resolution or self.net.config.sample_size * factor
+        if self.resolution % (factor * self.cell) or self.resolution < 1:
+            raise UserError(
+                f"expected a resolution that is a multiple of {factor * self.cell}, got "
+                f"{resolution}; this model's own is {self.net.config.sample_size * factor}"
+            )
+        size = self.resolution // factor
+        self.latent_shape: tuple[int, int, int] = (self.net.config.in_channels, size, size)
+
+    def vae_dtype(self) -> torch.dtype:
+        """The autoencoder's precision."""
+        return self.dtype
+
+    def prepare(self, compile: bool) -> None:
+        """Make the network fast where that does not change what it answers."""
+        if compile:
+            compile_blocks(self.net, self.blocks)
+
+    def encode(self, images: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n c H W"]:
+        """The means of the posteriors."""
+        return self.codec.encode(images.to(self.device))
+
+    def decode(self, clean: Float[Tensor, "n c h w"]) -> Float[Tensor, "n 3 H W"]:
+        """Images in [0, 1], float32."""
+        return self.codec.decode(clean.to(self.device))
+
+    def condition(self, prompts: Sequence[str]) -> Condition:
+        """Prompts are embedded one by one, once each, so that no batch changes another's rows.
+
+        Raises:
+            UserError: a prompt that is too long.
+        """
+        rows = [self._row(prompt) for prompt in prompts or [""]]
+        rows = {key: torch.cat([row[key] for row in rows]) for key in rows[0]}
+        return rows if prompts else {key: value[:0] for key, value in rows.items()}
+
+    def _row(self, prompt: str) -> Condition:
+        if prompt not in self._known:
+            # ordinary tensors, also under the caller's inference mode: null-text differentiates
+            with torch.inference_mode(False), torch.no_grad():
+                row = self.embed(prompt)
+            while len(self._known) >= PROMPTS:
+                del self._known[next(iter(self._known))]
+            self._known[prompt] = row
+        return self._known[prompt]
+
+    def embed(self, prompt: str) -> Condition:
+        """One prompt's condition, of one row."""
+        raise NotImplementedError
+
+    def network(
+        self, latent: Float[Tensor, "n c h w"], timestep: float, condition: Condition
+    ) -> Float[Tensor, "n c h w"]:
+        """The network's answer in float32; differentiable in the latent and ``text``."""
+        if not len(latent):  # diffusers' attention cannot reshape nothing
+            return torch.zeros_like(latent)
+        times = torch.full((len(latent),), float(timestep), device=self.device)
+        return self.answer(latent.to(self.dtype), times, condition).float()
+
+    def answer(self, latent: Tensor, times: Float[Tensor, " n"], condition: Condition) -> Tensor:
+        """The network called the way it wants to be."""
+        raise NotImplementedError
+
+
+def check_length(prompt: str, tokenizer: Any, limit: int | None = None, mend: str = "") -> None:
+    """Refuse a prompt that the tokenizer would cut off.
+
+    Args:
+        prompt: to count.
+        tokenizer: of transformers.
+        limit: of tokens; the tokenizer's by default.
+        mend: what to do.
+    """
+    limit = limit or tokenizer.model_max_length
+    special = tokenizer.num_special_tokens_to_add()
+    count = len(tokenizer(prompt, verbose=False).input_ids) - special
+    if count > limit - special:
+        raise UserError(
+            f"expected a prompt of at most {limit - special} tokens, got {count} in {prompt!r}; "
+            f"{mend or 'shorten it'}"
+        )
+
+
+def compile_blocks(network: nn.Module, names: Sequence[str]) -> None:
+    """Compile every block of these classes; blocks alike in code and shape share their graph."""
+    import torch._dynamo
+
+    settings: Any = torch._dynamo.config
+    # a UNet has a dozen shapes of the same block, times batch sizes; the default limit is 8
+    settings.recompile_limit = max(settings.recompile_limit, 128)
+    settings.accumulated_recompile_limit = max(settings.accumulated_recompile_limit, 1024)
+    for module in network.modules():
+        if type(module).__name__ in names:
+            module.compile(dynamic=False)
