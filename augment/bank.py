@@ -128,7 +128,7 @@ class LatentBank:
         return rows[self._places(class_name)]
 
     def nulls(self, class_name: str) -> tuple[Float[Tensor, "g steps ..."], Int[Tensor, " n"]]:
-        """The embeddings of a class by null-text inversion, and which is whose of ``members``.
+        """A class's embeddings by null-text inversion, float16, and which is whose of ``members``.
 
         Raises:
             UserError: the bank has none, no such class, or a file is missing or damaged.
@@ -142,7 +142,7 @@ class LatentBank:
         parts, rows, offset = [], [], 0
         for chunk in chunks:
             found = self._file(chunk["nulls"], "nulls", "null_rows")
-            parts.append(found["nulls"].float())
+            parts.append(found["nulls"])
             rows.append(found["null_rows"] + offset)
             offset += len(found["nulls"])
         return torch.cat(parts), torch.cat(rows)[self._places(class_name)]
@@ -274,7 +274,7 @@ def fill_bank(
         inversion: a key of `augment.inversion.INVERTERS`.
         steps: solver steps.
         guidance: scale of classifier-free guidance; see `augment.invert`.
-        batch_size: images a network call; halved if they do not fit into memory.
+        batch_size: images a network call; halved if a GPU's memory is too small.
         settings: the inversion's others, such as ``iterations`` of ``fixed_point``.
 
     Raises:
@@ -318,7 +318,8 @@ def fill_bank(
     if (path / "manifest.json").exists():
         manifest = resume(path, manifest, digests)
     write_json(path / "manifest.json", manifest)
-    jobs = list(todo(manifest))
+    size = 2**26 // (backbone.channels * backbone.resolution**2)  # pixels that memory holds
+    jobs = list(todo(manifest, min(CHUNK, 16 if run.away == "nulls" else CHUNK, max(size, 1))))
     with tqdm(total=len(digests), desc="bank", unit="image", delay=2, leave=False) as bar:
         bar.update(len(digests) - sum(len(ids) for _, _, ids in jobs))
         for label, record, ids in jobs:
@@ -384,6 +385,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
                     chunk["sha256"],
                     [(i["id"], i["sha256"]) for i in chunk["images"]],
                 )
+                _ = [chunk["nulls"][key] for key in ("file", "sha256") if "nulls" in chunk]
     except (KeyError, TypeError, ValueError):
         raise UserError(
             f"expected a bank of schema {SCHEMA} at {path}, got another; invert again"
@@ -406,17 +408,27 @@ def resume(path: Path, manifest: dict[str, Any], digests: dict[str, str]) -> dic
     return old
 
 
-def todo(manifest: dict[str, Any]) -> Iterator[tuple[int, dict[str, Any], list[str]]]:
-    """(label, class record, image ids) of every chunk that is not yet there."""
+def todo(manifest: dict[str, Any], size: int) -> Iterator[tuple[int, dict[str, Any], list[str]]]:
+    """(label, class record, image ids) of every chunk, of so many images, that is not yet there."""
     for label, record in enumerate(manifest["classes"]):
         start = sum(len(chunk["images"]) for chunk in record["chunks"])
-        for first in range(start, len(record["ids"]), CHUNK):
-            yield label, record, record["ids"][first : first + CHUNK]
+        for first in range(start, len(record["ids"]), size):
+            yield label, record, record["ids"][first : first + size]
 
 
 def pack_nulls(nulls: Float[Tensor, "g steps ..."], rows: Int[Tensor, " n"]) -> bytes:
-    """The bytes of a chunk's embeddings."""
-    return save({"nulls": nulls.half().cpu().contiguous(), "null_rows": rows.cpu()})
+    """The bytes of a chunk's embeddings.
+
+    Raises:
+        UserError: one is not finite.
+    """
+    halves = nulls.half().cpu().contiguous()
+    if not halves.isfinite().all():
+        raise UserError(
+            "expected null-text embeddings that float16 can hold, got NaN or infinity; invert with "
+            "dtype float32 or less guidance"
+        )
+    return save({"nulls": halves, "null_rows": rows.cpu()})
 
 
 def pack(latents: Float[Tensor, "n c h w"], ids: list[str]) -> bytes:

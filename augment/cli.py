@@ -42,7 +42,7 @@ def invert(
         inversion: forward_start, fireflow, midpoint, fixed_point, ddim, negative_prompt, null_text.
         steps: solver steps.
         guidance: scale of classifier-free guidance; by default none but 7.5 for null_text.
-        batch_size: images a network call; halved if they do not fit into memory.
+        batch_size: images a network call; halved if a GPU's memory is too small.
         device: such as cuda or cpu; by default the GPU if there is one.
         dtype: float32, float16 or bfloat16 of the network; by default what the backbone likes.
         inversion_options: others of the inversion, as YAML such as '{iterations: 3}'.
@@ -50,16 +50,21 @@ def invert(
     """
     from augment.bank import fill_bank
     from augment.diffusion import load_backbone
+    from augment.inversion import inverter
     from augment.measure import latent_statistics, predicted_bias
     from augment.prompts import class_prompts
     from augment.sources import Folder
 
-    source = Folder(images)
-    texts = {**(class_prompts(source.classes, prompt) if prompt else {}), **(prompts or {})}
-    model = load_backbone(backbone, device, parse_dtype(dtype), **(backbone_options or {}))
+    source, texts = Folder(images), dict(prompts or {})
+    if prompt:
+        texts |= class_prompts([name for name in source.classes if name not in texts], prompt)
+    settings, options = inversion_options or {}, backbone_options or {}
+    refuse(settings, "steps", "guidance", "batch_size", "path", "backbone", "source", "prompts")
+    refuse(options, "name_or_path", "device", "dtype")
+    inverter(inversion, steps=steps, **settings)  # before gigabytes are loaded
+    model = load_backbone(backbone, device, parse_dtype(dtype), **options)
     filled = fill_bank(
-        bank, model, source, texts, inversion, steps, guidance, batch_size,
-        **(inversion_options or {}),
+        bank, model, source, texts, inversion, steps, guidance, batch_size, **settings
     )  # fmt: skip
     count = sum(map(len, filled.members.values()))
     print(f"{bank}: {count} latents of {len(filled.classes)} classes")
@@ -113,7 +118,7 @@ def synthesize(
         guidance: scale of classifier-free guidance; by default as the bank was inverted.
         interval: noise levels between which there is guidance, as YAML such as '[0.2, 0.8]'.
         prompt: a template such as 'a sketch of a {name}', if other than the bank's prompts.
-        batch_size: images a network call; halved if they do not fit into memory.
+        batch_size: images a network call; halved if a GPU's memory is too small.
         backbone: the diffusion model; by default the one that made the bank.
         device: such as cuda or cpu; by default the GPU if there is one.
         dtype: float32, float16 or bfloat16 of the network; by default what the backbone likes.
@@ -122,10 +127,11 @@ def synthesize(
             the distance of latents (latent), or of the vectors by image id of a .safetensors file.
     """
     from augment.bank import LatentBank
+    from augment.centroid import Rule
     from augment.diffusion import load_backbone
     from augment.plan import Plan, Planner
     from augment.prompts import class_prompts
-    from augment.synthesis import Synthesizer, write_folder
+    from augment.synthesis import Synthesizer, solver_of, write_folder
 
     opened = LatentBank.open(bank)
     try:
@@ -137,10 +143,17 @@ def synthesize(
     concentration = alphas if len(alphas) > 1 else alphas[0]
     features = None if nearest is None else opened.features(nearest)
     planner = Planner(opened.members, seed, concentration, members, noise, features=features)
-    recipe = {"name_or_path": backbone} if backbone else opened.recipe
-    model = load_backbone(
-        device=device, dtype=parse_dtype(dtype), **{**recipe, **(backbone_options or {})}
-    )
+    Rule.parse(rule)  # what can be refused is refused before gigabytes are loaded
+    solver_of(opened, solver, steps)
+    options = backbone_options or {}
+    refuse(options, "name_or_path", "device", "dtype")
+    recipe = {**opened.recipe, **({"name_or_path": backbone} if backbone else {})}
+    if Path(recipe["name_or_path"]).is_absolute() and not Path(recipe["name_or_path"]).exists():
+        raise UserError(
+            f"expected the backbone that made the bank at {recipe['name_or_path']}, got nothing "
+            "there; say where it is with --backbone"
+        )
+    model = load_backbone(device=device, dtype=parse_dtype(dtype), **{**recipe, **options})
     prompts = class_prompts(opened.classes, prompt) if prompt else None
     synthesizer = Synthesizer(
         model, opened, rule, solver, steps, guidance, batch_size, interval, prompts
@@ -172,6 +185,19 @@ def demo(out: str | None = None, full: bool = False, seeds: int | None = None) -
 
 def train() -> None:
     """Train a classifier with Lightning: train fit --config YAML; see train --help."""
+
+
+def refuse(options: dict[str, Any], *names: str) -> None:
+    """Refuse options that the command has as its own.
+
+    Raises:
+        UserError: one of the names is among them.
+    """
+    for name in names:
+        if name in options:
+            raise UserError(
+                f"expected {name} as an option of its own, got it among others; see --help"
+            )
 
 
 def parse_dtype(name: str | None) -> Any:

@@ -22,8 +22,13 @@ NUMBERING = re.compile(r"^(\d+\.|0\d*[\s_-]|n\d{8}[\s_-])[\s_-]*(?=\D)")
 """``001.`` of CUB, ``007_``, ``n02085620-`` of Stanford Dogs; not the number of ``3-wheeler``."""
 
 ARTICLE = re.compile(r"\b([Aa])n? (?=\{name\})")
-VOWEL = re.compile(r"(?!eu|one\b|uni(?!n|m)|use|ukulele)[aeiou]|hour|heir", re.IGNORECASE)
+VOWEL = re.compile(
+    r"(?!eu|ew|one\b|uni(?!n|m)|use|u[bcfhjkqrst][aeiou])[aeiou]|hour|heir|honest", re.IGNORECASE
+)
 """Names that begin with the sound of a vowel: an hourglass, but a unicycle."""
+
+SPELT = re.compile(r"[AEFHILMNORSX](?=[A-Z0-9]{0,3}\b)")
+"""Names that begin with a letter's name, and that with a vowel: an X-ray, an SUV."""
 
 
 @cache
@@ -112,5 +117,7 @@ def check_template(template: str) -> None:
 
 def fill(template: str, folder: str, name: str) -> str:
     """A template with its fields and the article before the name filled in."""
-    article = r"\1n " if VOWEL.match(name) else r"\1 "
+    spelt = re.match(r"[A-Z][A-Z0-9]{0,3}\b", name)
+    vowel = SPELT.match(name) if spelt else VOWEL.match(name)
+    article = r"\1n " if vowel else r"\1 "
     return ARTICLE.sub(article, template).format(name=name, folder=folder)

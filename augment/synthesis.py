@@ -22,10 +22,10 @@ from augment.bank import LatentBank
 from augment.centroid.rule import Rule
 from augment.diffusion.backbone import Backbone, check_batch, check_interval
 from augment.diffusion.solver import SOLVERS, check_steps, sample
-from augment.errors import BiasWarning, UserError, lookup
+from augment.errors import AugmentWarning, BiasWarning, UserError, lookup
 from augment.files import check_folder, read_json, sha256, write_bytes, write_json
 from augment.images import save_image
-from augment.inversion import INVERTERS, NegativePrompt, NullText
+from augment.inversion import INVERTERS
 from augment.measure import LatentStatistics, bias_warning, latent_statistics
 from augment.plan import Plan, Planner
 from augment.seeds import normal, rng
@@ -92,8 +92,26 @@ class Synthesizer:
         self.solver, self.steps = solver_of(self.bank, self.solver, self.steps)
         if self.guidance is None:
             self.guidance = float(self.bank.inversion["guidance"])
+        if self.guidance != 1 and not any(map(self.prompt, self.bank.classes)):
+            warnings.warn(
+                f"expected prompts to guide by, got guidance {self.guidance} and a bank without; "
+                "guidance does nothing",
+                AugmentWarning,
+                stacklevel=3,
+            )
         check_batch(self.batch_size)
         check_interval(self.interval)
+        self.interval = self.interval[0], self.interval[1]  # of JSON it is a list
+        top, start = (
+            self.backbone.process.levels(steps)[-1]
+            for steps in (self.bank.inversion["steps"], self.steps)
+        )
+        if top != start:
+            raise UserError(
+                f"expected to sample from the level {top:.3g} where the bank's latents are, got "
+                f"{self.steps} steps, which begin at {start:.3g} with this spacing; take "
+                f"{self.bank.inversion['steps']} steps, or invert with spacing trailing"
+            )
         for name in self.prompts or {}:
             lookup(dict.fromkeys(self.bank.classes), name, "class to prompt")
 
@@ -173,20 +191,41 @@ class Synthesizer:
         centroids = torch.stack([centroid for centroid, _ in mixed])
         self._warn_of_bias(plans, centroids, torch.stack([average for _, average in mixed]))
         inverted_with = [self.bank.prompt(plan.class_name) for plan in plans]
-        kind = lookup(INVERTERS, self.bank.inversion["method"], "inversion")
-        guided = self.guidance != 1 and issubclass(kind, NullText)
+        away = INVERTERS[self.bank.inversion["method"]].away
         return sample(
             self.backbone,
             centroids,
-            [(self.prompts or {}).get(p.class_name, self.bank.prompt(p.class_name)) for p in plans],
+            [self.prompt(plan.class_name) for plan in plans],
             self.solver,
             self.steps,  # type: ignore[arg-type]
             self.guidance,  # type: ignore[arg-type]
             self.batch_size,
             self.interval,
-            negative=inverted_with if issubclass(kind, NegativePrompt) else None,
-            nulls=torch.stack([self.null(plan) for plan in plans]) if guided else None,
+            negative=inverted_with if away == "prompt" else None,
+            nulls=torch.stack([self.null(plan) for plan in plans]) if self.has_nulls else None,
         )
+
+    @property
+    def has_nulls(self) -> bool:
+        """Whether sampling points away from embeddings that the bank keeps."""
+        return self.guidance != 1 and INVERTERS[self.bank.inversion["method"]].away == "nulls"
+
+    def prompt(self, class_name: str) -> str:
+        """What a class is sampled with."""
+        return (self.prompts or {}).get(class_name, self.bank.prompt(class_name))
+
+    def check(self, plans: Sequence[Plan]) -> None:
+        """Find out, before any is made, whether images of these plans can be.
+
+        Raises:
+            UserError: a prompt that the backbone does not take, a rule that does not fit, or a
+                file of the bank that is harmed.
+        """
+        self.backbone.condition([self.prompt(plan.class_name) for plan in plans])
+        for plan in plans:
+            self.centroid(plan)
+            if self.has_nulls:
+                self.null(plan)
 
     def null(self, plan: Plan) -> Float[Tensor, "steps ..."]:
         """The null-text embeddings of a plan: its members', mixed by its weights.
@@ -203,7 +242,8 @@ class Synthesizer:
                 self._nulls[name] = self.bank.nulls(name)
             nulls, owner = self._nulls[name]
             parts.append(nulls[owner[self.rows[name][image_id]]])
-        mixed = torch.einsum("k,k...->...", torch.tensor(plan.weights), torch.stack(parts))
+        rows = torch.stack(parts).float()
+        mixed = torch.einsum("k,k...->...", torch.tensor(plan.weights), rows)
         if plan.noise:
             empty = self.backbone.condition([""])["text"].float().cpu()
             mixed = (1 - plan.noise) * mixed + plan.noise * empty
@@ -254,8 +294,6 @@ def write_folder(
         )
     if per_class < 1:
         raise UserError(f"expected at least 1 image a class, got {per_class}")
-    for name in planner.images:  # a harmed chunk is found before anything is written
-        synthesizer.latents(name)
     settings = {
         "per_class": per_class,
         "rule": str(synthesizer.rule),
@@ -276,8 +314,7 @@ def write_folder(
     elif out.exists() and any(out.iterdir()):
         raise UserError(f"expected {out} to be new or empty, got a folder in use; use a new one")
     plans = [planner(0, index) for index in range(per_class * len(planner.images))]
-    for plan in plans[: len(planner.images)]:  # a rule that does not fit, too
-        synthesizer.centroid(plan)
+    synthesizer.check(plans[: len(planner.images)])  # before anything is written
     write_json(out / "synthesis.json", settings)
     write_bytes(out / "plans.jsonl", "".join(plan.to_json() + "\n" for plan in plans).encode())
     made = 0

@@ -129,7 +129,7 @@ class Bench:
             return sample(backbone, *told, **held)
 
         return [
-            lambda n: invert(backbone, self.images[:n], self.prompts[:n], steps=many, **held),
+            lambda n: invert(backbone, self.images[:n], self.prompts[:n], "ddim", many, **held),
             lambda n: sampled(n, "ddim", many),
             lambda n: sampled(n, "dpm++", few),
         ]

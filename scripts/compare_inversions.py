@@ -36,14 +36,12 @@ ROWS: list[tuple[str, dict[str, Any]]] = [
     ("ddim", {"steps": 50}),
     ("fixed_point", {"steps": 50, "iterations": 1}),
     ("fixed_point", {"steps": 25, "iterations": 2}),
-    ("fixed_point", {"steps": 17, "iterations": 3, "average": 2}),
     ("forward_start", {"steps": 25}),
     ("forward_start", {"steps": 50}),
     ("forward_start", {"steps": 50, "start": 0.1}),
-    ("forward_start", {"steps": 50, "start": 0.2}),
     ("midpoint", {"steps": 25}),
     ("fireflow", {"steps": 50}),
-    ("fireflow", {"steps": 20}),
+    ("fireflow", {"steps": 25}),
 ]
 SAMPLERS = (("ddim", 50), ("midpoint", 25), ("fireflow", 50), ("fireflow", 25), ("fireflow", 10),
             ("dpm++", 20))  # fmt: skip

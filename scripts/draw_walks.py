@@ -12,6 +12,7 @@ import torch
 from augment import LatentBank, load_backbone, sample, walk
 from augment.centroid import WALKS
 from augment.images import sheet
+from augment.synthesis import solver_of
 
 
 def main() -> None:
@@ -20,15 +21,15 @@ def main() -> None:
     parser.add_argument("--bank", type=Path, default=Path("runs/demo/bank"))
     parser.add_argument("--ends", nargs=2, default=("Trouser", "Ankle boot"), metavar="CLASS")
     parser.add_argument("--frames", type=int, default=9)
-    parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--out", type=Path, default=Path("docs/walks.png"))
     args = parser.parse_args()
     bank, rows = LatentBank.open(args.bank), {}
-    backbone = load_backbone(bank.fingerprint["backbone"]["name"])
+    backbone = load_backbone(**bank.recipe)
+    solver, steps = solver_of(bank, "exact", None)
     first, last = (bank.latents(name)[0] for name in args.ends)
     for name in WALKS:
         frames = walk(first, last, args.frames, name)
-        rows[name] = list(sample(backbone, frames, steps=args.steps))
+        rows[name] = list(sample(backbone, frames, None, solver, steps))
         norms = frames.flatten(1).norm(dim=1) / torch.tensor(frames[0].numel()).sqrt()
         print(f"{name:11} norm / √D " + " ".join(f"{norm:.2f}" for norm in norms))
     places = [f"{place:.2f}" for place in torch.linspace(0, 1, args.frames).tolist()]

@@ -18,7 +18,8 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 from augment import BankMismatch, MixedDataset, Plan, Planner, Rule, SyntheticDataset, UserError
 from augment.bank import fill_bank
 from augment.diffusion.gaussian import GaussianBackbone
-from augment.errors import BiasWarning
+from augment.diffusion.process import VariancePreserving
+from augment.errors import AugmentWarning, BiasWarning
 from augment.seeds import normal, rng
 from augment.sources import Folder
 from augment.synthesis import Synthesizer, write_folder
@@ -413,6 +414,21 @@ OTHERS = {
 }
 
 
+def test_guidance_without_prompts_is_told_of(bank, gaussian):
+    with pytest.warns(AugmentWarning, match="guidance does nothing"):
+        Synthesizer(gaussian, bank, guidance=2.0)
+
+
+def test_steps_that_begin_at_another_level_are_refused(tmp_path, pictures):
+    process = VariancePreserving(spacing="leading", offset=1)
+    backbone = GaussianBackbone(latent_shape=(1, 8, 8), process=process)
+    leading = fill_bank(tmp_path / "bank", backbone, Folder(pictures), steps=4)
+    assert Synthesizer(backbone, leading).steps == 4
+    with pytest.raises(UserError, match="take 4 steps"):
+        Synthesizer(backbone, leading, steps=10)
+
+
+@pytest.mark.filterwarnings("ignore:expected prompts to guide by")
 @pytest.mark.parametrize("other", OTHERS)
 def test_a_folder_of_other_settings_is_not_touched(write, other, tmp_path):
     write(tmp_path / "out")

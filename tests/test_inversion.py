@@ -125,8 +125,9 @@ def test_better_at_equal_evaluations_by_second_order_and_by_a_fixed_point():
     assert error("fireflow", steps=50) < error("midpoint", steps=25) / 2
 
 
-def test_the_fixed_point_is_the_preimage_of_the_samplers_step():
-    backbone, clean = GaussianBackbone(std=0.5), 0.5 * noise(2, 4, 8, 8)
+@pytest.mark.parametrize("process", PROCESSES)
+def test_the_fixed_point_is_the_preimage_of_the_samplers_step(process):
+    backbone, clean = GaussianBackbone(std=0.5, process=PROCESSES[process]), 0.5 * noise(2, 4, 8, 8)
     denoise = denoiser(backbone, ["", ""])
     latents = FixedPoint(steps=10, iterations=40)(denoise, clean)["latents"]
     back = SOLVERS["ddim"](denoise, latents, backbone.process.levels(10)[::-1], lambda: None)
@@ -218,13 +219,29 @@ def test_a_batch_that_does_not_fit_is_halved_and_the_size_remembered():
     assert backbone.sizes == (4, 4, 4, 4, 4)
     expected = invert(GaussianBackbone(), images, inversion="ddim", steps=1)
     torch.testing.assert_close(latents, expected)
-    assert LIMITS[backbone] == {"invert": 4}
+    assert LIMITS[id(backbone), "invert by DDIM"] == 4
     backbone.sizes = ()
     invert(backbone, images[:6], inversion="ddim", steps=1, batch_size=64)
     assert backbone.sizes == (4, 2)
     backbone.room = 0
     with pytest.raises(UserError, match="memory for one image"):
         sample(backbone, latents, steps=1)
+
+
+def test_an_image_has_its_own_latent_and_its_own_noise(tiny, tmp_path):
+    """In any batch, by default: else latents made one by one would share their noise."""
+    images = torch.rand(4, 1, 32, 32, generator=torch.Generator().manual_seed(0))
+    whole = invert(tiny, images, steps=5)
+    alone = torch.cat([invert(tiny, image[None], steps=5) for image in images])
+    torch.testing.assert_close(whole, alone, rtol=0, atol=1e-3)
+    seeded = invert(tiny, images, steps=5, seeds=[0, 0, 1, 1])
+    assert (seeded - whole).abs().max() > 0.1
+
+
+def test_a_start_beyond_the_grid_is_refused():
+    leading = GaussianBackbone(process=VariancePreserving(spacing="leading", offset=1))
+    with pytest.raises(UserError, match="noisiest level of 10 steps"):
+        invert(leading, torch.full((1, 4, 16, 16), 0.5), steps=10, start=0.95)
 
 
 def test_fireflow_takes_one_evaluation_a_step():

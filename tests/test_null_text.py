@@ -33,7 +33,7 @@ def psnr(images, others):
 
 
 def back(tiny, latents, nulls=None, guidance=GUIDANCE, **more):
-    return sample(tiny, latents, "top", steps=STEPS, guidance=guidance, nulls=nulls, **more)
+    return sample(tiny, latents, "top", "ddim", STEPS, guidance, nulls=nulls, **more)
 
 
 def test_the_guided_sampler_gives_the_images_back(tiny, coats, found):
@@ -81,10 +81,10 @@ def test_the_interval_says_where_there_is_guidance(tiny, coats):
     latents = inverted(inverter("ddim", steps=4), tiny, coats, "top")["latents"]
 
     def images(**more):
-        return sample(tiny, latents, "top", steps=4, guidance=4.0, **more)
+        return sample(tiny, latents, "top", "ddim", 4, 4.0, **more)
 
     assert torch.equal(images(interval=(0.0, 1.0)), images())
-    plain = sample(tiny, latents, "top", steps=4)
+    plain = sample(tiny, latents, "top", "ddim", 4)
     levels = tiny.process.levels(4)
     assert torch.equal(images(interval=(levels[1] + 0.01, levels[2] - 0.01)), plain)
     torch.testing.assert_close(images(interval=(levels[1], levels[4])), images())
@@ -125,7 +125,8 @@ def test_a_bank_keeps_the_embeddings_and_samples_with_them(tiny, bank, tmp_path)
     torch.testing.assert_close(synthesizer.images([plan]), expected, rtol=0, atol=1e-4)
     half = Plan(1, "Coat", plan.members, (0.5, 0.5), 0.5, 0, 0, 1)
     empty = tiny.condition([""])["text"]
-    torch.testing.assert_close(synthesizer.null(half), 0.5 * nulls.mean(0) + 0.5 * empty)
+    expected = 0.5 * nulls.float().mean(0) + 0.5 * empty
+    torch.testing.assert_close(synthesizer.null(half), expected)
     assert LatentBank.open(bank.path).nulls("Bag")[0].shape == (2, STEPS, 128)
     images = synthesizer.images([Planner(bank.members)(0, i) for i in range(2)])
     assert images.shape == (2, 1, 32, 32)
@@ -150,3 +151,28 @@ def test_a_bank_of_another_inversion_has_no_embeddings(tiny, tmp_path):
     plain = fill_bank(tmp_path / "bank", tiny, source, steps=1)
     with pytest.raises(UserError, match="null_text"):
         plain.nulls("Coat")
+
+
+def test_negative_prompt_inverts_without_guidance_whatever_it_samples_with(tiny, coats):
+    run = inverter("negative_prompt", steps=4)
+    plain, guided = (inverted(run, tiny, coats, "top", scale)["latents"] for scale in (1.0, 5.0))
+    assert torch.equal(plain, guided)
+
+
+def test_null_text_goes_on_in_inference_mode_and_asks_no_more_than_it_says(tiny, coats):
+    asked, network = 0, tiny.network
+
+    class Counting(type(tiny)):
+        def __init__(self):
+            self.__dict__ |= tiny.__dict__
+
+        def network(self, latent, timestep, condition):
+            nonlocal asked
+            asked += 3 if torch.is_grad_enabled() else 1
+            return network(latent, timestep, condition)
+
+    run = inverter("null_text", steps=3, inner=2)
+    with torch.inference_mode():
+        kept = inverted(run, Counting(), coats[:1], "top", GUIDANCE)
+    assert kept["nulls"].isfinite().all()
+    assert asked <= run.evaluations

@@ -38,6 +38,13 @@ def test_a_backbone_has_what_the_protocol_asks_for(name):
     assert backbone.fingerprint == load_backbone(name, device="cpu").fingerprint
 
 
+def test_the_network_hears_of_levels_between_the_trained_ones(tiny):
+    condition = tiny.condition([""] * 8)
+    answers = [tiny.network(LATENTS, t, condition) for t in (500, 500.5, 501)]
+    assert not torch.equal(answers[0], answers[1])
+    torch.testing.assert_close(answers[1], (answers[0] + answers[2]) / 2, rtol=0, atol=1e-3)
+
+
 def test_haar_is_orthonormal_and_undone_by_its_inverse():
     torch.testing.assert_close(HAAR @ HAAR.T, torch.eye(4))
     pixels = torch.rand(3, 1, 8, 12, generator=torch.Generator().manual_seed(0))

@@ -29,6 +29,9 @@ PIPELINES: dict[str, Callable[..., Backbone]] = {
 }
 """Backbones by diffusers' pipeline class."""
 
+PATHS = ("name_or_path", "config", "lora", "tiny_vae")
+"""What of a recipe may be a path."""
+
 TAKEN = ("self", "checkpoint", "source", "weights", "device", "dtype", "options")
 
 
@@ -127,16 +130,18 @@ def load_backbone(
     else:
         backbone = BACKBONES.get(name, partial(pretrained, name))(**where, **options)
     defaults = known_options(pretrained) | known_options(type(backbone))
-    changed = {key: value for key, value in options.items() if value != defaults[key]}
-    backbone.recipe = {"name_or_path": rooted(name)}
-    backbone.recipe |= {key: rooted(value) for key, value in changed.items()}
+    changed = {key: value for key, value in options.items() if value != defaults.get(key)}
+    backbone.recipe = {
+        key: rooted(value) if key in PATHS else value
+        for key, value in {"name_or_path": name, **changed}.items()
+    }
     return backbone
 
 
-def rooted(value: Any) -> Any:
-    """A recipe's value as JSON has it; a path that is there is absolute, to be found again."""
-    if not isinstance(value, str | Path) or value in BACKBONES:
-        return value
+def rooted(value: str | Path) -> str:
+    """A recipe's path as JSON has it; one that is there is absolute, to be found again."""
+    if value in BACKBONES:
+        return str(value)
     return str(Path(value).resolve()) if Path(value).exists() else str(value)
 
 

@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol, TypeVar, runtime_checkable
-from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Float
@@ -173,8 +172,8 @@ def check_batch(batch_size: int) -> None:
         raise UserError(f"expected a batch of at least 1, got {batch_size}; 64 is usual")
 
 
-LIMITS: WeakKeyDictionary[Backbone, dict[str, int]] = WeakKeyDictionary()
-"""The batches that fitted into memory, by backbone and job, once one did not."""
+LIMITS: dict[tuple[int, str], int] = {}
+"""The batches that fitted into memory, by a backbone's id and a job, once one did not."""
 
 
 def batched(
@@ -187,8 +186,8 @@ def batched(
 ) -> list[T]:
     """Call ``run(rows, tick)`` for ``count`` rows in batches, with a progress bar if it takes long.
 
-    A batch that does not fit into memory is halved, and the smaller size kept for the rest of the
-    process.
+    A batch that does not fit into a GPU's memory is halved, and the smaller size kept for the rest
+    of the process.
 
     Args:
         run: makes some rows, and calls ``tick`` ``steps`` times meanwhile.
@@ -205,19 +204,19 @@ def batched(
         UserError: not even one row fits into memory.
     """
     check_batch(batch_size)
-    limits = LIMITS.setdefault(backbone, {})
+    job = id(backbone), label
     parts: list[T] = []
     start = 0
     with tqdm(total=count, desc=label, unit="image", unit_scale=True, delay=2, leave=False) as bar:
         while start < count or not parts:
-            size = min(limits.get(label, batch_size), batch_size, max(count - start, 1))
+            size = min(LIMITS.get(job, batch_size), batch_size, max(count - start, 1))
             rows = slice(start, start + size)
             part = attempt(run, rows, partial(advance, bar, min(size, count) / steps))
             if part is not None:
                 parts.append(part)
                 start += size
             elif size > 1:
-                limits[label] = size // 2
+                LIMITS[job] = size // 2
             else:
                 raise UserError(
                     f"expected memory for one image at a time, got none on {backbone.device}; "

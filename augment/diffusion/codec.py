@@ -86,12 +86,14 @@ class Codec:
         return self._run(call, rows, size)
 
 
-def load_tiny(source: str | Path | None) -> Any:
+def load_tiny(source: str | Path | None, local_files_only: bool = False) -> Any:
     """An ``AutoencoderTiny``, or None for none."""
     if source is None:
         return None
     from diffusers import AutoencoderTiny
 
     with quiet(), damaged(source):
-        tiny = AutoencoderTiny.from_pretrained(str(source), use_safetensors=True)
+        tiny = AutoencoderTiny.from_pretrained(
+            str(source), use_safetensors=True, local_files_only=local_files_only
+        )
     return tiny.eval().requires_grad_(False)

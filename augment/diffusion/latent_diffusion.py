@@ -87,9 +87,11 @@ class LatentDiffusion:
             module = getattr(self.pipe, name).eval().requires_grad_(False)
             nn.Module.to(module, self.device, self.dtype)
         self.net = getattr(self.pipe, self.part)
-        self.codec = Codec(self.pipe.vae, self.device, self.vae_dtype(), load_tiny(tiny_vae))
+        tiny = load_tiny(tiny_vae, checkpoint.local_files_only)
+        self.codec = Codec(self.pipe.vae, self.device, self.vae_dtype(), tiny)
         self._set_size(resolution)
         self.prepare(compile)
+        self.net.requires_grad_(False)  # fused projections are new
         self.fingerprint = {
             "name": self.name,
             "weights": checkpoint.digest(parts),
@@ -101,6 +103,8 @@ class LatentDiffusion:
     def _set_size(self, resolution: int | None) -> None:
         """Resolution and latent shape, by the network's own or the wished size."""
         factor = self.codec.factor
+        if not isinstance(resolution, int | None):
+            raise UserError(f"expected a resolution in whole pixels, got {resolution!r}")
         self.resolution: int = resolution or self.net.config.sample_size * factor
         if self.resolution % (factor * self.cell) or self.resolution < 1:
             raise UserError(
@@ -108,6 +112,12 @@ class LatentDiffusion:
                 f"{resolution}; this model's own is {self.net.config.sample_size * factor}"
             )
         size = self.resolution // factor
+        most = self.net.config.get("pos_embed_max_size")
+        if most and size > most * self.cell:
+            raise UserError(
+                f"expected a resolution of at most {most * self.cell * factor}, got {resolution}; "
+                "the network knows no positions beyond"
+            )
         self.latent_shape: tuple[int, int, int] = (self.net.config.in_channels, size, size)
 
     def vae_dtype(self) -> torch.dtype:

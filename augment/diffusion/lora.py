@@ -23,7 +23,7 @@ def find_lora(source: str | Path, local_files_only: bool = False) -> Path:
     path = Path(source)
     if path.is_dir():
         path /= LORA
-    elif not path.suffix and re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
+    elif path.suffix != ".safetensors" and re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
         from huggingface_hub import hf_hub_download
 
         with explained(str(source)):

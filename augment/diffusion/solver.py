@@ -170,7 +170,7 @@ def sample(
         solver: a key of `SOLVERS`.
         steps: solver steps, each a network evaluation (two with ``midpoint``; twice with guidance).
         guidance: scale of classifier-free guidance; 1 is none.
-        batch_size: rows a network call; halved if they do not fit into memory.
+        batch_size: rows a network call; halved if they do not fit into a GPU's memory.
         interval: noise levels, of 0 to 1, between which there is guidance.
         negative: what to guide away from, as ``prompts``; the empty prompt by default.
         nulls: embeddings of null-text inversion to guide away from instead.
@@ -193,7 +193,7 @@ def sample(
 
     @torch.no_grad()
     def run(rows: slice, tick: Callable[[], Any]) -> Tensor:
-        null = None if nulls is None else nulls[rows]
+        null = None if nulls is None else nulls[rows].to(backbone.device)
         denoise = denoiser(backbone, texts[rows], guidance, interval, others[rows], null)
         latent = latents[rows].to(backbone.device, torch.float32)
         return backbone.decode(run_solver(denoise, latent, levels, tick))

@@ -67,7 +67,7 @@ class StableDiffusion(LatentDiffusion):
         """(1, 77, width) of the last layer."""
         check_length(prompt, self.pipe.tokenizer)
         text, _ = self.pipe.encode_prompt(prompt, self.device, 1, False)
-        return {"text": text.float()}
+        return {"text": text}
 
     def answer(self, latent: Tensor, times: Tensor, condition: Condition) -> Tensor:
         """The UNet's ε or v."""
@@ -103,7 +103,7 @@ class StableDiffusionXL(StableDiffusion):
             text, pooled = torch.zeros_like(text), torch.zeros_like(pooled)
         size = float(self.resolution)
         time_ids = torch.tensor([[size, size, 0, 0, size, size]], device=self.device)
-        return {"text": text.float(), "pooled": pooled.float(), "time_ids": time_ids}
+        return {"text": text, "pooled": pooled, "time_ids": time_ids}
 
     def answer(self, latent: Tensor, times: Tensor, condition: Condition) -> Tensor:
         """The UNet's ε or v."""

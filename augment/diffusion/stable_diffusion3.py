@@ -94,7 +94,7 @@ class StableDiffusion3(LatentDiffusion):
             do_classifier_free_guidance=False,
             max_sequence_length=self.rows,
         )
-        return {"text": text.float(), "pooled": pooled.float()}
+        return {"text": text, "pooled": pooled}
 
     def answer(self, latent: Tensor, times: Tensor, condition: Condition) -> Tensor:
         """The transformer's velocity."""

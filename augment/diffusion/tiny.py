@@ -127,5 +127,7 @@ class Tiny:
         self, latent: Float[Tensor, "n 4 16 16"], timestep: float, condition: Condition
     ) -> Float[Tensor, "n 4 16 16"]:
         """v-prediction of the UNet."""
+        # a tensor, for diffusers makes an integer of a number, and middles lie between integers
+        times = torch.full((len(latent),), float(timestep), device=self.device)
         text = condition["text"].to(self.dtype)
-        return self.unet(latent.to(self.dtype), timestep, text, return_dict=False)[0].float()
+        return self.unet(latent.to(self.dtype), times, text, return_dict=False)[0].float()

@@ -15,6 +15,7 @@ from torch import Tensor
 from augment.diffusion.backbone import Backbone, Denoiser, as_prompts, batched, denoiser
 from augment.diffusion.solver import check_steps
 from augment.errors import UserError, lookup
+from augment.files import sha256
 from augment.images import prepare
 from augment.inversion.ddim import DDIM
 from augment.inversion.fireflow import FireFlow
@@ -33,11 +34,14 @@ class Inverter(Protocol):
         steps: solver steps.
         solver: the solver that undoes it, a key of `augment.diffusion.solver.SOLVERS`.
         guidance: the scale it is meant for; 1 is none.
+        away: what guided sampling points away from: the ``empty`` prompt, the ``prompt`` that the
+            image was inverted with, or ``nulls``, embeddings that it keeps.
         evaluations: of the network, an image.
     """
 
     solver: ClassVar[str]
     guidance: ClassVar[float]
+    away: ClassVar[str]
 
     @property
     def steps(self) -> int:
@@ -89,12 +93,17 @@ def inverter(name: str, **settings: Any) -> Inverter:
         UserError: an unknown name or setting, or one out of its range.
     """
     kind = lookup(INVERTERS, name, "inversion")
-    known = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]
-    for key in settings:
+    known = {field.name: field.default for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    for key, value in settings.items():
         if key not in known:
             raise UserError(
                 f"expected settings of {name} out of {', '.join(known)}, got {key!r}; choose one "
                 "of these"
+            )
+        wanted = type(known[key])
+        if type(value) is not wanted and not (wanted is float and type(value) is int):
+            raise UserError(
+                f"expected {key} of {name} as {wanted.__name__}, got {value!r}; give such"
             )
     made = kind(**settings)
     check_steps(made.steps)
@@ -133,6 +142,7 @@ def invert(
     steps: int = 25,
     guidance: float | None = None,
     batch_size: int = 64,
+    seeds: Sequence[int] | None = None,
     **settings: Any,
 ) -> Float[Tensor, "n C H W"]:
     """Latents of images.
@@ -145,7 +155,9 @@ def invert(
         steps: solver steps, mostly a network evaluation each (see the inversions).
         guidance: scale of classifier-free guidance; by default 1, which is none, but what
             ``null_text`` is for. Otherwise it harms the reconstruction.
-        batch_size: images a network call; halved if they do not fit into memory.
+        batch_size: images a network call; halved if a GPU's memory is too small.
+        seeds: an integer an image, for inversions that throw dice; of their pixels by default, so
+            that an image has the same latent in any batch, and no two the same noise.
         settings: the inversion's others, such as ``iterations`` of ``fixed_point``.
 
     Returns:
@@ -155,7 +167,12 @@ def invert(
         UserError: an unknown inversion or setting, no steps, or pixels outside [0, 1].
     """
     run = inverter(inversion, steps=steps, **settings)
-    return inverted(run, backbone, images, prompts, guidance, batch_size)["latents"]
+    return inverted(run, backbone, images, prompts, guidance, batch_size, seeds)["latents"]
+
+
+def seed_of(image: Float[Tensor, "c h w"]) -> int:
+    """A number that belongs to an image's pixels."""
+    return int(sha256(image.detach().cpu().contiguous().numpy().tobytes())[:8], 16)
 
 
 def inverted(
@@ -176,7 +193,7 @@ def inverted(
         prompts: see `invert`.
         guidance: see `invert`.
         batch_size: see `invert`.
-        seeds: an integer an image, for inversions that throw dice; their places by default.
+        seeds: see `invert`.
     """
     if len(images) and not (images.min() >= 0 and images.max() <= 1):
         raise UserError(
@@ -184,17 +201,20 @@ def inverted(
             "divide 8-bit images by 255"
         )
     texts = as_prompts(prompts, len(images))
-    seeds = range(len(images)) if seeds is None else seeds
+    seeds = [seed_of(image) for image in images] if seeds is None else seeds
     scale = run.guidance if guidance is None else guidance
     check_guidance(run, backbone, texts, scale)
 
+    @torch.inference_mode(False)  # null-text differentiates, whatever the caller does
     @torch.no_grad()
     def some(rows: slice, tick: Callable[[], Any]) -> dict[str, Tensor]:
         part = prepare(images[rows], backbone.channels, backbone.resolution).to(backbone.device)
-        denoise = denoiser(backbone, texts[rows], scale)
+        negative = texts[rows] if run.away == "prompt" else None
+        denoise = denoiser(backbone, texts[rows], scale, negative=negative)
         return run(denoise, backbone.encode(part), tick, seeds[rows])
 
-    parts = batched(some, backbone, len(images), batch_size, run.steps, "invert")
+    label = f"invert by {type(run).__name__}"
+    parts = batched(some, backbone, len(images), batch_size, run.steps, label)
     offset = 0
     for part in parts if "nulls" in parts[0] else ():
         part["null_rows"] = part["null_rows"] + offset

@@ -38,6 +38,7 @@ class DDIM:
     steps: int = 50
     solver: ClassVar[str] = "ddim"
     guidance: ClassVar[float] = 1.0
+    away: ClassVar[str] = "empty"
 
     @property
     def evaluations(self) -> int:

@@ -1,13 +1,15 @@
 r"""Fixed-point inversion: the sampler's DDIM step undone, not approximated.
 
-Sampling goes from :math:`z_{u'}` to :math:`z_u = \alpha\hat z_0 + \sigma\hat\varepsilon` with the
-estimates at :math:`(z_{u'}, u')`. Solved for where it came from, with the noise estimate in hand,
+Sampling goes from :math:`z_{u'}` to :math:`z_u` with the estimates at :math:`(z_{u'}, u')`; so
+where it came from is
 
-.. math:: z_{u'} = \alpha' \,\frac{z_u - \sigma\hat\varepsilon(z_{u'}, u')}{\alpha}
-          + \sigma'\,\hat\varepsilon(z_{u'}, u'),
+.. math:: z_{u'} = z_u + (\alpha' - \alpha)\,\hat z_0(z_{u'}, u')
+          + (\sigma' - \sigma)\,\hat\varepsilon(z_{u'}, u'),
 
 a fixed point of :math:`z_{u'}`, found by iterating (AIDI, Pan et al., arXiv 2309.04907; ReNoise,
-Garibi et al., arXiv 2403.14602, which also averages the estimates of several iterations).
+Garibi et al., arXiv 2403.14602, which also averages the estimates of several iterations). They put
+:math:`(z_u - \sigma\hat\varepsilon)/\alpha` for :math:`\hat z_0`, which has the same fixed point,
+but contracts less: at a level without signal not at all.
 
 The first guess costs nothing here: the last iteration of the step before asked at the very place
 this one starts from, so its estimates make a DDIM step. So one iteration a step takes as many
@@ -24,7 +26,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from augment.diffusion.backbone import Denoiser
-from augment.diffusion.solver import estimates
+from augment.diffusion.solver import estimates, move
 from augment.errors import UserError
 
 
@@ -35,7 +37,7 @@ class FixedPoint:
     Args:
         steps: solver steps.
         iterations: network evaluations a step, from 1.
-        average: how many of the last iterations' noise estimates are averaged, from 1 (none).
+        average: how many of the last iterations' estimates are averaged, from 1 (none).
 
     Raises:
         UserError: iterations or average out of range.
@@ -46,6 +48,7 @@ class FixedPoint:
     average: int = 1
     solver: ClassVar[str] = "ddim"
     guidance: ClassVar[float] = 1.0
+    away: ClassVar[str] = "empty"
 
     def __post_init__(self) -> None:
         if not 1 <= self.average <= self.iterations:
@@ -67,18 +70,15 @@ class FixedPoint:
         seeds: Sequence[int] = (),
     ) -> dict[str, Tensor]:
         """See `augment.inversion.Inverter`."""
-        process = denoise.backbone.process
-        levels = process.levels(self.steps)
-        latent = clean
-        guess, noise = estimates(denoise, clean, levels[0], levels[1])
+        levels = denoise.backbone.process.levels(self.steps)
+        latent, pair = clean, estimates(denoise, clean, levels[0], levels[1])
         for here, there in pairwise(levels):
-            (alpha_s, sigma_s), (alpha, sigma) = map(process.alpha_sigma, (here, there))
-            moved, found = alpha * guess + sigma * noise, []
+            moved, found = move(denoise, latent, here, there, pair), []
             for _ in range(self.iterations):
-                guess, noise = denoise(moved, there)
-                found = [*found, noise][-self.average :]
-                mean = torch.stack(found).mean(0)
-                moved = alpha / alpha_s * (latent - sigma_s * mean) + sigma * mean
+                pair = denoise(moved, there)
+                found = [*found, pair][-self.average :]
+                mean = [torch.stack(parts).mean(0) for parts in zip(*found, strict=True)]
+                moved = move(denoise, latent, here, there, (mean[0], mean[1]))
             latent = moved
             tick()
         return {"latents": latent}

@@ -42,6 +42,7 @@ class ForwardStart:
     start: float = 0.04
     solver: ClassVar[str] = "fireflow"
     guidance: ClassVar[float] = 1.0
+    away: ClassVar[str] = "empty"
 
     def __post_init__(self) -> None:
         if not 0 <= self.start < 1:
@@ -64,6 +65,11 @@ class ForwardStart:
         """See `augment.inversion.Inverter`; the noise of an image is that of its seed."""
         process, latent = denoise.backbone.process, clean
         levels = process.levels(self.steps)
+        if self.start >= levels[-1]:
+            raise UserError(
+                f"expected to start below the noisiest level of {self.steps} steps, "
+                f"{levels[-1]:.3g}, got {self.start}; 0.02 to 0.1 are usual"
+            )
         if self.start and len(clean):
             levels = [self.start, *(level for level in levels if level > self.start + 1e-9)]
             alpha, sigma = process.alpha_sigma(self.start)

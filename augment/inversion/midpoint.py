@@ -27,6 +27,7 @@ class Midpoint:
     steps: int = 25
     solver: ClassVar[str] = "midpoint"
     guidance: ClassVar[float] = 1.0
+    away: ClassVar[str] = "empty"
 
     @property
     def evaluations(self) -> int:

@@ -22,4 +22,4 @@ class NegativePrompt(DDIM):
         steps: solver steps, each a network evaluation.
     """
 
-    negative: ClassVar[bool] = True
+    away: ClassVar[str] = "prompt"

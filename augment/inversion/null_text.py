@@ -33,6 +33,9 @@ from augment.diffusion.process import split
 from augment.diffusion.solver import ddim
 from augment.errors import UserError
 
+SCALE = 2.0**14
+"""Of the loss while its gradient goes through the network."""
+
 
 @dataclass(frozen=True)
 class NullText:
@@ -52,6 +55,7 @@ class NullText:
     shared: bool = False
     solver: ClassVar[str] = "ddim"
     guidance: ClassVar[float] = 7.5
+    away: ClassVar[str] = "nulls"
 
     def __post_init__(self) -> None:
         if self.inner < 1:
@@ -69,7 +73,7 @@ class NullText:
         tick: Callable[[], Any] = lambda: None,
         seeds: Sequence[int] = (),
     ) -> dict[str, Tensor]:
-        """See `augment.inversion.Inverter`; ``nulls`` (g, steps, …) and ``null_rows`` (n,).
+        """See `augment.inversion.Inverter`; float16 ``nulls`` (g, steps, …), ``null_rows`` (n,).
 
         An image's embeddings are row ``null_rows[image]`` of ``nulls``.
         """
@@ -84,15 +88,17 @@ class NullText:
         free = {key: rows[: len(clean)] for key, rows in denoise.both(1.0).items()}
         owner = torch.arange(len(clean), device=clean.device) * (not self.shared)
         null, found, latent = free["text"][owner.unique()].float(), [], pivots[-1]
+        everyone = torch.arange(len(clean), device=clean.device)
         for number in reversed(range(self.steps)):
             step = _Step(denoise, free, owner, levels[number : number + 2])
             done = 50 * (self.steps - 1 - number) / self.steps  # the paper's i, of its 50 steps
-            null = step.fit(latent, pivots[number], null, self.inner, done)
-            latent = step(latent, null)
-            found.append(null)
+            known = step.answer(latent, denoise.condition)
+            null = step.fit(latent, known, pivots[number], null, self.inner, done)
+            latent = step.guided(latent, known, null, everyone)
+            found.append(null.half().cpu())  # a bank's precision; and there are many of them
             tick()
         nulls = torch.stack(found[::-1], 1)
-        return {"latents": pivots[-1], "nulls": nulls, "null_rows": owner}
+        return {"latents": pivots[-1], "nulls": nulls, "null_rows": owner.cpu()}
 
 
 @dataclass
@@ -123,15 +129,11 @@ class _Step:
         output = self.answer(latent[rows], free)
         return self.land(latent[rows], output + self.denoise.guidance * (known[rows] - output))
 
-    def __call__(self, latent: Tensor, null: Tensor) -> Tensor:
-        """The step for all rows."""
-        known = self.answer(latent, self.denoise.condition)
-        return self.guided(latent, known, null, torch.arange(len(latent), device=latent.device))
-
-    def fit(self, latent: Tensor, goal: Tensor, null: Tensor, inner: int, done: float) -> Tensor:
+    def fit(
+        self, latent: Tensor, known: Tensor, goal: Tensor, null: Tensor, inner: int, done: float
+    ) -> Tensor:
         """The embeddings (g, …) that bring the step to its goal."""
         rate, enough = 1e-2 * (1 - done / 100), 1e-5 + 2e-5 * done
-        known = self.answer(latent, self.denoise.condition)
         null = null.clone()
         first, second = torch.zeros_like(null), torch.zeros_like(null)
         open_groups = torch.arange(len(null), device=null.device)
@@ -145,7 +147,9 @@ class _Step:
                 losses = off.square().flatten(1).mean(1)
                 # the paper's loss is an image's; of a shared embedding, its images' mean
                 sizes = torch.bincount(self.owner, minlength=len(null))[self.owner[rows]]
-                (slope,) = torch.autograd.grad((losses / sizes).sum(), variable)
+                # as it is, the slope of a mean over a latent would be 0 in half precision
+                (slope,) = torch.autograd.grad(SCALE * (losses / sizes).sum(), variable)
+                slope = slope / SCALE
             # Adam (Kingma & Ba, arXiv 1412.6980), row by row: torch's has one step count for all
             first = first.lerp(slope, 0.1)
             second = second.lerp(slope.square(), 0.001)
