@@ -112,6 +112,11 @@ def guess_config(path: Path) -> str:
     net = "model.diffusion_model."
     if keys.get(net + "input_blocks.0.0.weight", [0, 0])[1] == 4:
         if any(key.startswith("conditioner.embedders.1.") for key in keys):
+            if "v_pred" in keys:
+                raise UserError(
+                    f"expected an SDXL file that predicts epsilon, got {path}, which says that it "
+                    "predicts v; give a diffusers folder of it, whose scheduler says how"
+                )
             return "sdxl"
         if any(key.startswith("cond_stage_model.transformer.") for key in keys):
             return "sd15"

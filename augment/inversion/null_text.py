@@ -150,7 +150,7 @@ class _Step:
                 # as it is, the slope of a mean over a latent would be 0 in half precision
                 (slope,) = torch.autograd.grad(SCALE * (losses / sizes).sum(), variable)
                 slope = slope / SCALE
-            # Adam (Kingma & Ba, arXiv 1412.6980), row by row: torch's has one step count for all
+            # Adam (Kingma & Ba, arXiv 1412.6980) by hand: torch's would go on moving finished rows
             first = first.lerp(slope, 0.1)
             second = second.lerp(slope.square(), 0.001)
             move = (first / (1 - 0.9**count)) / ((second / (1 - 0.999**count)).sqrt() + 1e-8)
