@@ -113,6 +113,28 @@ def test_sampling_is_that_of_diffusers_ddim(ours, theirs):
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize(("ours", "theirs"), [("epsilon", "epsilon"), ("v", "v_prediction")])
+def test_sampling_is_that_of_diffusers_euler(ours, theirs):
+    """In k-diffusion's coordinates z/α, on the grid of SDXL's scheduler file."""
+    process = VariancePreserving(ours, spacing="leading", offset=1)
+    backbone = GaussianBackbone(mean=0.2, process=process)
+    scheduler = diffusers.EulerDiscreteScheduler(
+        beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012,
+        timestep_spacing="leading", steps_offset=1, prediction_type=theirs,
+    )  # fmt: skip
+    scheduler.set_timesteps(20)
+    latent = noise(3, 4, 16, 16, dtype=torch.float32)
+    expected = latent * scheduler.init_noise_sigma
+    for timestep in scheduler.timesteps:
+        scaled = scheduler.scale_model_input(expected, timestep)
+        output = backbone.network(scaled, timestep.item(), backbone.condition([""] * 3))
+        expected = scheduler.step(output, timestep, expected).prev_sample
+    actual = SOLVERS["euler"](
+        denoiser(backbone, [""] * 3), latent, process.levels(20)[::-1], lambda: None
+    )
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 def test_flow_sampling_is_that_of_diffusers_euler(shift):
     backbone = GaussianBackbone(mean=0.2, process=Flow(shift))
