@@ -75,11 +75,9 @@ def test_images_come_back_better_with_more_steps(name, process):
     assert errors[0] > ORDERS[name] ** 3 * errors[-1]
 
 
-@pytest.mark.parametrize("process", PROCESSES)
+@pytest.mark.parametrize("process", [name for name in PROCESSES if "leading" not in name])
 @pytest.mark.parametrize("name", ORDERS)
 def test_latents_go_to_the_exact_ones(name, process):
-    if PROCESSES[process].levels(2)[-1] != 1:
-        pytest.skip("leading spacing ends below the noisiest level")
     backbone = GaussianBackbone(mean=0.2, std=0.5, process=PROCESSES[process])
     clean = 0.2 + 0.5 * noise(4, 4, 16, 16)
 
