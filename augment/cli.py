@@ -65,7 +65,7 @@ def invert(
     model = load_backbone(backbone, device, parse_dtype(dtype), **options)
     filled = fill_bank(
         bank, model, source, texts, inversion, steps, guidance, batch_size, **settings
-    )  # fmt: skip
+    )
     count = sum(map(len, filled.members.values()))
     print(f"{bank}: {count} latents of {len(filled.classes)} classes")
     found = {name: latent_statistics(filled.latents(name)) for name in filled.classes}

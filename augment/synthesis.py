@@ -190,7 +190,7 @@ class Synthesizer:
         mixed = [self._mix(plan) for plan in plans]
         centroids = torch.stack([centroid for centroid, _ in mixed])
         self._warn_of_bias(plans, centroids, torch.stack([average for _, average in mixed]))
-        inverted_with = [self.bank.prompt(plan.class_name) for plan in plans]
+        own = [self.bank.prompt(plan.class_name) for plan in plans]
         away = INVERTERS[self.bank.inversion["method"]].away
         return sample(
             self.backbone,
@@ -201,7 +201,7 @@ class Synthesizer:
             self.guidance,  # type: ignore[arg-type]
             self.batch_size,
             self.interval,
-            negative=inverted_with if away == "prompt" else None,
+            negative=own if away == "prompt" else None,
             nulls=torch.stack([self.null(plan) for plan in plans]) if self.has_nulls else None,
         )
 

@@ -103,7 +103,8 @@ def inverter(name: str, **settings: Any) -> Inverter:
         wanted = type(known[key])
         if type(value) is not wanted and not (wanted is float and type(value) is int):
             raise UserError(
-                f"expected {key} of {name} as {wanted.__name__}, got {value!r}; give such"
+                f"expected {key} of {name} as {wanted.__name__}, got {value!r}; the default is "
+                f"{known[key]}"
             )
     made = kind(**settings)
     check_steps(made.steps)

@@ -24,7 +24,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from augment.diffusion.backbone import Denoiser
-from augment.diffusion.solver import ddim
+from augment.diffusion.solver import SOLVERS
 
 
 @dataclass(frozen=True)
@@ -54,4 +54,4 @@ class DDIM:
     ) -> dict[str, Tensor]:
         """See `augment.inversion.Inverter`."""
         levels = denoise.backbone.process.levels(self.steps)
-        return {"latents": ddim(denoise, clean, levels, tick)}
+        return {"latents": SOLVERS[self.solver](denoise, clean, levels, tick)}

@@ -3,18 +3,17 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from augment.inversion.midpoint import Midpoint
+from augment.inversion.ddim import DDIM
 
 
 @dataclass(frozen=True)
-class FireFlow(Midpoint):
+class FireFlow(DDIM):
     """`Midpoint` with the last middle's estimates for half steps (Deng et al., arXiv 2412.07517).
 
     Args:
         steps: solver steps, each a network evaluation, and one more at the first.
     """
 
-    steps: int = 50
     solver: ClassVar[str] = "fireflow"
 
     @property

@@ -5,19 +5,14 @@ first-order step leaves a second-order error: so images come back better at the 
 evaluations, without a fixed point to solve. Sample with the solver of the same name.
 """
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
-from jaxtyping import Float
-from torch import Tensor
-
-from augment.diffusion.backbone import Denoiser
-from augment.diffusion.solver import SOLVERS
+from augment.inversion.ddim import DDIM
 
 
 @dataclass(frozen=True)
-class Midpoint:
+class Midpoint(DDIM):
     """Inversion by `augment.diffusion.solver.midpoint`; RF-Solver, for rectified flow.
 
     Args:
@@ -26,21 +21,8 @@ class Midpoint:
 
     steps: int = 25
     solver: ClassVar[str] = "midpoint"
-    guidance: ClassVar[float] = 1.0
-    away: ClassVar[str] = "empty"
 
     @property
     def evaluations(self) -> int:
         """Network evaluations an image."""
         return 2 * self.steps
-
-    def __call__(
-        self,
-        denoise: Denoiser,
-        clean: Float[Tensor, "n c h w"],
-        tick: Callable[[], Any] = lambda: None,
-        seeds: Sequence[int] = (),
-    ) -> dict[str, Tensor]:
-        """See `augment.inversion.Inverter`."""
-        levels = denoise.backbone.process.levels(self.steps)
-        return {"latents": SOLVERS[self.solver](denoise, clean, levels, tick)}
