@@ -2,60 +2,102 @@ r"""The bank: per class, the latents of its labelled images, on disk.
 
 A bank is a folder::
 
-    manifest.json                 what is in it, and how it was made
-    0000/chunk-0000.safetensors   class 0, its first 256 latents: ``latents`` (n, C, H, W) float16
+    manifest.json                 what it is to hold, and how that is made: the plan
+    0000/chunk-0000.safetensors   some latents of a class: ``latents`` (n, C, H, W) float16, and in
+                                  float32 their ``norms`` (n,) and ``errors`` (n,), the mean
+                                  squared difference of each image, in [0, 1], to its latent
+                                  sampled back
+    0000/chunk-0000.clean.safetensors   if asked for: ``clean`` (n, C, H, W) float16, z₀
     0000/chunk-0000.nulls.safetensors   what null-text inversion adds: ``nulls`` (g, steps, …)
                                   float16 and ``null_rows`` (n,), which of them is an image's
-    0000/chunk-0001.safetensors   … and ``norms`` (n,) float32 beside the latents
-    0001/chunk-0000.safetensors   class 1 …
+    0000/chunk-0000.json          the chunk's commit record
+    rejects.jsonl                 the images that were left out, and why
 
-The manifest (schema 1) holds the latent shape; the **fingerprint**, which must match before
-latents may be mixed or sampled: backbone, weights, process, inversion, steps, guidance; the
-**recipe**, how `load_backbone` makes the backbone again, for information; and the
-classes in label order, each with its prompt, the ids it is to hold, and its chunks so far (file,
-bytes, SHA-256, and each image's id with the SHA-256 of its file). A chunk counts from the moment
-the manifest names it, and the manifest is replaced whole; so an interrupted inversion goes on
-from its last chunk, and `LatentBank.open` refuses a bank that is not complete.
+The manifest (schema 2) holds the latent shape; the **fingerprint**, which must match before
+latents may be mixed or sampled: backbone (weights, codec, process, resolution), inversion (method,
+solver, steps, guidance), preprocessing; for information the **recipe**, how `load_backbone` makes
+the backbone again, the **source** of the images and the versions it was made **with**; and the
+classes in label order, each with its folder, prompt and chunks: their number, the ids of their
+images, at most `CHUNK`, and the unit of the job that makes them (`augment.fill`).
+
+A commit record holds bytes and SHA-256 of each of the chunk's files; bytes, SHA-256 and shorter
+side of each image's file; the images left out, with the reason; and statistics of the latents. It
+is written last, and **a chunk counts if and only if its record is there**; the manifest never
+changes but for images that are added. So any number of workers may fill a bank, be killed and go
+on, and `LatentBank.open` refuses one that is not complete.
+
+Chunks are read by mapping them into memory, their size checked first, for a file cut short while
+mapped would kill the reader; their digests are checked the first time a process reads them.
 """
 
-import dataclasses
-import warnings
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+import hashlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from tqdm import tqdm
 
-from augment.diffusion.backbone import Backbone, check_batch
-from augment.errors import BankMismatch, EnlargedWarning, UserError
-from augment.files import check_folder, read_json, sha256, write_bytes, write_json
-from augment.images import shorter_side
-from augment.inversion import check_guidance, inverted, inverter
+from augment.diffusion.backbone import Backbone
+from augment.errors import BankMismatch, UserError
+from augment.features import read_vectors
+from augment.files import fits, read_json
+from augment.plan import Plan
 
-SCHEMA = 1
+SCHEMA = 2
 CHUNK = 256
-ENLARGED = 1.5  # by how much images may be enlarged in silence
+PLANNED = {"number": int, "unit": int, "ids": [str]}
+MANIFEST = {
+    "schema": int,
+    "latent_shape": [int],
+    "fingerprint": {
+        "backbone": dict,
+        "inversion": {"method": str, "steps": int, "guidance": (int, float)},
+        "preprocessing": str,
+    },
+    "recipe": dict,
+    "source": str,
+    "keeps": [str],
+    "made_with": dict,
+    "classes": [{"name": str, "folder": str, "prompt": str, "chunks": [PLANNED]}],
+}
+IMAGE = {"id": str, "bytes": int, "sha256": str, "side": int}
+RECORD = {
+    "files": dict,
+    "images": [IMAGE],
+    "rejects": [{"id": str, "bytes": int, "reason": str}],
+    "statistics": {"norm?": float, "channel_means?": [float], "error?": float},
+}
+CPU = torch.device("cpu")
+KINDS = ("latents", "clean", "nulls")
 
 
-@runtime_checkable
-class Source(Protocol):
-    """Where labelled images come from."""
+@dataclass(frozen=True)
+class Chunk:
+    """A committed chunk: the path of its files without suffix, and its record."""
 
-    ids: dict[str, list[str]]
+    stem: Path
+    record: dict[str, Any]
 
-    def read(self, image_id: str) -> bytes:
-        """The bytes of an image's file."""
-        ...
+    def file(self, kind: str) -> Path:
+        """The path of its file of a kind."""
+        return file_of(self.stem, kind)
 
-    def load(self, image_id: str, channels: int, resolution: int) -> Tensor:
-        """The prepared image."""
-        ...
+    @property
+    def ids(self) -> list[str]:
+        """The images it holds, row by row."""
+        return [image["id"] for image in self.record["images"]]
+
+
+def file_of(stem: Path, kind: str) -> Path:
+    """The path of a chunk's file of a kind."""
+    part = "" if kind == "latents" else f".{kind}"
+    return stem.with_name(f"{stem.name}{part}.safetensors")
 
 
 @dataclass(frozen=True)
@@ -65,12 +107,18 @@ class LatentBank:
     Args:
         path: the folder.
         manifest: its manifest.
+        chunks: the committed chunks of each class, in label order.
         members: the image ids of each class that this view shows, in label order.
+        device: where latents are given: ``cpu``, unless it was moved by `to`.
     """
 
     path: Path
     manifest: dict[str, Any]
+    chunks: dict[str, list[Chunk]]
     members: dict[str, tuple[str, ...]]
+    device: torch.device = CPU
+    _resident: dict[Path, Tensor] = field(default_factory=dict, repr=False, compare=False)
+    _checked: set[Path] = field(default_factory=set, repr=False, compare=False)
 
     @classmethod
     def open(cls, path: str | Path) -> "LatentBank":
@@ -81,17 +129,33 @@ class LatentBank:
         """
         path = Path(path)
         manifest = read_manifest(path)
-        done = {
-            c["name"]: tuple(i["id"] for k in c["chunks"] for i in k["images"])
-            for c in manifest["classes"]
-        }
-        missing = sum(len(c["ids"]) - len(done[c["name"]]) for c in manifest["classes"])
+        chunks: dict[str, list[Chunk]] = {}
+        missing = 0
+        for record in manifest["classes"]:
+            chunks[record["name"]] = []
+            for stem, plan in stems(path, record):
+                done = read_record(stem)
+                if done is None:
+                    missing += len(plan["ids"])
+                elif done["images"] and (
+                    len(done["statistics"]["channel_means"]) != manifest["latent_shape"][0]
+                ):
+                    raise damaged(stem)
+                else:
+                    chunks[record["name"]].append(Chunk(stem, done))
         if missing:
             raise UserError(
                 f"expected a complete bank at {path}, got one that lacks {missing} images; "
                 "run the same latent-augment invert command again to finish it"
             )
-        return cls(path, manifest, done)
+        members = {name: tuple(i for c in parts for i in c.ids) for name, parts in chunks.items()}
+        for name, ids in members.items():
+            if not ids:
+                raise UserError(
+                    f"expected a latent of each class in {path}, got none of {name!r}: all its "
+                    "images are in rejects.jsonl; mend them or remove the class, and invert again"
+                )
+        return cls(path, manifest, chunks, members)
 
     @property
     def classes(self) -> list[str]:
@@ -105,7 +169,8 @@ class LatentBank:
 
     def prompt(self, class_name: str) -> str:
         """The prompt a class was inverted with; empty if none."""
-        return self._class(class_name)["prompt"]
+        self._chunks(class_name)
+        return next(c["prompt"] for c in self.manifest["classes"] if c["name"] == class_name)
 
     @property
     def inversion(self) -> dict[str, Any]:
@@ -115,7 +180,86 @@ class LatentBank:
     @property
     def recipe(self) -> dict[str, Any]:
         """The arguments of `load_backbone` that made the backbone; by its name if unknown."""
-        return self.manifest.get("recipe") or {"name_or_path": self.fingerprint["backbone"]["name"]}
+        return self.manifest["recipe"] or {"name_or_path": self.fingerprint["backbone"]["name"]}
+
+    def to(self, device: torch.device | str) -> "LatentBank":
+        """The same bank with all its latents, float16, in a device's memory.
+
+        What is computed there equals what a CPU computes but for the last bits.
+
+        Raises:
+            UserError: they do not fit.
+        """
+        device = torch.device(device)
+        chunks = [chunk for parts in self.chunks.values() for chunk in parts if chunk.ids]
+        size = sum(chunk.record["files"]["latents"]["bytes"] for chunk in chunks)
+        room = free_memory(device)
+        if size > room:
+            raise UserError(
+                f"expected memory for {size:,} bytes of latents on {device}, got {room:,}; leave "
+                "the bank on disk, from where it is read as needed"
+            )
+        resident = {c.stem: self._read(c, "latents", "latents")[0].to(device) for c in chunks}
+        return replace(self, device=device, _resident=resident)
+
+    def gather(
+        self, plans: Sequence[Plan]
+    ) -> tuple[Float[Tensor, "b k c h w"], Float[Tensor, "b k"]]:
+        """What plans mix: their members' latents, and the weights, float32 on the bank's device.
+
+        Only the rows that are asked for are read. A plan with fewer members than another has
+        points of zeros at its end, of weight 0, which no rule sees.
+
+        Raises:
+            UserError: the bank lacks one of the images, a plan's lists differ in length, or a chunk
+                is missing or damaged.
+        """
+        count = max((len(plan.members) for plan in plans), default=0)
+        shape = self.manifest["latent_shape"]
+        full = all(len(plan.members) == count for plan in plans)
+        make = torch.empty if full else torch.zeros
+        points = make(len(plans) * count, *shape, device=self.device)
+        weights = torch.zeros(len(plans), count, dtype=torch.float64)
+        wanted: dict[Path, tuple[Chunk, list[tuple[int, int]]]] = {}
+        for b, plan in enumerate(plans):
+            if not 0 < len(plan.members) == len(plan.weights) == len(plan.member_classes):
+                raise UserError(
+                    "expected a weight for each member of a plan, and a class if any are given, "
+                    f"got {len(plan.members)} members, {len(plan.weights)} weights and "
+                    f"{len(plan.classes)} classes; take the plan as the planner made it"
+                )
+            weights[b, : len(plan.weights)] = torch.tensor(plan.weights, dtype=torch.float64)
+            homes = zip(plan.member_classes, plan.members, strict=True)
+            for k, (name, image_id) in enumerate(homes):
+                chunk, row = self.place(name, image_id)
+                wanted.setdefault(chunk.stem, (chunk, []))[1].append((b * count + k, row))
+        for chunk, spots in wanted.values():
+            places, rows = torch.tensor(spots, device=self.device).T
+            points.index_copy_(0, places, self._latents(chunk)[rows].float())
+        return points.view(len(plans), count, *shape), weights.float().to(self.device)
+
+    def place(self, class_name: str, image_id: str) -> tuple[Chunk, int]:
+        """The chunk and row of one of the members.
+
+        Raises:
+            UserError: the bank has no such image in the class.
+        """
+        found = self._places.get(class_name, {}).get(image_id)
+        if found is None:
+            raise UserError(
+                f"expected the plan's images in class {class_name!r} of {self.path}, got no "
+                f"{image_id} there; use the bank that the plan was made for"
+            )
+        return found
+
+    @cached_property
+    def _places(self) -> dict[str, dict[str, tuple[Chunk, int]]]:
+        """By class and id, where the members are."""
+        places = {}
+        for name, ids in self.members.items():
+            all_ = {i: (c, row) for c in self.chunks[name] for row, i in enumerate(c.ids)}
+            places[name] = {image_id: all_[image_id] for image_id in ids}
+        return places
 
     def latents(self, class_name: str) -> Float[Tensor, "n c h w"]:
         """The latents of a class in float32, in the order of ``members``.
@@ -123,9 +267,23 @@ class LatentBank:
         Raises:
             UserError: no such class, or a chunk is missing or damaged.
         """
-        chunks = self._class(class_name)["chunks"]
-        rows = torch.cat([self._file(chunk, "latents")["latents"] for chunk in chunks]).float()
-        return rows[self._places(class_name)]
+        return self._rows(class_name, self._latents).float()
+
+    def clean(self, class_name: str) -> Float[Tensor, "n c h w"]:
+        """The clean latents of a class in float32, in the order of ``members``.
+
+        Raises:
+            UserError: the bank has none, no such class, or a chunk is missing or damaged.
+        """
+        return self._rows(class_name, lambda c: self._read(c, "clean", "clean")[0]).float()
+
+    def errors(self, class_name: str) -> Float[Tensor, " n"]:
+        """What each image of a class loses on the way to its latent and back: mean squared error.
+
+        Raises:
+            UserError: the bank has none, no such class, or a chunk is missing or damaged.
+        """
+        return self._rows(class_name, lambda c: self._read(c, "latents", "errors")[0])
 
     def nulls(self, class_name: str) -> tuple[Float[Tensor, "g steps ..."], Int[Tensor, " n"]]:
         """A class's embeddings by null-text inversion, float16, and which is whose of ``members``.
@@ -133,26 +291,13 @@ class LatentBank:
         Raises:
             UserError: the bank has none, no such class, or a file is missing or damaged.
         """
-        chunks = self._class(class_name)["chunks"]
-        if any("nulls" not in chunk for chunk in chunks):
-            raise UserError(
-                f"expected a bank of null_text at {self.path}, got one of "
-                f"{self.inversion['method']}; invert with that"
-            )
-        parts, rows, offset = [], [], 0
-        for chunk in chunks:
-            found = self._file(chunk["nulls"], "nulls", "null_rows")
-            parts.append(found["nulls"])
-            rows.append(found["null_rows"] + offset)
-            offset += len(found["nulls"])
-        return torch.cat(parts), torch.cat(rows)[self._places(class_name)]
-
-    def _places(self, class_name: str) -> list[int]:
-        """Where in a class's chunks its members stand."""
-        chunks = self._class(class_name)["chunks"]
-        ids = [image["id"] for chunk in chunks for image in chunk["images"]]
-        row_of = {image_id: row for row, image_id in enumerate(ids)}
-        return [row_of[image_id] for image_id in self.members[class_name]]
+        nulls, rows, offset = [], {}, 0
+        for chunk in filled(self._chunks(class_name)):
+            part, places = self._read(chunk, "nulls", "nulls", "null_rows")
+            nulls.append(part)
+            rows |= zip(chunk.ids, (places + offset).tolist(), strict=True)
+            offset += len(part)
+        return torch.cat(nulls), torch.tensor([rows[i] for i in self.members[class_name]])
 
     def features(self, which: str | Path) -> dict[str, Float[Tensor, "n f"]]:
         """A vector of every image, by class, in the order of ``members``: what nearness goes by.
@@ -170,6 +315,13 @@ class LatentBank:
         ids = [image_id for members in self.members.values() for image_id in members]
         vectors = read_vectors(Path(which), ids)
         return {name: torch.stack([vectors[i] for i in m]) for name, m in self.members.items()}
+
+    def largest_mean(self, class_name: str) -> float:
+        """The largest |channel mean| of a class's latents, from their records."""
+        records = [chunk.record for chunk in filled(self._chunks(class_name))]
+        rows = torch.tensor([record["statistics"]["channel_means"] for record in records])
+        counts = torch.tensor([len(record["images"]) for record in records])
+        return ((counts[:, None] * rows).sum(0) / counts.sum()).abs().max().item()
 
     def subset(self, keep: Callable[[str], bool]) -> "LatentBank":
         """A view of the images whose id passes ``keep``; classes and labels stay.
@@ -193,54 +345,78 @@ class LatentBank:
         """
         require_same(self.path, self.fingerprint["backbone"], backbone.fingerprint)
 
-    def _class(self, name: str) -> dict[str, Any]:
-        for record in self.manifest["classes"]:
-            if record["name"] == name:
-                return record
-        raise UserError(f"expected a class out of {', '.join(self.classes)}, got {name!r}")
-
-    def _file(self, chunk: dict[str, Any], *keys: str) -> dict[str, Tensor]:
-        path = self.path / chunk["file"]
-        try:
-            content = path.read_bytes()
-            if sha256(content) != chunk["sha256"]:
-                raise UserError(
-                    f"expected {path} as it was written, got other bytes; "
-                    "delete the bank and invert again"
-                )
-            tensors = load(content)
-            return {key: tensors[key] for key in keys}
-        except (OSError, SafetensorError, KeyError) as error:
+    def _chunks(self, class_name: str) -> list[Chunk]:
+        if class_name not in self.chunks:
             raise UserError(
-                f"expected a readable chunk {path}, got {error!r}; delete the bank and invert again"
+                f"expected a class out of {', '.join(self.classes)}, got {class_name!r}"
+            )
+        return self.chunks[class_name]
+
+    def _rows(self, class_name: str, read: Callable[[Chunk], Tensor]) -> Tensor:
+        """A class's rows of a kind, in the order of its members."""
+        chunks = filled(self._chunks(class_name))
+        rows = {i: row for row, i in enumerate(i for c in chunks for i in c.ids)}
+        places = [rows[image_id] for image_id in self.members[class_name]]
+        parts = [read(chunk) for chunk in chunks]
+        stored = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return stored if places == list(range(len(stored))) else stored[places]
+
+    def _latents(self, chunk: Chunk) -> Tensor:
+        """A chunk's latents as they are stored, from where they are nearest."""
+        resident = self._resident.get(chunk.stem)
+        return self._read(chunk, "latents", "latents")[0] if resident is None else resident
+
+    def _read(self, chunk: Chunk, kind: str, *keys: str) -> list[Tensor]:
+        """Tensors of one of a chunk's files."""
+        path, known = chunk.file(kind), chunk.record["files"].get(kind)
+        if known is None or not set(keys) <= set(known["holds"]):
+            raise UserError(
+                f"expected a bank that keeps {keys[0]} at {self.path}, got one of "
+                f"{self.inversion['method']} that does not; invert again "
+                + ("with null_text" if kind == "nulls" else f"and keep {keys[0]}")
+            )
+        try:
+            if path not in self._checked:
+                check_file(path, known)
+                self._checked.add(path)
+            elif os.stat(path).st_size != known["bytes"]:  # noqa: PTH116, a microsecond less
+                raise OSError("a file of another size")
+            with safe_open(path, framework="pt") as file:
+                return [file.get_tensor(key) for key in keys]
+        except (OSError, SafetensorError) as error:
+            raise UserError(
+                f"expected {path} as it was written, got {error}; latent-augment verify --discard "
+                "true takes what is damaged out, and the same latent-augment invert command "
+                "makes it again"
             ) from None
 
 
-def read_vectors(path: Path, ids: list[str]) -> dict[str, Float[Tensor, " f"]]:
-    """The vectors of images in a .safetensors file, float32; see `LatentBank.features`."""
-    try:
-        vectors = {key: vector.float() for key, vector in load(path.read_bytes()).items()}
-    except (OSError, SafetensorError) as error:
-        raise UserError(
-            f"expected latent or a readable .safetensors file of features, got {path} ({error}); "
-            "check the path"
-        ) from None
-    missing = [i for i in ids if i not in vectors]
-    if missing:
-        raise UserError(
-            f"expected a vector in {path} for each of {len(ids)} images of the bank, got none for "
-            f"{missing[0]}; add it under that name"
-        )
-    shape = (vectors[ids[0]].numel(),)
-    for image_id in ids:
-        vector = vectors[image_id]
-        if vector.shape != shape or not vector.isfinite().all():
-            found = "NaN or infinity" if vector.shape == shape else f"shape {tuple(vector.shape)}"
-            raise UserError(
-                f"expected finite vectors in {path}, all of shape {shape}, got {found} for "
-                f"{image_id}; mend that one"
-            )
-    return vectors
+def filled(chunks: list[Chunk]) -> list[Chunk]:
+    """Those of which not all images were rejected."""
+    return [chunk for chunk in chunks if chunk.ids]
+
+
+def check_file(path: Path, known: dict[str, Any]) -> None:
+    """Compare a file with its record.
+
+    Raises:
+        OSError: it is missing, or of another size or digest.
+    """
+    size = path.stat().st_size
+    if size != known["bytes"]:
+        raise OSError(f"{size} bytes instead of {known['bytes']}")
+    with path.open("rb") as file:
+        if hashlib.file_digest(file, "sha256").hexdigest() != known["sha256"]:
+            raise OSError("other bytes")
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that a device has to spare, a fifth left for others."""
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+    else:
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return free * 4 // 5
 
 
 def require_same(path: Path, have: dict[str, Any], want: dict[str, Any]) -> None:
@@ -253,196 +429,67 @@ def require_same(path: Path, have: dict[str, Any], want: dict[str, Any]) -> None
             )
 
 
-def fill_bank(
-    path: str | Path,
-    backbone: Backbone,
-    source: Source,
-    prompts: dict[str, str] | None = None,
-    inversion: str = "forward_start",
-    steps: int = 25,
-    guidance: float | None = None,
-    batch_size: int = 64,
-    **settings: Any,
-) -> LatentBank:
-    """Invert a source's images into a bank; a partial bank of the same settings is completed.
-
-    Args:
-        path: the bank's folder, made if needed.
-        backbone: the model to invert with.
-        source: labelled images, such as `augment.sources.Folder`.
-        prompts: a prompt for each class; none by default.
-        inversion: a key of `augment.inversion.INVERTERS`.
-        steps: solver steps.
-        guidance: scale of classifier-free guidance; see `augment.invert`.
-        batch_size: images a network call; halved if a GPU's memory is too small.
-        settings: the inversion's others, such as ``iterations`` of ``fixed_point``.
-
-    Raises:
-        ImageRejected: an image cannot be read; nothing is written then.
-        BankMismatch: the folder holds a bank of other settings.
-        UserError: the bank holds other images, a prompt or setting is unknown, or a latent is not
-            finite.
-
-    Warns:
-        EnlargedWarning: images are much smaller than the backbone's.
-    """
-    path, prompts = Path(path), prompts or {}
-    # what can be refused is refused before anything is read or written
-    run = inverter(inversion, steps=steps, **settings)
-    check_batch(batch_size)
-    check_folder(path)
-    unknown = prompts.keys() - source.ids.keys()
-    if unknown:
-        raise UserError(
-            f"expected prompts for classes out of {', '.join(source.ids)}, got one for "
-            f"{min(unknown)!r}; choose one of these"
-        )
-    scale = run.guidance if guidance is None else guidance
-    texts = [prompts.get(name, "") for name in source.ids]
-    check_guidance(run, backbone, texts, scale)
-    backbone.condition(texts)
-    digests = read_all(source, backbone)
-    manifest = {
-        "schema": SCHEMA,
-        "latent_shape": list(backbone.latent_shape),
-        "fingerprint": {
-            "backbone": backbone.fingerprint,
-            "inversion": {"method": inversion, "guidance": scale, **dataclasses.asdict(run)},  # type: ignore[call-overload]
-        },
-        "recipe": backbone.recipe,
-        "classes": [
-            {"name": name, "prompt": prompts.get(name, ""), "ids": ids, "chunks": []}
-            for name, ids in source.ids.items()
-        ],
-    }
-    if (path / "manifest.json").exists():
-        manifest = resume(path, manifest, digests)
-    write_json(path / "manifest.json", manifest)
-    size = 2**26 // (backbone.channels * backbone.resolution**2)  # pixels that memory holds
-    jobs = list(todo(manifest, min(CHUNK, 16 if run.away == "nulls" else CHUNK, max(size, 1))))
-    with tqdm(total=len(digests), desc="bank", unit="image", delay=2, leave=False) as bar:
-        bar.update(len(digests) - sum(len(ids) for _, _, ids in jobs))
-        for label, record, ids in jobs:
-            images = torch.stack(
-                [source.load(i, backbone.channels, backbone.resolution) for i in ids]
-            )
-            seeds = [int(digests[i][:8], 16) for i in ids]
-            kept = inverted(run, backbone, images, record["prompt"], scale, batch_size, seeds)
-            stem = f"{label:04d}/chunk-{len(record['chunks']):04d}"
-            chunk: dict[str, Any] = store(path, f"{stem}.safetensors", pack(kept["latents"], ids))
-            if "nulls" in kept:
-                content = pack_nulls(kept["nulls"], kept["null_rows"])
-                chunk["nulls"] = store(path, f"{stem}.nulls.safetensors", content)
-            chunk["images"] = [{"id": i, "sha256": digests[i]} for i in ids]
-            record["chunks"].append(chunk)
-            write_json(path / "manifest.json", manifest)
-            bar.update(len(ids))
-    return LatentBank.open(path)
-
-
-def store(root: Path, file: str, content: bytes) -> dict[str, Any]:
-    """Write a file of the bank; its record in the manifest."""
-    write_bytes(root / file, content)
-    return {"file": file, "bytes": len(content), "sha256": sha256(content)}
-
-
-def read_all(source: Source, backbone: Backbone) -> dict[str, str]:
-    """Decode every image once, so that a bad one stops the job before it begins; the digests."""
-    digests, small = {}, {}
-    ids = [i for members in source.ids.values() for i in members]
-    for image_id in tqdm(ids, "check images", unit="image", delay=2, leave=False):
-        source.load(image_id, backbone.channels, backbone.resolution)
-        content = source.read(image_id)
-        digests[image_id] = sha256(content)
-        side = shorter_side(content)
-        if side and side * ENLARGED < backbone.resolution:
-            small[image_id] = side
-    if small:
-        least = min(small, key=lambda image_id: small[image_id])
-        warnings.warn(
-            f"expected images of about {backbone.resolution} pixels, got {len(small)} of "
-            f"{len(ids)} that are enlarged more than {ENLARGED}-fold ({least}: {small[least]}); "
-            "their latents are of blurred images",
-            EnlargedWarning,
-            stacklevel=3,
-        )
-    return digests
+def stems(root: Path, record: dict[str, Any]) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """Path without suffix, and plan, of each chunk of a class."""
+    for plan in record["chunks"]:
+        yield root / record["folder"] / f"chunk-{plan['number']:04d}", plan
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """A manifest of this schema, with everything that is read of one."""
+    """A manifest of this schema.
+
+    Raises:
+        UserError: there is none, or it is of another schema or damaged.
+    """
     manifest = read_json(path / "manifest.json", "a bank")
-    try:
-        if manifest["schema"] != SCHEMA:
-            raise KeyError("schema")
-        for part in ("backbone", "inversion"):
-            dict(manifest["fingerprint"][part])
-        for record in manifest["classes"]:
-            _ = record["name"], record["prompt"], list(record["ids"])
-            for chunk in record["chunks"]:
-                _ = (
-                    chunk["file"],
-                    chunk["sha256"],
-                    [(i["id"], i["sha256"]) for i in chunk["images"]],
-                )
-                _ = [chunk["nulls"][key] for key in ("file", "sha256") if "nulls" in chunk]
-    except (KeyError, TypeError, ValueError):
+    if isinstance(manifest, dict) and manifest.get("schema") not in (SCHEMA, None):
         raise UserError(
-            f"expected a bank of schema {SCHEMA} at {path}, got another; invert again"
-        ) from None
+            f"expected a bank of schema {SCHEMA} at {path}, got schema {manifest['schema']} of "
+            "another version of latent-augment; invert again, into a new folder"
+        )
+    if not fits(manifest, MANIFEST) or not sound(manifest):
+        raise UserError(f"expected a manifest of a bank at {path}, got another; invert again")
     return manifest
 
 
-def resume(path: Path, manifest: dict[str, Any], digests: dict[str, str]) -> dict[str, Any]:
-    """The manifest on disk, if it is of the same job."""
-    old = read_manifest(path)
-    for part in ("backbone", "inversion"):
-        require_same(path, old["fingerprint"][part], manifest["fingerprint"][part])
-    jobs = [[{**c, "chunks": None} for c in m["classes"]] for m in (old, manifest)]
-    done = [image for c in old["classes"] for chunk in c["chunks"] for image in chunk["images"]]
-    if jobs[0] != jobs[1] or any(digests[image["id"]] != image["sha256"] for image in done):
-        raise UserError(
-            f"expected the bank {path} to hold the same images and prompts, got others; "
-            "use a new folder"
-        )
-    return old
+def sound(manifest: dict[str, Any]) -> bool:
+    """Whether what a manifest names can be: shapes of three, classes and folders once each."""
+    classes = manifest["classes"]
+    names, folders = ({record[key] for record in classes} for key in ("name", "folder"))
+    return (
+        len(manifest["latent_shape"]) == 3
+        and len(names) == len(folders) == len(classes) > 0
+        and all(folder.isascii() and folder.isdigit() for folder in folders)
+        and all(fits(value, str) for value in manifest["fingerprint"]["backbone"].values())
+        and "name" in manifest["fingerprint"]["backbone"]
+        and all(len({c["number"] for c in r["chunks"]}) == len(r["chunks"]) for r in classes)
+    )
 
 
-def todo(manifest: dict[str, Any], size: int) -> Iterator[tuple[int, dict[str, Any], list[str]]]:
-    """(label, class record, image ids) of every chunk, of so many images, that is not yet there."""
-    for label, record in enumerate(manifest["classes"]):
-        start = sum(len(chunk["images"]) for chunk in record["chunks"])
-        for first in range(start, len(record["ids"]), size):
-            yield label, record, record["ids"][first : first + size]
-
-
-def pack_nulls(nulls: Float[Tensor, "g steps ..."], rows: Int[Tensor, " n"]) -> bytes:
-    """The bytes of a chunk's embeddings.
+def read_record(stem: Path) -> dict[str, Any] | None:
+    """The commit record of a chunk; None if it is not committed.
 
     Raises:
-        UserError: one is not finite.
+        UserError: it is damaged.
     """
-    halves = nulls.half().cpu().contiguous()
-    if not halves.isfinite().all():
-        raise UserError(
-            "expected null-text embeddings that float16 can hold, got NaN or infinity; invert with "
-            "dtype float32 or less guidance"
-        )
-    return save({"nulls": halves, "null_rows": rows.cpu()})
+    path = stem.with_suffix(".json")
+    if not path.exists():
+        return None
+    record = read_json(path, "a commit record")
+    known = {"bytes": int, "sha256": str, "holds": [str]}
+    if (
+        not fits(record, RECORD)
+        or not all(kind in KINDS and fits(file, known) for kind, file in record["files"].items())
+        or bool(record["images"]) != ("latents" in record["files"])
+        or bool(record["images"]) != ("channel_means" in record["statistics"])
+    ):
+        raise damaged(stem)
+    return record
 
 
-def pack(latents: Float[Tensor, "n c h w"], ids: list[str]) -> bytes:
-    """A chunk's bytes.
-
-    Raises:
-        UserError: a latent is not finite; its image is named.
-    """
-    norms = latents.flatten(1).norm(dim=1)
-    halves = latents.half().cpu().contiguous()
-    for latent, image_id in zip(halves, ids, strict=True):
-        if not latent.isfinite().all():
-            raise UserError(
-                f"expected a latent of {image_id} that float16 can hold, got NaN or infinity; "
-                "invert with dtype float32 or leave the image out"
-            )
-    return save({"latents": halves, "norms": norms.cpu()})
+def damaged(stem: Path) -> UserError:
+    """What to say of a record that is none."""
+    return UserError(
+        f"expected the commit record of a chunk at {stem.with_suffix('.json')}, got another; "
+        "remove it, and the same latent-augment invert command makes the chunk again"
+    )

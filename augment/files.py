@@ -1,10 +1,14 @@
-"""Files that appear whole or not at all."""
+"""Files that appear whole or not at all, and folders that one run at a time works on."""
 
+import fcntl
 import hashlib
 import json
 import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from augment.errors import UserError
 
@@ -15,20 +19,93 @@ def check_folder(path: Path) -> None:
         raise UserError(f"expected a folder at {path}, got a file; choose another place")
 
 
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file to write that takes its place when it is complete, and leaves nothing if it is not.
+
+    It is written under a temporary name in the same folder, synchronised, renamed, and the folder
+    synchronised: after a power cut there is the old file or the new one. A kill leaves the
+    temporary file at most, for `sweep`.
+
+    Raises:
+        UserError: the disk is full, the folder read-only or the like.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with temporary.open("xb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        except BaseException:
+            with suppress(OSError):
+                temporary.unlink()
+            raise
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except OSError as error:
+        raise UserError(
+            f"expected to write {path}, got {error.strerror or error}; make room there or choose "
+            "another place, and run the same command again: nothing that was finished is lost"
+        ) from None
+
+
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write under a temporary name in the same folder, then rename."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("wb") as file:
+    """Write a file at once, by `replacing`."""
+    with replacing(path) as file:
         file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 def write_json(path: Path, record: Any) -> None:
     """Write a record as indented JSON."""
-    write_bytes(path, (json.dumps(record, indent=1, ensure_ascii=False) + "\n").encode())
+    text = json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    write_bytes(path, text.encode("utf-8", "surrogatepass"))  # names of files may be no UTF-8
+
+
+def sweep(root: Path) -> None:
+    """Remove what killed writers left below a folder that nobody writes to now."""
+    for path in root.rglob(".*.tmp"):
+        path.unlink(missing_ok=True)
+
+
+@contextmanager
+def locked(path: Path, shared: bool = False) -> Iterator[None]:
+    """Hold a folder, made if needed, for one run, or for several that know of each other.
+
+    The lock is the kernel's (``flock`` on the folder), so that a killed run leaves none behind.
+    Where a file system has none there is none: two runs then repeat each other's work, no more.
+
+    Raises:
+        UserError: another run holds it.
+    """
+    new = not path.exists()
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        handle = os.open(path, os.O_RDONLY)
+    except OSError as error:
+        raise UserError(
+            f"expected a folder to write to at {path}, got {error.strerror}; choose another place"
+        ) from None
+    try:
+        with suppress(OSError):
+            try:
+                fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(
+                    f"expected {path} for this run alone, got one that another run is at work on; "
+                    "wait for it or stop it, or start both as ranks of one job"
+                ) from None
+        yield
+    finally:
+        os.close(handle)
+        if new:
+            with suppress(OSError):
+                path.rmdir()  # nothing came of it
 
 
 def read_json(path: Path, what: str) -> Any:
@@ -41,8 +118,28 @@ def read_json(path: Path, what: str) -> Any:
         return json.loads(path.read_bytes())
     except FileNotFoundError:
         raise UserError(f"expected {what} at {path.parent}, got no {path.name} there") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"expected {what} at {path.parent}, got {path.name}: {error}") from None
+
+
+def fits(value: Any, shape: Any) -> bool:
+    """Whether a JSON value has a shape: a type, ``{key: shape}`` at least, or ``[shape]`` of any.
+
+    A key that ends in ``?`` may be missing. An integer is no bool, and not negative.
+
+    >>> fits({"n": 1, "of": ["a"]}, {"n": int, "of": [str]}), fits({"n": -1}, {"n": int})
+    (True, False)
+    """
+    if isinstance(shape, dict):
+        return isinstance(value, dict) and all(
+            fits(value[name], inner) if (name := key.rstrip("?")) in value else key[-1] == "?"
+            for key, inner in shape.items()
+        )
+    if isinstance(shape, list):
+        return isinstance(value, list) and all(fits(item, shape[0]) for item in value)
+    if shape is int:
+        return type(value) is int and value >= 0
+    return isinstance(value, shape) and not (shape is float and value != value)
 
 
 def sha256(content: bytes) -> str:

@@ -4,18 +4,20 @@ An image is a float32 tensor (C, H, W) in [0, 1] with C = 1 or 3.
 """
 
 import io
+import warnings
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from augment.errors import ImageRejected
 
 SUFFIXES = (".png", ".jpg", ".jpeg")
+BOMBS = (Image.DecompressionBombError, Image.DecompressionBombWarning)
 
 
 def prepare(
@@ -40,34 +42,51 @@ def prepare(
     return images[..., top : top + resolution, left : left + resolution]
 
 
-def load_image(path: Path, channels: int, resolution: int) -> Float[Tensor, "C R R"]:
-    """Read a PNG or JPEG file, upright, and `prepare` it.
+def decode_image(content: bytes, channels: int, resolution: int) -> Float[Tensor, "C R R"]:
+    """Decode the bytes of a PNG or JPEG file, upright, and `prepare` them.
 
     Raises:
-        ImageRejected: the file is missing, empty, truncated or not an image.
+        ImageRejected: they are empty, truncated, no image, an animation, or one of more pixels
+            than ``PIL.Image.MAX_IMAGE_PIXELS``.
     """
     try:
-        with Image.open(path) as file:
-            image = ImageOps.exif_transpose(file)
-            if image.mode.startswith("I;16"):  # which PIL would clip to its lowest 256 levels
-                image = Image.fromarray((np.array(image) / 257).round().astype(np.uint8))
-            image = image.convert("L" if channels == 1 else "RGB")
-            pixels = torch.from_numpy(np.array(image, dtype=np.float32) / 255)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ImageRejected(
-            f"expected a readable PNG or JPEG image, got {path} ({error}); mend or remove the file"
-        ) from None
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(io.BytesIO(content), formats=("PNG", "JPEG")) as file:
+                # a photograph with a preview in the same file (MPO) is one picture
+                if file.format == "PNG" and getattr(file, "is_animated", False):
+                    raise ValueError("an animation; save one picture of it")
+                image = ImageOps.exif_transpose(file)
+        if image.mode.startswith("I;16"):  # which PIL would clip to its lowest 256 levels
+            image = Image.fromarray((np.array(image) / 257).round().astype(np.uint8))
+        image = image.convert("L" if channels == 1 else "RGB")
+        pixels = torch.from_numpy(np.array(image, dtype=np.float32) / 255)
+    except (OSError, SyntaxError, ValueError, *BOMBS) as error:
+        unknown = isinstance(error, UnidentifiedImageError)  # whose text has an address in it
+        told = "not a PNG or JPEG image" if unknown else str(error)
+        raise ImageRejected(told if content else "an empty file") from None
     pixels = pixels[None] if channels == 1 else pixels.permute(2, 0, 1)
     return prepare(pixels[None], channels, resolution)[0]
 
 
-def shorter_side(content: bytes) -> int | None:
-    """The pixels of an image file's shorter side; None if it is no image."""
+def load_image(path: Path, channels: int, resolution: int) -> Float[Tensor, "C R R"]:
+    """Read a PNG or JPEG file; see `decode_image`.
+
+    Raises:
+        ImageRejected: the file is missing or cannot be decoded.
+    """
     try:
-        with Image.open(io.BytesIO(content)) as file:
-            return min(file.size)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
-        return None
+        return decode_image(path.read_bytes(), channels, resolution)
+    except (OSError, ImageRejected) as error:
+        raise ImageRejected(
+            f"expected a readable PNG or JPEG image, got {path} ({error}); mend or remove the file"
+        ) from None
+
+
+def shorter_side(content: bytes) -> int:
+    """The pixels of the shorter side of an image file that can be decoded."""
+    with Image.open(io.BytesIO(content)) as file:
+        return min(file.size)
 
 
 def to_pil(image: Float[Tensor, "c h w"]) -> Image.Image:

@@ -31,11 +31,12 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from augment.bank import LatentBank, fill_bank
+from augment.bank import LatentBank
 from augment.centroid.means import channel_mean
 from augment.diffusion import Backbone, load_backbone
 from augment.diffusion.solver import sample
 from augment.files import write_bytes, write_json
+from augment.fill import fill_bank
 from augment.images import prepare, save_image
 from augment.plan import Planner
 from augment.seeds import normal, rng

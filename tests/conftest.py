@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from augment.bank import LatentBank, fill_bank
+from augment.bank import LatentBank
 from augment.diffusion import Backbone, load_backbone
 from augment.diffusion.gaussian import GaussianBackbone
+from augment.fill import fill_bank
 from augment.sources import Folder
 
 COUNTS = {"ant": 3, "bee": 4, "cat": 1}

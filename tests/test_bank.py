@@ -9,12 +9,13 @@ import torch
 from conftest import COUNTS, paint, snapshot
 from safetensors.torch import load_file
 
-import augment.bank
+import augment.fill
 from augment import BankMismatch, ImageRejected, LatentBank, SyntheticDataset, UserError
-from augment.bank import fill_bank
 from augment.diffusion.gaussian import GaussianBackbone
 from augment.diffusion.process import Flow
+from augment.diffusion.solver import sample
 from augment.files import sha256
+from augment.fill import fill_bank
 from augment.inversion import inverted, inverter
 from augment.sources import Folder
 
@@ -51,26 +52,54 @@ def test_latents_are_those_of_their_images_in_half_precision(bank, gaussian, pic
         torch.testing.assert_close(bank.latents(name), expected.half().float())
 
 
-def test_the_manifest_names_every_image_and_digests_every_file(bank, pictures):
+def test_the_records_name_every_image_and_digest_every_file(bank, pictures):
     manifest = json.loads((bank.path / "manifest.json").read_bytes())
-    assert manifest["schema"] == 1
+    assert manifest["schema"] == 2
     assert manifest["latent_shape"] == [1, 8, 8]
     assert manifest["fingerprint"]["inversion"] == {
-        "method": "forward_start", "steps": 4, "start": 0.04, "guidance": 1,
+        "method": "forward_start", "solver": "fireflow", "steps": 4, "start": 0.04, "guidance": 1,
     }  # fmt: skip
-    named = [chunk for record in manifest["classes"] for chunk in record["chunks"]]
-    for chunk in named:
-        content = (bank.path / chunk["file"]).read_bytes()
-        assert (len(content), sha256(content)) == (chunk["bytes"], chunk["sha256"])
-        tensors = load_file(bank.path / chunk["file"])
+    assert manifest["source"] == str(pictures)
+    files = {"manifest.json"}
+    for known in manifest["classes"]:
+        (planned,) = known["chunks"]
+        stem = f"{known['folder']}/chunk-0000"
+        record = json.loads((bank.path / f"{stem}.json").read_bytes())
+        assert [image["id"] for image in record["images"]] == planned["ids"]
+        content = (bank.path / f"{stem}.safetensors").read_bytes()
+        kept = {"bytes": len(content), "sha256": sha256(content)}
+        assert record["files"]["latents"] == {**kept, "holds": ["errors", "latents", "norms"]}
+        tensors = load_file(bank.path / f"{stem}.safetensors")
         assert tensors["latents"].dtype == torch.float16
         norms = tensors["latents"].float().flatten(1).norm(dim=1)
-        torch.testing.assert_close(tensors["norms"], norms, rtol=1e-3, atol=0)
-        for image in chunk["images"]:
-            assert image["sha256"] == sha256((pictures / image["id"]).read_bytes())
-    assert set(snapshot(bank.path)) == {
-        "manifest.json", *(f"{n:04d}" for n in range(3)), *(chunk["file"] for chunk in named)
-    }  # fmt: skip
+        torch.testing.assert_close(tensors["norms"], norms)
+        for image in record["images"]:
+            content = (pictures / image["id"]).read_bytes()
+            assert (image["bytes"], image["sha256"]) == (len(content), sha256(content))
+            assert image["side"] == 8
+        means = tensors["latents"].float().mean((0, 2, 3)).tolist()
+        assert record["statistics"]["channel_means"] == means
+        files |= {known["folder"], f"{stem}.json", f"{stem}.safetensors"}
+    assert set(snapshot(bank.path)) == files
+
+
+def test_what_is_kept_beside_latents(bank, tmp_path, gaussian, pictures):
+    source = Folder(pictures)
+    images = torch.stack([source.load(i, 1, 8) for i in source.ids["bee"]])
+    back = sample(gaussian, bank.latents("bee"), steps=STEPS)
+    errors = (back - images).square().flatten(1).mean(1)
+    torch.testing.assert_close(bank.errors("bee"), errors, rtol=1e-3, atol=1e-7)
+    with pytest.raises(UserError, match="keeps clean"):
+        bank.clean("bee")
+    other = fill_bank(tmp_path / "b", gaussian, source, steps=STEPS, keeps=["clean"])
+    torch.testing.assert_close(other.clean("bee"), gaussian.encode(images).half().float())
+    assert torch.equal(other.latents("bee"), bank.latents("bee"))
+    with pytest.raises(UserError, match="keeps errors"):
+        other.errors("bee")
+    with pytest.raises(BankMismatch, match="kept"):
+        fill_bank(tmp_path / "b", gaussian, source, steps=STEPS)
+    with pytest.raises(UserError, match="errors or clean"):
+        fill_bank(tmp_path / "c", gaussian, source, steps=STEPS, keeps=["everything"])
 
 
 def test_an_opened_bank_is_the_one_that_was_filled(bank):
@@ -86,7 +115,7 @@ def test_prompts_are_kept_by_class(tmp_path, gaussian, pictures):
 
 def test_filling_a_full_bank_again_changes_nothing(copy, gaussian, pictures, monkeypatch):
     before = snapshot(copy)
-    monkeypatch.setattr(augment.bank, "inverted", None)  # it would be an error to call it
+    monkeypatch.setattr(augment.fill, "inverted", None)  # it would be an error to call it
     fill_bank(copy, gaussian, Folder(pictures), steps=STEPS)
     assert snapshot(copy) == before
 
@@ -95,19 +124,20 @@ def test_filling_a_full_bank_again_changes_nothing(copy, gaussian, pictures, mon
 def test_the_size_of_a_chunk_changes_no_latent(
     bank, chunk, tmp_path, gaussian, pictures, monkeypatch
 ):
-    monkeypatch.setattr(augment.bank, "CHUNK", chunk)
+    monkeypatch.setattr(augment.fill, "CHUNK", chunk)
     other = fill_bank(tmp_path / "b", gaussian, Folder(pictures), steps=STEPS)
-    assert len(chunks(other.path)) == sum(-(-count // chunk) for count in COUNTS.values())
+    parts = {1: 8, 2: 6, 256: 3}[chunk]  # a unit may end within a class
+    assert len([name for name in chunks(other.path) if name.endswith(".safetensors")]) == parts
     for name in COUNTS:
         torch.testing.assert_close(other.latents(name), bank.latents(name), rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("calls", range(5))
+@pytest.mark.parametrize("calls", range(4))
 def test_an_interrupted_bank_is_refused_until_the_same_command_completes_it(
     calls, tmp_path, gaussian, pictures, monkeypatch
 ):
-    """The power goes off before chunk number `calls` of the five there are (2, 2 and 1)."""
-    monkeypatch.setattr(augment.bank, "CHUNK", 2)
+    """The power goes off before unit number `calls` of the four there are, of two images each."""
+    monkeypatch.setattr(augment.fill, "CHUNK", 2)
     whole = fill_bank(tmp_path / "whole", gaussian, Folder(pictures), steps=STEPS)
     made = 0
 
@@ -119,17 +149,18 @@ def test_an_interrupted_bank_is_refused_until_the_same_command_completes_it(
         return inverted(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(augment.bank, "inverted", invert_until_interrupted)
+        patch.setattr(augment.fill, "inverted", invert_until_interrupted)
         with pytest.raises(KeyboardInterrupt):
             fill_bank(tmp_path / "part", gaussian, Folder(pictures), steps=STEPS)
-    assert len(chunks(tmp_path / "part")) == calls
+    done = [name for name in chunks(tmp_path / "part") if name.endswith(".json")]
+    assert len(done) == [0, 1, 3, 4][calls]
     with pytest.raises(UserError, match="run the same latent-augment invert command again"):
         LatentBank.open(tmp_path / "part")
     early = {
         name: (tmp_path / "part" / name).stat().st_mtime_ns for name in chunks(tmp_path / "part")
     }
     fill_bank(tmp_path / "part", gaussian, Folder(pictures), steps=STEPS)
-    assert chunks(tmp_path / "part") == chunks(whole.path)
+    assert snapshot(tmp_path / "part") == snapshot(whole.path)
     assert LatentBank.open(tmp_path / "part").members == whole.members
     for name, written in early.items():
         assert (tmp_path / "part" / name).stat().st_mtime_ns == written, "made a second time"
@@ -161,10 +192,6 @@ def test_a_bank_of_another_backbone_is_refused_by_the_dataset(other, bank):
         SyntheticDataset(bank, GaussianBackbone(**model))
 
 
-def more(root: Path) -> None:
-    shutil.copy(root / "ant" / "0.png", root / "ant" / "9.png")
-
-
 def fewer(root: Path) -> None:
     (root / "bee" / "0.png").unlink()
 
@@ -177,7 +204,7 @@ def repainted(root: Path) -> None:
     shutil.copy(root / "ant" / "1.png", root / "ant" / "0.png")
 
 
-@pytest.mark.parametrize("change", [more, fewer, renamed, repainted])
+@pytest.mark.parametrize("change", [fewer, renamed, repainted])
 def test_a_bank_of_other_images_is_not_touched(change, copy, tmp_path, gaussian, pictures):
     changed = shutil.copytree(pictures, tmp_path / "changed")
     change(changed)
@@ -185,6 +212,30 @@ def test_a_bank_of_other_images_is_not_touched(change, copy, tmp_path, gaussian,
     with pytest.raises(UserError, match="other"):
         fill_bank(copy, gaussian, Folder(changed), steps=STEPS)
     assert snapshot(copy) == before
+
+
+def test_images_that_are_added_are_appended(copy, bank, tmp_path, gaussian, pictures, monkeypatch):
+    grown = shutil.copytree(pictures, tmp_path / "grown")
+    paint(grown, {"bat": 2}, seed=1)  # between ant and bee
+    shutil.copy(grown / "bat" / "1.png", grown / "ant" / "01.png")
+    before = snapshot(copy)
+    after = fill_bank(copy, gaussian, Folder(grown), steps=STEPS)
+    assert after.classes == ["ant", "bat", "bee", "cat"]
+    assert after.members["ant"] == ("ant/0.png", "ant/1.png", "ant/2.png", "ant/01.png")
+    for name in COUNTS:
+        assert torch.equal(after.latents(name)[: COUNTS[name]], bank.latents(name))
+    whole = fill_bank(tmp_path / "whole", gaussian, Folder(grown), steps=STEPS)
+    order = [after.members["ant"].index(i) for i in whole.members["ant"]]
+    torch.testing.assert_close(
+        after.latents("ant")[order], whole.latents("ant"), rtol=1e-3, atol=1e-3
+    )
+    now = snapshot(copy)
+    assert {name: now[name] for name in before if name != "manifest.json"} == {
+        name: content for name, content in before.items() if name != "manifest.json"
+    }
+    monkeypatch.setattr(augment.fill, "inverted", None)  # it would be an error to call it
+    fill_bank(copy, gaussian, Folder(grown), steps=STEPS)
+    assert snapshot(copy) == now
 
 
 def test_a_bank_of_other_prompts_is_not_touched(copy, gaussian, pictures):
@@ -220,7 +271,7 @@ class NotFinite(GaussianBackbone):
 
 def test_a_latent_that_is_not_finite_is_refused_by_its_image(tmp_path, pictures):
     backbone = NotFinite(latent_shape=(1, 8, 8))
-    with pytest.raises(UserError, match=r"ant/2\.png"):
+    with pytest.raises(UserError, match=r"cat/0\.png"):  # the last of the batch
         fill_bank(tmp_path / "b", backbone, Folder(pictures), steps=STEPS)
     assert not chunks(tmp_path / "b")
 
@@ -231,13 +282,54 @@ def test_a_latent_too_large_for_half_precision_is_refused_by_its_image(tmp_path,
         fill_bank(tmp_path / "b", backbone, Folder(pictures), steps=1)
 
 
-@pytest.mark.parametrize("content", [b"", b"\x89PNG\r\n\x1a\n", b"not an image"])
-def test_a_corrupt_image_stops_the_job_before_anything_is_written(content, tmp_path, gaussian):
+BROKEN = [b"", b"\x89PNG\r\n\x1a\n", b"not an image"]
+
+
+@pytest.mark.parametrize("content", BROKEN)
+def test_too_many_corrupt_images_stop_the_job_and_a_mended_one_lets_it_go_on(
+    content, tmp_path, gaussian
+):
     root = paint(tmp_path / "images")
+    whole = fill_bank(tmp_path / "whole", gaussian, Folder(root), steps=1)
+    good = (root / "cat" / "0.png").read_bytes()
     (root / "cat" / "0.png").write_bytes(content)
     with pytest.raises(ImageRejected, match=r"cat/0\.png"):
         fill_bank(tmp_path / "b", gaussian, Folder(root), steps=1)
-    assert not (tmp_path / "b").exists()
+    assert not chunks(tmp_path / "b")
+    (root / "cat" / "0.png").write_bytes(good)
+    fill_bank(tmp_path / "b", gaussian, Folder(root), steps=1)
+    assert snapshot(tmp_path / "b") == snapshot(whole.path)
+
+
+@pytest.mark.parametrize("content", BROKEN)
+def test_a_few_corrupt_images_are_left_out_and_listed_until_they_are_mended(
+    content, tmp_path, gaussian
+):
+    root = paint(tmp_path / "images")
+    good = (root / "bee" / "1.png").read_bytes()
+    (root / "bee" / "1.png").write_bytes(content)
+    filled = fill_bank(tmp_path / "b", gaussian, Folder(root), steps=1, max_rejects=0.2)
+    assert filled.members["bee"] == ("bee/0.png", "bee/2.png", "bee/3.png")
+    assert len(filled.latents("bee")) == 3
+    (line,) = (tmp_path / "b" / "rejects.jsonl").read_text().splitlines()
+    assert json.loads(line)["id"] == "bee/1.png" and json.loads(line)["reason"]
+    before = snapshot(tmp_path / "b")
+    fill_bank(tmp_path / "b", gaussian, Folder(root), steps=1, max_rejects=0.2)
+    assert snapshot(tmp_path / "b") == before
+    (root / "bee" / "1.png").write_bytes(good)
+    mended = fill_bank(tmp_path / "b", gaussian, Folder(root), steps=1, max_rejects=0.2)
+    assert mended.members["bee"] == ("bee/0.png", "bee/2.png", "bee/3.png", "bee/1.png")
+    assert mended.latents("bee").isfinite().all()
+
+
+def test_a_class_without_a_single_image_is_named(tmp_path, gaussian):
+    root = paint(tmp_path / "images")
+    (root / "cat" / "0.png").write_bytes(b"")
+    with pytest.raises(UserError, match="'cat'"):
+        fill_bank(tmp_path / "b", gaussian, Folder(root), steps=1, max_rejects=0.5)
+    shutil.rmtree(root / "cat")
+    filled = fill_bank(tmp_path / "b", gaussian, Folder(root), steps=1, max_rejects=0.5)
+    assert filled.classes == ["ant", "bee"]
 
 
 BAD_SETTINGS = {
@@ -264,8 +356,8 @@ def test_a_bank_cannot_take_the_place_of_a_file(tmp_path, gaussian, pictures):
     assert (tmp_path / "b").read_text() == "mine"
 
 
-GARBAGE = ["", "{", "[]", "3", "null", '"bank"', "{}", '{"schema": 0}', '{"schema": 2}']
-INCOMPLETE = ['{"schema": 1}', '{"schema": 1, "fingerprint": {}, "classes": [{}]}']
+GARBAGE = ["", "{", "[]", "3", "null", '"bank"', "{}", '{"schema": 1}', '{"schema": 3}']
+INCOMPLETE = ['{"schema": 2}', '{"schema": 2, "fingerprint": {}, "classes": [{}]}']
 
 
 @pytest.mark.parametrize("content", GARBAGE + INCOMPLETE)

@@ -5,7 +5,7 @@ import torch
 from conftest import snapshot
 
 from augment import LatentBank, Plan, UserError, sample
-from augment.bank import fill_bank
+from augment.fill import fill_bank
 from augment.inversion import inverted, inverter
 from augment.plan import Planner
 from augment.sources import Folder
@@ -107,7 +107,8 @@ def bank(tmp_path_factory, tiny):
 
 def test_a_bank_keeps_the_embeddings_and_samples_with_them(tiny, bank, tmp_path):
     assert bank.inversion == {
-        "method": "null_text", "guidance": GUIDANCE, "steps": STEPS, "inner": 3, "shared": False,
+        "method": "null_text", "solver": "ddim", "guidance": GUIDANCE, "steps": STEPS, "inner": 3,
+        "shared": False,
     }  # fmt: skip
     nulls, rows = bank.nulls("Coat")
     assert nulls.shape == (2, STEPS, 128)

@@ -9,9 +9,9 @@ from checkpoints import PROMPT, dit, sd3, sdxl, stable_diffusion
 from safetensors.torch import load_file, save_file
 
 from augment import UserError, invert, load_backbone, sample
-from augment.bank import fill_bank
 from augment.diffusion import Backbone
 from augment.errors import PrecisionWarning
+from augment.fill import fill_bank
 from augment.sources import Folder
 
 MAKERS = {"stable-diffusion": stable_diffusion, "sdxl": sdxl, "sd3": sd3, "dit": dit}

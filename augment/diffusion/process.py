@@ -23,7 +23,7 @@ What is left open here is the path between two levels: that is the solver's.
 import bisect
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Protocol, runtime_checkable
 
@@ -91,8 +91,20 @@ def check_spacing(spacing: str, known: tuple[str, ...]) -> None:
     lookup(dict.fromkeys(known), spacing, "spacing")
 
 
-@dataclass(frozen=True)
-class VariancePreserving:
+class Brief:
+    """A dataclass whose ``repr`` leaves out what has its default.
+
+    It goes into fingerprints, which a field that is added later must not change.
+    """
+
+    def __repr__(self) -> str:
+        own = ((f.name, getattr(self, f.name), f.default) for f in fields(self))  # type: ignore[arg-type]
+        changed = ", ".join(f"{name}={value!r}" for name, value, usual in own if value != usual)
+        return f"{type(self).__name__}({changed})"
+
+
+@dataclass(frozen=True, repr=False)
+class VariancePreserving(Brief):
     r"""Stable Diffusion's process: :math:`\alpha^2 + \sigma^2 = 1`, with √β linear in the step.
 
     Ho et al., *Denoising Diffusion Probabilistic Models*, arXiv 2006.11239, eq. 4; the
@@ -197,8 +209,8 @@ class VariancePreserving:
         return here + (number - below) * (there - here)
 
 
-@dataclass(frozen=True)
-class Flow:
+@dataclass(frozen=True, repr=False)
+class Flow(Brief):
     r"""Rectified flow: :math:`\alpha = 1 - \sigma`, with the levels warped by ``shift``.
 
     Liu et al., *Flow Straight and Fast*, arXiv 2209.03003; the shift

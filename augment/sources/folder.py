@@ -1,38 +1,70 @@
 """Labelled images from ``root/class/*.png|jpg``."""
 
+import warnings
 from pathlib import Path
 
 from jaxtyping import Float
 from torch import Tensor
 
-from augment.errors import UserError
+from augment.errors import AugmentWarning, UserError
 from augment.images import SUFFIXES, load_image
 
 
 class Folder:
     """An image folder: one sub-folder a class, files and folders in alphabetical order.
 
-    Hidden files and folders are passed over. Image ids are paths relative to the root.
+    Hidden files and folders are passed over, and so are links that lead out of the root, with a
+    warning. Image ids are paths relative to the root.
 
     Args:
         root: the folder.
+        links: follow links that lead out of the root.
 
     Raises:
         UserError: the root is missing, holds no class folder, or a class folder holds no image.
     """
 
-    def __init__(self, root: str | Path) -> None:
+    def __init__(self, root: str | Path, links: bool = False) -> None:
         self.root = Path(root)
         if not self.root.is_dir():
             raise UserError(f"expected a folder of class folders, got {root}, which is not there")
-        folders = sorted(p for p in self.root.iterdir() if p.is_dir() and p.name[0] != ".")
+        real, self._outside = self.root.resolve(), 0
+        self._inside = None if links else real
+        try:
+            folders = sorted(
+                p for p in self.root.iterdir() if p.name[0] != "." and self._stays(p) and p.is_dir()
+            )
+            self.ids = {folder.name: self._images(folder) for folder in folders}
+        except OSError as error:
+            raise UserError(
+                f"expected to read {error.filename}, got {error.strerror}; change its permissions"
+            ) from None
+        if self._outside:
+            warnings.warn(
+                f"expected files in {root}, got {self._outside} links that lead out of it, which "
+                "are passed over; copy what they point to, or follow links",
+                AugmentWarning,
+                stacklevel=2,
+            )
         if not folders:
             raise UserError(f"expected class folders in {root}, got none; use root/class/*.png|jpg")
-        self.ids = {folder.name: self._images(folder) for folder in folders}
+
+    def _stays(self, path: Path) -> bool:
+        """Whether a path is to be looked at: it is no link, or one that stays in the root."""
+        if self._inside is None or not path.is_symlink():
+            return True
+        try:
+            stays = path.resolve().is_relative_to(self._inside)
+        except (OSError, RuntimeError):  # a loop
+            return True  # as a file that cannot be read it is told of later
+        self._outside += not stays
+        return stays
 
     def _images(self, folder: Path) -> list[str]:
         names = sorted(
-            p.name for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and p.name[0] != "."
+            p.name
+            for p in folder.iterdir()
+            if p.suffix.lower() in SUFFIXES and p.name[0] != "." and self._stays(p)
         )
         if not names:
             raise UserError(
@@ -49,6 +81,13 @@ class Folder:
     def read(self, image_id: str) -> bytes:
         """The bytes of an image's file."""
         return (self.root / image_id).read_bytes()
+
+    def size(self, image_id: str) -> int:
+        """How many they are; 0 if that cannot be told."""
+        try:
+            return (self.root / image_id).stat().st_size
+        except OSError:
+            return 0
 
     def load(self, image_id: str, channels: int, resolution: int) -> Float[Tensor, "c r r"]:
         """The prepared image.

@@ -1,0 +1,476 @@
+"""Filling a bank: the job that inverts a source's images.
+
+Its units are up to 256 images, of several classes where these are small, so that batches are full.
+Which chunk and unit an image goes to is decided before the work begins and written down in the
+manifest; images that are added to the source later become further chunks, and what is committed
+never moves. Each image's file is read once; one that cannot be read, or whose latent is of no use,
+is left out and listed with the reason, and too many of them stop the job.
+"""
+
+import dataclasses
+import json
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from augment.bank import (
+    CHUNK,
+    SCHEMA,
+    LatentBank,
+    file_of,
+    read_manifest,
+    read_record,
+    require_same,
+    stems,
+)
+from augment.diffusion import load_backbone
+from augment.diffusion.backbone import Backbone, check_batch
+from augment.diffusion.solver import sample
+from augment.errors import EnlargedWarning, ImageRejected, UserError
+from augment.files import check_folder, sha256, write_bytes, write_json
+from augment.images import decode_image, shorter_side
+from augment.inversion import INVERTERS, Inverter, check_guidance, inverted, inverter
+from augment.jobs import run
+from augment.prior import nominal_norm
+
+ENLARGED = 1.5
+"""By how much images may be enlarged in silence."""
+
+PIXELS = 2**26
+"""How many pixels, of all channels, a unit holds in memory."""
+
+FULL = 2**30
+"""Bytes of images up to which a job that goes on compares digests, and not sizes alone."""
+
+PREPROCESSING = "shorter side by antialiased bilinear, centre crop"
+
+
+@runtime_checkable
+class Source(Protocol):
+    """Where labelled images come from.
+
+    Attributes:
+        root: the place, for information.
+        ids: the image ids of each class, in label order.
+    """
+
+    root: Path
+    ids: dict[str, list[str]]
+
+    def read(self, image_id: str) -> bytes:
+        """The bytes of an image's file."""
+        ...
+
+    def size(self, image_id: str) -> int:
+        """How many they are; found without reading them."""
+        ...
+
+
+class Part(NamedTuple):
+    """A chunk of a unit: where it goes, its class's prompt, and the images."""
+
+    stem: Path
+    prompt: str
+    ids: list[str]
+
+
+@dataclass
+class Picture:
+    """An image of a unit: what is recorded of it, and its pixels (C, R, R), or why it has none."""
+
+    about: dict[str, Any]
+    pixels: Tensor | None = None
+    reason: str = ""
+
+
+def fill_bank(
+    path: str | Path,
+    backbone: Backbone,
+    source: Source,
+    prompts: dict[str, str] | None = None,
+    inversion: str = "forward_start",
+    steps: int = 25,
+    guidance: float | None = None,
+    batch_size: int = 64,
+    keeps: Sequence[str] = ("errors",),
+    max_rejects: float = 0.05,
+    **settings: Any,
+) -> LatentBank:
+    """Invert a source's images into a bank; what a bank of the same settings lacks is added.
+
+    Args:
+        path: the bank's folder, made if needed.
+        backbone: the model to invert with.
+        source: labelled images, such as `augment.sources.Folder`.
+        prompts: a prompt for each class; none by default.
+        inversion: a key of `augment.inversion.INVERTERS`.
+        steps: solver steps.
+        guidance: scale of classifier-free guidance; see `augment.invert`.
+        batch_size: images a network call; halved if a GPU's memory is too small.
+        keeps: what to keep beside latents: ``errors`` of reconstruction, for which every latent is
+            sampled back, so that it doubles the time of most inversions; ``clean`` latents.
+        max_rejects: the share of images that may be left out because they cannot be read or their
+            latents are of no use; more stop the job.
+        settings: the inversion's others, such as ``iterations`` of ``fixed_point``.
+
+    Raises:
+        ImageRejected: too many images are of no use.
+        BankMismatch: the folder holds a bank of other settings.
+        UserError: the bank holds other images, a prompt or setting is unknown, or another run is
+            at work on it.
+
+    Warns:
+        EnlargedWarning: images are much smaller than the backbone's.
+    """
+    run_it = inverter(inversion, steps=steps, **settings)
+    job = Inversion(
+        Path(path), source, backbone, run_it, guidance, prompts or {}, batch_size, tuple(keeps),
+        max_rejects,
+    )  # fmt: skip
+    run(job)
+    return LatentBank.open(path)
+
+
+@dataclass
+class Inversion:
+    """The job of filling a bank: an `augment.jobs.Job`.
+
+    Args:
+        path, source, backbone, guidance, prompts, batch_size, keeps, max_rejects: see `fill_bank`.
+        method: the inversion.
+        where: device and dtype of the backbone, for workers that load it themselves.
+    """
+
+    path: Path
+    source: Source
+    backbone: Backbone | None
+    method: Inverter
+    guidance: float | None = None
+    prompts: dict[str, str] = field(default_factory=dict)
+    batch_size: int = 64
+    keeps: tuple[str, ...] = ("errors",)
+    max_rejects: float = 0.05
+    where: dict[str, Any] = field(default_factory=dict)
+    title: str = "invert"
+    manifest: dict[str, Any] = field(default_factory=dict, init=False)
+    units: list[list[Part]] = field(default_factory=list, init=False)
+
+    def __post_init__(self) -> None:
+        """Refuse what can be refused before anything is read or written."""
+        check_batch(self.batch_size)
+        check_folder(self.path)
+        names = list(self.source.ids)
+        unknown = self.prompts.keys() - set(names)
+        if unknown:
+            raise UserError(
+                f"expected prompts for classes out of {', '.join(names)}, got one for "
+                f"{min(unknown)!r}; choose one of these"
+            )
+        for name in self.keeps:
+            if name not in ("errors", "clean"):
+                raise UserError(f"expected errors or clean to keep, got {name!r}")
+        assert self.backbone is not None  # only a copy sent to a worker has none
+        if self.guidance is None:
+            self.guidance = self.method.guidance
+        texts = [self.prompts.get(name, "") for name in names]
+        check_guidance(self.method, self.backbone, texts, self.guidance)
+        self.backbone.condition(texts)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is sent to a worker elsewhere: how to load the backbone, where that is known."""
+        sendable = None if self.manifest["recipe"] else self.backbone
+        return {**self.__dict__, "backbone": sendable}
+
+    def plan(self) -> list[int]:
+        """The images of each unit; the manifest is written, or checked and extended."""
+        backbone = self.backbone
+        assert backbone is not None
+        new: dict[str, Any] = {
+            "schema": SCHEMA,
+            "latent_shape": list(backbone.latent_shape),
+            "fingerprint": {
+                "backbone": backbone.fingerprint,
+                "inversion": {
+                    "method": next(k for k, v in INVERTERS.items() if type(self.method) is v),
+                    "solver": self.method.solver,
+                    "guidance": self.guidance,
+                    **dataclasses.asdict(self.method),  # type: ignore[call-overload]
+                },
+                "preprocessing": PREPROCESSING,
+            },
+            "recipe": backbone.recipe,
+            "source": str(self.source.root.absolute()),
+            "keeps": list(self.keeps),
+            "made_with": {name: version(name) for name in ("torch", "diffusers", "safetensors")}
+            | {"device": backbone.device.type},
+        }
+        old: dict[str, Any] = {}
+        if (self.path / "manifest.json").exists():
+            old = read_manifest(self.path)
+            for part in ("backbone", "inversion"):
+                require_same(self.path, old["fingerprint"][part], new["fingerprint"][part])
+            have, want = (
+                {"preprocessing": m["fingerprint"]["preprocessing"], "kept": m["keeps"]}
+                for m in (old, new)
+            )
+            require_same(self.path, have, want)
+            new |= {key: old[key] for key in ("recipe", "source", "made_with")}
+        most = 16 if self.method.away == "nulls" else CHUNK  # embeddings are large
+        size = max(min(most, CHUNK, PIXELS // (backbone.channels * backbone.resolution**2)), 1)
+        classes = extended(self.path, old.get("classes", []), self.source, self.prompts, size)
+        self.manifest = {**new, "classes": classes}
+        if self.manifest != old:
+            write_json(self.path / "manifest.json", self.manifest)
+        units: dict[int, list[Part]] = {}
+        for known in classes:
+            for stem, chunk in stems(self.path, known):
+                part = Part(stem, known["prompt"], chunk["ids"])
+                units.setdefault(chunk["unit"], []).append(part)
+        self.units = [units[number] for number in sorted(units)]
+        return [sum(len(part.ids) for part in parts) for parts in self.units]
+
+    def committed(self, unit: int) -> int:
+        """The bytes of a unit's files, its records among them; 0 if it is not finished."""
+        total = 0
+        for stem, _, _ in self.units[unit]:
+            record = intact(stem)
+            if record is None:
+                return 0
+            for kind, known in record["files"].items():
+                file = file_of(stem, kind)
+                if not file.exists() or file.stat().st_size != known["bytes"]:
+                    return 0  # harmed since; it is made again
+                total += known["bytes"]
+            total += stem.with_suffix(".json").stat().st_size
+        return total
+
+    def start(self) -> Callable[[int], None]:
+        """Load the backbone, unless it is here."""
+        return partial(
+            self.work, self.backbone or load_backbone(**self.manifest["recipe"], **self.where)
+        )
+
+    def work(self, backbone: Backbone, unit: int) -> None:
+        """Read, invert and commit the images of a unit."""
+        parts = self.units[unit]
+        read = [[picture(self.source, backbone, i) for i in part.ids] for part in parts]
+        pictures = [p for row in read for p in row if p.pixels is not None]
+        texts = [
+            part.prompt
+            for part, row in zip(parts, read, strict=True)
+            for p in row
+            if p.pixels is not None
+        ]
+        made = self.make(backbone, pictures, texts) if pictures else {}
+        for row, p in enumerate(pictures):
+            p.reason = useless(made, row)
+        self._check_rejects(unit, [p for row in read for p in row if p.reason])
+        places = {id(p): row for row, p in enumerate(pictures)}
+        for part, row in zip(parts, read, strict=True):
+            good = [p for p in row if not p.reason]
+            commit(part.stem, made, [places[id(p)] for p in good], row)
+
+    def make(
+        self, backbone: Backbone, pictures: list[Picture], texts: list[str]
+    ) -> dict[str, Tensor]:
+        """All that is kept of some images, on the CPU."""
+        images = torch.stack([p.pixels for p in pictures if p.pixels is not None])
+        seeds = [int(p.about["sha256"][:8], 16) for p in pictures]
+        scale = self.guidance or 0.0
+        made = inverted(self.method, backbone, images, texts, scale, self.batch_size, seeds)
+        for key in {"latents", "nulls"} & made.keys():
+            made[key] = made[key].half()
+        if "errors" in self.keeps:
+            nulls = made["nulls"].float()[made["null_rows"]] if "nulls" in made else None
+            negative = texts if self.method.away == "prompt" else None
+            latents, steps = made["latents"].float(), self.method.steps
+            back = sample(
+                backbone, latents, texts, self.method.solver, steps, scale, self.batch_size,
+                negative=negative, nulls=nulls,
+            )  # fmt: skip
+            made["errors"] = (back.cpu() - images).square().flatten(1).mean(1)
+        if "clean" in self.keeps:
+            pieces = images.split(self.batch_size)
+            with torch.no_grad():
+                clean = [backbone.encode(piece.to(backbone.device)) for piece in pieces]
+            made["clean"] = torch.cat(clean).half()
+        return {key: tensor.cpu() for key, tensor in made.items()}
+
+    def _check_rejects(self, unit: int, mine: list[Picture]) -> None:
+        """Stop before more images are left out than may be."""
+        if not mine:
+            return
+        planned = sum(len(part.ids) for parts in self.units for part in parts)
+        others = [p.stem for k, parts in enumerate(self.units) for p in parts if k != unit]
+        count = len(mine) + sum(len(r["rejects"]) for r in map(intact, others) if r)
+        if count > self.max_rejects * planned:
+            raise ImageRejected(
+                f"expected no more than {self.max_rejects:.1%} of {planned} images to be of no "
+                f"use, got {count}, such as {mine[0].about['id']} ({mine[0].reason}); mend or "
+                "remove them, or allow a larger share of rejects"
+            )
+
+    def finish(self) -> None:
+        """List the images that were left out, and tell of those that were enlarged much."""
+        records = [intact(part.stem) or {} for parts in self.units for part in parts]
+        rejects = [reject for record in records for reject in record.get("rejects", [])]
+        if rejects:
+            lines = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rejects)
+            write_bytes(self.path / "rejects.jsonl", lines.encode("utf-8", "surrogatepass"))
+        assert self.backbone is not None
+        sides = {i["id"]: i["side"] for record in records for i in record.get("images", [])}
+        small = [i for i in sides if sides[i] * ENLARGED < self.backbone.resolution]
+        if small:
+            least = min(small, key=lambda i: sides[i])
+            warnings.warn(
+                f"expected images of about {self.backbone.resolution} pixels, got {len(small)} of "
+                f"{len(sides)} that are enlarged more than {ENLARGED}-fold ({least}: "
+                f"{sides[least]}); their latents are of blurred images",
+                EnlargedWarning,
+                stacklevel=4,
+            )
+
+
+def extended(
+    path: Path, old: list[dict[str, Any]], source: Source, prompts: dict[str, str], size: int
+) -> list[dict[str, Any]]:
+    """The classes of a manifest: chunks there are, and units of ``size`` of the images beside.
+
+    Raises:
+        UserError: the bank holds an image that the source lacks or has changed, or other prompts.
+    """
+    records = {stem: intact(stem) for known in old for stem, _ in stems(path, known)}
+    done = [record for record in records.values() if record]
+    check_kept(path, [image for record in done for image in record["images"]], source)
+    settled = {image["id"] for record in done for image in record["images"]}
+    rejects = {r["id"]: r["bytes"] for record in done for r in record["rejects"]}
+    ids = {image_id for members in source.ids.values() for image_id in members}
+    settled |= {i for i in rejects.keys() & ids if rejects[i] == source.size(i)}  # not mended
+    classes, by_name = [], {known["name"]: known for known in old}
+    free = 1 + max((int(known["folder"]) for known in old), default=-1)
+    unit = 1 + max((chunk["unit"] for known in old for chunk in known["chunks"]), default=-1)
+    room = size
+    for name, members in source.ids.items():
+        prompt = prompts.get(name, "")
+        known = by_name.get(name)
+        if known is None:
+            known, free = {"folder": f"{free:04d}", "prompt": prompt, "chunks": []}, free + 1
+        if known["prompt"] != prompt:
+            raise UserError(
+                f"expected the prompts of the bank {path}, {known['prompt']!r} for class {name!r}, "
+                f"got {prompt!r}; use that, or a new folder"
+            )
+        # what was planned but never made goes, if one of its images has gone
+        chunks = [
+            chunk
+            for stem, chunk in stems(path, known)
+            if records[stem] or set(chunk["ids"]) <= set(members)
+        ]
+        waiting = {i for stem, c in stems(path, known) if not records[stem] for i in c["ids"]}
+        fresh = [i for i in members if i not in settled and i not in waiting]
+        number = 1 + max((chunk["number"] for chunk in known["chunks"]), default=-1)
+        while fresh:
+            chunks.append({"number": number, "unit": unit, "ids": fresh[:room]})
+            number, fresh, room = number + 1, fresh[room:], room - len(fresh[:room])
+            unit, room = (unit, room) if room else (unit + 1, size)
+        classes.append({"name": name, **known, "chunks": chunks})
+    return classes
+
+
+def intact(stem: Path) -> dict[str, Any] | None:
+    """The record of a chunk; None if it is not committed, or its record is damaged."""
+    try:
+        return read_record(stem)
+    except UserError:
+        return None
+
+
+def check_kept(path: Path, kept: list[dict[str, Any]], source: Source) -> None:
+    """Refuse a source that lacks or has changed an image that a bank holds.
+
+    Raises:
+        UserError: the first such image is named.
+    """
+    ids = {image_id for members in source.ids.values() for image_id in members}
+    read = sum(image["bytes"] for image in kept) <= FULL
+    for image in kept:
+        name = image["id"]
+        if (
+            name not in ids
+            or source.size(name) != image["bytes"]
+            or (read and sha256(source.read(name)) != image["sha256"])
+        ):
+            raise UserError(
+                f"expected all images that the bank {path} holds, and perhaps more, got others: "
+                f"{name} is {'changed' if name in ids else 'gone'}; use a new folder"
+            )
+
+
+def picture(source: Source, backbone: Backbone, image_id: str) -> Picture:
+    """Read an image."""
+    about: dict[str, Any] = {"id": image_id, "bytes": 0, "sha256": "", "side": 0}
+    try:
+        content = source.read(image_id)
+        about |= {"bytes": len(content), "sha256": sha256(content)}
+        pixels = decode_image(content, backbone.channels, backbone.resolution)
+    except OSError as error:
+        return Picture(about, reason=error.strerror or str(error))
+    except ImageRejected as error:
+        return Picture(about, reason=str(error))
+    return Picture({**about, "side": shorter_side(content)}, pixels)
+
+
+def useless(made: dict[str, Tensor], row: int) -> str:
+    """Why a latent is of no use; empty if it is."""
+    tensors = [made["latents"][row]]
+    if "nulls" in made:
+        tensors.append(made["nulls"][made["null_rows"][row]])
+    if not all(tensor.isfinite().all() for tensor in tensors):
+        return "its latent is NaN or infinite in float16; invert with dtype float32"
+    if tensors[0].numel() > 1 and tensors[0].min() == tensors[0].max():
+        return "its latent is constant"
+    return ""
+
+
+def commit(stem: Path, made: dict[str, Tensor], rows: list[int], pictures: list[Picture]) -> None:
+    """Write a chunk's files, and last its record."""
+    files, statistics = {}, {}
+    if rows:
+        latents = made["latents"][rows].contiguous()
+        norms = latents.float().flatten(1).norm(dim=1)
+        kinds = {"latents": {"latents": latents, "norms": norms}}
+        if "errors" in made:
+            kinds["latents"]["errors"] = made["errors"][rows].contiguous()
+        if "clean" in made:
+            kinds["clean"] = {"clean": made["clean"][rows].contiguous()}
+        if "nulls" in made:
+            owners, places = made["null_rows"][rows].unique(return_inverse=True)
+            nulls = made["nulls"][owners].contiguous()
+            kinds["nulls"] = {"nulls": nulls, "null_rows": places.contiguous()}
+        for kind, tensors in kinds.items():
+            content = save(tensors)
+            write_bytes(file_of(stem, kind), content)
+            known = {"bytes": len(content), "sha256": sha256(content), "holds": sorted(tensors)}
+            files[kind] = known
+        statistics = {
+            "norm": (norms.mean() / nominal_norm(latents[0].numel())).item(),
+            "channel_means": latents.float().mean((0, 2, 3)).tolist(),
+        }
+        if "errors" in made:
+            statistics["error"] = made["errors"][rows].mean().item()
+    rejects = [
+        {"id": p.about["id"], "bytes": p.about["bytes"], "reason": p.reason}
+        for p in pictures
+        if p.reason
+    ]
+    images = [p.about for p in pictures if not p.reason]
+    record = {"files": files, "images": images, "rejects": rejects, "statistics": statistics}
+    write_json(stem.with_suffix(".json"), record)
