@@ -5,29 +5,23 @@ The network then works on batches; its images are the same to the last bit for t
 layout on the same device, and within 1e-4 otherwise.
 """
 
-import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
-from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from tqdm import tqdm
 
 from augment.bank import LatentBank
 from augment.centroid.rule import Rule
 from augment.diffusion.backbone import Backbone, check_batch, check_interval
 from augment.diffusion.solver import SOLVERS, check_steps, sample
 from augment.errors import AugmentWarning, BiasWarning, UserError, lookup
-from augment.files import check_folder, read_json, sha256, write_bytes, write_json
-from augment.images import save_image
 from augment.inversion import INVERTERS
 from augment.measure import LatentStatistics, bias_warning, latent_statistics
-from augment.plan import Plan, Planner
+from augment.plan import Plan
 from augment.seeds import normal, rng
 
 PROFILES = ("exact", "fast")
@@ -81,7 +75,6 @@ class Synthesizer:
     batch_size: int = 64
     interval: tuple[float, float] = (0.0, 1.0)
     prompts: dict[str, str] | None = None
-    _latents: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
     _nulls: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict, init=False, repr=False)
     _statistics: dict[str, LatentStatistics] = field(default_factory=dict, init=False, repr=False)
     _warned: bool = field(default=False, init=False, repr=False)
@@ -115,53 +108,19 @@ class Synthesizer:
         for name in self.prompts or {}:
             lookup(dict.fromkeys(self.bank.classes), name, "class to prompt")
 
-    @cached_property
-    def rows(self) -> dict[str, dict[str, int]]:
-        """Where in its class an image id stands."""
-        return {
-            name: {i: row for row, i in enumerate(ids)} for name, ids in self.bank.members.items()
-        }
-
-    def latents(self, class_name: str) -> Float[Tensor, "n c h w"]:
-        """A class's latents, read once."""
-        if class_name not in self._latents:
-            self._latents[class_name] = self.bank.latents(class_name)
-        return self._latents[class_name]
-
-    def latent(self, class_name: str, image_id: str) -> Float[Tensor, "c h w"]:
-        """One image's latent.
-
-        Raises:
-            UserError: the bank has no such image in the class.
-        """
-        row = self.rows.get(class_name, {}).get(image_id)
-        if row is None:
-            raise UserError(
-                f"expected the plan's images in class {class_name!r} of {self.bank.path}, got no "
-                f"{image_id} there; use the bank that the plan was made for"
-            )
-        return self.latents(class_name)[row]
-
     def points(self, plan: Plan) -> tuple[Float[Tensor, "k c h w"], Float[Tensor, " k"]]:
-        """What a plan mixes, each member's latent taken from the class of its own, and the weights.
+        """What a plan mixes, its share of fresh noise among it, and the weights.
 
         Raises:
             UserError: the bank lacks one of the plan's images, or its lists differ in length.
         """
-        if not 0 < len(plan.members) == len(plan.weights) == len(plan.member_classes):
-            raise UserError(
-                f"expected a weight for each member of a plan, and a class if any are given, got "
-                f"{len(plan.members)} members, {len(plan.weights)} weights and "
-                f"{len(plan.classes)} classes; take the plan as the planner made it"
-            )
-        homes = zip(plan.member_classes, plan.members, strict=True)
-        points = torch.stack([self.latent(name, image_id) for name, image_id in homes])
-        weights = torch.tensor(plan.weights, dtype=torch.float64)
+        gathered, shares = self.bank.gather([plan])
+        points, weights = gathered[0], shares[0]
         if plan.noise:
             fresh = normal(rng(plan.seed, "noise", plan.epoch, plan.index), *points.shape[1:])
-            points = torch.cat([points, fresh[None]])
+            points = torch.cat([points, fresh[None].to(points)])
             weights = torch.cat([weights * (1 - plan.noise), weights.new_tensor([plan.noise])])
-        return points, weights.float()
+        return points, weights
 
     def centroid(self, plan: Plan) -> Float[Tensor, "c h w"]:
         """The latent of a plan.
@@ -182,8 +141,9 @@ class Synthesizer:
         """The mean of all latents of the bank, for rules that want it (``lol``)."""
         if self.rule.mean != "mu":  # type: ignore[union-attr]
             return None
-        total = sum(self.latents(name).double().sum(0) for name in self.bank.classes)
-        return (total / sum(map(len, self.bank.members.values()))).float()  # type: ignore[union-attr]
+        total = sum(self.bank.latents(name).double().sum(0) for name in self.bank.classes)
+        count = sum(map(len, self.bank.members.values()))
+        return (total / count).float().to(self.bank.device)  # type: ignore[union-attr]
 
     def images(self, plans: Sequence[Plan]) -> Float[Tensor, "n c h w"]:
         """The images of plans, float32 in [0, 1] on the backbone's device."""
@@ -241,7 +201,7 @@ class Synthesizer:
             if name not in self._nulls:
                 self._nulls[name] = self.bank.nulls(name)
             nulls, owner = self._nulls[name]
-            parts.append(nulls[owner[self.rows[name][image_id]]])
+            parts.append(nulls[owner[self.bank.members[name].index(image_id)]])
         rows = torch.stack(parts).float()
         mixed = torch.einsum("k,k...->...", torch.tensor(plan.weights), rows)
         if plan.noise:
@@ -262,84 +222,10 @@ class Synthesizer:
                 rows.setdefault(plan.class_name, []).append(row)
         for name, mine in rows.items():
             if name not in self._statistics:
-                self._statistics[name] = latent_statistics(self.latents(name))
+                self._statistics[name] = latent_statistics(self.bank.latents(name))
             means = centroids[mine].mean((-2, -1))
             told = bias_warning(self._statistics[name], means, averages[mine], str(self.rule))
             if told:
                 self._warned = True
                 return warnings.warn(f"class {name!r}: {told}", BiasWarning, stacklevel=3)
         return None
-
-
-def write_folder(
-    synthesizer: Synthesizer, planner: Planner, per_class: int, out: str | Path
-) -> int:
-    """Synthesise ``per_class`` images a class into ``out/class/000000.png``.
-
-    ``out/synthesis.json`` holds the settings and ``out/plans.jsonl`` the plan of every image, in
-    the order of the index that names its file; an interrupted job goes on where it stopped.
-
-    Returns:
-        How many images were made by this call.
-
-    Raises:
-        UserError: the folder holds the images of other settings, or classes are to be mixed.
-    """
-    out = Path(out)
-    check_folder(out)
-    if planner.classes > 1:
-        raise UserError(
-            f"expected images of one class each for a folder by class, got classes = "
-            f"{planner.classes}; use SyntheticDataset, which gives soft labels"
-        )
-    if per_class < 1:
-        raise UserError(f"expected at least 1 image a class, got {per_class}")
-    settings = {
-        "per_class": per_class,
-        "rule": str(synthesizer.rule),
-        **{key: getattr(synthesizer, key) for key in ("solver", "steps", "guidance")},
-        **({"interval": list(synthesizer.interval)} if synthesizer.interval != (0, 1) else {}),
-        **({"prompts": synthesizer.prompts} if synthesizer.prompts else {}),
-        **{key: getattr(planner, key) for key in ("seed", "alpha", "members", "noise")},
-        **choice(planner),
-        "images": {name: list(ids) for name, ids in planner.images.items()},
-        "fingerprint": synthesizer.bank.fingerprint,
-    }
-    if (out / "synthesis.json").exists():
-        if read_json(out / "synthesis.json", "synthetic images") != settings:
-            raise UserError(
-                f"expected {out} to be new or of the same settings, got images of others; "
-                "use a new folder"
-            )
-    elif out.exists() and any(out.iterdir()):
-        raise UserError(f"expected {out} to be new or empty, got a folder in use; use a new one")
-    plans = [planner(0, index) for index in range(per_class * len(planner.images))]
-    synthesizer.check(plans[: len(planner.images)])  # before anything is written
-    write_json(out / "synthesis.json", settings)
-    write_bytes(out / "plans.jsonl", "".join(plan.to_json() + "\n" for plan in plans).encode())
-    made = 0
-    with tqdm(
-        total=len(plans), desc=f"synthesize {synthesizer.rule}", unit="image", delay=2
-    ) as bar:
-        for start in range(0, len(plans), synthesizer.batch_size):
-            batch = plans[start : start + synthesizer.batch_size]
-            files = [out / plan.class_name / f"{plan.index:06d}.png" for plan in batch]
-            if not all(file.exists() for file in files):
-                for image, file in zip(synthesizer.images(batch), files, strict=True):
-                    save_image(image, file)
-                made += len(files)
-            bar.update(len(files))
-    return made
-
-
-def choice(planner: Planner) -> dict[str, Any]:
-    """The planner's alpha as strict JSON has it, and the features' digest if it goes by them."""
-    alpha = planner.alpha
-    if isinstance(alpha, Sequence):
-        alpha = list(alpha)
-    record: dict[str, Any] = {"alpha": "inf" if alpha == math.inf else alpha}
-    if planner.features is not None:  # else left out, as folders of older versions have it
-        rows = (planner.features[name].detach().cpu().double() for name in planner.images)
-        digests = [sha256(part.numpy().tobytes()) for part in rows]
-        record["nearest"] = sha256("".join(digests).encode())
-    return record

@@ -8,21 +8,22 @@ import shutil
 import warnings
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from conftest import COUNTS, paint, snapshot
-from PIL import Image
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from augment import BankMismatch, MixedDataset, Plan, Planner, Rule, SyntheticDataset, UserError
-from augment.bank import fill_bank
 from augment.diffusion.gaussian import GaussianBackbone
 from augment.diffusion.process import VariancePreserving
 from augment.errors import AugmentWarning, BiasWarning
+from augment.fill import fill_bank
+from augment.filters import make_filter
+from augment.generate import write_shards
 from augment.seeds import normal, rng
+from augment.shards import Shards
 from augment.sources import Folder
-from augment.synthesis import Synthesizer, write_folder
+from augment.synthesis import Synthesizer
 
 PLANNERS = {
     "plain": {},
@@ -281,7 +282,7 @@ def test_noise_is_one_more_point_to_mix(make):
 def test_the_rule_decides_the_centroid(make, rule):
     synthetic = make(rule=rule, alpha=math.inf)
     plan = synthetic.plan(1)
-    points = synthetic.synthesizer.latents("bee")
+    points = synthetic.synthesizer.bank.latents("bee")
     expected = points.mean(0)
     if rule == "fix/0":
         expected = expected * 8 / expected.norm()
@@ -366,39 +367,44 @@ def test_an_epoch_of_a_mixed_dataset_reaches_its_synthetic_part(make):
 
 @pytest.fixture
 def write(bank, gaussian):
-    """Synthesise two images a class into a folder, with few steps."""
+    """Synthesise two images a class as shards of four, with few steps."""
 
-    def write(out: Path, planner=None, per_class: int = 2, **options) -> int:
-        synthesizer = Synthesizer(gaussian, bank, **{"steps": 3, "batch_size": 4} | options)
-        return write_folder(synthesizer, Planner(bank.members, **planner or {}), per_class, out)
+    def write(out: Path, planner=None, per_class: int = 2, **options) -> Shards:
+        made = {k: options.pop(k) for k in (*MAKES, "batch_size") if k in options}
+        synthesizer = Synthesizer(gaussian, bank, **{"steps": 3, "batch_size": 4} | made)
+        dice = Planner(bank.members, **planner or {})
+        options = {"shard_size": 4, "extension": "png"} | options
+        return write_shards(synthesizer, dice, per_class, out, **options)
 
     return write
 
 
-def test_a_folder_holds_the_images_of_its_plans(write, bank, gaussian, tmp_path):
-    assert write(tmp_path / "out") == 6
-    lines = (tmp_path / "out" / "plans.jsonl").read_text().splitlines()
-    plans = [Plan.from_json(line) for line in lines]
+MAKES = ("rule", "solver", "steps", "guidance")
+
+
+def test_shards_hold_the_images_of_their_plans(write, bank, gaussian, tmp_path):
+    shards = write(tmp_path / "out")
+    plans = [shards.plan(index) for index in range(len(shards))]
     assert plans == [Planner(bank.members)(0, index) for index in range(6)]
-    files = sorted(path for path in (tmp_path / "out").rglob("*.png"))
-    assert len(files) == 6
+    assert shards.classes == bank.classes
     images = Synthesizer(gaussian, bank, steps=3).images(plans)
-    for plan, image in zip(plans, images, strict=True):
-        path = tmp_path / "out" / plan.class_name / f"{plan.index:06d}.png"
-        with Image.open(path) as file:
-            pixels = torch.from_numpy(np.array(file) / 255).float()
-        torch.testing.assert_close(pixels, image[0], rtol=0, atol=0.6 / 255)
+    for plan, image, (stored, label) in zip(plans, images, shards, strict=True):
+        assert label == plan.label
+        torch.testing.assert_close(stored, image, rtol=0, atol=0.6 / 255)
+    about = shards.about(0)
+    assert about["rule"] == "fade/chm" and about["backbone"] == gaussian.fingerprint
 
 
-def test_an_interrupted_folder_goes_on_to_the_same_bytes(write, tmp_path):
+def test_interrupted_shards_go_on_to_the_same_bytes(write, tmp_path, monkeypatch):
     write(tmp_path / "whole")
     whole = snapshot(tmp_path / "whole")
-    part = shutil.copytree(tmp_path / "whole", tmp_path / "part")
-    assert write(part) == 0
-    (part / "bee" / "000001.png").unlink()
-    shutil.rmtree(part / "cat")
-    assert 0 < write(part) <= 6
-    assert snapshot(part) == whole
+    for name in ("shard-000001.tar", "shard-000001.json"):
+        part = shutil.copytree(tmp_path / "whole", tmp_path / name)
+        (part / name).unlink()
+        write(part)
+        assert snapshot(part) == whole
+    monkeypatch.setattr(Synthesizer, "images", None)  # it would be an error to call it
+    write(tmp_path / "whole")
 
 
 OTHERS = {
@@ -407,6 +413,13 @@ OTHERS = {
     "solver": {"solver": "euler"},
     "guidance": {"guidance": 2.0},
     "per class": {"per_class": 3},
+    "shard size": {"shard_size": 3},
+    "format": {"extension": "jpg"},
+    "quality": {"quality": 90},
+    "pixels": {"pixels": 4},
+    "candidates": {"candidates": 2},
+    "filters": {"filters": {"degenerate": make_filter("degenerate")}},
+    "batch": {"batch_size": 3},
     "seed": {"planner": {"seed": 1}},
     "alpha": {"planner": {"alpha": 0.5}},
     "members": {"planner": {"members": 1}},
@@ -440,8 +453,10 @@ def test_a_folder_of_other_settings_is_not_touched(write, other, tmp_path):
 
 def test_a_folder_of_infinite_alpha_goes_on_too(write, tmp_path):
     planner = {"alpha": math.inf}
-    assert write(tmp_path / "out", planner) == 6
-    assert write(tmp_path / "out", planner) == 0
+    write(tmp_path / "out", planner)
+    before = snapshot(tmp_path)
+    write(tmp_path / "out", planner)
+    assert snapshot(tmp_path) == before
 
 
 def test_a_folder_in_use_is_not_touched(write, tmp_path):
@@ -455,7 +470,19 @@ def test_a_folder_in_use_is_not_touched(write, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "fault", [{"per_class": 0}, {"batch_size": 0}, {"batch_size": -1}], ids=str
+    "fault",
+    [
+        {"per_class": 0},
+        {"batch_size": 0},
+        {"batch_size": -1},
+        {"shard_size": 0},
+        {"quality": 0},
+        {"quality": 101},
+        {"pixels": 0},
+        {"candidates": 0},
+        {"extension": "gif"},
+    ],
+    ids=str,
 )
 def test_a_bad_number_leaves_no_half_made_folder(write, fault, tmp_path):
     with pytest.raises(UserError):
@@ -472,12 +499,14 @@ def test_a_bias_that_the_rule_enlarges_is_told_once(gaussian, tmp_path):
     bank = fill_bank(tmp_path / "bank", gaussian, Folder(paint(tmp_path / "p", {"a": 9, "b": 9})))
     planner = Planner(bank.members, alpha=math.inf)
     plans = [planner(0, index) for index in range(4)]
+    dice = torch.Generator().manual_seed(0)
+    biased = bank.to("cpu")
+    for stem in biased._resident:
+        biased._resident[stem] = 0.3 + torch.randn(9, 1, 8, 8, generator=dice)
 
     def told(rule):
         synthesizer = Synthesizer(gaussian, bank, rule, steps=1)
-        dice = torch.Generator().manual_seed(0)
-        for name in bank.classes:
-            synthesizer._latents[name] = 0.3 + torch.randn(9, 1, 8, 8, generator=dice)
+        synthesizer.bank = biased
         with warnings.catch_warnings(record=True) as seen:
             warnings.simplefilter("always")
             synthesizer.images(plans)
@@ -495,7 +524,7 @@ def test_lol_takes_the_mean_of_the_bank(gaussian, bank):
     everything = torch.cat([bank.latents(name) for name in bank.classes])
     torch.testing.assert_close(synthesizer.mu, everything.mean(0))
     plan = Planner(bank.members)(0, 1)
-    points = torch.stack([synthesizer.latent("bee", i) for i in plan.members])
+    points = bank.gather([plan])[0][0]
     expected = Rule.parse("lol")(points[None], torch.tensor([plan.weights]), everything.mean(0))
     torch.testing.assert_close(synthesizer.centroid(plan), expected[0])
     assert Synthesizer(gaussian, bank, "fix/chm", steps=1).mu is None

@@ -11,6 +11,8 @@ from torchvision.transforms import v2
 
 from augment.dataset import MixedDataset
 from augment.errors import UserError
+from augment.images import prepare
+from augment.shards import Shards, open_shards
 from augment.sources import Folder
 
 
@@ -51,6 +53,24 @@ class FolderDataset(Dataset[tuple[Tensor, int]]):
         return (self.transform(image) if self.transform else image), label
 
 
+def folder_or_shards(
+    root: str | Path, channels: int, resolution: int, transform: Callable[[Tensor], Any] | None
+) -> FolderDataset | Shards:
+    """An image folder, or a folder of shards, whose images are decoded at every draw.
+
+    Raises:
+        UserError: it is neither, or not complete.
+    """
+    if not (Path(root) / "synthesis.json").exists():
+        return FolderDataset(root, channels, resolution, transform)
+
+    def form(image: Tensor) -> Any:
+        prepared = prepare(image[None], channels, resolution)[0]
+        return transform(prepared) if transform else prepared
+
+    return open_shards(root, form)
+
+
 def classical(resolution: int, flip: bool = True) -> Callable[[Tensor], Tensor]:
     """Classical augmentation: random shifts by up to an eighth, and mirror images."""
     shift = v2.RandomCrop(resolution, padding=resolution // 8)
@@ -80,7 +100,8 @@ class FewShotData(pl.LightningDataModule):
     Args:
         real: image folder to train on.
         test: image folder to validate and test on.
-        synthetic: image folder of synthetic images, such as ``latent-augment synthesize`` writes.
+        synthetic: shards of synthetic images, as ``latent-augment synthesize`` writes them, or a
+            folder of them.
         p_synthetic: the share of synthetic draws.
         augment: classical augmentation (shifts and mirror images) of every training image.
         channels, resolution: the image format.
@@ -110,7 +131,7 @@ class FewShotData(pl.LightningDataModule):
         form = (channels, resolution)
         self.real = FolderDataset(real, *form, transform)
         self.test = FolderDataset(test, *form)
-        fake = FolderDataset(synthetic, *form, transform) if synthetic else self.real
+        fake = folder_or_shards(synthetic, *form, transform) if synthetic else self.real
         for name, part in (("test", self.test), ("synthetic", fake)):
             if part.classes != self.real.classes:
                 raise UserError(

@@ -21,17 +21,19 @@ import pytorch_lightning as pl
 import torch
 from tqdm import tqdm
 
-from augment.bank import LatentBank, fill_bank
+from augment.bank import LatentBank
 from augment.centroid.residuals import mix
 from augment.diffusion import Backbone, load_backbone
 from augment.diffusion.solver import sample
 from augment.errors import UserError
 from augment.files import read_json, write_json
+from augment.fill import fill_bank
+from augment.generate import write_shards
 from augment.images import save_image, sheet
 from augment.plan import Planner
 from augment.sources import Folder
 from augment.sources.fashion import few_shots, write_fashion
-from augment.synthesis import Synthesizer, write_folder
+from augment.synthesis import Synthesizer
 from training.classifier import Classifier
 from training.data import FewShotData
 
@@ -205,7 +207,7 @@ def synthetic(
         )
     else:
         synthesizer = Synthesizer(backbone, bank, rule)
-        write_folder(synthesizer, planner, settings.per_class, out)
+        write_shards(synthesizer, planner, settings.per_class, out, extension="png")
     return str(out)
 
 

@@ -1,0 +1,52 @@
+"""Classifier filter: does a trained network see the class that the image was made for?"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from augment.errors import UserError
+from augment.filters.network import timm_network
+from augment.filters.reference import Reference, Scores
+
+
+@dataclass(frozen=True)
+class Classifier:
+    r"""A network's confidence in the label, against its strongest rival.
+
+    With logits z and the label y the score is the softmax of the two,
+    :math:`1 / (1 + \exp(\max_{k ≠ y} z_k - z_y))`. It is above ½ if and only if the label is the
+    network's answer, for any number of classes; of 1000 classes the softmax over all stays far
+    below ½ for right answers too, the more so for networks that were trained with label smoothing
+    or mixup. For two classes they are the same.
+
+    Args:
+        model: a network of timm.
+        weights: a ``.safetensors`` file of its state dict; empty takes timm's pretrained ones,
+            which fit banks of the same classes in the same order. Names may begin with
+            ``network.``, as in a checkpoint of `training.classifier.Classifier`.
+        minimum: keep images of this score, in [0, 1], and above.
+    """
+
+    model: str = "resnet50"
+    weights: str = ""
+    minimum: float | None = 0.5
+
+    def prepare(self, reference: Reference) -> Scores:
+        """See `augment.filters.Filter`.
+
+        Raises:
+            UserError: see `timm_network`; or the bank has one class only.
+        """
+        if len(reference.classes) < 2:
+            raise UserError("expected 2 classes to tell apart, got one; take the filter prototype")
+        classes = len(reference.classes)
+        network = timm_network(self.model, self.weights, classes, reference.device)
+
+        def scores(images: Tensor, labels: Sequence[int]) -> Tensor:
+            logits, column = network(images), torch.tensor(labels)[:, None]
+            rival = logits.scatter(1, column, -torch.inf).amax(1)
+            return (logits.gather(1, column)[:, 0] - rival).sigmoid().float()
+
+        return scores

@@ -1,0 +1,42 @@
+"""Prototype filter: is the image like the real ones of its class, to a network's eye?"""
+
+from dataclasses import dataclass
+
+from augment.filters.network import timm_network, unit
+from augment.filters.reference import Reference, Scores, check_quantile, typical
+
+
+@dataclass(frozen=True)
+class Prototype:
+    """Cosine to the mean feature of the class's real images, on the scale of their own.
+
+    For the formula see `augment.filters.reference.typical`. A class of few images, fewer than 128,
+    is judged by the own cosines of real images of all classes.
+
+    Args:
+        model: a network of timm; its features before the head.
+        weights: a ``.safetensors`` file of its state dict, with or without the head; empty takes
+            timm's pretrained ones.
+        quantile: the share of real images that score below 0.
+        minimum: keep images of this score and above: 1 is as typical as the median real image.
+
+    Raises:
+        UserError: the quantile is out of range.
+    """
+
+    model: str = "resnet50"
+    weights: str = ""
+    quantile: float = 0.05
+    minimum: float | None = 0.0
+
+    def __post_init__(self) -> None:
+        check_quantile(self.quantile)
+
+    def prepare(self, reference: Reference) -> Scores:
+        """See `augment.filters.Filter`.
+
+        Raises:
+            UserError: see `timm_network` and `typical`.
+        """
+        network = timm_network(self.model, self.weights, 0, reference.device)
+        return typical(reference, lambda images: unit(network(images)), self.quantile)

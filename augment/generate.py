@@ -1,0 +1,302 @@
+"""From a bank to shards: the job that writes synthetic images.
+
+Its units are the shards. Image i of the job is the planner's (0, i), and its class i modulo the
+number of classes, so that every shard is balanced. Filters may refuse it; then the planner's (1, i)
+is tried, and so on, as often as is allowed, before the image is given up and counted. So a shard is
+a pure function of the job's settings and the shard's number: anybody may make or remake any.
+"""
+
+import copy
+import math
+import os
+from collections import Counter
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from augment.diffusion import load_backbone
+from augment.errors import UserError, lookup
+from augment.files import check_folder, read_json, sha256, write_json
+from augment.filters import Filter, Reference
+from augment.images import decode_image
+from augment.jobs import run
+from augment.plan import Plan, Planner
+from augment.shards import (
+    FORMATS,
+    Sample,
+    Shards,
+    encode,
+    open_shards,
+    read_sidecar,
+    shard_path,
+    write_shard,
+)
+from augment.synthesis import Synthesizer
+
+SCHEMA = 1
+
+
+def write_shards(
+    synthesizer: Synthesizer, planner: Planner, per_class: int, out: str | Path, **options: Any
+) -> Shards:
+    """Write ``per_class`` synthetic images a class as shards; a job that was stopped goes on.
+
+    Args:
+        synthesizer: makes images of plans.
+        planner: throws the dice.
+        per_class: images a class.
+        out: the folder, made if needed.
+        options: others of `Synthesis`.
+
+    Raises:
+        UserError: the folder holds the images of other settings, or another run is at work on it.
+    """
+    run(Synthesis(Path(out), synthesizer, planner, per_class, **options))
+    return open_shards(out)
+
+
+@dataclass
+class Synthesis:
+    """The job of writing shards: an `augment.jobs.Job`.
+
+    Args:
+        path, synthesizer, planner, per_class: see `write_shards`.
+        shard_size: images a shard.
+        extension: ``jpg``, ``webp`` or ``png``.
+        quality: of the first two, 1 to 100.
+        pixels: larger images are reduced to so many a side; classifiers that see 224 need no more.
+        filters: what an image has to pass, by name.
+        candidates: how many plans are tried for an image before it is given up.
+        images: the folder of real images that filters compare with; the bank's own by default.
+        where: device and dtype of the backbone, for workers that load it themselves.
+
+    Raises:
+        UserError: a setting is out of its range, or classes are to be mixed.
+    """
+
+    path: Path
+    synthesizer: Synthesizer
+    planner: Planner
+    per_class: int
+    shard_size: int = 1000
+    extension: str = "jpg"
+    quality: int = 95
+    pixels: int = 256
+    filters: dict[str, Filter] = field(default_factory=dict)
+    candidates: int = 1
+    images: Path | None = None
+    where: dict[str, Any] = field(default_factory=dict)
+    title: str = ""
+    recipe: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Refuse what can be refused before anything is written."""
+        check_folder(self.path)
+        self.title = f"synthesize {self.synthesizer.rule}"
+        self.recipe = self.synthesizer.backbone.recipe
+        if self.planner.classes > 1:
+            raise UserError(
+                f"expected images of one class each for shards, got classes = "
+                f"{self.planner.classes}; use SyntheticDataset, which gives soft labels"
+            )
+        for name in ("per_class", "shard_size", "candidates", "pixels"):
+            if getattr(self, name) < 1:
+                raise UserError(f"expected {name} ≥ 1, got {getattr(self, name)}")
+        if not 1 <= self.quality <= 100:
+            raise UserError(f"expected a quality from 1 to 100, got {self.quality}; 95 is usual")
+        lookup(FORMATS, self.extension, "image format")
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is sent to a worker elsewhere: how to load the backbone, where that is known."""
+        synthesizer = copy.copy(self.synthesizer)
+        if self.recipe:
+            synthesizer.backbone = None  # type: ignore[assignment]
+        return {**self.__dict__, "synthesizer": synthesizer}
+
+    @property
+    def total(self) -> int:
+        """The images of the whole job."""
+        return self.per_class * len(self.planner.images)
+
+    def indices(self, unit: int) -> range:
+        """The images of a shard."""
+        return range(unit * self.shard_size, min((unit + 1) * self.shard_size, self.total))
+
+    def settings(self) -> dict[str, Any]:
+        """All that the shards depend on."""
+        made, dice = self.synthesizer, self.planner
+        return {
+            "schema": SCHEMA,
+            "classes": list(dice.images),
+            "shards": math.ceil(self.total / self.shard_size),
+            **{key: getattr(self, key) for key in OWN},
+            "rule": str(made.rule),
+            **{key: getattr(made, key) for key in ("solver", "steps", "guidance", "batch_size")},
+            "interval": list(made.interval),
+            "prompts": made.prompts or {},
+            **{key: getattr(dice, key) for key in ("seed", "members", "noise")},
+            **choice(dice),
+            "filters": {name: asdict(f) for name, f in self.filters.items()},  # type: ignore[call-overload]
+            "images": {name: list(ids) for name, ids in dice.images.items()},
+            "fingerprint": made.bank.fingerprint,
+        }
+
+    def plan(self) -> list[int]:
+        """The images of each shard; the settings are written, or compared."""
+        settings, file = self.settings(), self.path / "synthesis.json"
+        if file.exists():
+            old = read_json(file, "synthetic images")
+            if old != settings:
+                other = next(
+                    (k for k in settings if not isinstance(old, dict) or old.get(k) != settings[k]),
+                    "another version's settings",
+                )
+                raise UserError(
+                    f"expected {self.path} to be new or of the same settings, got images of "
+                    f"others ({other}); use a new folder"
+                )
+        else:
+            if any(self.path.iterdir()):
+                raise UserError(
+                    f"expected {self.path} to be new or empty, got a folder in use; use a new one"
+                )
+            plans = [self.planner(0, index) for index in range(len(self.planner.images))]
+            self.synthesizer.check(plans)  # before anything is written
+            write_json(file, settings)
+        return [len(self.indices(unit)) for unit in range(settings["shards"])]
+
+    def committed(self, unit: int) -> int:
+        """The bytes of a shard and its record; 0 if it is not finished, or was harmed since."""
+        path = shard_path(self.path, unit)
+        if not path.with_suffix(".json").exists():
+            return 0
+        try:
+            size = read_sidecar(path, len(self.planner.images))["bytes"]
+        except UserError:
+            return 0
+        return size + path.with_suffix(".json").stat().st_size
+
+    def start(self) -> Callable[[int], None]:
+        """Load the backbone, unless it is here, and what the filters need."""
+        made = self.synthesizer
+        if made.backbone is None:
+            made.backbone = load_backbone(**self.recipe, **self.where)
+        reference = Reference(
+            classes=made.bank.classes,
+            prompts=[made.bank.prompt(name) for name in made.bank.classes],
+            real=self.real,
+            device=made.backbone.device,
+        )
+        scorers = {name: f.prepare(reference) for name, f in self.filters.items()}
+        return partial(self.work, scorers)
+
+    def real(self, label: int) -> Float[Tensor, "n c r r"]:
+        """The real images of a class that the bank holds.
+
+        Raises:
+            UserError: they are no longer where they were.
+        """
+        made = self.synthesizer
+        root = self.images or Path(made.bank.manifest["source"])
+        name = made.bank.classes[label]
+        form = made.backbone.channels, made.backbone.resolution
+        try:
+            files = [(root / image_id).read_bytes() for image_id in made.bank.members[name]]
+        except OSError as error:
+            raise UserError(
+                f"expected the real images of the bank in {root}, to compare with, got "
+                f"{error.strerror} for {error.filename}; say where they are with --images"
+            ) from None
+        return torch.stack([decode_image(content, *form) for content in files])
+
+    def work(self, scorers: dict[str, Callable[..., Tensor]], unit: int) -> None:
+        """Make and commit a shard."""
+        pending, made = list(self.indices(unit)), {}
+        dropped: dict[str, Counter[str]] = {name: Counter() for name in scorers}
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+            for attempt in range(self.candidates):
+                refused = []
+                for plans in self._batches(attempt, pending):
+                    images = self.synthesizer.images(plans)
+                    scores = score(scorers, images, [plan.label for plan in plans])
+                    small = reduce(images, self.pixels).cpu()
+                    for row, plan in enumerate(plans):
+                        mine = {name: values[row] for name, values in scores.items()}
+                        bad = [n for n in mine if fails(self.filters[n], mine[n])]
+                        for name in bad:
+                            dropped[name][plan.class_name] += 1
+                        if bad:
+                            refused.append(plan.index)
+                            continue
+                        data = pool.submit(encode, small[row], self.extension, self.quality)
+                        made[plan.index] = (plan, mine, data)
+                pending = refused
+        samples = (self._sample(*made[index]) for index in sorted(made))
+        write_shard(
+            shard_path(self.path, unit),
+            samples,
+            self.extension,
+            wanted=len(self.indices(unit)),
+            dropped={name: dict(sorted(counts.items())) for name, counts in dropped.items()},
+        )
+
+    def _batches(self, attempt: int, indices: Sequence[int]) -> Any:
+        size = self.synthesizer.batch_size
+        for first in range(0, len(indices), size):
+            yield [self.planner(attempt, index) for index in indices[first : first + size]]
+
+    def _sample(self, plan: Plan, scores: dict[str, float], data: "Future[bytes]") -> Sample:
+        """What the shard holds of an image."""
+        about = {
+            "plan": asdict(plan),
+            "rule": str(self.synthesizer.rule),
+            "backbone": self.synthesizer.bank.fingerprint["backbone"],
+            "scores": scores,
+        }
+        return Sample(plan.index, data.result(), plan.label, about)
+
+    def finish(self) -> None:
+        """Nothing is left to do."""
+
+
+OWN = ("per_class", "shard_size", "extension", "quality", "pixels", "candidates")
+
+
+def score(
+    scorers: dict[str, Callable[..., Tensor]], images: Tensor, labels: list[int]
+) -> dict[str, list[float]]:
+    """The scores of a batch by each filter."""
+    return {name: scorer(images, labels).tolist() for name, scorer in scorers.items()}
+
+
+def fails(judge: Filter, value: float) -> bool:
+    """Whether a score is below what a filter asks for; one that is not a number is."""
+    return judge.minimum is not None and not value >= judge.minimum
+
+
+def reduce(images: Float[Tensor, "n c h w"], pixels: int) -> Float[Tensor, "n c r r"]:
+    """Images of at most so many pixels a side."""
+    if images.shape[-1] <= pixels:
+        return images
+    return F.interpolate(images, (pixels, pixels), mode="bilinear", antialias=True).clamp(0, 1)
+
+
+def choice(planner: Planner) -> dict[str, Any]:
+    """The planner's alpha as strict JSON has it, and the features' digest if it goes by them."""
+    alpha = planner.alpha
+    if isinstance(alpha, Sequence):
+        alpha = list(alpha)
+    record: dict[str, Any] = {"alpha": "inf" if alpha == math.inf else alpha}
+    if planner.features is not None:  # else left out, as folders of older versions have it
+        rows = (planner.features[name].detach().cpu().double() for name in planner.images)
+        digests = [sha256(part.numpy().tobytes()) for part in rows]
+        record["nearest"] = sha256("".join(digests).encode())
+    return record

@@ -1,0 +1,456 @@
+"""Shards: synthetic images in tar files of the webdataset format, to train on without a backbone.
+
+A folder of shards::
+
+    synthesis.json      ``schema`` 1, ``classes`` in label order, how many ``shards`` there are, the
+                        images' ``extension``, and how they were synthesised
+    shard-000000.tar    of each image 00000123.jpg, 00000123.cls (its label) and 00000123.json
+    shard-000000.json   the shard's record, written last: without it the shard does not count
+    shard-000001.tar …
+
+The record (schema 1) holds the tar's ``bytes`` and ``sha256``, and of each of its ``samples``
+``[key, label, offset, size]``, the place of its image; so `open_shards` gives any image at once, in
+an order that no number of workers changes, and knows what it should find. webdataset, timm and
+Hugging Face's datasets read the tars without it.
+
+A tar has one form only: USTAR, three regular members a sample, every field that does not matter
+zero, two blocks of zeros at the end. The same samples make the same bytes, so a shard is checked by
+making it again from what it holds. No tar parser meets a file that may come from others, and
+nothing is ever extracted or unpickled: what is read is images of one format, integers and JSON.
+"""
+
+import hashlib
+import io
+import json
+import os
+import re
+import tarfile
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from augment.errors import UserError, lookup
+from augment.files import fits, read_json, replacing, write_bytes
+from augment.images import to_pil
+from augment.plan import Plan
+
+SCHEMA = 1
+FORMATS = {"jpg": "JPEG", "webp": "WEBP", "png": "PNG"}
+"""PIL's name of an image format by the extension of its files."""
+
+BLOCK = 512  # a tar is made of these
+END = bytes(2 * BLOCK)
+LARGEST = 64 * 2**20  # bytes of a member
+MOST_PIXELS = 2**26  # of an image
+MOST_SHARDS = 10**6  # so many have a number of six digits
+OPEN_FILES = 64  # of one `Shards` in one process
+METADATA, BEGUN = "metadata.jsonl", ".metadata.jsonl"  # of an export
+AGAIN = "remove that .tar and its .json, and run the same latent-augment synthesize command again"
+
+
+class Flaw(Exception):
+    """What is wrong with a shard, in a few words."""
+
+
+@contextmanager
+def expecting(what: str) -> Iterator[None]:
+    """Make a `UserError` of a flaw."""
+    try:
+        yield
+    except Flaw as flaw:
+        raise UserError(f"expected {what}, got {flaw}; {AGAIN}") from flaw
+
+
+class Sample(NamedTuple):
+    """What is stored of one image: its number, its file, its label, and how it was made."""
+
+    key: int
+    image: bytes
+    label: int
+    about: dict[str, Any]
+
+
+def encode(image: Float[Tensor, "c h w"], extension: str = "jpg", quality: int = 95) -> bytes:
+    """An image file of an image in [0, 1], grey or RGB. WebP knows no grey: it comes back as RGB.
+
+    JPEG keeps the colour of every pixel (4:4:4). PIL's default makes four share theirs: one more
+    trace to tell synthetic images by.
+
+    Args:
+        image: (1 | 3, H, W).
+        extension: a key of `FORMATS`.
+        quality: of JPEG and WebP, from 1 to 100; PNG is exact.
+
+    Raises:
+        UserError: no such extension or quality.
+    """
+    name = lookup(FORMATS, extension, "image format")
+    if not 1 <= quality <= 100:
+        raise UserError(f"expected a quality from 1 to 100, got {quality}; 95 is usual")
+    more = {"jpg": {"quality": quality, "subsampling": 0}, "webp": {"quality": quality}, "png": {}}
+    buffer = io.BytesIO()
+    to_pil(image).save(buffer, name, **more[extension])
+    return buffer.getvalue()
+
+
+def decode(content: bytes, extension: str) -> Float[Tensor, "c h w"]:
+    """The image in [0, 1] of an image file of one format, grey as (1, H, W), else (3, H, W).
+
+    Raises:
+        Flaw: it is none, or has more than `MOST_PIXELS`.
+    """
+    try:
+        with Image.open(io.BytesIO(content), formats=[FORMATS[extension]]) as file:
+            if file.width * file.height > MOST_PIXELS:
+                raise ValueError(f"{file.width} × {file.height} pixels")
+            image = file.convert("L" if file.mode in ("1", "L") else "RGB")
+    except Exception as error:  # of any type: decoders stumble over hostile bytes as they like
+        raise Flaw(f"no readable {extension} image ({error})") from None
+    pixels = torch.from_numpy(np.atleast_3d(np.array(image)))
+    return pixels.permute(2, 0, 1).contiguous().float() / 255
+
+
+def shard_path(folder: str | Path, number: int) -> Path:
+    """The tar file of a shard; its record has the suffix ``.json``."""
+    return Path(folder) / f"shard-{number:06d}.tar"
+
+
+def header(name: str, size: int) -> bytes:
+    """The block before a member: USTAR, a regular file, mode 0644, of nobody and no time."""
+    info = tarfile.TarInfo(name)
+    info.size = size
+    return info.tobuf(tarfile.USTAR_FORMAT)
+
+
+def declared(block: bytes, name: str) -> int:
+    """The size in a header, which has to be what we would write, or a `Flaw`."""
+    with suppress(ValueError):
+        size = int(block[124:135], 8)
+        if 0 <= size <= LARGEST and block == header(name, size):
+            return size
+    raise Flaw(f"something else where {name} belongs")
+
+
+def packed(key: int, contents: dict[str, bytes]) -> bytes:
+    """The members of a sample, by their suffixes, as they stand in a tar."""
+    parts = []
+    for suffix, content in contents.items():
+        name = f"{key:08d}.{suffix}"
+        parts += [header(name, len(content)), content, bytes(-len(content) % BLOCK)]
+    return b"".join(parts)
+
+
+def write_shard(
+    path: Path, samples: Iterable[Sample], extension: str, **more: Any
+) -> dict[str, Any]:
+    """Write a shard as its samples come, then its record; if they raise, nothing is left.
+
+    Args:
+        path: of the tar, by `shard_path`.
+        samples: with keys that increase.
+        extension: of their images, a key of `FORMATS`.
+        more: what else the record is to hold.
+
+    Returns:
+        The record.
+
+    Raises:
+        UserError: the disk is full or the like, no such extension, or an image is too large.
+    """
+    lookup(FORMATS, extension, "image format")
+    record, digest, end, rows = path.with_suffix(".json"), hashlib.sha256(), 0, []
+    with replacing(path) as file:
+        for key, image, label, about in samples:
+            assert not rows or key > rows[-1][0], "keys have to increase"
+            if len(image) > LARGEST:
+                raise UserError(
+                    f"expected images of at most {LARGEST} bytes, got {len(image)}; choose "
+                    "another format, or a lower resolution"
+                )
+            rows.append([key, label, end + BLOCK, len(image)])
+            text = json.dumps(about).encode()  # in ASCII, which can write any file name
+            content = packed(key, {extension: image, "cls": b"%d" % label, "json": text})
+            file.write(content)
+            digest.update(content)
+            end += len(content)
+        file.write(END)
+        digest.update(END)
+        record.unlink(missing_ok=True)  # of the shard whose place this one takes
+    facts = {"schema": SCHEMA, "bytes": end + len(END), "sha256": digest.hexdigest()}
+    facts |= {"samples": rows, **more}
+    write_bytes(record, (json.dumps(facts, separators=(",", ":")) + "\n").encode())
+    return facts
+
+
+def read_settings(folder: str | Path) -> dict[str, Any]:
+    """What a folder of shards is to hold, its ``synthesis.json``.
+
+    Raises:
+        UserError: there is none, or it is of another form.
+    """
+    path = Path(folder) / "synthesis.json"
+    settings = read_json(path, "shards of synthetic images")
+    shape = {"schema": int, "classes": [str], "shards": int, "extension": str}
+    if (
+        not fits(settings, shape)
+        or settings["schema"] != SCHEMA
+        or settings["shards"] > MOST_SHARDS
+        or settings["extension"] not in FORMATS
+        or len(set(settings["classes"])) < len(settings["classes"])
+    ):
+        raise UserError(
+            f"expected the settings of shards, of schema {SCHEMA}, in {path}, got something else; "
+            "open the folder that latent-augment synthesize wrote to"
+        )
+    return settings
+
+
+def read_sidecar(path: Path, classes: int) -> dict[str, Any]:
+    """The record of a shard.
+
+    Args:
+        path: of the tar, whose size is compared; its content is not, which `verify_shard` does.
+        classes: how many there are, to check the labels by.
+
+    Raises:
+        UserError: it is missing or of another form, or the tar is missing or of another size.
+    """
+    record = read_json(path.with_suffix(".json"), "the record of a shard")
+    with expecting(f"{path} and its record as they were written"):
+        if not fits(record, {"schema": int, "bytes": int, "sha256": str, "samples": [[int]]}):
+            raise Flaw("a record of another form")
+        if record["schema"] != SCHEMA:
+            raise Flaw("a record of another schema")
+        if not path.is_file():
+            raise Flaw("no tar")
+        if (size := path.stat().st_size) != record["bytes"]:
+            raise Flaw(f"a tar of {size} bytes, which its record does not say")
+        table(record, classes)
+    return record
+
+
+def table(record: dict[str, Any], classes: int) -> np.ndarray:
+    """The samples of a record as an int64 array (n, 4): key, label, offset, size.
+
+    Raises:
+        Flaw: keys do not increase, a label is of no class, or images overlap or pass the end.
+    """
+    try:
+        rows = np.array(record["samples"], np.int64).reshape(len(record["samples"]), 4)
+    except (ValueError, OverflowError):
+        raise Flaw("a record with samples of another form") from None
+    keys, labels, offsets, sizes = rows.T
+    if (keys[1:] <= keys[:-1]).any() or (labels >= classes).any():
+        raise Flaw("a record with keys that do not increase, or labels of no class")
+    if (offsets > record["bytes"]).any() or (sizes > LARGEST).any():
+        raise Flaw("a record with images that are not in the tar")
+    if (np.append(0, offsets + sizes) > np.append(offsets, record["bytes"])).any():
+        raise Flaw("a record with images that overlap or pass the end of the tar")
+    return rows
+
+
+class Reader(io.FileIO):
+    """A file that is closed with its last reference: no thread reads one that another closed."""
+
+    def __del__(self) -> None:
+        self.close()
+
+
+class Shards(Dataset[tuple[Any, Any]]):
+    """The images of a folder of shards, in the order of shards and keys; see `open_shards`.
+
+    It may be pickled, forked, and shared by threads. It keeps the place of each image (32 bytes)
+    and a few open files, nothing else; so a run is resumed by going on at an index.
+    """
+
+    def __init__(
+        self,
+        paths: list[Path],
+        tables: list[np.ndarray],
+        classes: list[str],
+        extension: str,
+        transform: Callable[[Tensor], Any] | None = None,
+        target_transform: Callable[[int], Any] | None = None,
+    ) -> None:
+        self.paths, self.classes, self.extension = paths, classes, extension
+        self.class_to_idx = {name: label for label, name in enumerate(classes)}
+        self.transform, self.target_transform = transform, target_transform
+        self.rows = np.concatenate([np.empty((0, 4), np.int64), *tables])
+        self.starts = np.cumsum([0, *map(len, tables)]).tolist()
+        self._open = lru_cache(OPEN_FILES)(Reader)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_open"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ = state | {"_open": lru_cache(OPEN_FILES)(Reader)}
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def targets(self) -> list[int]:
+        """The label of every image."""
+        return self.rows[:, 1].tolist()
+
+    def __getitem__(self, index: int) -> tuple[Any, Any]:
+        return self.item((index, self.read(index)))
+
+    def item(self, source: tuple[int, bytes]) -> tuple[Any, Any]:
+        """(image, label) of an index and what `read` gave for it, transformed."""
+        path, (key, label, _, _) = self._place(source[0])
+        with expecting(f"image {key} in {path}"):
+            image = decode(source[1], self.extension)
+        transform = self.transform or (lambda image: image)
+        target = self.target_transform or (lambda label: label)
+        return transform(image), target(label)
+
+    def read(self, index: int) -> bytes:
+        """The file of an image, as it was encoded.
+
+        Raises:
+            IndexError: the index is out of range.
+            UserError: the shard changed since it was opened.
+        """
+        path, (key, _, offset, size) = self._place(index)
+        with expecting(f"image {key} in {path}"):
+            return self._bytes(path, offset, size)
+
+    def about(self, index: int) -> dict[str, Any]:
+        """How an image was made: the JSON of its sample.
+
+        Raises:
+            IndexError: the index is out of range.
+            UserError: there is something else in its place.
+        """
+        text = self.text(index)
+        with suppress(ValueError, RecursionError):
+            if isinstance(found := json.loads(text), dict):
+                return found
+        with expecting(f"a JSON object about image {index}"):
+            raise Flaw(f"{text[:60]!r}")
+
+    def text(self, index: int) -> bytes:
+        """That JSON unread."""
+        path, (key, _, offset, size) = self._place(index)
+        start = offset + size + -size % BLOCK + 2 * BLOCK  # behind the image and the label
+        with expecting(f"the JSON of image {key} in {path}"):
+            length = declared(self._bytes(path, start, BLOCK), f"{key:08d}.json")
+            return self._bytes(path, start + BLOCK, length)
+
+    def plan(self, index: int) -> Plan:
+        """The plan of an image; `Synthesizer.images` makes it again.
+
+        Raises:
+            IndexError: the index is out of range.
+            UserError: there is none in its place.
+        """
+        return Plan.from_json(json.dumps(self.about(index).get("plan")))
+
+    def stream(self, numbers: Iterable[int]) -> Iterator[tuple[int, bytes]]:
+        """Index and file of every image of some shards, each read from front to back."""
+        for number in numbers:
+            for index in range(*self.starts[number : number + 2]):
+                yield index, self.read(index)
+
+    def metadata(self, index: int) -> dict[str, Any]:
+        """Of an image the name of a file, in a folder of its class, its label, and its plan."""
+        _, (key, label, _, _) = self._place(index)
+        name = f"{self.classes[label]}/{key:08d}.{self.extension}"
+        facts = {"file_name": name, "label": label, "class_name": self.classes[label]}
+        plan = self.about(index).get("plan")
+        return {**facts, **(plan if isinstance(plan, dict) else {}), **facts}
+
+    def _place(self, index: int) -> tuple[Path, list[int]]:
+        """The tar of an image, and its row in the table."""
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"expected an index below {len(self)}, got {index}")
+        row = index % len(self)
+        return self.paths[bisect_right(self.starts, row) - 1], self.rows[row].tolist()
+
+    def _bytes(self, path: Path, offset: int, size: int) -> bytes:
+        """A part of a tar, without the file position that forks and threads share."""
+        try:
+            file = self._open(path)  # a name of its own keeps it open until it is read
+            content = os.pread(file.fileno(), size, offset)
+        except OSError as error:
+            raise Flaw(error.strerror) from None
+        if len(content) < size:
+            raise Flaw("an early end of the file")
+        return content
+
+
+def open_shards(
+    folder: str | Path,
+    transform: Callable[[Tensor], Any] | None = None,
+    target_transform: Callable[[int], Any] | None = None,
+    complete: bool = True,
+) -> Shards:
+    """The images of a folder of shards as a map-style dataset of (image, label).
+
+    Args:
+        folder: what ``latent-augment synthesize`` wrote to.
+        transform: applied to the image, float32 (1 | 3, H, W) in [0, 1].
+        target_transform: applied to the label.
+        complete: refuse a folder that is not finished; else open the shards that are.
+
+    Raises:
+        UserError: it is none, or not complete, or a shard is not as its record says.
+    """
+    folder = Path(folder)
+    settings = read_settings(folder)
+    names = (re.fullmatch(r"shard-([0-9]{6})\.json", p.name) for p in folder.iterdir())
+    numbers = sorted({int(name[1]) for name in names if name})
+    paths = [shard_path(folder, number) for number in numbers if number < settings["shards"]]
+    if complete and len(paths) < settings["shards"]:
+        raise UserError(
+            f"expected {settings['shards']} shards in {folder}, got {len(paths)}, "
+            f"{settings['shards'] - len(paths)} are missing; run the same latent-augment "
+            "synthesize command again to finish it, or open it with complete=False"
+        )
+    classes = settings["classes"]
+    tables = [table(read_sidecar(path, len(classes)), len(classes)) for path in paths]
+    return Shards(paths, tables, classes, settings["extension"], transform, target_transform)
+
+
+def verify_shard(path: Path, classes: int, extension: str) -> str | None:
+    """Decode all that is in a shard, make the shard of that again, and compare.
+
+    Args:
+        path: of the tar.
+        classes: how many there are.
+        extension: of the images.
+
+    Returns:
+        The first thing that is wrong, in a few words; None if all is well.
+    """
+    digest, end = hashlib.sha256(), len(END)
+    try:
+        record = read_sidecar(path, classes)
+        shard = Shards([path], [table(record, classes)], [""] * classes, extension)
+        for index, (key, label, _, _) in enumerate(record["samples"]):
+            image, text = shard.read(index), shard.text(index)
+            shard.item((index, image))
+            shard.about(index)
+            content = packed(key, {extension: image, "cls": b"%d" % label, "json": text})
+            digest.update(content)
+            end += len(content)
+        digest.update(END)
+        if end != record["bytes"] or digest.hexdigest() != record["sha256"]:
+            return "its record is not of its samples"
+        with path.open("rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != record["sha256"]:
+                return "other bytes than were written"
+    except (UserError, OSError) as error:
+        return str(error.__cause__ or error)
+    return None
