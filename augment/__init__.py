@@ -3,12 +3,15 @@
 A picture travels one way. ``encode`` and ``invert`` turn each real *image* into a *latent* and
 keep it in a per-class *bank* (`LatentBank`); a *plan* throws the dice: members, Dirichlet
 *weights*, seed; a `Rule` turns the members' latents into one *centroid*; ``sample`` and
-``decode`` turn that into a new image, which a torch Dataset (`SyntheticDataset`), a folder or a
-Lightning trainer (`training`) takes from there. `augment.measure` says what a bank's latents are
-like and what a rule will make of their bias; `walk` goes from one latent to another. Each stage
-is one module of that name; a folder is a place to add a file: `augment.centroid` rules,
-`augment.diffusion` backbones, `augment.inversion` inversions, `augment.sources` where labelled
-images come from.
+``decode`` turn that into a new image, which a torch Dataset (`SyntheticDataset`), a pool that a
+process keeps refilling (`ReplayPool`), webdataset shards (`write_shards`, `open_shards`) or a
+Lightning trainer (`training`) takes from there. Filling a bank and writing shards are jobs
+(`augment.jobs`): units of work that may be killed, moved and shared by processes or a cluster.
+`augment.measure` says what a bank's latents are like and what a rule will make of their bias;
+`walk` goes from one latent to another. Each stage is one module of that name; a folder is a place
+to add a file: `augment.centroid` rules, `augment.diffusion` backbones, `augment.inversion`
+inversions, `augment.sources` where labelled images come from, `augment.filters` which synthetic
+images to keep.
 """
 
 from augment.bank import LatentBank
@@ -17,8 +20,13 @@ from augment.dataset import MixedDataset, SyntheticDataset
 from augment.diffusion import load_backbone
 from augment.diffusion.solver import sample
 from augment.errors import BankMismatch, ImageRejected, UserError
+from augment.export import to_webdataset
+from augment.fill import fill_bank
+from augment.generate import write_shards
 from augment.inversion import invert
 from augment.plan import Plan, Planner
+from augment.replay import ReplayPool
+from augment.shards import Shards, open_shards
 from augment.synthesis import Synthesizer
 
 __version__ = "0.1.0"
@@ -30,12 +38,18 @@ __all__ = [
     "MixedDataset",
     "Plan",
     "Planner",
+    "ReplayPool",
     "Rule",
+    "Shards",
     "Synthesizer",
     "SyntheticDataset",
     "UserError",
+    "fill_bank",
     "invert",
     "load_backbone",
+    "open_shards",
     "sample",
+    "to_webdataset",
     "walk",
+    "write_shards",
 ]

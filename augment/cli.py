@@ -29,12 +29,19 @@ def invert(
     dtype: str | None = None,
     inversion_options: dict[str, Any] | None = None,
     backbone_options: dict[str, Any] | None = None,
+    errors: bool = True,
+    clean: bool = False,
+    max_rejects: float = 0.05,
+    links: bool = False,
+    executor: str = "local",
+    dry_run: bool = False,
 ) -> None:
     """Invert a folder of labelled images into a bank of latents.
 
     Args:
         images: folder with one sub-folder of PNG or JPEG files a class.
-        bank: folder of the bank, made if needed; an interrupted job goes on.
+        bank: folder of the bank, made if needed; an interrupted job goes on, and images that were
+            added since are appended.
         backbone: the diffusion model: tiny, sd15, sdxl and so on, a folder or .safetensors file of
             a checkpoint, or the id of one on the Hugging Face hub.
         prompt: a template such as 'a photo of a {name}'; WordNet ids of ImageNet get their names.
@@ -47,34 +54,89 @@ def invert(
         dtype: float32, float16 or bfloat16 of the network; by default what the backbone likes.
         inversion_options: others of the inversion, as YAML such as '{iterations: 3}'.
         backbone_options: of the backbone, as YAML such as '{resolution: 384, lora: FILE}'.
+        errors: sample every latent back and keep how much is lost; false halves the time.
+        clean: keep the clean latents too.
+        max_rejects: share of images that may be left out because they cannot be read.
+        links: follow links that lead out of the folder.
+        executor: local, this process or, under torchrun or in a Slurm array, its share; or ray.
+        dry_run: do and keep one unit of the work, and tell how long all will take.
     """
-    from augment.bank import fill_bank
     from augment.diffusion import load_backbone
+    from augment.fill import Inversion
     from augment.inversion import inverter
-    from augment.measure import latent_statistics, predicted_bias
     from augment.prompts import class_prompts
     from augment.sources import Folder
 
-    source, texts = Folder(images), dict(prompts or {})
+    source, texts = Folder(images, links), dict(prompts or {})
     if prompt:
         texts |= class_prompts([name for name in source.classes if name not in texts], prompt)
     settings, options = inversion_options or {}, backbone_options or {}
-    refuse(settings, "steps", "guidance", "batch_size", "path", "backbone", "source", "prompts")
+    refuse(settings, "steps", "guidance", "batch_size")
     refuse(options, "name_or_path", "device", "dtype")
-    inverter(inversion, steps=steps, **settings)  # before gigabytes are loaded
-    model = load_backbone(backbone, device, parse_dtype(dtype), **options)
-    filled = fill_bank(
-        bank, model, source, texts, inversion, steps, guidance, batch_size, **settings
+    method = inverter(inversion, steps=steps, **settings)  # before gigabytes are loaded
+    where = {"device": device, "dtype": parse_dtype(dtype)}
+    model = load_backbone(
+        backbone, **{**where, "device": planning_device(device, executor)}, **options
     )
-    count = sum(map(len, filled.members.values()))
-    print(f"{bank}: {count} latents of {len(filled.classes)} classes")
-    found = {name: latent_statistics(filled.latents(name)) for name in filled.classes}
-    worst = max(found, key=lambda name: found[name].largest)
-    print(f"\nclass {worst}, whose channel means are largest:\n{found[worst]}")
-    if found[worst].biased:
-        grown = predicted_bias(found[worst], found[worst].count, math.inf)
+    kept = [name for name, keep in (("errors", errors), ("clean", clean)) if keep]
+    job = Inversion(
+        Path(bank), source, model, method, guidance, texts, batch_size, tuple(kept), max_rejects,
+        where,
+    )  # fmt: skip
+    if work(job, executor, dry_run):
+        tell_of_bank(Path(bank))
+
+
+def planning_device(device: str | None, executor: str) -> str | None:
+    """Where this process loads the backbone: a rank on its own GPU; on the CPU, if others work."""
+    import os
+
+    import torch
+
+    if executor != "local":
+        return "cpu"
+    if device is None and "LOCAL_RANK" in os.environ and torch.cuda.is_available():
+        return f"cuda:{int(os.environ['LOCAL_RANK']) % torch.cuda.device_count()}"
+    return device
+
+
+def work(job: Any, executor: str, dry_run: bool) -> bool:
+    """Do a job, or this process's share of it; whether all of it is done now."""
+    from augment.jobs import estimate, run, stripe
+
+    if dry_run:
+        print(estimate(job))
+        return False
+    rank, world = stripe() if executor == "local" else (0, 1)
+    complete = run(job, executor, (rank, world))
+    if not complete and world == 1:
+        raise UserError(
+            f"expected all units of the job in {job.path}, got some that workers finished and that "
+            "are not there; choose a folder that all machines share"
+        )
+    if not complete:
+        print(f"{job.path}: the share of rank {rank} of {world} is done; others are not yet")
+    return complete
+
+
+def tell_of_bank(path: Path) -> None:
+    """What is in a bank, and what the bias of its latents would do."""
+    from augment.bank import LatentBank
+    from augment.measure import latent_statistics, predicted_bias
+
+    bank = LatentBank.open(path)
+    count = sum(map(len, bank.members.values()))
+    print(f"{path}: {count} latents of {len(bank.classes)} classes")
+    rejects = sum(len(c.record["rejects"]) for chunks in bank.chunks.values() for c in chunks)
+    if rejects:
+        print(f"{rejects} images are left out: see {path / 'rejects.jsonl'}")
+    worst = max(bank.classes, key=bank.largest_mean)
+    found = latent_statistics(bank.latents(worst))
+    print(f"\nclass {worst}, whose channel means are largest:\n{found}")
+    if found.biased:
+        grown = predicted_bias(found, found.count, math.inf)
         print(
-            f"all {found[worst].count} of them mixed in equal parts by a rule without a mean split "
+            f"all {found.count} of them mixed in equal parts by a rule without a mean split "
             f"(fix/0) would have channel means up to {grown:.2f}; take one with /chm or /lp"
         )
 
@@ -99,12 +161,21 @@ def synthesize(
     dtype: str | None = None,
     backbone_options: dict[str, Any] | None = None,
     nearest: str | None = None,
+    filters: dict[str, dict[str, Any]] | None = None,
+    candidates: int = 1,
+    images: str | None = None,
+    extension: str = "jpg",
+    quality: int = 95,
+    pixels: int = 256,
+    shard_size: int = 1000,
+    executor: str = "local",
+    dry_run: bool = False,
 ) -> None:
-    """Synthesize images from random centroids of a bank's latents.
+    """Synthesize images from random centroids of a bank's latents, as webdataset shards.
 
     Args:
         bank: folder of the bank.
-        out: folder for the images, out/class/000000.png; an interrupted job goes on.
+        out: folder for the shards, out/shard-000000.tar and so on; an interrupted job goes on.
         per_class: images a class.
         rule: norm rule and mean split, such as fade/chm or fix/0.
         alpha: concentration of the Dirichlet weights; 1 is uniform on the simplex, inf the centre.
@@ -125,13 +196,25 @@ def synthesize(
         backbone_options: of the backbone, as YAML such as '{compile: true}'.
         nearest: mix an image, drawn at random, with its neighbours, as many as members says: by
             the distance of latents (latent), or of the vectors by image id of a .safetensors file.
+        filters: what images have to pass, as YAML such as '{degenerate: {}, duplicate: {}}': out of
+            classifier, prototype, clip, duplicate, degenerate, each with its settings.
+        candidates: how many plans are tried for an image before it is given up.
+        images: folder of the real images that filters compare with; by default where they were.
+        extension: jpg, webp or png.
+        quality: of jpg and webp.
+        pixels: larger images are reduced to this.
+        shard_size: images a shard.
+        executor: local, this process or, under torchrun or in a Slurm array, its share; or ray.
+        dry_run: do and keep one shard, and tell how long all will take.
     """
     from augment.bank import LatentBank
     from augment.centroid import Rule
     from augment.diffusion import load_backbone
-    from augment.plan import Plan, Planner
+    from augment.filters import make_filter
+    from augment.generate import Synthesis
+    from augment.plan import Planner
     from augment.prompts import class_prompts
-    from augment.synthesis import Synthesizer, solver_of, write_folder
+    from augment.synthesis import Synthesizer, solver_of
 
     opened = LatentBank.open(bank)
     try:
@@ -145,6 +228,7 @@ def synthesize(
     planner = Planner(opened.members, seed, concentration, members, noise, features=features)
     Rule.parse(rule)  # what can be refused is refused before gigabytes are loaded
     solver_of(opened, solver, steps)
+    judges = {name: make_filter(name, **(given or {})) for name, given in (filters or {}).items()}
     options = backbone_options or {}
     refuse(options, "name_or_path", "device", "dtype")
     recipe = {**opened.recipe, **({"name_or_path": backbone} if backbone else {})}
@@ -153,20 +237,111 @@ def synthesize(
             f"expected the backbone that made the bank at {recipe['name_or_path']}, got nothing "
             "there; say where it is with --backbone"
         )
-    model = load_backbone(device=device, dtype=parse_dtype(dtype), **{**recipe, **options})
-    prompts = class_prompts(opened.classes, prompt) if prompt else None
-    synthesizer = Synthesizer(
-        model, opened, rule, solver, steps, guidance, batch_size, interval, prompts
+    where = {"device": device, "dtype": parse_dtype(dtype)}
+    model = load_backbone(
+        **{**where, "device": planning_device(device, executor)}, **{**recipe, **options}
     )
-    made = write_folder(synthesizer, planner, per_class, out)
-    with (Path(out) / "plans.jsonl").open(encoding="utf-8") as lines:
-        plans = [Plan.from_json(line) for line in lines]
+    texts = class_prompts(opened.classes, prompt) if prompt else None
+    synthesizer = Synthesizer(
+        model, opened, rule, solver, steps, guidance, batch_size, interval, texts
+    )
+    job = Synthesis(
+        Path(out), synthesizer, planner, per_class, shard_size, extension, quality, pixels,
+        judges, candidates, None if images is None else Path(images), where,
+    )  # fmt: skip
+    if work(job, executor, dry_run):
+        tell_of_shards(job)
+
+
+def tell_of_shards(job: Any) -> None:
+    """What was made, what was refused, and how much is mixed."""
+    from augment.upkeep import count_shards
+
+    tally = count_shards(job.path)
+    plans = [job.planner(0, index) for index in range(min(tally.wanted, 1000))]
     count = fmean(plan.effective_count for plan in plans)
     mixed = fmean(len(plan.members) for plan in plans)
     print(
-        f"{out}: {per_class} images of each of {len(opened.classes)} classes ({made} made now); "
-        f"each mixes {count:.1f} of {round(mixed, 1):g} members on average (effective count)"
+        f"{job.path}: {tally.written} of {tally.wanted} images of {len(job.planner.images)} "
+        f"classes in {tally.shards} shards; each mixes {count:.1f} of {round(mixed, 1):g} members "
+        "on average (effective count)"
     )
+    print("".join(line + "\n" for line in tally.refused_lines()), end="")
+
+
+def inspect(path: str) -> None:
+    """Tell what a bank or a folder of shards holds.
+
+    Args:
+        path: the folder.
+    """
+    from augment import upkeep
+
+    print(upkeep.inspect(path))
+
+
+def verify(path: str, images: str | None = None, discard: bool = False) -> None:
+    """Compare every file of a bank or of shards with what was recorded when it was written.
+
+    Args:
+        path: the folder.
+        images: of a bank, the folder of images, to be compared too.
+        discard: take out what is damaged; the command that made it then makes it again.
+    """
+    from augment import upkeep
+
+    findings = upkeep.verify(path, images)
+    for finding in findings:
+        print(finding.what)
+    if discard:
+        upkeep.discard(findings)
+    if findings:
+        damaged = sum(finding.record is not None for finding in findings)
+        after = "taken out; run the command that made it again" if discard else "as above"
+        raise UserError(
+            f"expected {path} as it was written, got {len(findings)} findings, {damaged} of them "
+            f"damage that can be made again, {after}"
+            + ("" if discard or not damaged else "; take it out with --discard")
+        )
+    print(f"{path}: every file is as it was written")
+
+
+def merge(banks: list[str], out: str) -> None:
+    """Make one bank of several of the same settings.
+
+    Args:
+        banks: their folders, as YAML such as '[a, b]'.
+        out: folder of the new one.
+    """
+    from augment import upkeep
+
+    tell_of_bank(upkeep.merge(banks, out).path)
+
+
+def split(bank: str, classes: list[str], out: str) -> None:
+    """Make a bank of some classes of another.
+
+    Args:
+        bank: its folder.
+        classes: their names, as YAML such as '[Coat, Bag]', in the order of the new labels.
+        out: folder of the new one.
+    """
+    from augment import upkeep
+
+    tell_of_bank(upkeep.split(bank, classes, out).path)
+
+
+def export(shards: str, out: str) -> None:
+    """Write the images of shards as a folder by class, with a metadata.jsonl.
+
+    Args:
+        shards: their folder.
+        out: the new folder: out/class/00000000.jpg.
+    """
+    from augment.export import export_folder
+
+    export_folder(shards, out)
+    print(f"{out}: written")
 
 
 def demo(out: str | None = None, full: bool = False, seeds: int | None = None) -> None:
@@ -212,7 +387,19 @@ def parse_dtype(name: str | None) -> Any:
     return None if name is None else lookup(known, name, "dtype")
 
 
-COMMANDS = {"invert": invert, "synthesize": synthesize, "train": train, "demo": demo}
+COMMANDS = {
+    "invert": invert,
+    "synthesize": synthesize,
+    "train": train,
+    "demo": demo,
+    "inspect": inspect,
+    "verify": verify,
+    "merge": merge,
+    "split": split,
+    "export": export,
+}
+SWITCHES = ("full", "dry_run", "clean", "links", "discard")
+"""Options that may be given without a value, for true."""
 
 
 def underscored(argument: str) -> str:
@@ -220,9 +407,10 @@ def underscored(argument: str) -> str:
     if not argument.startswith("--"):
         return argument
     name, equals, value = argument[2:].partition("=")
-    if name == "full":  # a switch; jsonargparse wants a value
-        return argument if equals else "--full=true"
-    return f"--{name.replace('-', '_')}{equals}{value}"
+    name = name.replace("-", "_")
+    if name in SWITCHES and not equals:  # jsonargparse wants a value
+        return f"--{name}=true"
+    return f"--{name}{equals}{value}"
 
 
 def run(args: list[str]) -> None:

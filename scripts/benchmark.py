@@ -1,4 +1,4 @@
-"""Time the parts: ``python scripts/benchmark.py {centroids,nao,sampling,backbones}``.
+"""Time the parts: ``python scripts/benchmark.py {centroids,nao,sampling,storage,backbones}``.
 
 Both sides of a ratio run in turn in one process, after a warm-up; medians and interquartile ranges
 of the repeats are printed with the machine and the versions. Never part of the tests.
@@ -179,11 +179,17 @@ def main() -> None:
 
         backbones(sys.argv[2:])
         return
+    if sys.argv[1:2] == ["storage"]:
+        from benchmark_storage import main as storage
+
+        print(f"{platform.processor() or platform.machine()}, torch {torch.__version__}")
+        storage(sys.argv[2:])
+        return
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "what",
-        choices=("centroids", "nao", "sampling", "backbones"),
-        help="backbones has options of its own: backbones --help",
+        choices=("centroids", "nao", "sampling", "storage", "backbones"),
+        help="storage and backbones have options of their own: backbones --help",
     )
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument(

@@ -10,8 +10,9 @@ import torch
 from conftest import paint, snapshot
 from safetensors.torch import save_file
 
-from augment import LatentBank, Plan
+from augment import LatentBank
 from augment.cli import COMMANDS, main, underscored
+from augment.shards import open_shards
 from augment.sources.fashion import write_fashion
 
 COUNTS = {"Bag": 2, "Coat": 1}
@@ -53,14 +54,84 @@ def test_invert_then_synthesize(monkeypatch, capsys, images, tmp_path):
     command = ("synthesize", "--bank", bank, "--out", out, "--per-class", 3, "--rule", "fix/chm",
                "--alpha", 0.5, "--seed", 7, "--steps", 2)  # fmt: skip
     code, told, _ = call(monkeypatch, capsys, *command)
-    lines = (out / "plans.jsonl").read_text().splitlines()
-    count = sum(1 / sum(w * w for w in json.loads(line)["weights"]) for line in lines) / 6
-    tail = f"; each mixes {count:.1f} of 1.5 members on average (effective count)\n"
+    shards = open_shards(out)
+    weights = [shards.plan(index).weights for index in range(6)]
+    count = sum(1 / sum(w * w for w in mine) for mine in weights) / 6
     assert 1 < count < 1.5
-    assert (code, told) == (0, f"{out}: 3 images of each of 2 classes (6 made now){tail}")
-    assert len(list(out.glob("*/*.png"))) == 6
-    code, told, _ = call(monkeypatch, capsys, *command)
-    assert (code, told) == (0, f"{out}: 3 images of each of 2 classes (0 made now){tail}")
+    tail = f"each mixes {count:.1f} of 1.5 members on average (effective count)\n"
+    words = f"{out}: 6 of 6 images of 2 classes in 1 shards; {tail}"
+    assert (code, told) == (0, words)
+    assert call(monkeypatch, capsys, *command)[:2] == (0, words)
+    code, told, _ = call(monkeypatch, capsys, "export", "--shards", out, "--out", tmp_path / "f")
+    assert (code, told) == (0, f"{tmp_path / 'f'}: written\n")
+    assert len(list((tmp_path / "f").glob("*/*.jpg"))) == 6
+    for path, words in ((bank, "3 of 3 latents of 2 classes"), (out, "6 of 6 images of 2 classes")):
+        assert words in call(monkeypatch, capsys, "inspect", "--path", path)[1]
+        code, told, _ = call(monkeypatch, capsys, "verify", "--path", path)
+        assert (code, told) == (0, f"{path}: every file is as it was written\n")
+
+
+def test_dry_runs_do_one_unit_and_tell_of_the_rest(monkeypatch, capsys, images, tmp_path):
+    bank, out = tmp_path / "bank", tmp_path / "out"
+    command = ("invert", "--images", images, "--bank", bank, "--steps", 1)
+    code, told, _ = call(monkeypatch, capsys, *command, "--dry-run")
+    assert code == 0 and told.startswith(
+        "1 units, 3 images; 1 units, 3 images to do\nunit 0 is made"
+    )
+    assert call(monkeypatch, capsys, *command)[0] == 0
+    command = ("synthesize", "--bank", bank, "--out", out, "--per-class", 4, "--shard-size", 2)
+    code, told, _ = call(monkeypatch, capsys, *command, "--dry-run")
+    assert code == 0 and "4 units, 8 images to do\n" in told and "the other 6 images" in told
+    assert sorted(p.name for p in out.iterdir()) == [
+        "shard-000000.json", "shard-000000.tar", "synthesis.json"
+    ]  # fmt: skip
+    assert call(monkeypatch, capsys, *command)[0] == 0
+    code, told, _ = call(monkeypatch, capsys, *command, "--dry-run")
+    assert (code, told) == (0, "4 units, 8 images; 0 units, 0 images to do\n")
+
+
+def test_damage_is_found_taken_out_and_made_again(monkeypatch, capsys, images, tmp_path):
+    bank, out = tmp_path / "bank", tmp_path / "out"
+    invert = ("invert", "--images", images, "--bank", bank, "--steps", 1)
+    synthesize = ("synthesize", "--bank", bank, "--out", out, "--per-class", 4, "--shard-size", 2)
+    for command, path, file in (
+        (invert, bank, bank / "0000" / "chunk-0000.safetensors"),
+        (synthesize, out, out / "shard-000002.tar"),
+    ):
+        assert call(monkeypatch, capsys, *command)[0] == 0
+        before = snapshot(path)
+        content = bytearray(file.read_bytes())
+        content[len(content) // 2] ^= 1
+        file.write_bytes(content)
+        code, told, complaint = call(monkeypatch, capsys, "verify", "--path", path)
+        assert code == 2 and file.name in told and "--discard" in complaint
+        assert call(monkeypatch, capsys, "verify", "--path", path, "--discard")[0] == 2
+        assert call(monkeypatch, capsys, *command)[0] == 0
+        assert snapshot(path) == before
+        assert call(monkeypatch, capsys, "verify", "--path", path)[0] == 0
+
+
+def test_banks_are_taken_apart_and_put_together(monkeypatch, capsys, images, tiny_bank, tmp_path):
+    whole = LatentBank.open(tiny_bank)
+    for name in whole.classes:
+        code, told, _ = call(
+            monkeypatch, capsys, "split", "--bank", tiny_bank, "--classes", f"[{name}]", "--out",
+            tmp_path / name,
+        )  # fmt: skip
+        assert code == 0 and "of 1 classes" in told
+    parts = ",".join(str(tmp_path / name) for name in reversed(whole.classes))
+    out = tmp_path / "out"
+    assert call(monkeypatch, capsys, "merge", "--banks", f"[{parts}]", "--out", out)[0] == 0
+    merged = LatentBank.open(out)
+    assert merged.classes == whole.classes[::-1]
+    for name in whole.classes:
+        assert merged.members[name] == whole.members[name]
+        assert torch.equal(merged.latents(name), whole.latents(name))
+    assert call(monkeypatch, capsys, "verify", "--path", out)[0] == 0
+    code, _, told = call(
+        monkeypatch, capsys, "merge", "--banks", f"[{parts},{tiny_bank}]", "--out", tmp_path / "no"
+    )
+    assert code == 2 and "in both" in told and not (tmp_path / "no").exists()
 
 
 def test_inversion_prompts_and_profiles(monkeypatch, capsys, tmp_path):
@@ -75,7 +146,8 @@ def test_inversion_prompts_and_profiles(monkeypatch, capsys, tmp_path):
     opened = LatentBank.open(bank)
     assert [opened.prompt(name) for name in opened.classes] == ["top", "bag"]
     assert opened.inversion == {
-        "method": "fixed_point", "guidance": 1.0, "steps": 3, "iterations": 3, "average": 1,
+        "method": "fixed_point", "solver": "ddim", "guidance": 1.0, "steps": 3, "iterations": 3,
+        "average": 1,
     }  # fmt: skip
     for profile, kept in (
         (["--solver", "exact"], {"solver": "ddim", "steps": 3, "guidance": 1.0}),
@@ -124,7 +196,8 @@ def test_synthesize_from_neighbours_with_an_alpha_for_each(monkeypatch, capsys, 
     )
     assert code == 0
     assert told.endswith("each mixes 1.0 of 2 members on average (effective count)\n")
-    plans = [Plan.from_json(line) for line in (out / "plans.jsonl").read_text().splitlines()]
+    shards = open_shards(out)
+    plans = [shards.plan(index) for index in range(len(shards))]
     assert all(plan.weights == (1.0, 0.0) for plan in plans)
     gaps = {abs(ids.index(plan.members[0]) - ids.index(plan.members[1])) for plan in plans}
     assert gaps == {1}
@@ -173,7 +246,7 @@ def test_bad_images_are_one_sentence_and_nothing_is_written(monkeypatch, capsys,
     assert told.count("\n") == 1
     assert told.startswith("latent-augment: expected")
     assert word in told
-    assert not bank.exists()
+    assert not list(bank.glob("*/*"))
 
 
 OPTIONS = {
@@ -199,7 +272,11 @@ OPTIONS = {
     "an unknown rule": (["synthesize", "--rule", "fixx/0"], "fade"),
     "an unknown solver": (["synthesize", "--solver", "heun"], "ddim"),
     "an interval upside down": (["synthesize", "--interval", "[0.8, 0.2]"], "interval"),
-    "no images a class": (["synthesize", "--per-class", "0"], "at least 1"),
+    "no images a class": (["synthesize", "--per-class", "0"], "per_class"),
+    "an unknown filter": (["synthesize", "--filters", "{hat: {}}"], "degenerate"),
+    "an unknown setting of a filter": (["synthesize", "--filters", "{duplicate: {hat: 1}}"], "hat"),
+    "an unknown format": (["synthesize", "--extension", "gif"], "webp"),
+    "an unknown executor": (["synthesize", "--executor", "dask"], "ray"),
     "a bank of another backbone": (["synthesize", "--backbone", "OTHER"], "weights"),
 }
 

@@ -75,7 +75,7 @@ def test_an_interruption_says_how_to_go_on(run, place, monkeypatch):
     def interrupt(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("augment.bank.inverted", interrupt)
+    monkeypatch.setattr("augment.fill.inverted", interrupt)
     code, out, err = run(INVERT)
     assert (code, out) == (130, "")
     assert err == "latent-augment: interrupted; run the same command again to go on\n"

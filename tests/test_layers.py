@@ -9,22 +9,27 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 LAYERS = (
-    {"augment.errors", "augment.seeds", "augment.files", "augment.images", "augment.prompts"},
+    {"augment.errors", "augment.seeds", "augment.files", "augment.images", "augment.prompts"}
+    | {"augment.cluster", "augment.features"},
     {"augment.weights", "augment.prior", "augment.centroid"},
     {"augment.sources", "augment.diffusion", "augment.inversion"},
-    {"augment.bank", "augment.plan", "augment.measure"},
-    {"augment.synthesis"},
-    {"augment.dataset"},
+    {"augment.plan", "augment.measure"},
+    {"augment.bank"},
+    {"augment.synthesis", "augment.filters", "augment.shards", "augment.jobs"},
+    {"augment.fill", "augment.generate", "augment.upkeep", "augment.dataset"} | {"augment.export"},
+    {"augment.replay"},
     {"training"},
     {"augment.cli"},
 )
 HOMES = {
     "pytorch_lightning": "training",
-    "timm": "training",
+    "timm": ("training", "augment.filters"),
     "torchmetrics": "training",
     "diffusers": "augment.diffusion",
-    "transformers": "augment.diffusion",
+    "transformers": ("augment.diffusion", "augment.filters"),
     "peft": "augment.diffusion",
+    "webdataset": "augment.export",
+    "ray": "augment.cluster",
     "jsonargparse": "augment.cli",
 }
 
@@ -99,6 +104,7 @@ def test_the_check_can_fail(name, source):
 
 def test_importing_augment_is_light():
     heavy = "diffusers pytorch_lightning timm torchvision torchmetrics transformers jsonargparse"
+    heavy += " webdataset ray datasets"
     code = f"import sys, augment, augment.cli; print(*set(sys.modules) & set({heavy.split()}))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == ""
