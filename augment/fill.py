@@ -369,12 +369,13 @@ def extended(
                 f"got {prompt!r}; use that, or a new folder"
             )
         # what was planned but never made goes, if one of its images has gone
-        chunks = [
-            chunk
-            for stem, chunk in stems(path, known)
-            if records[stem] or set(chunk["ids"]) <= set(members)
-        ]
-        waiting = {i for stem, c in stems(path, known) if not records[stem] for i in c["ids"]}
+        chunks, waiting = [], set()
+        for stem, chunk in stems(path, known):
+            if records[stem]:
+                chunks.append(chunk)
+            elif set(chunk["ids"]) <= set(members):
+                chunks.append(chunk)
+                waiting |= set(chunk["ids"])
         fresh = [i for i in members if i not in settled and i not in waiting]
         number = 1 + max((chunk["number"] for chunk in known["chunks"]), default=-1)
         while fresh:

@@ -322,6 +322,22 @@ def test_a_few_corrupt_images_are_left_out_and_listed_until_they_are_mended(
     assert mended.latents("bee").isfinite().all()
 
 
+def test_images_that_go_before_they_were_inverted_are_forgotten(tmp_path, gaussian, monkeypatch):
+    root = paint(tmp_path / "images", {"ant": 3, "bee": 4})
+    monkeypatch.setattr(augment.fill, "CHUNK", 3)
+
+    def stop(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(augment.fill, "inverted", stop)
+        fill_bank(tmp_path / "b", gaussian, Folder(root), steps=1)
+    (root / "bee" / "1.png").unlink()
+    filled = fill_bank(tmp_path / "b", gaussian, Folder(root), steps=1)
+    assert sorted(filled.members["bee"]) == ["bee/0.png", "bee/2.png", "bee/3.png"]
+    assert len(filled.members["ant"]) == 3
+
+
 def test_a_class_without_a_single_image_is_named(tmp_path, gaussian):
     root = paint(tmp_path / "images")
     (root / "cat" / "0.png").write_bytes(b"")
