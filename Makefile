@@ -19,6 +19,8 @@ bench: .venv/dev
 	$(PY) scripts/benchmark.py centroids
 	$(PY) scripts/benchmark.py nao
 	$(PY) scripts/benchmark.py sampling
+	$(PY) scripts/benchmark.py storage
+	$(PY) scripts/benchmark_replay.py
 
 wheel: .venv/dev
 	$(PY) -m build --wheel

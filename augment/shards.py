@@ -49,7 +49,9 @@ FORMATS = {"jpg": "JPEG", "webp": "WEBP", "png": "PNG"}
 """PIL's name of an image format by the extension of its files."""
 
 BLOCK = 512  # a tar is made of these
+EMPTY = tarfile.TarInfo().tobuf(tarfile.USTAR_FORMAT)  # of a file without name or content
 END = bytes(2 * BLOCK)
+EARLY = 2**20  # bytes after which the disk may begin
 LARGEST = 64 * 2**20  # bytes of a member
 MOST_PIXELS = 2**26  # of an image
 MOST_SHARDS = 10**6  # so many have a number of six digits
@@ -113,11 +115,12 @@ def decode(content: bytes, extension: str) -> Float[Tensor, "c h w"]:
         with Image.open(io.BytesIO(content), formats=[FORMATS[extension]]) as file:
             if file.width * file.height > MOST_PIXELS:
                 raise ValueError(f"{file.width} × {file.height} pixels")
-            image = file.convert("L" if file.mode in ("1", "L") else "RGB")
+            mode = "L" if file.mode in ("1", "L") else "RGB"
+            image = np.asarray(file if file.mode == mode else file.convert(mode))
     except Exception as error:  # of any type: decoders stumble over hostile bytes as they like
         raise Flaw(f"no readable {extension} image ({error})") from None
-    pixels = torch.from_numpy(np.atleast_3d(np.array(image)))
-    return pixels.permute(2, 0, 1).contiguous().float() / 255
+    planes = np.atleast_3d(image).transpose(2, 0, 1)
+    return torch.from_numpy(np.array(planes, order="C")).float().div_(255)
 
 
 def shard_path(folder: str | Path, number: int) -> Path:
@@ -127,9 +130,10 @@ def shard_path(folder: str | Path, number: int) -> Path:
 
 def header(name: str, size: int) -> bytes:
     """The block before a member: USTAR, a regular file, mode 0644, of nobody and no time."""
-    info = tarfile.TarInfo(name)
-    info.size = size
-    return info.tobuf(tarfile.USTAR_FORMAT)
+    block = bytearray(EMPTY)
+    block[: len(name)], block[124:135] = name.encode(), b"%011o" % size
+    block[148:154] = b"%06o" % (sum(block) - sum(block[148:156]) + 8 * ord(" "))
+    return bytes(block)
 
 
 def declared(block: bytes, name: str) -> int:
@@ -150,6 +154,12 @@ def packed(key: int, contents: dict[str, bytes]) -> bytes:
     return b"".join(parts)
 
 
+def start_writing(file: int, offset: int, size: int) -> None:
+    """Let the disk begin to write what will be synchronised, where the system takes the hint."""
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(file, offset, size, os.POSIX_FADV_DONTNEED)
+
+
 def write_shard(
     path: Path, samples: Iterable[Sample], extension: str, **more: Any
 ) -> dict[str, Any]:
@@ -168,7 +178,8 @@ def write_shard(
         UserError: the disk is full or the like, no such extension, or an image is too large.
     """
     lookup(FORMATS, extension, "image format")
-    record, digest, end, rows = path.with_suffix(".json"), hashlib.sha256(), 0, []
+    record, digest, rows = path.with_suffix(".json"), hashlib.sha256(), []
+    end = flushed = 0
     with replacing(path) as file:
         for key, image, label, about in samples:
             assert not rows or key > rows[-1][0], "keys have to increase"
@@ -183,6 +194,10 @@ def write_shard(
             file.write(content)
             digest.update(content)
             end += len(content)
+            if end - flushed > EARLY:
+                file.flush()
+                start_writing(file.fileno(), flushed, end - flushed)
+                flushed = end
         file.write(END)
         digest.update(END)
         record.unlink(missing_ok=True)  # of the shard whose place this one takes
