@@ -54,7 +54,7 @@ CONTROL: Any = np.dtype(
         ("made", "i8"),  # images ever; the next one goes to slot made % capacity
         ("before", "i8"),  # images made before this run,
         ("started", "f8"),  # when it began to make more, by the clock that processes share,
-        ("beat", "f8"),  # and when the last ones were there
+        ("beat", "f8"),  # and when it had made the last ones
         ("ready", "i8"),  # in this run: 1 + the number of the file that the slots are in
         ("ended", "i8"),  # in this run: the generator is gone,
         ("error", "S4096"),  # and of what, if it could tell
@@ -92,9 +92,10 @@ class ReplayPool(Dataset[Sample]):
     Each image can: `record` says what it was made for, `plan` how. Where runs have to be the same,
     write the images first.
 
-    The generator is spawned: a script needs ``if __name__ == "__main__":``. On a GPU it has a CUDA
-    context and a backbone of its own, and takes turns with the trainer; on a second GPU it does
-    not. Under DDP every rank has a pool; give each its own seed, and path.
+    The generator is spawned: a script needs ``if __name__ == "__main__":``. Where cores are few, it
+    gives way. On a GPU it has a CUDA context and a backbone of its own, in the same memory, and the
+    two processes take turns; on a second GPU they do not. Under DDP every rank has a pool; give
+    each its own seed, and path.
 
     Args:
         dataset: a `SyntheticDataset`, or any map-style dataset of float images (C, H, W) in [0, 1]
@@ -509,6 +510,7 @@ def generate(
     tqdm.set_lock(threading.RLock())  # its usual one is a semaphore that a kill would leave behind
     tqdm.__init__ = partialmethod(tqdm.__init__, disable=True)  # type: ignore[method-assign]
     torch.set_num_threads(threads)
+    os.nice(5)  # where cores are few, it is the generator that waits
     try:
         dataset = built(content.pop())  # the list is kept by multiprocessing
         usual = getattr(getattr(dataset, "synthesizer", None), "batch_size", 1)
@@ -522,9 +524,9 @@ def generate(
             if not store.layout:
                 store.settle(layout_of(dataset, samples[0], capacity))
                 store.open()
+            store.control["beat"] = time.monotonic()
             for row, (image, label) in zip(rows, samples, strict=True):
                 store.write(Record(image, label, epoch, row))
-            store.control["beat"] = time.monotonic()
     except Exception as error:
         known = isinstance(error, UserError)
         text = str(error) if known else f"{type(error).__name__}: {error}"
@@ -572,7 +574,7 @@ def watch(store: Store, process: BaseProcess, halt: Any, stall_s: float) -> None
         found = reason(store, process) if ended else f"none for {stall_s:g} s"
         warnings.warn(
             f"expected the replay pool's generator to go on making images, got {found}; draws go "
-            f"on with the images there are; start again for others",
+            "on with the images there are, start again for others",
             AugmentWarning,
             stacklevel=1,
         )
