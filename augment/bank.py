@@ -22,15 +22,16 @@ images, at most `CHUNK`, and the unit of the job that makes them (`augment.fill`
 
 A commit record holds bytes and SHA-256 of each of the chunk's files; bytes, SHA-256 and shorter
 side of each image's file; the images left out, with the reason; and statistics of the latents. It
-is written last, and **a chunk counts if and only if its record is there**; the manifest never
-changes but for images that are added. So any number of workers may fill a bank, be killed and go
-on, and `LatentBank.open` refuses one that is not complete.
+is written last, and **a chunk counts if and only if its record is there**; the manifest changes
+only where images were added or mended, or went before they were inverted. So any number of workers
+may fill a bank, be killed and go on, and `LatentBank.open` refuses one that is not complete.
 
 Chunks are read by mapping them into memory, their size checked first, for a file cut short while
 mapped would kill the reader; their digests are checked the first time a process reads them.
 """
 
 import hashlib
+import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -47,6 +48,7 @@ from augment.diffusion.backbone import Backbone
 from augment.errors import BankMismatch, UserError
 from augment.features import read_vectors
 from augment.files import fits, read_json
+from augment.inversion import INVERTERS
 from augment.plan import Plan
 
 SCHEMA = 2
@@ -70,7 +72,7 @@ IMAGE = {"id": str, "bytes": int, "sha256": str, "side": int}
 RECORD = {
     "files": dict,
     "images": [IMAGE],
-    "rejects": [{"id": str, "bytes": int, "reason": str}],
+    "rejects": [{"id": str, "bytes": int, "sha256": str, "reason": str}],
     "statistics": {"norm?": float, "channel_means?": [float], "error?": float},
 }
 CPU = torch.device("cpu")
@@ -134,13 +136,12 @@ class LatentBank:
         for record in manifest["classes"]:
             chunks[record["name"]] = []
             for stem, plan in stems(path, record):
-                done = read_record(stem)
+                done = read_record(stem, plan)
+                means = len(done["statistics"].get("channel_means", [])) if done else 0
+                if means not in (0, manifest["latent_shape"][0]):
+                    raise damaged(stem)
                 if done is None:
                     missing += len(plan["ids"])
-                elif done["images"] and (
-                    len(done["statistics"]["channel_means"]) != manifest["latent_shape"][0]
-                ):
-                    raise damaged(stem)
                 else:
                     chunks[record["name"]].append(Chunk(stem, done))
         if missing:
@@ -149,6 +150,9 @@ class LatentBank:
                 "run the same latent-augment invert command again to finish it"
             )
         members = {name: tuple(i for c in parts for i in c.ids) for name, parts in chunks.items()}
+        every = [image_id for ids in members.values() for image_id in ids]
+        if len(set(every)) < len(every):
+            raise UserError(f"expected each image once in {path}, got some twice; invert again")
         for name, ids in members.items():
             if not ids:
                 raise UserError(
@@ -170,7 +174,11 @@ class LatentBank:
     def prompt(self, class_name: str) -> str:
         """The prompt a class was inverted with; empty if none."""
         self._chunks(class_name)
-        return next(c["prompt"] for c in self.manifest["classes"] if c["name"] == class_name)
+        return self._prompts[class_name]
+
+    @cached_property
+    def _prompts(self) -> dict[str, str]:
+        return {known["name"]: known["prompt"] for known in self.manifest["classes"]}
 
     @property
     def inversion(self) -> dict[str, Any]:
@@ -199,7 +207,10 @@ class LatentBank:
                 f"expected memory for {size:,} bytes of latents on {device}, got {room:,}; leave "
                 "the bank on disk, from where it is read as needed"
             )
-        resident = {c.stem: self._read(c, "latents", "latents")[0].to(device) for c in chunks}
+        # cloned, for on the CPU they are still the file's otherwise
+        resident = {
+            c.stem: self._read(c, "latents", "latents")[0].clone().to(device) for c in chunks
+        }
         return replace(self, device=device, _resident=resident)
 
     def gather(
@@ -283,7 +294,7 @@ class LatentBank:
         Raises:
             UserError: the bank has none, no such class, or a chunk is missing or damaged.
         """
-        return self._rows(class_name, lambda c: self._read(c, "latents", "errors")[0])
+        return self._rows(class_name, lambda c: self._read(c, "latents", "errors")[0]).clone()
 
     def nulls(self, class_name: str) -> tuple[Float[Tensor, "g steps ..."], Int[Tensor, " n"]]:
         """A class's embeddings by null-text inversion, float16, and which is whose of ``members``.
@@ -344,6 +355,17 @@ class LatentBank:
             BankMismatch: the first field that differs is named.
         """
         require_same(self.path, self.fingerprint["backbone"], backbone.fingerprint)
+        have, want = self.manifest["latent_shape"], list(backbone.latent_shape)
+        require_same(self.path, {"latent shape": have}, {"latent shape": want})
+
+    @cached_property
+    def digest(self) -> str:
+        """Of all that images depend on: latents and embeddings, ids and prompts of every class."""
+        content = []
+        for name, chunks in self.chunks.items():
+            files = [[c.record["files"].get(k) for k in ("latents", "nulls")] for c in chunks]
+            content.append([name, self.prompt(name), [c.ids for c in chunks], files])
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     def _chunks(self, class_name: str) -> list[Chunk]:
         if class_name not in self.chunks:
@@ -378,6 +400,8 @@ class LatentBank:
         try:
             if path not in self._checked:
                 check_file(path, known)
+                with safe_open(path, framework="pt") as file:
+                    self._check_shape(chunk, file)
                 self._checked.add(path)
             elif os.stat(path).st_size != known["bytes"]:  # noqa: PTH116, a microsecond less
                 raise OSError("a file of another size")
@@ -385,10 +409,18 @@ class LatentBank:
                 return [file.get_tensor(key) for key in keys]
         except (OSError, SafetensorError) as error:
             raise UserError(
-                f"expected {path} as it was written, got {error}; latent-augment verify --discard "
-                "true takes what is damaged out, and the same latent-augment invert command "
-                "makes it again"
+                f"expected {path} as it was written, got {error}; latent-augment verify --path "
+                f"{self.path} --discard takes what is damaged out, and the same latent-augment "
+                "invert command makes it again"
             ) from None
+
+    def _check_shape(self, chunk: Chunk, file: Any) -> None:
+        """Raise OSError if a file has not a row, of the right shape, for each image."""
+        shape = self.manifest["latent_shape"]
+        for key in set(file.keys()) & {"latents", "clean", "errors", "null_rows"}:
+            wanted = [len(chunk.ids), *(shape if key in ("latents", "clean") else [])]
+            if file.get_slice(key).get_shape() != wanted:
+                raise OSError(f"{key} of shape {file.get_slice(key).get_shape()}, not {wanted}")
 
 
 def filled(chunks: list[Chunk]) -> list[Chunk]:
@@ -417,6 +449,15 @@ def free_memory(device: torch.device) -> int:
     else:
         free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return free * 4 // 5
+
+
+def require_same_making(path: Path, have: dict[str, Any], want: dict[str, Any]) -> None:
+    """Raise `BankMismatch` for the first thing that two manifests say otherwise of latents."""
+    for part in ("backbone", "inversion"):
+        require_same(path, have["fingerprint"][part], want["fingerprint"][part])
+    require_same(path, *({"kept": manifest["keeps"]} for manifest in (have, want)))
+    prints = (manifest["fingerprint"] for manifest in (have, want))
+    require_same(path, *({"preprocessing": fields["preprocessing"]} for fields in prints))
 
 
 def require_same(path: Path, have: dict[str, Any], want: dict[str, Any]) -> None:
@@ -463,14 +504,22 @@ def sound(manifest: dict[str, Any]) -> bool:
         and all(fits(value, str) for value in manifest["fingerprint"]["backbone"].values())
         and "name" in manifest["fingerprint"]["backbone"]
         and all(len({c["number"] for c in r["chunks"]}) == len(r["chunks"]) for r in classes)
+        and all(chunk["ids"] for record in classes for chunk in record["chunks"])
+        and manifest["fingerprint"]["inversion"]["method"] in INVERTERS
+        and fits(manifest["recipe"], {"name_or_path": str} if manifest["recipe"] else {})
+        and not {"device", "dtype"} & manifest["recipe"].keys()
     )
 
 
-def read_record(stem: Path) -> dict[str, Any] | None:
+def read_record(stem: Path, plan: dict[str, Any]) -> dict[str, Any] | None:
     """The commit record of a chunk; None if it is not committed.
 
+    Args:
+        stem: of the chunk.
+        plan: of it, in the manifest.
+
     Raises:
-        UserError: it is damaged.
+        UserError: it is damaged, or of another chunk.
     """
     path = stem.with_suffix(".json")
     if not path.exists():
@@ -481,10 +530,17 @@ def read_record(stem: Path) -> dict[str, Any] | None:
         not fits(record, RECORD)
         or not all(kind in KINDS and fits(file, known) for kind, file in record["files"].items())
         or bool(record["images"]) != ("latents" in record["files"])
-        or bool(record["images"]) != ("channel_means" in record["statistics"])
+        or bool(record["images"]) != bool(record["statistics"].get("channel_means"))
+        or not made_of(record, plan)
     ):
         raise damaged(stem)
     return record
+
+
+def made_of(record: dict[str, Any], plan: dict[str, Any]) -> bool:
+    """Whether a record is of the images that were planned, less those that were left out."""
+    rejects = {reject["id"] for reject in record["rejects"]}
+    return [i for i in plan["ids"] if i not in rejects] == [i["id"] for i in record["images"]]
 
 
 def damaged(stem: Path) -> UserError:

@@ -67,7 +67,7 @@ def invert(
     from augment.prompts import class_prompts
     from augment.sources import Folder
 
-    source, texts = Folder(images, links), dict(prompts or {})
+    source, texts = Folder(images, links), {str(k): v for k, v in (prompts or {}).items()}
     if prompt:
         texts |= class_prompts([name for name in source.classes if name not in texts], prompt)
     settings, options = inversion_options or {}, backbone_options or {}
@@ -161,7 +161,7 @@ def synthesize(
     dtype: str | None = None,
     backbone_options: dict[str, Any] | None = None,
     nearest: str | None = None,
-    filters: dict[str, dict[str, Any]] | None = None,
+    filters: dict[str, dict[str, Any] | None] | str | None = None,
     candidates: int = 1,
     images: str | None = None,
     extension: str = "jpg",
@@ -196,8 +196,9 @@ def synthesize(
         backbone_options: of the backbone, as YAML such as '{compile: true}'.
         nearest: mix an image, drawn at random, with its neighbours, as many as members says: by
             the distance of latents (latent), or of the vectors by image id of a .safetensors file.
-        filters: what images have to pass, as YAML such as '{degenerate: {}, duplicate: {}}': out of
-            classifier, prototype, clip, duplicate, degenerate, each with its settings.
+        filters: what images have to pass, such as degenerate,duplicate, out of classifier,
+            prototype, clip, duplicate, degenerate; or YAML with their settings, such as
+            '{degenerate: {}, duplicate: {minimum: 0.5}}'.
         candidates: how many plans are tried for an image before it is given up.
         images: folder of the real images that filters compare with; by default where they were.
         extension: jpg, webp or png.
@@ -228,6 +229,8 @@ def synthesize(
     planner = Planner(opened.members, seed, concentration, members, noise, features=features)
     Rule.parse(rule)  # what can be refused is refused before gigabytes are loaded
     solver_of(opened, solver, steps)
+    if isinstance(filters, str):
+        filters = dict.fromkeys(filters.split(","))
     judges = {name: make_filter(name, **(given or {})) for name, given in (filters or {}).items()}
     options = backbone_options or {}
     refuse(options, "name_or_path", "device", "dtype")
@@ -267,6 +270,8 @@ def tell_of_shards(job: Any) -> None:
         "on average (effective count)"
     )
     print("".join(line + "\n" for line in tally.refused_lines()), end="")
+    if tally.written < tally.wanted:
+        print(f"{tally.wanted - tally.written} images were given up; allow more --candidates")
 
 
 def inspect(path: str) -> None:
@@ -306,29 +311,29 @@ def verify(path: str, images: str | None = None, discard: bool = False) -> None:
     print(f"{path}: every file is as it was written")
 
 
-def merge(banks: list[str], out: str) -> None:
+def merge(banks: str, out: str) -> None:
     """Make one bank of several of the same settings.
 
     Args:
-        banks: their folders, as YAML such as '[a, b]'.
+        banks: their folders, with commas between.
         out: folder of the new one.
     """
     from augment import upkeep
 
-    tell_of_bank(upkeep.merge(banks, out).path)
+    tell_of_bank(upkeep.merge(banks.split(","), out).path)
 
 
-def split(bank: str, classes: list[str], out: str) -> None:
+def split(bank: str, classes: str, out: str) -> None:
     """Make a bank of some classes of another.
 
     Args:
         bank: its folder.
-        classes: their names, as YAML such as '[Coat, Bag]', in the order of the new labels.
+        classes: their names, with commas between, in the order of the new labels.
         out: folder of the new one.
     """
     from augment import upkeep
 
-    tell_of_bank(upkeep.split(bank, classes, out).path)
+    tell_of_bank(upkeep.split(bank, classes.split(","), out).path)
 
 
 def export(shards: str, out: str) -> None:
@@ -423,6 +428,9 @@ def run(args: list[str]) -> None:
         from jsonargparse import auto_cli
 
         args = [underscored(argument) for argument in args]
+        for place in range(len(args) - 1, 0, -1):  # a switch may be given a value
+            if args[place] in ("true", "false") and args[place - 1].endswith("=true"):
+                args[place - 1 : place + 1] = [args[place - 1].replace("=true", f"={args[place]}")]
         auto_cli(
             COMMANDS, args=args, as_positional=False, prog="latent-augment", exit_on_error=False
         )

@@ -115,8 +115,8 @@ class SyntheticDataset(Dataset[Sample]):
         if get_worker_info() is not None and self.synthesizer.backbone.device.type == "cuda":
             raise RuntimeError(
                 "expected to synthesise in the main process, got a DataLoader worker and a CUDA "
-                "backbone; set num_workers=0, or write the images first with "
-                "latent-augment synthesize"
+                "backbone; set num_workers=0, draw from a ReplayPool, or write the images first "
+                "with latent-augment synthesize"
             )
         plans = [self.plan(index) for index in indices]
         images = self.synthesizer.images(plans)

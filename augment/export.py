@@ -17,7 +17,7 @@ from torch.utils.data import IterableDataset
 from tqdm import tqdm
 
 from augment.errors import UserError
-from augment.files import locked, replacing, sweep, write_bytes
+from augment.files import locked, replacing, write_bytes
 from augment.shards import AGAIN, Shards, open_shards
 
 METADATA, BEGUN = "metadata.jsonl", ".metadata.jsonl"
@@ -76,20 +76,22 @@ def export_folder(folder: str | Path, out: str | Path) -> None:
     shards, out = open_shards(folder), Path(out)
     for name in shards.classes:
         good = re.fullmatch(r"(?!\.)[^/\0\ud800-\udfff]+", name)
-        if not good or len(name.encode()) > 255:
+        if not good or len(name.encode()) > 255 or name == METADATA:
             raise UserError(
                 f"expected class names that a folder can have, got {name!r}; read the shards by "
                 "open_shards instead"
             )
     if len(np.unique(shards.rows[:, 0])) < len(shards):
         raise UserError(f"expected keys that differ in {folder}, got some twice; {AGAIN}")
-    with locked(out):
+    if out.resolve().is_relative_to(Path(folder).resolve()):
+        raise UserError(f"expected a place beside {folder}, got {out} in it; choose another")
+    with locked(out) as lock:
         claim(out, shards)
-        sweep(out)
+        lock.sweep()
         for index in tqdm(range(len(shards)), "export", unit="image", delay=2, leave=False):
             path, content = out / shards.metadata(index)["file_name"], shards.read(index)
             if not path.is_file() or path.read_bytes() != content:
-                write_bytes(path, content)
+                write_bytes(path, content, sync=False)
         if (out / BEGUN).exists():
             (out / BEGUN).replace(out / METADATA)
 

@@ -4,7 +4,9 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import secrets
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -20,12 +22,16 @@ def check_folder(path: Path) -> None:
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
+def replacing(path: Path, sync: bool = True) -> Iterator[BinaryIO]:
     """A file to write that takes its place when it is complete, and leaves nothing if it is not.
 
     It is written under a temporary name in the same folder, synchronised, renamed, and the folder
     synchronised: after a power cut there is the old file or the new one. A kill leaves the
-    temporary file at most, for `sweep`.
+    temporary file at most, for `Lock.sweep`.
+
+    Args:
+        path: the file.
+        sync: wait for the disk; where all is compared again there is no need to.
 
     Raises:
         UserError: the disk is full, the folder read-only or the like.
@@ -37,17 +43,19 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
             with temporary.open("xb") as file:
                 yield file
                 file.flush()
-                os.fsync(file.fileno())
+                if sync:
+                    os.fsync(file.fileno())
             temporary.replace(path)
         except BaseException:
             with suppress(OSError):
                 temporary.unlink()
             raise
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        if sync:
+            folder = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
     except OSError as error:
         raise UserError(
             f"expected to write {path}, got {error.strerror or error}; make room there or choose "
@@ -55,9 +63,9 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         ) from None
 
 
-def write_bytes(path: Path, content: bytes) -> None:
+def write_bytes(path: Path, content: bytes, sync: bool = True) -> None:
     """Write a file at once, by `replacing`."""
-    with replacing(path) as file:
+    with replacing(path, sync) as file:
         file.write(content)
 
 
@@ -67,23 +75,47 @@ def write_json(path: Path, record: Any) -> None:
     write_bytes(path, text.encode("utf-8", "surrogatepass"))  # names of files may be no UTF-8
 
 
-def sweep(root: Path) -> None:
-    """Remove what killed writers left below a folder that nobody writes to now."""
-    for path in root.rglob(".*.tmp"):
-        path.unlink(missing_ok=True)
+TEMPORARY = re.compile(r"\..+\.\d+\.[0-9a-f]{8}\.tmp")
+PATIENCE_S = 5.0  # for a rank that takes a shared folder for itself to sweep it
+
+
+def in_use(folder: Path) -> bool:
+    """Whether there is anything in a folder but files that are, or were, being written."""
+    return any(not TEMPORARY.fullmatch(path.name) for path in folder.iterdir())
+
+
+class Lock:
+    """The lock of a folder that is held; see `locked`."""
+
+    def __init__(self, path: Path, handle: int, shared: bool) -> None:
+        self.path, self.handle, self.shared = path, handle, shared
+
+    def sweep(self) -> None:
+        """Remove what killed writers left, if nobody else is at work in the folder."""
+        try:
+            fcntl.flock(self.handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return
+        with suppress(OSError):
+            for path in self.path.rglob(".*.tmp"):
+                if TEMPORARY.fullmatch(path.name) and path.is_file():
+                    path.unlink()
+        if self.shared:
+            fcntl.flock(self.handle, fcntl.LOCK_SH)
 
 
 @contextmanager
-def locked(path: Path, shared: bool = False) -> Iterator[None]:
+def locked(path: Path, shared: bool = False) -> Iterator[Lock]:
     """Hold a folder, made if needed, for one run, or for several that know of each other.
 
     The lock is the kernel's (``flock`` on the folder), so that a killed run leaves none behind.
-    Where a file system has none there is none: two runs then repeat each other's work, no more.
+    Where a file system has none (NFS) there is none, and nothing is swept: two runs then repeat
+    each other's work, no more.
 
     Raises:
         UserError: another run holds it.
     """
-    new = not path.exists()
+    new, how = not path.exists(), fcntl.LOCK_SH if shared else fcntl.LOCK_EX
     try:
         path.mkdir(parents=True, exist_ok=True)
         handle = os.open(path, os.O_RDONLY)
@@ -92,15 +124,20 @@ def locked(path: Path, shared: bool = False) -> Iterator[None]:
             f"expected a folder to write to at {path}, got {error.strerror}; choose another place"
         ) from None
     try:
+        end = time.monotonic() + PATIENCE_S * shared
         with suppress(OSError):
-            try:
-                fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(
-                    f"expected {path} for this run alone, got one that another run is at work on; "
-                    "wait for it or stop it, or start both as ranks of one job"
-                ) from None
-        yield
+            while True:
+                try:
+                    fcntl.flock(handle, how | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    if time.monotonic() > end:
+                        raise UserError(
+                            f"expected {path} for this run alone, got one that another run is at "
+                            "work on; wait for it or stop it, or start both as ranks of one job"
+                        ) from None
+                    time.sleep(0.1)
+        yield Lock(path, handle, shared)
     finally:
         os.close(handle)
         if new:
@@ -139,7 +176,9 @@ def fits(value: Any, shape: Any) -> bool:
         return isinstance(value, list) and all(fits(item, shape[0]) for item in value)
     if shape is int:
         return type(value) is int and value >= 0
-    return isinstance(value, shape) and not (shape is float and value != value)
+    if shape is float:
+        return type(value) is float and abs(value) < 1e30
+    return isinstance(value, shape)
 
 
 def sha256(content: bytes) -> str:

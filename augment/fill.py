@@ -9,6 +9,7 @@ is left out and listed with the reason, and too many of them stop the job.
 
 import dataclasses
 import json
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -23,19 +24,20 @@ from torch import Tensor
 
 from augment.bank import (
     CHUNK,
+    KINDS,
     SCHEMA,
     LatentBank,
     file_of,
     read_manifest,
     read_record,
-    require_same,
+    require_same_making,
     stems,
 )
 from augment.diffusion import load_backbone
 from augment.diffusion.backbone import Backbone, check_batch
 from augment.diffusion.solver import sample
 from augment.errors import EnlargedWarning, ImageRejected, UserError
-from augment.files import check_folder, sha256, write_bytes, write_json
+from augment.files import check_folder, in_use, sha256, write_bytes, write_json
 from augment.images import decode_image, shorter_side
 from augment.inversion import INVERTERS, Inverter, check_guidance, inverted, inverter
 from augment.jobs import run
@@ -75,11 +77,16 @@ class Source(Protocol):
 
 
 class Part(NamedTuple):
-    """A chunk of a unit: where it goes, its class's prompt, and the images."""
+    """A chunk of a unit: where it goes, its class's prompt, and what the manifest says of it."""
 
     stem: Path
     prompt: str
-    ids: list[str]
+    plan: dict[str, Any]
+
+    @property
+    def ids(self) -> list[str]:
+        """The images."""
+        return self.plan["ids"]
 
 
 @dataclass
@@ -159,14 +166,22 @@ class Inversion:
     keeps: tuple[str, ...] = ("errors",)
     max_rejects: float = 0.05
     where: dict[str, Any] = field(default_factory=dict)
-    title: str = "invert"
+    title: str = field(default="invert", init=False)
     manifest: dict[str, Any] = field(default_factory=dict, init=False)
     units: list[list[Part]] = field(default_factory=list, init=False)
+    rejected: dict[Path, int] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
         """Refuse what can be refused before anything is read or written."""
         check_batch(self.batch_size)
         check_folder(self.path)
+        if self.path.resolve().is_relative_to(self.source.root.resolve()):
+            raise UserError(
+                f"expected a bank beside the images in {self.source.root}, got {self.path} in "
+                "them; choose another place"
+            )
+        if not 0 <= self.max_rejects <= 1:
+            raise UserError(f"expected max_rejects in [0, 1], got {self.max_rejects}; try 0.05")
         names = list(self.source.ids)
         unknown = self.prompts.keys() - set(names)
         if unknown:
@@ -180,6 +195,8 @@ class Inversion:
         assert self.backbone is not None  # only a copy sent to a worker has none
         if self.guidance is None:
             self.guidance = self.method.guidance
+        if not math.isfinite(self.guidance):
+            raise UserError(f"expected a finite guidance, got {self.guidance}; 1 is none")
         texts = [self.prompts.get(name, "") for name in names]
         check_guidance(self.method, self.backbone, texts, self.guidance)
         self.backbone.condition(texts)
@@ -215,33 +232,41 @@ class Inversion:
         old: dict[str, Any] = {}
         if (self.path / "manifest.json").exists():
             old = read_manifest(self.path)
-            for part in ("backbone", "inversion"):
-                require_same(self.path, old["fingerprint"][part], new["fingerprint"][part])
-            have, want = (
-                {"preprocessing": m["fingerprint"]["preprocessing"], "kept": m["keeps"]}
-                for m in (old, new)
+            require_same_making(self.path, old, new)
+            new |= {key: old[key] for key in ("recipe", "made_with")}
+        elif in_use(self.path) and not (self.path / "manifest.json").exists():
+            raise UserError(
+                f"expected {self.path} to be new, empty or a bank, got a folder in use; use a new "
+                "one"
             )
-            require_same(self.path, have, want)
-            new |= {key: old[key] for key in ("recipe", "source", "made_with")}
         most = 16 if self.method.away == "nulls" else CHUNK  # embeddings are large
         size = max(min(most, CHUNK, PIXELS // (backbone.channels * backbone.resolution**2)), 1)
         classes = extended(self.path, old.get("classes", []), self.source, self.prompts, size)
         self.manifest = {**new, "classes": classes}
         if self.manifest != old:
             write_json(self.path / "manifest.json", self.manifest)
+        now = {stem for known in classes for stem, _ in stems(self.path, known)}
+        for stem in (s for k in old.get("classes", []) for s, _ in stems(self.path, k)):
+            if stem not in now:  # of images that are gone; another chunk may get the name
+                for file in (stem.with_suffix(".json"), *(file_of(stem, k) for k in KINDS)):
+                    file.unlink(missing_ok=True)
         units: dict[int, list[Part]] = {}
         for known in classes:
             for stem, chunk in stems(self.path, known):
-                part = Part(stem, known["prompt"], chunk["ids"])
+                part = Part(stem, known["prompt"], chunk)
                 units.setdefault(chunk["unit"], []).append(part)
         self.units = [units[number] for number in sorted(units)]
         return [sum(len(part.ids) for part in parts) for parts in self.units]
 
+    def record(self, part: Part) -> dict[str, Any] | None:
+        """The record of a chunk; None if it is not committed, or its record was harmed since."""
+        return intact(part.stem, part.plan)
+
     def committed(self, unit: int) -> int:
         """The bytes of a unit's files, its records among them; 0 if it is not finished."""
         total = 0
-        for stem, _, _ in self.units[unit]:
-            record = intact(stem)
+        for part in self.units[unit]:
+            stem, record = part.stem, self.record(part)
             if record is None:
                 return 0
             for kind, known in record["files"].items():
@@ -309,8 +334,10 @@ class Inversion:
         if not mine:
             return
         planned = sum(len(part.ids) for parts in self.units for part in parts)
-        others = [p.stem for k, parts in enumerate(self.units) for p in parts if k != unit]
-        count = len(mine) + sum(len(r["rejects"]) for r in map(intact, others) if r)
+        for part in (p for k, parts in enumerate(self.units) for p in parts if k != unit):
+            if part.stem not in self.rejected and (record := self.record(part)):
+                self.rejected[part.stem] = len(still(record, part.plan))
+        count = len(mine) + sum(self.rejected.values())
         if count > self.max_rejects * planned:
             raise ImageRejected(
                 f"expected no more than {self.max_rejects:.1%} of {planned} images to be of no "
@@ -320,13 +347,17 @@ class Inversion:
 
     def finish(self) -> None:
         """List the images that were left out, and tell of those that were enlarged much."""
-        records = [intact(part.stem) or {} for parts in self.units for part in parts]
-        rejects = [reject for record in records for reject in record.get("rejects", [])]
+        parts = [part for parts in self.units for part in parts]
+        records = [(record, part.plan) for part in parts if (record := self.record(part))]
+        rejects = [reject for record, plan in records for reject in still(record, plan)]
+        file = self.path / "rejects.jsonl"
         if rejects:
             lines = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rejects)
-            write_bytes(self.path / "rejects.jsonl", lines.encode("utf-8", "surrogatepass"))
+            write_bytes(file, lines.encode("utf-8", "surrogatepass"))
+        else:
+            file.unlink(missing_ok=True)
         assert self.backbone is not None
-        sides = {i["id"]: i["side"] for record in records for i in record.get("images", [])}
+        sides = {i["id"]: i["side"] for record, _ in records for i in record["images"]}
         small = [i for i in sides if sides[i] * ENLARGED < self.backbone.resolution]
         if small:
             least = min(small, key=lambda i: sides[i])
@@ -347,13 +378,14 @@ def extended(
     Raises:
         UserError: the bank holds an image that the source lacks or has changed, or other prompts.
     """
-    records = {stem: intact(stem) for known in old for stem, _ in stems(path, known)}
+    chunks_of = {known["name"]: list(stems(path, known)) for known in old}
+    records = {stem: intact(stem, c) for chunks in chunks_of.values() for stem, c in chunks}
     done = [record for record in records.values() if record]
     check_kept(path, [image for record in done for image in record["images"]], source)
     settled = {image["id"] for record in done for image in record["images"]}
-    rejects = {r["id"]: r["bytes"] for record in done for r in record["rejects"]}
     ids = {image_id for members in source.ids.values() for image_id in members}
-    settled |= {i for i in rejects.keys() & ids if rejects[i] == source.size(i)}  # not mended
+    rejects = [reject for record in done for reject in record["rejects"] if reject["id"] in ids]
+    refused = {reject["id"] for reject in rejects if same_file(source, reject)}
     classes, by_name = [], {known["name"]: known for known in old}
     free = 1 + max((int(known["folder"]) for known in old), default=-1)
     unit = 1 + max((chunk["unit"] for known in old for chunk in known["chunks"]), default=-1)
@@ -368,15 +400,17 @@ def extended(
                 f"expected the prompts of the bank {path}, {known['prompt']!r} for class {name!r}, "
                 f"got {prompt!r}; use that, or a new folder"
             )
-        # what was planned but never made goes, if one of its images has gone
-        chunks, waiting = [], set()
-        for stem, chunk in stems(path, known):
-            if records[stem]:
+        chunks = []
+        for stem, chunk in chunks_of.get(name, []):
+            if record := records[stem]:  # a rejected image that was mended, or is gone, leaves it
+                out = {reject["id"] for reject in record["rejects"]} - refused
+                chunk = {**chunk, "ids": [i for i in chunk["ids"] if i not in out]}
+            elif not set(chunk["ids"]) <= set(members):
+                continue  # it was never made, and now lacks an image
+            if chunk["ids"]:
                 chunks.append(chunk)
-            elif set(chunk["ids"]) <= set(members):
-                chunks.append(chunk)
-                waiting |= set(chunk["ids"])
-        fresh = [i for i in members if i not in settled and i not in waiting]
+        planned = {i for chunk in chunks for i in chunk["ids"]}
+        fresh = [i for i in members if i not in settled and i not in planned]
         number = 1 + max((chunk["number"] for chunk in known["chunks"]), default=-1)
         while fresh:
             chunks.append({"number": number, "unit": unit, "ids": fresh[:room]})
@@ -386,12 +420,27 @@ def extended(
     return classes
 
 
-def intact(stem: Path) -> dict[str, Any] | None:
+def intact(stem: Path, plan: dict[str, Any]) -> dict[str, Any] | None:
     """The record of a chunk; None if it is not committed, or its record is damaged."""
     try:
-        return read_record(stem)
+        return read_record(stem, plan)
     except UserError:
         return None
+
+
+def still(record: dict[str, Any], plan: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rejects of a chunk that were not mended since."""
+    return [reject for reject in record["rejects"] if reject["id"] in plan["ids"]]
+
+
+def same_file(source: Source, known: dict[str, Any], read: bool = True) -> bool:
+    """Whether an image's file is what a record says of it; by its size alone, or its digest too."""
+    if source.size(known["id"]) != known["bytes"]:
+        return False
+    try:
+        return not read or sha256(source.read(known["id"])) == known["sha256"]
+    except OSError:
+        return not known["sha256"]  # as it was then
 
 
 def check_kept(path: Path, kept: list[dict[str, Any]], source: Source) -> None:
@@ -404,11 +453,7 @@ def check_kept(path: Path, kept: list[dict[str, Any]], source: Source) -> None:
     read = sum(image["bytes"] for image in kept) <= FULL
     for image in kept:
         name = image["id"]
-        if (
-            name not in ids
-            or source.size(name) != image["bytes"]
-            or (read and sha256(source.read(name)) != image["sha256"])
-        ):
+        if name not in ids or not same_file(source, image, read):
             raise UserError(
                 f"expected all images that the bank {path} holds, and perhaps more, got others: "
                 f"{name} is {'changed' if name in ids else 'gone'}; use a new folder"
@@ -423,6 +468,7 @@ def picture(source: Source, backbone: Backbone, image_id: str) -> Picture:
         about |= {"bytes": len(content), "sha256": sha256(content)}
         pixels = decode_image(content, backbone.channels, backbone.resolution)
     except OSError as error:
+        about["bytes"] = source.size(image_id)
         return Picture(about, reason=error.strerror or str(error))
     except ImageRejected as error:
         return Picture(about, reason=str(error))
@@ -468,7 +514,7 @@ def commit(stem: Path, made: dict[str, Tensor], rows: list[int], pictures: list[
         if "errors" in made:
             statistics["error"] = made["errors"][rows].mean().item()
     rejects = [
-        {"id": p.about["id"], "bytes": p.about["bytes"], "reason": p.reason}
+        {**{key: p.about[key] for key in ("id", "bytes", "sha256")}, "reason": p.reason}
         for p in pictures
         if p.reason
     ]

@@ -7,6 +7,7 @@ a pure function of the job's settings and the shard's number: anybody may make o
 """
 
 import copy
+import json
 import math
 import os
 from collections import Counter
@@ -23,14 +24,16 @@ from jaxtyping import Float
 from torch import Tensor
 
 from augment.diffusion import load_backbone
-from augment.errors import UserError, lookup
-from augment.files import check_folder, read_json, sha256, write_json
+from augment.errors import ImageRejected, UserError, lookup
+from augment.files import check_folder, in_use, read_json, sha256, write_json
 from augment.filters import Filter, Reference
 from augment.images import decode_image
 from augment.jobs import run
 from augment.plan import Plan, Planner
 from augment.shards import (
     FORMATS,
+    MOST_SHARDS,
+    SCHEMA,
     Sample,
     Shards,
     encode,
@@ -40,8 +43,6 @@ from augment.shards import (
     write_shard,
 )
 from augment.synthesis import Synthesizer
-
-SCHEMA = 1
 
 
 def write_shards(
@@ -94,8 +95,9 @@ class Synthesis:
     candidates: int = 1
     images: Path | None = None
     where: dict[str, Any] = field(default_factory=dict)
-    title: str = ""
-    recipe: dict[str, Any] = field(default_factory=dict)
+    title: str = field(default="", init=False)
+    recipe: dict[str, Any] = field(default_factory=dict, init=False)
+    digest: str = field(default="", init=False)
 
     def __post_init__(self) -> None:
         """Refuse what can be refused before anything is written."""
@@ -113,6 +115,12 @@ class Synthesis:
         if not 1 <= self.quality <= 100:
             raise UserError(f"expected a quality from 1 to 100, got {self.quality}; 95 is usual")
         lookup(FORMATS, self.extension, "image format")
+        if self.total > MOST_SHARDS * self.shard_size:
+            raise UserError(
+                f"expected at most {MOST_SHARDS:,} shards, got {self.total:,} images in shards of "
+                f"{self.shard_size}; make them larger"
+            )
+        self.filters = dict(sorted(self.filters.items()))  # so that scores have one order
 
     def __getstate__(self) -> dict[str, Any]:
         """What is sent to a worker elsewhere: how to load the backbone, where that is known."""
@@ -137,16 +145,19 @@ class Synthesis:
             "schema": SCHEMA,
             "classes": list(dice.images),
             "shards": math.ceil(self.total / self.shard_size),
-            **{key: getattr(self, key) for key in OWN},
+            **{key: getattr(self, key) for key in ("per_class", "shard_size", "extension")},
+            **{key: getattr(self, key) for key in ("quality", "pixels", "candidates")},
             "rule": str(made.rule),
             **{key: getattr(made, key) for key in ("solver", "steps", "guidance", "batch_size")},
             "interval": list(made.interval),
             "prompts": made.prompts or {},
             **{key: getattr(dice, key) for key in ("seed", "members", "noise")},
             **choice(dice),
-            "filters": {name: asdict(f) for name, f in self.filters.items()},  # type: ignore[call-overload]
+            "filters": {name: contents(f) for name, f in self.filters.items()},
             "images": {name: list(ids) for name, ids in dice.images.items()},
+            "bank": made.bank.digest,
             "fingerprint": made.bank.fingerprint,
+            "dtype": precision(made.backbone),
         }
 
     def plan(self) -> list[int]:
@@ -164,13 +175,14 @@ class Synthesis:
                     f"others ({other}); use a new folder"
                 )
         else:
-            if any(self.path.iterdir()):
+            if in_use(self.path) and not file.exists():  # another rank may have begun since
                 raise UserError(
                     f"expected {self.path} to be new or empty, got a folder in use; use a new one"
                 )
             plans = [self.planner(0, index) for index in range(len(self.planner.images))]
             self.synthesizer.check(plans)  # before anything is written
             write_json(file, settings)
+        self.digest = sha256(json.dumps(settings, sort_keys=True).encode())
         return [len(self.indices(unit)) for unit in range(settings["shards"])]
 
     def committed(self, unit: int) -> int:
@@ -179,10 +191,12 @@ class Synthesis:
         if not path.with_suffix(".json").exists():
             return 0
         try:
-            size = read_sidecar(path, len(self.planner.images))["bytes"]
+            record = read_sidecar(path, len(self.planner.images))
         except UserError:
             return 0
-        return size + path.with_suffix(".json").stat().st_size
+        if record.get("settings") != self.digest:
+            return 0  # of another job
+        return record["bytes"] + path.with_suffix(".json").stat().st_size
 
     def start(self) -> Callable[[int], None]:
         """Load the backbone, unless it is here, and what the filters need."""
@@ -207,15 +221,23 @@ class Synthesis:
         made = self.synthesizer
         root = self.images or Path(made.bank.manifest["source"])
         name = made.bank.classes[label]
-        form = made.backbone.channels, made.backbone.resolution
-        try:
-            files = [(root / image_id).read_bytes() for image_id in made.bank.members[name]]
-        except OSError as error:
-            raise UserError(
-                f"expected the real images of the bank in {root}, to compare with, got "
-                f"{error.strerror} for {error.filename}; say where they are with --images"
-            ) from None
-        return torch.stack([decode_image(content, *form) for content in files])
+        channels, side = made.backbone.channels, made.backbone.resolution
+        known = {i["id"]: i for c in made.bank.chunks[name] for i in c.record["images"]}
+        ids = made.bank.members[name]
+        images = torch.empty(len(ids), channels, side, side)
+        for row, image_id in enumerate(ids):
+            try:
+                content = (root / image_id).read_bytes()
+                if sha256(content) != known[image_id]["sha256"]:
+                    raise OSError(0, "another image")
+                images[row] = decode_image(content, channels, side)
+            except (OSError, ImageRejected) as error:
+                raise UserError(
+                    f"expected the real images of the bank in {root}, to compare with, got "
+                    f"{getattr(error, 'strerror', None) or error} for {image_id}; say where they "
+                    "are with --images"
+                ) from None
+        return images
 
     def work(self, scorers: dict[str, Callable[..., Tensor]], unit: int) -> None:
         """Make and commit a shard."""
@@ -244,6 +266,7 @@ class Synthesis:
             shard_path(self.path, unit),
             samples,
             self.extension,
+            settings=self.digest,
             wanted=len(self.indices(unit)),
             dropped={name: dict(sorted(counts.items())) for name, counts in dropped.items()},
         )
@@ -267,7 +290,21 @@ class Synthesis:
         """Nothing is left to do."""
 
 
-OWN = ("per_class", "shard_size", "extension", "quality", "pixels", "candidates")
+def contents(judge: Filter) -> dict[str, Any]:
+    """A filter's settings, a file by its digest: shards depend on what is in it."""
+    settings = asdict(judge)  # type: ignore[call-overload]
+    for key, value in settings.items():
+        if isinstance(value, str) and value and Path(value).is_file():
+            settings[key] = sha256(Path(value).read_bytes())
+    return settings
+
+
+def precision(backbone: Any) -> str:
+    """The network's dtype, if it is not what the backbone takes on its device by default."""
+    on_gpu = backbone.device.type == "cuda"
+    usual = getattr(backbone, "half", torch.float32) if on_gpu else torch.float32
+    dtype = getattr(backbone, "dtype", usual)
+    return "default" if dtype == usual else str(dtype)
 
 
 def score(

@@ -17,7 +17,7 @@ from torch import Tensor
 from augment.errors import ImageRejected
 
 SUFFIXES = (".png", ".jpg", ".jpeg")
-BOMBS = (Image.DecompressionBombError, Image.DecompressionBombWarning)
+SLENDER = 32  # of a longer strip nearly all would be cut off, after it was enlarged
 
 
 def prepare(
@@ -56,12 +56,14 @@ def decode_image(content: bytes, channels: int, resolution: int) -> Float[Tensor
                 # a photograph with a preview in the same file (MPO) is one picture
                 if file.format == "PNG" and getattr(file, "is_animated", False):
                     raise ValueError("an animation; save one picture of it")
+                if max(file.size) > SLENDER * min(file.size):
+                    raise ValueError(f"{file.width} × {file.height} pixels, a strip; cut it")
                 image = ImageOps.exif_transpose(file)
         if image.mode.startswith("I;16"):  # which PIL would clip to its lowest 256 levels
             image = Image.fromarray((np.array(image) / 257).round().astype(np.uint8))
         image = image.convert("L" if channels == 1 else "RGB")
         pixels = torch.from_numpy(np.array(image, dtype=np.float32) / 255)
-    except (OSError, SyntaxError, ValueError, *BOMBS) as error:
+    except Exception as error:  # of any type: decoders stumble over hostile bytes as they like
         unknown = isinstance(error, UnidentifiedImageError)  # whose text has an address in it
         told = "not a PNG or JPEG image" if unknown else str(error)
         raise ImageRejected(told if content else "an empty file") from None

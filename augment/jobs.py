@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from augment.cluster import ray_pool
 from augment.errors import UserError, lookup
-from augment.files import locked, sweep
+from augment.files import locked
 
 
 @runtime_checkable
@@ -110,10 +110,9 @@ def run(job: Job, executor: str = "local", ranks: tuple[int, int] = (0, 1)) -> b
         UserError: another run is at work in the job's folder, or a unit cannot be done.
     """
     execute, (rank, world) = lookup(EXECUTORS, executor, "executor"), ranks
-    with locked(job.path, shared=world > 1):
-        if world == 1:
-            sweep(job.path)
+    with locked(job.path, shared=world > 1) as lock:
         sizes = job.plan()
+        lock.sweep()
         mine = range(rank, len(sizes), world)
         todo = [unit for unit in mine if not job.committed(unit)]
         total, left = (sum(sizes[unit] for unit in units) for units in (mine, todo))
@@ -124,8 +123,8 @@ def run(job: Job, executor: str = "local", ranks: tuple[int, int] = (0, 1)) -> b
                     bar.update(sizes[unit])
         complete = all(map(job.committed, range(len(sizes))))
         if complete:
-            sweep(job.path)
             job.finish()
+            lock.sweep()
     return complete
 
 

@@ -8,10 +8,10 @@ A folder of shards::
     shard-000000.json   the shard's record, written last: without it the shard does not count
     shard-000001.tar …
 
-The record (schema 1) holds the tar's ``bytes`` and ``sha256``, and of each of its ``samples``
-``[key, label, offset, size]``, the place of its image; so `open_shards` gives any image at once, in
-an order that no number of workers changes, and knows what it should find. webdataset, timm and
-Hugging Face's datasets read the tars without it.
+The record (schema 1) holds the name of the ``shard``, the tar's ``bytes`` and ``sha256``, and of
+each of its ``samples`` ``[key, label, offset, size]``, the place of its image; so `open_shards`
+gives any image at once, in an order that no number of workers changes, and knows what it should
+find. webdataset, timm and Hugging Face's datasets read the tars without it.
 
 A tar has one form only: USTAR, three regular members a sample, every field that does not matter
 zero, two blocks of zeros at the end. The same samples make the same bytes, so a shard is checked by
@@ -56,7 +56,6 @@ LARGEST = 64 * 2**20  # bytes of a member
 MOST_PIXELS = 2**26  # of an image
 MOST_SHARDS = 10**6  # so many have a number of six digits
 OPEN_FILES = 64  # of one `Shards` in one process
-METADATA, BEGUN = "metadata.jsonl", ".metadata.jsonl"  # of an export
 AGAIN = "remove that .tar and its .json, and run the same latent-augment synthesize command again"
 
 
@@ -201,8 +200,8 @@ def write_shard(
         file.write(END)
         digest.update(END)
         record.unlink(missing_ok=True)  # of the shard whose place this one takes
-    facts = {"schema": SCHEMA, "bytes": end + len(END), "sha256": digest.hexdigest()}
-    facts |= {"samples": rows, **more}
+    facts = {"schema": SCHEMA, "shard": path.stem, "bytes": end + len(END)}
+    facts |= {"sha256": digest.hexdigest(), "samples": rows, **more}
     write_bytes(record, (json.dumps(facts, separators=(",", ":")) + "\n").encode())
     return facts
 
@@ -244,8 +243,8 @@ def read_sidecar(path: Path, classes: int) -> dict[str, Any]:
     with expecting(f"{path} and its record as they were written"):
         if not fits(record, {"schema": int, "bytes": int, "sha256": str, "samples": [[int]]}):
             raise Flaw("a record of another form")
-        if record["schema"] != SCHEMA:
-            raise Flaw("a record of another schema")
+        if record["schema"] != SCHEMA or record.get("shard") != path.stem:
+            raise Flaw("a record of another schema or shard")
         if not path.is_file():
             raise Flaw("no tar")
         if (size := path.stat().st_size) != record["bytes"]:

@@ -21,11 +21,11 @@ from augment.bank import (
     file_of,
     read_manifest,
     read_record,
-    require_same,
+    require_same_making,
     stems,
 )
 from augment.errors import UserError
-from augment.files import check_folder, fits, locked, sha256, write_bytes, write_json
+from augment.files import TEMPORARY, check_folder, fits, locked, sha256, write_bytes, write_json
 from augment.shards import read_settings, read_sidecar, shard_path, verify_shard
 
 
@@ -52,6 +52,8 @@ def verify(path: str | Path, images: str | Path | None = None) -> list[Finding]:
         UserError: there is neither a bank nor shards.
     """
     path = Path(path)
+    if images is not None and not Path(images).is_dir():
+        raise UserError(f"expected the folder of images at {images}, got none; check the path")
     if (path / "synthesis.json").exists():
         return list(shard_findings(path))
     return list(bank_findings(path, None if images is None else Path(images)))
@@ -68,12 +70,12 @@ def bank_findings(path: Path, images: Path | None) -> Iterator[Finding]:
     """What is wrong with a bank."""
     manifest = read_manifest(path)
     expected = {path / "manifest.json", path / "rejects.jsonl"}
-    chunks = [stem for known in manifest["classes"] for stem, _ in stems(path, known)]
-    for stem in tqdm(chunks, "verify", unit="chunk", delay=2, leave=False):
+    chunks = [chunk for known in manifest["classes"] for chunk in stems(path, known)]
+    for stem, plan in tqdm(chunks, "verify", unit="chunk", delay=2, leave=False):
         record_path = stem.with_suffix(".json")
         expected |= {record_path, stem.parent}
         try:
-            record = read_record(stem)
+            record = read_record(stem, plan)
         except UserError as error:
             yield Finding(str(error), record_path)
             continue
@@ -148,7 +150,7 @@ def inspect_bank(path: Path) -> str:
     for known in manifest["classes"]:
         for stem, chunk in stems(path, known):
             planned += len(chunk["ids"])
-            record = read_record(stem)
+            record = read_record(stem, chunk)
             if record is None:
                 continue
             count = len(record["images"])
@@ -230,10 +232,9 @@ def count_shards(path: Path) -> Tally:
         if not shard.with_suffix(".json").exists():
             continue
         record = read_sidecar(shard, len(settings["classes"]))
-        dropped = record.get("dropped", {})
-        if not fits(record, {"wanted?": int, "dropped?": dict}) or not all(
+        if not fits(record, {"wanted": int, "dropped": dict}) or not all(
             isinstance(counts, dict) and all(fits(count, int) for count in counts.values())
-            for counts in dropped.values()
+            for counts in record["dropped"].values()
         ):
             raise UserError(
                 f"expected the record of {shard} as it was written, got another; see "
@@ -241,9 +242,9 @@ def count_shards(path: Path) -> Tally:
             )
         tally.shards += 1
         tally.written += len(record["samples"])
-        tally.wanted += record.get("wanted", len(record["samples"]))
+        tally.wanted += record["wanted"]
         tally.bytes += record["bytes"]
-        for name, counts in dropped.items():
+        for name, counts in record["dropped"].items():
             tally.refused.setdefault(name, Counter()).update(counts)
     return tally
 
@@ -271,15 +272,15 @@ def split(bank: str | Path, classes: Sequence[str], out: str | Path) -> LatentBa
 def assemble(parts: list[tuple[LatentBank, list[str] | None]], out: Path) -> LatentBank:
     """Copy classes of banks to a new one; its manifest is written last."""
     check_folder(out)
-    if not parts:
-        raise UserError("expected at least one bank, got none; name it")
+    if not parts or any(wanted == [] for _, wanted in parts):
+        raise UserError("expected at least one bank and one class, got none; name them")
     first = parts[0][0]
     classes: dict[str, dict[str, Any]] = {}
     homes: dict[str, Path] = {}
     copies: list[tuple[Chunk, Path]] = []
     unit = 0
     for bank, wanted in parts:
-        require_mixable(bank, first)
+        require_same_making(bank.path, bank.manifest, first.manifest)
         names = list(bank.classes) if wanted is None else wanted
         for name in dict.fromkeys(names):
             prompt = bank.prompt(name)
@@ -291,10 +292,8 @@ def assemble(parts: list[tuple[LatentBank, list[str] | None]], out: Path) -> Lat
                     f"{prompt!r}; invert one of the banks again"
                 )
             for chunk in bank.chunks[name]:
-                twice = next(
-                    (i for i in chunk.ids if homes.setdefault(i, bank.path) != bank.path), ""
-                )
-                if twice:
+                twice = next((i for i in chunk.ids if i in homes), None)
+                if twice is not None:
                     raise UserError(
                         f"expected different images in {homes[twice]} and {bank.path}, got "
                         f"{twice} in both; invert one of them without it"
@@ -304,26 +303,17 @@ def assemble(parts: list[tuple[LatentBank, list[str] | None]], out: Path) -> Lat
                 known["chunks"].append({"number": number, "unit": unit, "ids": chunk.ids})
                 copies.append((chunk, out / known["folder"] / f"chunk-{number:04d}"))
                 unit += 1
-    with locked(out):
-        if any(out.iterdir()):
+    with locked(out) as lock:
+        parts_ = [path for path in out.iterdir() if not TEMPORARY.fullmatch(path.name)]
+        if any(not path.name.isdigit() for path in parts_):  # else a copy that was interrupted
             raise UserError(
                 f"expected {out} to be new or empty, got a folder in use; use a new one"
             )
         for chunk, stem in tqdm(copies, "copy", unit="chunk", delay=2, leave=False):
             copy(chunk, stem)
         write_json(out / "manifest.json", {**first.manifest, "classes": list(classes.values())})
+        lock.sweep()
     return LatentBank.open(out)
-
-
-def require_mixable(bank: LatentBank, first: LatentBank) -> None:
-    """Raise `BankMismatch` if two banks were not made in the same way."""
-    for key in ("backbone", "inversion"):
-        require_same(bank.path, bank.fingerprint[key], first.fingerprint[key])
-    have, want = (
-        {"preprocessing": b.fingerprint["preprocessing"], "kept": b.manifest["keeps"]}
-        for b in (bank, first)
-    )
-    require_same(bank.path, have, want)
 
 
 def copy(chunk: Chunk, stem: Path) -> None:
@@ -333,11 +323,12 @@ def copy(chunk: Chunk, stem: Path) -> None:
         UserError: it is damaged.
     """
     for kind, known in chunk.record["files"].items():
-        content = chunk.file(kind).read_bytes()
-        if sha256(content) != known["sha256"]:
+        try:
+            check_file(chunk.file(kind), known)
+        except OSError as error:
             raise UserError(
-                f"expected {chunk.file(kind)} as it was written, got other bytes; see "
-                "latent-augment verify"
-            )
-        write_bytes(file_of(stem, kind), content)
+                f"expected {chunk.file(kind)} as it was written, got {error.strerror or error}; "
+                "see latent-augment verify"
+            ) from None
+        write_bytes(file_of(stem, kind), chunk.file(kind).read_bytes())
     write_json(stem.with_suffix(".json"), {**chunk.record, "rejects": []})

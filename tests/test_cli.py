@@ -111,17 +111,39 @@ def test_damage_is_found_taken_out_and_made_again(monkeypatch, capsys, images, t
         assert call(monkeypatch, capsys, "verify", "--path", path)[0] == 0
 
 
+def test_places_that_would_mix_things_up_are_refused(
+    monkeypatch, capsys, images, tiny_bank, tmp_path
+):
+    shards = tmp_path / "shards"
+    make = ("synthesize", "--bank", tiny_bank, "--out", shards, "--per-class", 1)
+    assert call(monkeypatch, capsys, *make)[0] == 0
+    invert = ("invert", "--images", images, "--steps", 1, "--bank")
+    for command, words in (
+        ((*invert, images / "bank"), "beside the images"),
+        ((*invert, shards), "in use"),
+        (("export", "--shards", shards, "--out", shards / "x"), "beside"),
+        (("verify", "--path", tiny_bank, "--images", tmp_path / "no"), "check the path"),
+        (("split", "--bank", tiny_bank, "--classes", "", "--out", tmp_path / "no"), "class"),
+        ((*invert, tmp_path / "no", "--max-rejects", 2), "max_rejects"),
+    ):
+        code, _, told = call(monkeypatch, capsys, *command)
+        assert code == 2 and words in told and told.count("\n") == 1, told
+    assert sorted(p.name for p in shards.iterdir())[-1] == "synthesis.json"
+    assert underscored("--dry-run") == "--dry_run=true"
+    assert call(monkeypatch, capsys, "verify", "--path", shards, "--discard", "false")[0] == 0
+
+
 def test_banks_are_taken_apart_and_put_together(monkeypatch, capsys, images, tiny_bank, tmp_path):
     whole = LatentBank.open(tiny_bank)
     for name in whole.classes:
         code, told, _ = call(
-            monkeypatch, capsys, "split", "--bank", tiny_bank, "--classes", f"[{name}]", "--out",
+            monkeypatch, capsys, "split", "--bank", tiny_bank, "--classes", name, "--out",
             tmp_path / name,
         )  # fmt: skip
         assert code == 0 and "of 1 classes" in told
     parts = ",".join(str(tmp_path / name) for name in reversed(whole.classes))
     out = tmp_path / "out"
-    assert call(monkeypatch, capsys, "merge", "--banks", f"[{parts}]", "--out", out)[0] == 0
+    assert call(monkeypatch, capsys, "merge", "--banks", parts, "--out", out)[0] == 0
     merged = LatentBank.open(out)
     assert merged.classes == whole.classes[::-1]
     for name in whole.classes:
@@ -129,7 +151,7 @@ def test_banks_are_taken_apart_and_put_together(monkeypatch, capsys, images, tin
         assert torch.equal(merged.latents(name), whole.latents(name))
     assert call(monkeypatch, capsys, "verify", "--path", out)[0] == 0
     code, _, told = call(
-        monkeypatch, capsys, "merge", "--banks", f"[{parts},{tiny_bank}]", "--out", tmp_path / "no"
+        monkeypatch, capsys, "merge", "--banks", f"{parts},{tiny_bank}", "--out", tmp_path / "no"
     )
     assert code == 2 and "in both" in told and not (tmp_path / "no").exists()
 

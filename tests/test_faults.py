@@ -20,8 +20,10 @@ from augment.diffusion.gaussian import GaussianBackbone
 from augment.errors import AugmentWarning
 from augment.files import locked, write_bytes
 from augment.fill import Inversion, fill_bank
+from augment.inversion import inverter
+from augment.jobs import run
 from augment.sources import Folder
-from augment.upkeep import discard, verify
+from augment.upkeep import discard, merge, verify
 
 RAMP = np.tile(np.linspace(0, 255, 16, dtype=np.uint8), (16, 1))
 UPRIGHT = {1: RAMP, 3: RAMP[::-1, ::-1], 6: RAMP.T[::-1], 8: RAMP.T[:, ::-1]}
@@ -83,6 +85,21 @@ def a_folder(path: Path) -> None:
     path.mkdir()
 
 
+def a_pipe(path: Path) -> None:
+    os.mkfifo(path)
+
+
+def a_strip(path: Path) -> None:
+    """A kilobyte that, enlarged, would be gigabytes."""
+    Image.new("L", (60_000, 4)).save(path)
+
+
+def odd_exif(path: Path) -> None:
+    """A note on orientation whose tags end in the middle."""
+    content = b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0"
+    Image.fromarray(RAMP).save(path, "JPEG", exif=content)
+
+
 def a_dead_link(path: Path) -> None:
     path.symlink_to("nothing.png")
 
@@ -110,7 +127,9 @@ REASONS = {
     corrupt: "",
     animated: "animation",
     enormous: "pixels",
-    a_folder: "directory",
+    a_folder: "Not a regular file",
+    a_pipe: "Not a regular file",
+    a_strip: "strip",
     a_dead_link: "No such file",
     a_loop: "links",
 }
@@ -120,7 +139,11 @@ REASONS = {
 def test_images_of_no_use_are_left_out_with_the_reason(paint_it, tmp_path, gaussian):
     paint(tmp_path / "images", {"ant": 19})
     paint_it(tmp_path / "images" / "ant" / "odd.png")
-    bank = fill_bank(tmp_path / "b", gaussian, Folder(tmp_path / "images"), steps=1)
+    source = Folder(tmp_path / "images")
+    bank = fill_bank(tmp_path / "b", gaussian, source, steps=1)
+    before = snapshot(tmp_path / "b")
+    fill_bank(tmp_path / "b", gaussian, source, steps=1)
+    assert snapshot(tmp_path / "b") == before, "it is not tried again as long as it is the same"
     assert len(bank.members["ant"]) == 19
     (line,) = (tmp_path / "b" / "rejects.jsonl").read_text().splitlines()
     reject = json.loads(line)
@@ -269,6 +292,131 @@ def test_every_way_to_cut_a_chunk_is_noticed_before_it_is_mapped(copy):
     path.write_bytes(content[:100])  # after its digest was checked once
     with pytest.raises(UserError, match="another size"):
         opened.latents("bee")
+
+
+def test_notes_that_cannot_be_read_do_no_more_than_leave_an_image_out(tmp_path, gaussian):
+    paint(tmp_path / "images", {"ant": 19})
+    odd_exif(tmp_path / "images" / "ant" / "odd.png")
+    bank = fill_bank(tmp_path / "b", gaussian, Folder(tmp_path / "images"), steps=1)
+    assert 19 <= len(bank.members["ant"]) <= 20
+
+
+def test_what_was_read_stays_when_the_file_is_cut(copy):
+    opened = LatentBank.open(copy)
+    errors, near = opened.errors("bee"), opened.to("cpu")
+    kept, path = errors.clone(), copy / "0001" / "chunk-0000.safetensors"
+    expected = opened.latents("bee")
+    os.truncate(path, 0)
+    assert torch.equal(errors, kept)
+    assert torch.equal(near.latents("bee"), expected)
+
+
+def drop_an_image(record: dict) -> None:
+    del record["images"][0]
+
+
+def swap_two(record: dict) -> None:
+    record["images"].reverse()
+
+
+@pytest.mark.parametrize("harm", [drop_an_image, swap_two])
+def test_a_record_that_is_not_of_its_images_is_refused(harm, copy, gaussian, pictures, bank):
+    path = copy / "0001" / "chunk-0000.json"
+    record = json.loads(path.read_text())
+    harm(record)
+    path.write_text(json.dumps(record))
+    with pytest.raises(UserError, match="commit record"):
+        LatentBank.open(copy)
+    assert any("commit record" in finding.what for finding in verify(copy))
+    fill_bank(copy, gaussian, Folder(pictures), steps=4)
+    assert snapshot(copy) == snapshot(bank.path)
+
+
+def test_a_file_of_another_chunk_is_refused(copy):
+    """Its record says so too; but it has fewer rows than images were planned."""
+    for suffix in ("safetensors", "json"):
+        shutil.copy(copy / "0000" / f"chunk-0000.{suffix}", copy / "0001" / f"chunk-0000.{suffix}")
+    with pytest.raises(UserError, match="commit record"):
+        LatentBank.open(copy)
+    manifest = json.loads((copy / "manifest.json").read_text())
+    (copy / "manifest.json").write_text(json.dumps({**manifest, "latent_shape": [1, 4, 16]}))
+    shutil.rmtree(copy / "0001")
+    shutil.copytree(copy / "0000", copy / "0001")
+    with pytest.raises(UserError):
+        LatentBank.open(copy).latents("ant")
+
+
+def test_a_mended_image_is_there_once_whatever_was_killed(tmp_path, gaussian, monkeypatch):
+    root = paint(tmp_path / "images", {"ant": 3, "bee": 3})
+    good = (root / "ant" / "1.png").read_bytes()
+    (root / "ant" / "1.png").write_bytes(bytes(len(good)))  # of the same size
+    options = {"steps": 1, "max_rejects": 0.5}
+    bank = fill_bank(tmp_path / "b", gaussian, Folder(root), **options)
+    assert bank.members["ant"] == ("ant/0.png", "ant/2.png")
+    (tmp_path / "b" / "0001" / "chunk-0000.json").unlink()  # as if killed between two chunks
+    (root / "ant" / "1.png").write_bytes(good)
+    bank = fill_bank(tmp_path / "b", gaussian, Folder(root), **options)
+    assert sorted(bank.members["ant"]) == ["ant/0.png", "ant/1.png", "ant/2.png"]
+    assert not (tmp_path / "b" / "rejects.jsonl").exists()
+    flip(tmp_path / "b" / "0000" / "chunk-0000.safetensors")
+    discard(verify(tmp_path / "b"))
+    bank = fill_bank(tmp_path / "b", gaussian, Folder(root), **options)
+    assert sorted(bank.members["ant"]) == ["ant/0.png", "ant/1.png", "ant/2.png"]
+    assert verify(tmp_path / "b", root) == []
+
+
+def test_a_class_that_is_removed_leaves_nothing_to_the_next(tmp_path, gaussian):
+    root = paint(tmp_path / "images", {"ant": 3, "dog": 1})
+    (root / "dog" / "0.png").write_bytes(b"")
+    with pytest.raises(UserError, match="'dog'"):
+        fill_bank(tmp_path / "b", gaussian, Folder(root), steps=1, max_rejects=0.5)
+    shutil.rmtree(root / "dog")
+    fill_bank(tmp_path / "b", gaussian, Folder(root), steps=1)
+    paint(root, {"elk": 2})
+    bank = fill_bank(tmp_path / "b", gaussian, Folder(root), steps=1)
+    assert len(bank.members["elk"]) == 2 and verify(tmp_path / "b") == []
+
+
+def test_nothing_of_the_users_is_swept_away(tmp_path, gaussian, pictures):
+    home = tmp_path / "home"
+    home.mkdir()
+    for name in (".draft.tmp", ".note.1.tmp", ".x.1.0123abcd.tmpx"):
+        (home / name).write_text("mine")
+    before = snapshot(home)
+    with pytest.raises(UserError, match="in use"):
+        fill_bank(home, gaussian, Folder(pictures), steps=1)
+    assert snapshot(home) == before
+
+
+def test_what_a_killed_rank_left_does_not_keep_others_out(tmp_path, gaussian, pictures):
+    place = tmp_path / "b"
+    place.mkdir()
+    (place / ".manifest.json.123.0123abcd.tmp").write_text("half")
+    method = inverter("forward_start", steps=4)
+    for rank in (0, 1):
+        run(Inversion(place, Folder(pictures), gaussian, method), ranks=(rank, 2))
+    assert verify(place) == []
+    with locked(place, shared=True), locked(place, shared=True) as lock:
+        (place / ".x.1.0123abcd.tmp").write_text("at work")
+        lock.sweep()
+        assert (place / ".x.1.0123abcd.tmp").exists()
+
+
+def test_a_copy_that_was_interrupted_goes_on(bank, tmp_path, monkeypatch):
+    import augment.upkeep
+
+    whole = merge([bank.path], tmp_path / "whole").path
+
+    def stop(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(augment.upkeep, "write_json", stop)
+        merge([bank.path], tmp_path / "part")
+    merge([bank.path], tmp_path / "part")
+    assert snapshot(tmp_path / "part") == snapshot(whole)
+    with pytest.raises(UserError, match="in both"):
+        merge([bank.path, bank.path], tmp_path / "twice")
 
 
 def test_what_does_not_belong_to_a_bank_is_told_of(copy, tmp_path):

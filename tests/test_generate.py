@@ -195,6 +195,54 @@ def test_filters_ask_for_the_real_images_where_they_are(make, bank, pictures, tm
     assert run(job)
 
 
+def test_images_that_changed_are_not_compared_with(make, pictures, tmp_path):
+    moved = shutil.copytree(pictures, tmp_path / "moved")
+    shutil.copy(moved / "ant" / "1.png", moved / "ant" / "0.png")
+    with pytest.raises(UserError, match=r"another image for ant/0\.png"):
+        run(make(filters={"dark": Dark()}, images=moved))
+
+
+def test_a_shard_of_another_place_or_job_is_made_again(make, tmp_path):
+    assert run(make())
+    whole = snapshot(tmp_path / "out")
+    for suffix in ("tar", "json"):
+        shutil.copy(tmp_path / "out" / f"shard-000001.{suffix}",
+                    tmp_path / "out" / f"shard-000000.{suffix}")  # fmt: skip
+    with pytest.raises(UserError, match="schema or shard"):
+        open_shards(tmp_path / "out")
+    assert len(verify(tmp_path / "out")) == 1
+    assert run(make())
+    assert snapshot(tmp_path / "out") == whole
+    assert run(make("other", alpha=0.5))
+    for suffix in ("tar", "json"):
+        shutil.copy(tmp_path / "other" / f"shard-000000.{suffix}", tmp_path / "out")
+    assert run(make())
+    assert snapshot(tmp_path / "out") == whole
+
+
+def test_a_bank_with_other_content_is_another_job(make, bank, gaussian, pictures, tmp_path):
+    assert run(make())
+    other = shutil.copytree(pictures, tmp_path / "images")
+    shutil.copy(other / "ant" / "1.png", other / "ant" / "0.png")
+    job = make()
+    job.synthesizer.bank = fill_bank(tmp_path / "bank", gaussian, Folder(other), steps=4)
+    with pytest.raises(UserError, match=r"others \(bank\)"):
+        run(job)
+
+
+def test_weights_of_a_filter_are_known_by_their_content(make, tmp_path):
+    @dataclass(frozen=True)
+    class Weighted(Dark):
+        weights: str = ""
+
+    for name, content in (("a", b"1"), ("b", b"1"), ("c", b"2")):
+        (tmp_path / name).write_bytes(content)
+    assert run(make(filters={"dark": Weighted(None, str(tmp_path / "a"))}))
+    assert run(make(filters={"dark": Weighted(None, str(tmp_path / "b"))}))
+    with pytest.raises(UserError, match=r"others \(filters\)"):
+        run(make(filters={"dark": Weighted(None, str(tmp_path / "c"))}))
+
+
 def test_large_images_are_reduced(make, tmp_path):
     assert run(make(pixels=4))
     assert open_shards(tmp_path / "out")[0][0].shape == (1, 4, 4)

@@ -929,7 +929,7 @@ def test_an_interrupted_export_goes_on(calls, shards, tmp_path, monkeypatch):
     out, write = tmp_path / "out", augment.export.write_bytes
     export_folder(shards, tmp_path / "whole")
 
-    def write_until_interrupted(path, content):
+    def write_until_interrupted(path, content, sync=True):
         nonlocal calls
         if not calls:
             raise KeyboardInterrupt
@@ -941,7 +941,7 @@ def test_an_interrupted_export_goes_on(calls, shards, tmp_path, monkeypatch):
         export_folder(shards, out)
     assert (out / "metadata.jsonl").exists() == (snapshot(out) == snapshot(tmp_path / "whole"))
     early = {path: path.stat().st_mtime_ns for path in out.rglob("*.png")}
-    (out / ".x.tmp").touch()  # of a kill
+    (out / ".x.1.0123abcd.tmp").touch()  # of a kill
     export_folder(shards, out)
     assert snapshot(out) == snapshot(tmp_path / "whole")
     assert all(path.stat().st_mtime_ns == written for path, written in early.items())

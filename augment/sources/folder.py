@@ -1,5 +1,6 @@
 """Labelled images from ``root/class/*.png|jpg``."""
 
+import errno
 import warnings
 from pathlib import Path
 
@@ -79,8 +80,15 @@ class Folder:
         return list(self.ids)
 
     def read(self, image_id: str) -> bytes:
-        """The bytes of an image's file."""
-        return (self.root / image_id).read_bytes()
+        """The bytes of an image's file.
+
+        Raises:
+            OSError: there is none, or it cannot be read.
+        """
+        path = self.root / image_id
+        if path.exists() and not path.is_file():
+            raise OSError(errno.EINVAL, "Not a regular file", str(path))  # a pipe would never end
+        return path.read_bytes()
 
     def size(self, image_id: str) -> int:
         """How many they are; 0 if that cannot be told."""
