@@ -17,6 +17,7 @@ LAYERS = (
     {"augment.bank"},
     {"augment.synthesis", "augment.filters", "augment.shards", "augment.jobs"},
     {"augment.fill", "augment.generate", "augment.upkeep", "augment.dataset"} | {"augment.export"},
+    {"augment.slots"},
     {"augment.replay"},
     {"training"},
     {"augment.cli"},

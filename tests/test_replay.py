@@ -21,7 +21,7 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from augment import MixedDataset, SyntheticDataset, UserError, replay
+from augment import MixedDataset, SyntheticDataset, UserError, slots
 from augment.errors import AugmentWarning
 from augment.replay import ReplayPool
 
@@ -304,14 +304,14 @@ def test_a_pool_on_disk_goes_on_where_it_was(tmp_path):
         with pytest.raises(UserError, match="ask that for the plan"):
             pool.plan(record)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(replay, "PATIENCE_S", 0.2)
+            patch.setattr(slots, "PATIENCE_S", 0.2)
             with pytest.raises(UserError, match="another run draws from"):
                 ReplayPool(Soft, 30, path)
     with pytest.raises(UserError, match="closed"):
         pool[0]
-    made, width = pool.made, replay.PREFIX + pool.store.slot.itemsize
+    made, width = pool.made, slots.PREFIX + pool.store.slot.itemsize
     with path.open("r+b") as file:  # as a kill leaves the slot that was to come
-        file.seek(replay.CONTROL.itemsize + made % 30 * width + 100)
+        file.seek(slots.CONTROL.itemsize + made % 30 * width + 100)
         file.write(b"half")
     with ReplayPool(Soft, 30, path, batch_size=1, warm_up=30) as pool:
         assert pool.draws == 1, "of the first run"
@@ -332,15 +332,15 @@ def test_a_pool_on_disk_goes_on_where_it_was(tmp_path):
 def store(tmp_path):
     """Make the file of a pool with a layout, or find it."""
 
-    def store(**layout) -> replay.Store:
-        found = replay.Store(*replay.named(tmp_path / "pool"))
+    def store(**layout) -> slots.Store:
+        found = slots.Store(*slots.named(tmp_path / "pool"))
         layout = {"capacity": 4, "form": [[3, 8, 8], "<i8", []], "classes": ["a"]} | layout
         try:
             found.control["ready"] = 0
             found.settle(layout)
             found.open()
         finally:
-            replay.fcntl.flock(found.files[0], replay.fcntl.LOCK_UN)
+            slots.fcntl.flock(found.files[0], slots.fcntl.LOCK_UN)
         return found
 
     return store
@@ -357,7 +357,7 @@ OTHERS = {
 
 @pytest.mark.parametrize("other", OTHERS)
 def test_a_file_of_another_pool_is_refused_and_left_as_it_is(store, other, tmp_path):
-    store().write(replay.Record(torch.ones(3, 8, 8), 1, 0, 0))
+    store().write(slots.Record(torch.ones(3, 8, 8), 1, 0, 0))
     assert store().read(0).label == 1
     with pytest.raises(UserError, match="choose another path"):
         store(**OTHERS[other])
@@ -383,29 +383,29 @@ def test_a_harmed_file_is_refused_and_left_as_it_is(store, harm, tmp_path):
 
 
 def test_a_file_that_was_never_finished_is_begun_again(store, tmp_path):
-    (tmp_path / "pool").write_bytes(replay.MAGIC)
+    (tmp_path / "pool").write_bytes(slots.MAGIC)
     assert store().read(0) is None
 
 
 @pytest.mark.parametrize(
-    "place", [lambda path: replay.named(path / "pool"), lambda _: replay.nameless()]
+    "place", [lambda path: slots.named(path / "pool"), lambda _: slots.nameless()]
 )
 def test_no_room_is_told_before_anything_is_written(tmp_path, place):
-    found = replay.Store(*place(tmp_path))
+    found = slots.Store(*place(tmp_path))
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (2 * replay.CONTROL.itemsize, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2 * slots.CONTROL.itemsize, hard))
     try:
         with pytest.raises(UserError, match=r"room for a replay pool of .* bytes in .*: File too"):
             found.settle({"capacity": 10**6, "form": [[3, 8, 8], "<i8", []]})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert not found.control["layout"].item()
-    assert all(os.fstat(file).st_size == replay.CONTROL.itemsize for file in found.files)
+    assert all(os.fstat(file).st_size == slots.CONTROL.itemsize for file in found.files)
 
 
 def test_images_that_do_not_fit_are_refused(store):
     found = store()
-    found.write(replay.Record(torch.tensor([-1.0, 2.0]).repeat(3, 8, 4), 1, 0, 0))
+    found.write(slots.Record(torch.tensor([-1.0, 2.0]).repeat(3, 8, 4), 1, 0, 0))
     assert found.read(0).image.unique().tolist() == [0, 1]
     for image, label in [
         (torch.ones(1, 8, 8), 1),
@@ -413,11 +413,11 @@ def test_images_that_do_not_fit_are_refused(store):
         (torch.ones(3, 8, 8), torch.ones(1, dtype=int)),
     ]:
         with pytest.raises(UserError, match="as the first"):
-            found.write(replay.Record(image, label, 0, 1))
+            found.write(slots.Record(image, label, 0, 1))
     assert found.control["made"] == 1
     for image in (torch.ones(3, 8, 8, dtype=torch.uint8), torch.ones(8, 8), "image"):
         with pytest.raises(UserError, match="give other transforms to the pool"):
-            replay.form_of(image, 1)
+            slots.form_of(image, 1)
 
 
 @pytest.mark.parametrize("other", [{"rule": "lin/0"}, {"steps": 4}, {"seed": 1}, {"members": 1}])
@@ -425,23 +425,23 @@ def test_a_file_of_images_made_otherwise_is_told_apart(bank, gaussian, other):
     datasets = [
         SyntheticDataset(bank, gaussian, **{"steps": 3} | options) for options in ({}, {}, other)
     ]
-    first, second, third = (replay.layout_of(data, data[0], 4) for data in datasets)
+    first, second, third = (slots.layout_of(data, data[0], 4) for data in datasets)
     assert first == second != third
 
 
 def test_images_out_of_range_are_refused():
     for values in ([0.0, 1.5], [-0.5, 1.0], [0.0, float("nan")]):
         with pytest.raises(UserError, match=r"images in \[0, 1\], got one from"):
-            replay.layout_of(Flat(), (torch.tensor(values).repeat(3, 8, 4), 1), 4)
+            slots.layout_of(Flat(), (torch.tensor(values).repeat(3, 8, 4), 1), 4)
 
 
 def test_a_pool_leaves_half_of_the_memory_to_others_and_goes_to_disk(monkeypatch):
-    store = replay.Store(*replay.nameless())
+    store = slots.Store(*slots.nameless())
     assert len(store.files) == 2
     monkeypatch.setattr(os, "fstatvfs", lambda _: os.statvfs_result((1, 1, 0, 0, 2**21, *[0] * 5)))
     store.settle({"capacity": 4, "form": [[3, 8, 8], "<i8", []]})
     assert store.control["ready"] == 1
-    store = replay.Store(*replay.nameless())
+    store = slots.Store(*slots.nameless())
     store.settle({"capacity": 2000, "form": [[3, 8, 8], "<i8", []]})
     assert store.control["ready"] == 2
     assert store.open()
