@@ -214,8 +214,8 @@ class Tally:
     def refused_lines(self) -> list[str]:
         """A line a filter, with the classes it refused most of."""
         return [
-            f"filter {name} refused {counts.total()} candidates: "
-            + ", ".join(f"{label} {count}" for label, count in counts.most_common(5))
+            f"filter {name} refused {counts.total()} candidates"
+            + "".join(f", {label} {count}" for label, count in counts.most_common(5))
             for name, counts in self.refused.items()
         ]
 

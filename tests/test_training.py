@@ -9,10 +9,14 @@ import torch
 import yaml
 from conftest import paint
 
-from augment import UserError
+from augment import Planner, ReplayPool, Synthesizer, SyntheticDataset, UserError
 from augment.cli import main
+from augment.export import export_folder
+from augment.fill import fill_bank
+from augment.generate import write_shards
+from augment.sources import Folder
 from training.classifier import Classifier
-from training.data import FewShotData, FolderDataset
+from training.data import FewShotData, FolderDataset, ReuseLogger
 from training.demo import BASE, ROWS, TWICE, interval, quiet_trainer, summarise
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
@@ -53,6 +57,45 @@ def test_a_few_steps_change_the_weights_and_the_accuracy_is_counted(folders, mix
     hits = (model.eval()(images).argmax(1) == labels).float()
     assert measured["accuracy"] == pytest.approx(hits.mean().item())
     assert measured["accuracy/class_1"] == pytest.approx(hits[labels == 1].mean().item())
+
+
+@pytest.fixture(scope="module")
+def synthetic_bank(folders, tiny):
+    return fill_bank(folders / "bank", tiny, Folder(folders / "real"), steps=1)
+
+
+def test_shards_are_mixed_in_as_a_folder_of_them_is(folders, tiny, synthetic_bank):
+    synthesizer = Synthesizer(tiny, synthetic_bank, steps=1)
+    planner = Planner(synthetic_bank.members)
+    write_shards(synthesizer, planner, 4, folders / "shards", extension="png")
+    export_folder(folders / "shards", folders / "exported")
+    pairs = [
+        few(folders, synthetic=str(folders / name), augment=False, p_synthetic=1.0).train
+        for name in ("shards", "exported")
+    ]
+    drawn = []
+    for data in pairs:
+        images = [data[index] for index in range(24)]
+        drawn.append({(label, image.numpy().tobytes()) for image, label in images})
+        assert all(image.shape == (1, 32, 32) for image, _ in images)
+    everything = few(folders, synthetic=str(folders / "exported"), augment=False).train.parts[1]
+    known = {(label, image.numpy().tobytes()) for image, label in everything}
+    assert drawn[0] <= known and drawn[1] <= known and len(drawn[0]) > 4
+
+
+def test_how_a_pool_is_reused_is_logged(folders, tiny, synthetic_bank):
+    synthetic = SyntheticDataset(synthetic_bank, tiny, per_class=2, steps=1, batch_size=2)
+    with ReplayPool(synthetic, 4) as pool:
+        data = few(folders)
+        data.train.parts = (data.real, pool)
+        trainer = quiet_trainer(3)
+        trainer.callbacks.append(ReuseLogger(pool))
+        trainer.fit(Classifier(data.num_classes), data)
+    assert trainer.logged_metrics["pool/made"] >= 2
+    assert trainer.logged_metrics["pool/draws"] > 0
+    assert trainer.logged_metrics["pool/reuse"] == pytest.approx(
+        (trainer.logged_metrics["pool/draws"] / trainer.logged_metrics["pool/made"]).item()
+    )
 
 
 def test_the_same_seed_trains_the_same_classifier(folders):

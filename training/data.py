@@ -12,6 +12,7 @@ from torchvision.transforms import v2
 from augment.dataset import MixedDataset
 from augment.errors import UserError
 from augment.images import prepare
+from augment.replay import ReplayPool
 from augment.shards import Shards, open_shards
 from augment.sources import Folder
 
@@ -92,6 +93,21 @@ class Draws(Sampler[int]):
 
     def __len__(self) -> int:
         return len(self.dataset)
+
+
+class ReuseLogger(pl.Callback):
+    """Logs at the end of each epoch how a replay pool does: ``pool/reuse`` and the like.
+
+    Args:
+        pool: the pool that is drawn from.
+    """
+
+    def __init__(self, pool: ReplayPool) -> None:
+        self.pool = pool
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Log what `ReplayPool.statistics` says."""
+        pl_module.log_dict({f"pool/{k}": v for k, v in self.pool.statistics().items()})
 
 
 class FewShotData(pl.LightningDataModule):
