@@ -203,14 +203,12 @@ class Inversion:
 
     def __getstate__(self) -> dict[str, Any]:
         """What is sent to a worker elsewhere: how to load the backbone, where that is known."""
-        sendable = None if self.manifest["recipe"] else self.backbone
+        sendable = None if self.manifest.get("recipe") else self.backbone
         return {**self.__dict__, "backbone": sendable}
 
-    def plan(self) -> list[int]:
-        """The images of each unit; the manifest is written, or checked and extended."""
-        backbone = self.backbone
-        assert backbone is not None
-        new: dict[str, Any] = {
+    def described(self, backbone: Backbone) -> dict[str, Any]:
+        """The manifest but for the classes: how the latents are made."""
+        return {
             "schema": SCHEMA,
             "latent_shape": list(backbone.latent_shape),
             "fingerprint": {
@@ -229,6 +227,12 @@ class Inversion:
             "made_with": {name: version(name) for name in ("torch", "diffusers", "safetensors")}
             | {"device": backbone.device.type},
         }
+
+    def plan(self) -> list[int]:
+        """The images of each unit; the manifest is written, or checked and extended."""
+        backbone = self.backbone
+        assert backbone is not None
+        new = self.described(backbone)
         old: dict[str, Any] = {}
         if (self.path / "manifest.json").exists():
             old = read_manifest(self.path)

@@ -282,7 +282,7 @@ class Synthesis:
             "plan": asdict(plan),
             "rule": str(self.synthesizer.rule),
             "backbone": self.synthesizer.bank.fingerprint["backbone"],
-            "scores": scores,
+            "scores": {k: v if math.isfinite(v) else None for k, v in scores.items()},
         }
         return Sample(plan.index, data.result(), plan.label, about)
 

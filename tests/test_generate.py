@@ -175,6 +175,7 @@ def test_a_filter_without_a_minimum_scores_only_and_one_that_fails_all_leaves_no
     assert run(make("scored", filters={"dark": Dark(None), "never": Never(None)}))
     scored = open_shards(tmp_path / "scored")
     assert len(scored) == 24 and {"dark", "never"} == scored.about(0)["scores"].keys()
+    assert scored.about(0)["scores"]["never"] is None, "JSON has no word for what is no number"
     assert run(make("none", filters={"never": Never()}, candidates=2))
     assert len(open_shards(tmp_path / "none")) == 0
     assert count_shards(tmp_path / "none").refused["never"].total() == 48
