@@ -294,12 +294,14 @@ def verify(path: str, images: str | None = None, discard: bool = False) -> None:
         discard: take out what is damaged; the command that made it then makes it again.
     """
     from augment import upkeep
+    from augment.files import locked
 
     findings = upkeep.verify(path, images)
     for finding in findings:
         print(finding.what)
     if discard:
-        upkeep.discard(findings)
+        with locked(Path(path)):  # not while a job is at work there
+            upkeep.discard(findings)
     if findings:
         damaged = sum(finding.record is not None for finding in findings)
         after = "taken out; run the command that made it again" if discard else "as above"
