@@ -208,6 +208,7 @@ class Synthesis:
             prompts=[made.bank.prompt(name) for name in made.bank.classes],
             real=self.real,
             device=made.backbone.device,
+            counts=[len(ids) for ids in made.bank.members.values()],
         )
         scorers = {name: f.prepare(reference) for name, f in self.filters.items()}
         return partial(self.work, scorers)

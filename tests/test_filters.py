@@ -559,3 +559,22 @@ def test_few_images_still_tell_a_picture_from_none():
     for name in ("black", "white", "grey", "noise", "saturated"):
         bad = faults(textures(0, 20, seed=5))[name]
         assert rate(scores, made, [bad], reject=True) > 0.95, name
+
+
+def test_a_small_class_is_not_read_where_the_pool_judges_it():
+    asked = []
+
+    def real(label: int) -> torch.Tensor:
+        asked.append(label)
+        return torch.rand(40, 3, 32, 32, generator=torch.Generator().manual_seed(label))
+
+    labels = list(range(200))
+    names = [f"c{label}" for label in labels]
+    images = torch.rand(200, 3, 32, 32, generator=torch.Generator().manual_seed(9))
+    scores = []
+    for counts in ([40] * 200, None):
+        asked.clear()
+        reference = Reference(names, [""] * 200, real, torch.device("cpu"), counts)
+        scores.append(make_filter("degenerate").prepare(reference)(images, labels))
+        assert len(asked) < 40 if counts else len(asked) >= 200
+    assert torch.equal(*scores)

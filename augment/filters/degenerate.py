@@ -106,7 +106,7 @@ class Degenerate:
             return in_batches(statistics, images)
 
         real = Real(reference, describe, lambda rows, _: rows)
-        return by_class(describe, lambda label: self.judge(real(label)[1]))
+        return by_class(describe, lambda label: self.judge(real.values(label)))
 
     def judge(self, rows: Float[Tensor, "n k"]) -> Callable[[Tensor], float]:
         """Statistics of an image → score, by the statistics of real images."""

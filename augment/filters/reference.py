@@ -34,12 +34,14 @@ class Reference:
         real: label → the class's real images, float32 (n, C, R, R) in [0, 1], prepared as the
             backbone's.
         device: where networks run.
+        counts: how many real images each class has, in label order; asked for by `real` if None.
     """
 
     classes: list[str]
     prompts: list[str]
     real: Callable[[int], Tensor]
     device: torch.device
+    counts: list[int] | None = None
 
 
 class Real:
@@ -80,6 +82,13 @@ class Real:
         """A class's features, and the values to judge it by: its own, or those of all classes."""
         rows = self.features(label, self.limit)
         return rows, self.own(rows, label) if len(rows) >= ENOUGH else self.pool
+
+    def values(self, label: int) -> Float[Tensor, "m *k"]:
+        """The values to judge a class by; a small class's images need not be read for them."""
+        counts = self.reference.counts
+        if counts is not None and counts[label] < ENOUGH:
+            return self.pool
+        return self(label)[1]
 
     @cached_property
     def pool(self) -> Float[Tensor, "m *k"]:
@@ -150,13 +159,13 @@ def typical(
     real = Real(reference, describe, own)
 
     def judge(label: int) -> Callable[[Tensor], float]:
-        rows, values = real(label)
+        rows, values = real(label) if texts is None else (None, real.values(label))
         if not len(values):
             raise UserError(
                 "expected a class with 2 real images or more, to know how alike they are, got one "
                 "image a class; take the filter classifier, or clip to the prompt"
             )
-        towards = rows.mean(0) if texts is None else texts[label]
+        towards = texts[label] if rows is None else rows.mean(0)  # type: ignore[index]
         border, middle = values.quantile(values.new_tensor([quantile, 0.5])).tolist()
         spread = max(middle - border, FLOOR)
         return lambda row: ((row @ towards).item() - middle) / spread + 1
