@@ -65,7 +65,7 @@ def class_name(folder: str) -> str:
 def class_prompts(
     classes: Sequence[str], template: str, names: dict[str, str] | None = None
 ) -> dict[str, str]:
-    """A prompt for each class, such as `augment.bank.fill_bank` takes.
+    """A prompt for each class, such as `augment.fill_bank` takes.
 
     >>> class_prompts(["n01440764", "great_owl"], "a photo of a {name}", {"great_owl": "owl"})
     {'n01440764': 'a photo of a tench', 'great_owl': 'a photo of an owl'}

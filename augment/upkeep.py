@@ -14,9 +14,11 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from augment.bank import (
+from augment.bank import LatentBank
+from augment.errors import UserError
+from augment.files import TEMPORARY, check_folder, fits, locked, sha256, write_bytes, write_json
+from augment.records import (
     Chunk,
-    LatentBank,
     check_file,
     file_of,
     read_manifest,
@@ -24,8 +26,6 @@ from augment.bank import (
     require_same_making,
     stems,
 )
-from augment.errors import UserError
-from augment.files import TEMPORARY, check_folder, fits, locked, sha256, write_bytes, write_json
 from augment.shards import read_settings, read_sidecar, shard_path, verify_shard
 
 

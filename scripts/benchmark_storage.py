@@ -19,10 +19,10 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms.functional import pil_to_tensor
 
 from augment import LatentBank, Planner, open_shards
-from augment.bank import SCHEMA
 from augment.export import export_folder
 from augment.files import write_json
 from augment.fill import Picture, commit
+from augment.records import SCHEMA
 from augment.shards import Sample, encode, shard_path, write_shard
 
 SHAPE, COUNT = (4, 64, 64), 64

@@ -13,9 +13,10 @@ LAYERS = (
     | {"augment.cluster", "augment.features"},
     {"augment.weights", "augment.prior", "augment.centroid"},
     {"augment.sources", "augment.diffusion", "augment.inversion"},
-    {"augment.plan", "augment.measure"},
+    {"augment.plan", "augment.measure", "augment.records"},
     {"augment.bank"},
-    {"augment.synthesis", "augment.filters", "augment.shards", "augment.jobs"},
+    {"augment.synthesis", "augment.filters", "augment.shards", "augment.jobs"}
+    | {"augment.extend"},
     {"augment.fill", "augment.generate", "augment.upkeep", "augment.dataset"} | {"augment.export"},
     {"augment.slots"},
     {"augment.replay"},
