@@ -15,8 +15,7 @@ LAYERS = (
     {"augment.sources", "augment.diffusion", "augment.inversion"},
     {"augment.plan", "augment.measure", "augment.records"},
     {"augment.bank"},
-    {"augment.synthesis", "augment.filters", "augment.shards", "augment.jobs"}
-    | {"augment.extend"},
+    {"augment.synthesis", "augment.filters", "augment.shards", "augment.jobs"} | {"augment.extend"},
     {"augment.fill", "augment.generate", "augment.upkeep", "augment.dataset"} | {"augment.export"},
     {"augment.slots"},
     {"augment.replay"},
