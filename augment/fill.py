@@ -67,11 +67,19 @@ class Part(NamedTuple):
 
 @dataclass
 class Picture:
-    """An image of a unit: what is recorded of it, and its pixels (C, R, R), or why it has none."""
+    """An image of a unit.
+
+    Attributes:
+        about: what is recorded of it.
+        pixels: (C, R, R), if it could be read.
+        reason: why it is left out, if it is.
+        row: where its latent is among those of the unit.
+    """
 
     about: dict[str, Any]
     pixels: Tensor | None = None
     reason: str = ""
+    row: int = 0
 
 
 def fill_bank(
@@ -267,21 +275,14 @@ class Inversion:
         """Read, invert and commit the images of a unit."""
         parts = self.units[unit]
         read = [[picture(self.source, backbone, i) for i in part.ids] for part in parts]
-        pictures = [p for row in read for p in row if p.pixels is not None]
-        texts = [
-            part.prompt
-            for part, row in zip(parts, read, strict=True)
-            for p in row
-            if p.pixels is not None
-        ]
-        made = self.make(backbone, pictures, texts) if pictures else {}
-        for row, p in enumerate(pictures):
-            p.reason = useless(made, row)
+        pairs = list(zip(parts, read, strict=True))
+        seen = [(p, part.prompt) for part, row in pairs for p in row if p.pixels is not None]
+        made = self.make(backbone, *map(list, zip(*seen, strict=True))) if seen else {}
+        for row, (p, _) in enumerate(seen):
+            p.row, p.reason = row, useless(made, row)
         self._check_rejects(unit, [p for row in read for p in row if p.reason])
-        places = {id(p): row for row, p in enumerate(pictures)}
-        for part, row in zip(parts, read, strict=True):
-            good = [p for p in row if not p.reason]
-            commit(part.stem, made, [places[id(p)] for p in good], row)
+        for part, row in pairs:
+            commit(part.stem, made, row)
 
     def make(
         self, backbone: Backbone, pictures: list[Picture], texts: list[str]
@@ -374,12 +375,15 @@ def useless(made: dict[str, Tensor], row: int) -> str:
         return "its latent is NaN or infinite in float16; invert with dtype float32"
     if tensors[0].numel() > 1 and tensors[0].min() == tensors[0].max():
         return "its latent is constant"
+    if "errors" in made and not made["errors"][row].isfinite():
+        return "its latent gives no image back; invert with dtype float32"
     return ""
 
 
-def commit(stem: Path, made: dict[str, Tensor], rows: list[int], pictures: list[Picture]) -> None:
+def commit(stem: Path, made: dict[str, Tensor], pictures: list[Picture]) -> None:
     """Write a chunk's files, and last its record."""
     files, statistics = {}, {}
+    rows = [p.row for p in pictures if not p.reason]
     if rows:
         latents = made["latents"][rows].contiguous()
         norms = latents.float().flatten(1).norm(dim=1)

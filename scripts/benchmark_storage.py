@@ -35,8 +35,11 @@ def make_bank(root: Path) -> LatentBank:
     for label in range(CLASSES):
         name, made = f"{label:04d}", {"latents": torch.randn(COUNT, *SHAPE).half()}
         ids = [f"{name}/{k}.png" for k in range(COUNT)]
-        about = [{"id": i, "bytes": 1, "sha256": "", "side": 1} for i in ids]
-        commit(root / name / "chunk-0000", made, list(range(COUNT)), [Picture(a) for a in about])
+        pictures = [
+            Picture({"id": i, "bytes": 1, "sha256": "", "side": 1}, row=row)
+            for row, i in enumerate(ids)
+        ]
+        commit(root / name / "chunk-0000", made, pictures)
         chunk = {"number": 0, "unit": label, "ids": ids}
         classes.append({"name": name, "folder": name, "prompt": "", "chunks": [chunk]})
     inversion = {"method": "ddim", "steps": 1, "guidance": 1}

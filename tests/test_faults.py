@@ -178,6 +178,23 @@ def test_latents_that_are_not_finite_are_left_out(value, reason, tmp_path):
     assert reason in (tmp_path / "b" / "rejects.jsonl").read_text()
 
 
+class NoWayBack(GaussianBackbone):
+    """Decodes dark images to what is no number, as a VAE in half precision may."""
+
+    def decode(self, clean):
+        images = super().decode(clean)
+        return torch.where(images.mean((1, 2, 3), keepdim=True) < 0.25, torch.nan, images)
+
+
+def test_latents_that_give_no_image_back_are_left_out(tmp_path):
+    paint(tmp_path / "images", {"ant": 19})
+    Image.new("L", (8, 8), 1).save(tmp_path / "images" / "ant" / "dark.png")
+    backbone, source = NoWayBack(latent_shape=(1, 8, 8)), Folder(tmp_path / "images")
+    bank = fill_bank(tmp_path / "b", backbone, source, steps=2)
+    assert len(bank.members["ant"]) == 19 and bank.errors("ant").isfinite().all()
+    assert "no image back" in (tmp_path / "b" / "rejects.jsonl").read_text()
+
+
 def test_constant_latents_are_left_out(tmp_path, gaussian):
     paint(tmp_path / "images", {"ant": 19})
     Image.new("L", (8, 8)).save(tmp_path / "images" / "ant" / "dark.png")
