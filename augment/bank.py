@@ -207,6 +207,15 @@ class LatentBank:
             places[name] = {image_id: all_[image_id] for image_id in ids}
         return places
 
+    def digests(self, class_name: str) -> dict[str, str]:
+        """SHA-256 of the image files of a class, by id, in the order of ``members``.
+
+        Raises:
+            UserError: no such class.
+        """
+        known = {i["id"]: i["sha256"] for c in self._chunks(class_name) for i in c.record["images"]}
+        return {image_id: known[image_id] for image_id in self.members[class_name]}
+
     def latents(self, class_name: str) -> Float[Tensor, "n c h w"]:
         """The latents of a class in float32, in the order of ``members``.
 

@@ -8,15 +8,18 @@ import math
 import sys
 import warnings
 from argparse import ArgumentError
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from augment.errors import AugmentWarning, UserError, lookup
+from augment.sources import Folder, Source
 
 
 def invert(
-    images: str,
+    images: Source | str,
     bank: str,
     backbone: str = "tiny",
     prompt: str = "",
@@ -36,10 +39,11 @@ def invert(
     executor: str = "local",
     dry_run: bool = False,
 ) -> None:
-    """Invert a folder of labelled images into a bank of latents.
+    """Invert labelled images into a bank of latents.
 
     Args:
-        images: folder with one sub-folder of PNG or JPEG files a class.
+        images: folder with one sub-folder of PNG or JPEG files a class; or another source, such as
+            FewShot with --images.source DIR --images.shots 5, or as YAML in a --config.
         bank: folder of the bank, made if needed; an interrupted job goes on, and images that were
             added since are appended.
         backbone: the diffusion model: tiny, sd15, sdxl and so on, a folder or .safetensors file of
@@ -65,9 +69,14 @@ def invert(
     from augment.fill import Inversion
     from augment.inversion import inverter
     from augment.prompts import class_prompts
-    from augment.sources import Folder
 
-    source, texts = Folder(images, links), {str(k): v for k, v in (prompts or {}).items()}
+    if links and not isinstance(images, str):
+        raise UserError(
+            f"expected links with a folder of images, got {type(images).__name__}; leave it out, "
+            "or give it to a Folder therein"
+        )
+    source = Folder(images, links) if isinstance(images, str) else images
+    texts = {str(k): v for k, v in (prompts or {}).items()}
     if prompt:
         texts |= class_prompts([name for name in source.classes if name not in texts], prompt)
     settings, options = inversion_options or {}, backbone_options or {}
@@ -369,6 +378,14 @@ def train() -> None:
     """Train a classifier with Lightning: train fit --config YAML; see train --help."""
 
 
+def sweep() -> None:
+    """Train and test with several seeds and values of settings; see sweep --help."""
+
+
+def episodes() -> None:
+    """Evaluate N-way K-shot episodes with synthetic images; see episodes --help."""
+
+
 def refuse(options: dict[str, Any], *names: str) -> None:
     """Refuse options that the command has as its own.
 
@@ -398,6 +415,8 @@ COMMANDS = {
     "invert": invert,
     "synthesize": synthesize,
     "train": train,
+    "sweep": sweep,
+    "episodes": episodes,
     "demo": demo,
     "inspect": inspect,
     "verify": verify,
@@ -421,21 +440,42 @@ def underscored(argument: str) -> str:
 
 
 def run(args: list[str]) -> None:
-    """Dispatch; ``train`` hands its arguments to Lightning's own parser."""
+    """Dispatch; the commands of `training` are imported when they are asked for."""
     if args[:1] == ["train"]:
         from training.cli import main as lightning
 
         lightning(args[1:])
-    else:
-        from jsonargparse import auto_cli
+        return
+    from jsonargparse import auto_cli
 
-        args = [underscored(argument) for argument in args]
-        for place in range(len(args) - 1, 0, -1):  # a switch may be given a value
-            if args[place] in ("true", "false") and args[place - 1].endswith("=true"):
-                args[place - 1 : place + 1] = [args[place - 1].replace("=true", f"={args[place]}")]
-        auto_cli(
-            COMMANDS, args=args, as_positional=False, prog="latent-augment", exit_on_error=False
-        )
+    commands: Any = COMMANDS
+    if args[:1] == ["sweep"]:
+        from training.sweep import sweep
+
+        commands = {**COMMANDS, "sweep": sweep}
+    elif args[:1] == ["episodes"]:
+        from training.episodic import run_episodes
+
+        commands = {**COMMANDS, "episodes": run_episodes}
+    args = [underscored(argument) for argument in args]
+    for place in range(len(args) - 1, 0, -1):  # a switch may be given a value
+        if args[place] in ("true", "false") and args[place - 1].endswith("=true"):
+            args[place - 1 : place + 1] = [args[place - 1].replace("=true", f"={args[place]}")]
+    auto_cli(commands, args=args, as_positional=False, prog="latent-augment", exit_on_error=False)
+
+
+@contextmanager
+def unwrapped() -> Iterator[None]:
+    """Tell what a source or another part complains of, which jsonargparse wraps."""
+    try:
+        yield
+    except ValueError as error:
+        cause: BaseException | None = error
+        while cause and not isinstance(cause, UserError):
+            cause = cause.__cause__
+        if cause is None:
+            raise
+        raise cause from None
 
 
 SHOW = warnings.showwarning
@@ -454,7 +494,8 @@ def main() -> None:
     """Entry point. A user's mistake ends with one sentence and exit code 2."""
     warnings.showwarning = show_warning
     try:
-        run(sys.argv[1:])
+        with unwrapped():
+            run(sys.argv[1:])
     except UserError as error:
         print(f"latent-augment: {error}", file=sys.stderr)
         sys.exit(2)

@@ -4,15 +4,19 @@
 of the sampler. Keep ``num_workers=0`` when the backbone is on a GPU.
 """
 
-from collections.abc import Callable, Sequence
+import copy
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
 from augment.bank import LatentBank
 from augment.centroid.rule import Rule
+from augment.diffusion import load_backbone
 from augment.diffusion.backbone import Backbone
 from augment.errors import UserError
 from augment.plan import Plan, Planner
@@ -32,13 +36,15 @@ class SyntheticDataset(Dataset[Sample]):
 
     Args:
         bank: a bank, or the path of one.
-        backbone: the model it was inverted with.
+        backbone: the model it was inverted with; by default it is loaded as it was then.
         rule: how latents are mixed; see `augment.Rule`.
         alpha, members, noise, classes: see `augment.plan.Planner`.
         per_class: images a class and epoch.
         seed: of all dice.
         solver, steps, guidance, batch_size, interval, prompts: see `augment.synthesis.Synthesizer`.
         transform, target_transform: applied to the image tensor and to the label.
+        keep: make each image once, at its first use, and keep it in memory, with 8 bits a pixel;
+            ``set_epoch`` then changes nothing. For the few images of few shots.
         nearest: mix neighbours, by ``latent`` or a file (see `LatentBank.features`), or by features
             at hand (see `augment.plan.Planner`); None mixes at random.
 
@@ -50,7 +56,7 @@ class SyntheticDataset(Dataset[Sample]):
     def __init__(
         self,
         bank: LatentBank | str | Path,
-        backbone: Backbone,
+        backbone: Backbone | None = None,
         rule: Rule | str = "fade/chm",
         alpha: float | Sequence[float] = 1.0,
         per_class: int = 100,
@@ -67,10 +73,12 @@ class SyntheticDataset(Dataset[Sample]):
         nearest: str | Path | dict[str, Tensor] | None = None,
         interval: tuple[float, float] = (0.0, 1.0),
         prompts: dict[str, str] | None = None,
+        keep: bool = False,
     ) -> None:
         if per_class < 1:
             raise UserError(f"expected at least 1 image a class, got {per_class}")
         bank = bank if isinstance(bank, LatentBank) else LatentBank.open(bank)
+        backbone = backbone or load_backbone(**bank.recipe)
         self.synthesizer = Synthesizer(
             backbone, bank, rule, solver, steps, guidance, batch_size, interval, prompts
         )
@@ -80,6 +88,28 @@ class SyntheticDataset(Dataset[Sample]):
         self.class_to_idx = {name: label for label, name in enumerate(self.classes)}
         self.per_class, self.epoch = per_class, 0
         self.transform, self.target_transform = transform, target_transform
+        self.kept: dict[int, Tensor] | None = {} if keep else None
+
+    def subset(self, keep: Callable[[str], bool]) -> "SyntheticDataset":
+        """The same dataset of fewer real images.
+
+        Args:
+            keep: whether an image id stays.
+
+        Raises:
+            UserError: a class would be left without an image, or with fewer than alphas.
+        """
+        other, bank = copy.copy(self), self.synthesizer.bank.subset(keep)
+        rows = {n: [keep(i) for i in ids] for n, ids in self.planner.images.items()}
+        features = self.planner.features and {
+            name: table[torch.tensor(rows[name])] for name, table in self.planner.features.items()
+        }
+        other.kept = None if self.kept is None else {}
+        other.synthesizer = dataclasses.replace(self.synthesizer, bank=bank)
+        other.planner = dataclasses.replace(
+            self.planner, images=bank.members, features=features or None
+        )
+        return other
 
     def __len__(self) -> int:
         return self.per_class * len(self.classes)
@@ -91,7 +121,8 @@ class SyntheticDataset(Dataset[Sample]):
 
     def set_epoch(self, epoch: int) -> None:
         """Throw the dice of another epoch from now on."""
-        self.epoch = epoch
+        if self.kept is None:
+            self.epoch = epoch
 
     def plan(self, index: int) -> Plan:
         """The plan of item ``index`` in this epoch; `Synthesizer.images` makes its image again.
@@ -119,10 +150,25 @@ class SyntheticDataset(Dataset[Sample]):
                 "with latent-augment synthesize"
             )
         plans = [self.plan(index) for index in indices]
-        images = self.synthesizer.images(plans)
+        images = self._images(indices, plans)
         transform = self.transform or (lambda image: image)
         target = self.target_transform or (lambda label: label)
         return [(transform(x), target(self.label(p))) for x, p in zip(images, plans, strict=True)]
+
+    def _images(self, indices: Sequence[int], plans: list[Plan]) -> Iterable[Tensor]:
+        """The images of some items; of those that are kept, whole blocks are made at once.
+
+        So an image's last bits do not depend on who asked first.
+        """
+        if self.kept is None:
+            return self.synthesizer.images(plans)
+        rows, size = [index % len(self) for index in indices], self.synthesizer.batch_size
+        for block in sorted({row // size for row in rows if row not in self.kept}):
+            made = range(block * size, min((block + 1) * size, len(self)))
+            images = self.synthesizer.images([self.plan(row) for row in made])
+            pixels = (images * 255).round().to("cpu", torch.uint8)
+            self.kept |= dict(zip(made, pixels, strict=True))
+        return [self.kept[row].float() / 255 for row in rows]
 
 
 class MixedDataset(Dataset[Sample]):

@@ -5,35 +5,15 @@ the source become further chunks, and so do those that were left out and have be
 """
 
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 from augment.errors import UserError
 from augment.files import sha256
 from augment.records import read_record, stems
+from augment.sources import Source
 
 FULL = 2**30
 """Bytes of images up to which a job that goes on compares digests, and not sizes alone."""
-
-
-@runtime_checkable
-class Source(Protocol):
-    """Where labelled images come from.
-
-    Attributes:
-        root: the place, for information.
-        ids: the image ids of each class, in label order.
-    """
-
-    root: Path
-    ids: dict[str, list[str]]
-
-    def read(self, image_id: str) -> bytes:
-        """The bytes of an image's file."""
-        ...
-
-    def size(self, image_id: str) -> int:
-        """How many they are; found without reading them."""
-        ...
 
 
 def extended(

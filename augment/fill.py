@@ -27,7 +27,7 @@ from augment.diffusion import load_backbone
 from augment.diffusion.backbone import Backbone, check_batch
 from augment.diffusion.solver import sample
 from augment.errors import EnlargedWarning, ImageRejected, UserError
-from augment.extend import Source, extended, intact, still
+from augment.extend import extended, intact, still
 from augment.files import check_folder, in_use, sha256, write_bytes, write_json
 from augment.images import decode_image, shorter_side
 from augment.inversion import INVERTERS, Inverter, check_guidance, inverted, inverter
@@ -42,6 +42,7 @@ from augment.records import (
     require_same_making,
     stems,
 )
+from augment.sources import Source
 
 ENLARGED = 1.5
 """By how much images may be enlarged in silence."""

@@ -30,6 +30,7 @@ from augment.filters import Filter, Reference
 from augment.images import decode_image
 from augment.jobs import run
 from augment.plan import Plan, Planner
+from augment.records import DIGITS
 from augment.shards import (
     FORMATS,
     MOST_SHARDS,
@@ -154,10 +155,22 @@ class Synthesis:
             **{key: getattr(dice, key) for key in ("seed", "members", "noise")},
             **choice(dice),
             "filters": {name: contents(f) for name, f in self.filters.items()},
-            "images": {name: list(ids) for name, ids in dice.images.items()},
+            "images": self.origins(),
             "bank": made.bank.digest,
             "fingerprint": made.bank.fingerprint,
             "dtype": precision(made.backbone),
+        }
+
+    def origins(self) -> dict[str, dict[str, str]]:
+        """The real images of each class, and the first `DIGITS` digits of their SHA-256.
+
+        By these no image that a classifier is tested on is ever one that it was trained with.
+        """
+        bank = self.synthesizer.bank
+        known = {name: bank.digests(name) for name in self.planner.images}
+        return {
+            name: {i: known[name][i][:DIGITS] for i in ids}
+            for name, ids in self.planner.images.items()
         }
 
     def plan(self) -> list[int]:

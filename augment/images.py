@@ -42,8 +42,8 @@ def prepare(
     return images[..., top : top + resolution, left : left + resolution]
 
 
-def decode_image(content: bytes, channels: int, resolution: int) -> Float[Tensor, "C R R"]:
-    """Decode the bytes of a PNG or JPEG file, upright, and `prepare` them.
+def open_image(content: bytes) -> Image.Image:
+    """Decode the bytes of a PNG or JPEG file, upright: grey (L) if it is so, else RGB.
 
     Raises:
         ImageRejected: they are empty, truncated, no image, an animation, or one of more pixels
@@ -61,12 +61,21 @@ def decode_image(content: bytes, channels: int, resolution: int) -> Float[Tensor
                 image = ImageOps.exif_transpose(file)
         if image.mode.startswith("I;16"):  # which PIL would clip to its lowest 256 levels
             image = Image.fromarray((np.array(image) / 257).round().astype(np.uint8))
-        image = image.convert("L" if channels == 1 else "RGB")
-        pixels = torch.from_numpy(np.array(image, dtype=np.float32) / 255)
+        return image.convert("L" if image.mode in ("1", "L") else "RGB")
     except Exception as error:  # of any type: decoders stumble over hostile bytes as they like
         unknown = isinstance(error, UnidentifiedImageError)  # whose text has an address in it
         told = "not a PNG or JPEG image" if unknown else str(error)
         raise ImageRejected(told if content else "an empty file") from None
+
+
+def decode_image(content: bytes, channels: int, resolution: int) -> Float[Tensor, "C R R"]:
+    """Decode the bytes of a PNG or JPEG file and `prepare` them.
+
+    Raises:
+        ImageRejected: see `open_image`.
+    """
+    image = open_image(content).convert("L" if channels == 1 else "RGB")
+    pixels = torch.from_numpy(np.array(image, dtype=np.float32) / 255)
     pixels = pixels[None] if channels == 1 else pixels.permute(2, 0, 1)
     return prepare(pixels[None], channels, resolution)[0]
 

@@ -54,6 +54,9 @@ MANIFEST = {
     "made_with": dict,
     "classes": [{"name": str, "folder": str, "prompt": str, "chunks": [PLANNED]}],
 }
+DIGITS = 16
+"""Of a SHA-256 in hexadecimal, where images are only told apart."""
+
 IMAGE = {"id": str, "bytes": int, "sha256": str, "side": int}
 RECORD = {
     "files": dict,

@@ -11,7 +11,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-PURPOSES = {"plan": 0, "noise": 1, "mix": 2, "order": 3, "forward": 4}
+PURPOSES = {
+    **{"plan": 0, "noise": 1, "mix": 2, "order": 3, "forward": 4},
+    **{"episode": 5, "augment": 6, "step": 7},
+}
 """The independent streams of one sample."""
 
 

@@ -1,11 +1,13 @@
-"""Train the embedded backbone on Fashion-MNIST's 60 000 training images, without class labels.
+"""Train the embedded backbones, without class labels.
 
     python scripts/train_tiny.py            # 10 000 steps, about an hour on 2 cores
     python scripts/train_tiny.py --bf16     # compiled, in bfloat16
+    python scripts/train_tiny.py --images CIFAR --run runs/tiny-cifar --out tiny-cifar.safetensors
 
-``augment/diffusion/weights/tiny.md`` has the command of the weights in the package.
-
-The images come from Debian's package ``dataset-fashion-mnist`` or from torchvision's download.
+``augment/diffusion/weights/*.md`` have the commands of the weights in the package. The images are
+Fashion-MNIST's 60 000 training images, of Debian's package ``dataset-fashion-mnist`` or of
+torchvision's download; or CIFAR-10's in class folders, of which the first 100 of each class are
+left out, to draw few shots from, and those from the 4000th on, to test with.
 Interrupt it when you like: the same command goes on from the last checkpoint in ``--run``.
 """
 
@@ -14,6 +16,7 @@ import copy
 import json
 import math
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from fashion_mnist import CLASSES, load_split
@@ -24,46 +27,77 @@ from tqdm import tqdm
 from augment.diffusion.process import VariancePreserving
 from augment.diffusion.tiny import PROMPTS, WEIGHTS, build_network, haar
 from augment.files import sha256
-from augment.images import prepare
+from augment.images import load_image, prepare
+from augment.sources import Folder
 
 COARSE = dict.fromkeys(CLASSES, "top") | {
     "Trouser": "trousers",
     "Bag": "bag",
     **dict.fromkeys(("Sandal", "Sneaker", "Ankle boot"), "footwear"),
 }
+VEHICLES = ("airplane", "automobile", "ship", "truck")
+KEPT = slice(100, 4000)  # of each class of CIFAR-10
 PROMPT_DROPOUT = 0.5
-WHITE = 1.0  # the pixel whose clean latent is zero
 UNET = {
     "sample_size": 16,
-    "in_channels": 4,
-    "out_channels": 4,
     "layers_per_block": 2,
     "block_out_channels": (32, 64, 128),
     "down_block_types": ("DownBlock2D", "DownBlock2D", "AttnDownBlock2D"),
     "up_block_types": ("AttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
     "norm_num_groups": 16,
     "attention_head_dim": 32,
-    "num_class_embeds": len(PROMPTS),
 }
 ALPHAS2 = VariancePreserving().alphas_cumprod[1:].float()
 
 
-def load_data() -> tuple[Tensor, Tensor, float]:
-    """Clean latents (60 000, 4, 16, 16) of unit variance, prompt numbers, and the latent scale."""
+class Data(NamedTuple):
+    """What a backbone learns from: clean latents of unit variance, and what makes them."""
+
+    clean: Tensor
+    prompts: Tensor
+    words: tuple[str, ...]
+    scale: float
+    white: float  # the pixel whose clean latent is zero
+    mirror: bool  # Haar's horizontal and diagonal details change their sign
+
+
+def load_fashion() -> Data:
+    """Fashion-MNIST: grey, and white is zero."""
     images, labels = load_split("train")
     prompts = torch.tensor([PROMPTS.index(COARSE[name]) for name in CLASSES])[labels]
-    clean = torch.cat([haar(prepare(part, 1, 32) - WHITE) for part in images.split(1000)])
+    clean = torch.cat([haar(prepare(part, 1, 32) - 1.0) for part in images.split(1000)])
     scale = 1 / clean.std().item()
-    return clean * scale, prompts, scale
+    return Data(clean * scale, prompts, PROMPTS, scale, 1.0, mirror=False)
+
+
+def load_cifar(root: Path) -> Data:
+    """CIFAR-10 in class folders, `KEPT` of each: colour, and mid grey is zero."""
+    ids = Folder(root).ids
+    kept = [(name, i) for name, names in ids.items() for i in names[KEPT]]
+    images = torch.stack([load_image(root / i, 3, 32) for _, i in tqdm(kept, "images")])
+    clean = haar(images - 0.5)
+    words = ("", "animal", "vehicle")
+    prompts = torch.tensor([1 + (name in VEHICLES) for name, _ in kept])
+    scale = 1 / clean.std().item()
+    return Data(clean * scale, prompts, words, scale, 0.5, mirror=True)
+
+
+def mirrored(clean: Tensor) -> Tensor:
+    """The clean latents of mirror images."""
+    sign = torch.tensor([1.0, -1.0, 1.0, -1.0]).repeat(clean.shape[1] // 4)
+    return clean.flip(-1) * sign.view(-1, 1, 1)
 
 
 class Run:
     """Network, its running average, optimiser and step: what a checkpoint holds."""
 
-    def __init__(self, args: argparse.Namespace) -> None:
+    def __init__(self, args: argparse.Namespace, data: Data) -> None:
         torch.manual_seed(args.seed)
-        self.args, self.step, self.losses = args, 0, []
-        self.network = build_network(UNET)
+        self.args, self.step, self.losses, self.data = args, 0, [], data
+        channels = data.clean.shape[1]
+        sizes = {"in_channels": channels, "out_channels": channels}
+        self.unet = UNET | sizes | {"num_class_embeds": len(data.words)}
+        self.network = build_network(self.unet)
         if args.start:
             self.network.load_state_dict(load_file(args.start))
         self.average = copy.deepcopy(self.network).requires_grad_(False)
@@ -98,7 +132,7 @@ class Run:
         self.losses.append(loss.item())
         self.step += 1
 
-    def save(self, scale: float) -> None:
+    def save(self) -> None:
         """Write the checkpoint, and the averaged weights in float16."""
         state = {part: getattr(self, part).state_dict() for part in self.parts}
         temporary = self.checkpoint.with_suffix(".tmp")
@@ -106,21 +140,26 @@ class Run:
         temporary.replace(self.checkpoint)
         settings = {key: getattr(self.args, key) for key in ("batch", "lr", "seed")}
         settings["start"] = sha256(self.args.start.read_bytes()) if self.args.start else None
-        config = {"unet": UNET, "scale": scale, "white": WHITE, "steps": self.step, **settings}
+        about = {"scale": self.data.scale, "white": self.data.white, "prompts": self.data.words}
+        config = {"unet": self.unet, **about, "steps": self.step, **settings}
         weights = {k: v.half().contiguous() for k, v in self.average.state_dict().items()}
         self.args.out.parent.mkdir(parents=True, exist_ok=True)
         save_file(weights, self.args.out, metadata={"config": json.dumps(config)})
 
 
-def loss_of(network: nn.Module, clean: Tensor, prompts: Tensor, run: Run) -> Tensor:
+def loss_of(network: nn.Module, run: Run) -> Tensor:
     """v-prediction loss of the step's batch; its dice belong to the step, so runs can resume."""
     dice = torch.Generator().manual_seed(run.args.seed * 1_000_003 + run.step)
+    clean, prompts = run.data.clean, run.data.prompts
     rows = torch.randint(len(clean), (run.args.batch,), generator=dice)
     times = torch.randint(len(ALPHAS2), (run.args.batch,), generator=dice)
     noise = torch.randn(run.args.batch, *clean.shape[1:], generator=dice)
     drop = torch.rand(run.args.batch, generator=dice) < PROMPT_DROPOUT
     alpha, sigma = (a[times].sqrt().view(-1, 1, 1, 1) for a in (ALPHAS2, 1 - ALPHAS2))
     z, told = clean[rows], torch.where(drop, 0, prompts[rows])
+    if run.data.mirror:
+        flip = torch.rand(run.args.batch, generator=dice) < 0.5
+        z = torch.where(flip.view(-1, 1, 1, 1), mirrored(z), z)
     with torch.autocast("cpu", torch.bfloat16, enabled=run.args.bf16):
         out = network(alpha * z + sigma * noise, times, told, return_dict=False)[0]
     return (out.float() - (alpha * noise - sigma * z)).square().mean()
@@ -133,23 +172,23 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--images", type=Path, help="CIFAR-10 in class folders")
     parser.add_argument("--start", type=Path, help="weights to go on from")
     parser.add_argument("--run", type=Path, default=Path("runs/tiny"))
     parser.add_argument("--out", type=Path, default=WEIGHTS)
     parser.add_argument("--bf16", action="store_true")
     args = parser.parse_args()
     args.run.mkdir(parents=True, exist_ok=True)
-    clean, prompts, scale = load_data()
-    run = Run(args)
+    run = Run(args, load_cifar(args.images) if args.images else load_fashion())
     network = torch.compile(run.network) if args.bf16 else run.network
     with tqdm(total=args.steps, initial=run.step, mininterval=1) as bar:
         while run.step < args.steps:
-            run.update(loss_of(network, clean, prompts, run))
+            run.update(loss_of(network, run))
             bar.update()
             if run.step % 50 == 0:
                 bar.set_postfix(loss=f"{sum(run.losses[-200:]) / len(run.losses[-200:]):.4f}")
             if run.step % 500 == 0 or run.step == args.steps:
-                run.save(scale)
+                run.save()
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ HOMES = {
     "torchmetrics": "training",
     "diffusers": "augment.diffusion",
     "transformers": ("augment.diffusion", "augment.filters"),
-    "peft": "augment.diffusion",
+    "peft": ("augment.diffusion", "training"),
     "webdataset": "augment.export",
     "ray": "augment.cluster",
     "jsonargparse": "augment.cli",

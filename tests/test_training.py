@@ -2,11 +2,10 @@
 
 import math
 import sys
-from pathlib import Path
+from contextlib import nullcontext
 
 import pytest
 import torch
-import yaml
 from conftest import paint
 
 from augment import Planner, ReplayPool, Synthesizer, SyntheticDataset, UserError
@@ -14,12 +13,13 @@ from augment.cli import main
 from augment.export import export_folder
 from augment.fill import fill_bank
 from augment.generate import write_shards
-from augment.sources import Folder
+from augment.sources import FewShot, Folder
 from training.classifier import Classifier
-from training.data import FewShotData, FolderDataset, ReuseLogger
-from training.demo import BASE, ROWS, TWICE, interval, quiet_trainer, summarise
-
-CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
+from training.data import ImageData, ReuseLogger
+from training.demo import BASE, ROWS, TWICE, quiet_trainer, summarise
+from training.draws import Mix
+from training.metrics import interval
+from training.transforms import Augmentation, evaluation
 
 
 @pytest.fixture(scope="module")
@@ -31,23 +31,20 @@ def folders(tmp_path_factory):
 
 
 def few(folders, **options):
-    paths = {name: str(folders / name) for name in ("real", "test", "synthetic")}
-    return FewShotData(**(paths | {"batch_size": 8, "steps_per_epoch": 3} | options))
+    paths = {name: str(folders / name) for name in ("test", "synthetic")}
+    small = {"channels": 1, "batch_size": 8, "steps_per_epoch": 3}
+    return ImageData(str(folders / "real"), **(paths | small | options))
 
 
-def test_a_folder_is_a_dataset(folders):
-    data = FolderDataset(folders / "real")
-    assert len(data) == 7
-    assert data.classes == ["Bag", "Coat"]
-    assert data.targets == [label for _, label in data]
-    assert data[0][0].shape == (1, 32, 32)
+def classifier(data, **options):
+    return Classifier(data.counts, channels=1, **options)
 
 
 @pytest.mark.parametrize("mixup", [0.0, 1.0])
 def test_a_few_steps_change_the_weights_and_the_accuracy_is_counted(folders, mixup):
     torch.manual_seed(0)
     data, trainer = few(folders), quiet_trainer(3)
-    model = Classifier(data.num_classes, mixup=mixup)
+    model = classifier(data, mixup=mixup)
     before = model.network[0].weight.clone()
     trainer.fit(model, data)
     assert trainer.global_step == 3
@@ -55,8 +52,10 @@ def test_a_few_steps_change_the_weights_and_the_accuracy_is_counted(folders, mix
     measured = trainer.test(model, data, verbose=False)[0]
     images, labels = next(iter(data.test_dataloader()))
     hits = (model.eval()(images).argmax(1) == labels).float()
-    assert measured["accuracy"] == pytest.approx(hits.mean().item())
-    assert measured["accuracy/class_1"] == pytest.approx(hits[labels == 1].mean().item())
+    assert measured["test/accuracy"] == pytest.approx(hits.mean().item())
+    by_class = [hits[labels == k].mean().item() for k in range(2)]
+    assert measured["test/balanced_accuracy"] == pytest.approx(sum(by_class) / 2)
+    assert measured["test/few"] == pytest.approx(sum(by_class) / 2)
 
 
 @pytest.fixture(scope="module")
@@ -69,28 +68,54 @@ def test_shards_are_mixed_in_as_a_folder_of_them_is(folders, tiny, synthetic_ban
     planner = Planner(synthetic_bank.members)
     write_shards(synthesizer, planner, 4, folders / "shards", extension="png")
     export_folder(folders / "shards", folders / "exported")
-    pairs = [
-        few(folders, synthetic=str(folders / name), augment=False, p_synthetic=1.0).train
-        for name in ("shards", "exported")
-    ]
+    plain = Augmentation(crop=None, flip=False)
     drawn = []
-    for data in pairs:
-        images = [data[index] for index in range(24)]
-        drawn.append({(label, image.numpy().tobytes()) for image, label in images})
-        assert all(image.shape == (1, 32, 32) for image, _ in images)
-    everything = few(folders, synthetic=str(folders / "exported"), augment=False).train.parts[1]
-    known = {(label, image.numpy().tobytes()) for image, label in everything}
-    assert drawn[0] <= known and drawn[1] <= known and len(drawn[0]) > 4
+    for name in ("shards", "exported"):
+        data = few(folders, synthetic=str(folders / name), augment=plain, mix=Mix(1.0))
+        items = [item for batch in data.train_dataloader() for item in zip(*batch, strict=True)]
+        assert all(fake for _, _, fake in items)
+        drawn.append({(int(label), image.numpy().tobytes()) for image, label, _ in items})
+    assert len(drawn[0]) > 4
+    everything = few(folders, synthetic=str(folders / "exported"), augment=plain).synthetic
+    form = evaluation(1, 32)
+    known = {(label, form(image).numpy().tobytes()) for image, label in everything}
+    assert drawn[0] | drawn[1] <= known
+
+
+def test_on_the_fly_images_come_from_the_training_images_of_the_bank(folders, tiny, synthetic_bank):
+    few_shots = FewShot(folders / "real", 2, seed=1)
+    data = ImageData(
+        few_shots, synthetic=SyntheticDataset(synthetic_bank, tiny, per_class=3, steps=1),
+        channels=1, batch_size=4, steps_per_epoch=2, mix=Mix(0.5),
+    )  # fmt: skip
+    members = {i for index in range(6) for i in data.synthetic.plan(index).members}
+    assert members == {i for ids in few_shots.ids.values() for i in ids}
+    other = paint(folders / "elsewhere", {"Bag": 1, "Coat": 9}, seed=9)
+    (other / "Bag" / "0.png").rename(other / "Bag" / "other.png")
+    with pytest.raises(UserError, match="Bag"):
+        ImageData(str(other), synthetic=SyntheticDataset(synthetic_bank, tiny), channels=1)
+
+
+def test_kept_images_are_made_once_and_are_the_same_whoever_asks(tiny, synthetic_bank):
+    options = {"per_class": 5, "steps": 1, "batch_size": 4, "keep": True}
+    one = SyntheticDataset(synthetic_bank, tiny, **options)
+    images = [image for image, _ in one.__getitems__(range(10))]
+    made = one.synthesizer.images
+    one.synthesizer.images = None  # nothing is asked for again
+    one.set_epoch(3)
+    assert all(torch.equal(one[i][0], images[i]) for i in range(10))
+    one.synthesizer.images = made
+    other = SyntheticDataset(synthetic_bank, tiny, **options)
+    assert all(torch.equal(other[i][0], images[i]) for i in (7, 2, 9, 0))
 
 
 def test_how_a_pool_is_reused_is_logged(folders, tiny, synthetic_bank):
     synthetic = SyntheticDataset(synthetic_bank, tiny, per_class=2, steps=1, batch_size=2)
     with ReplayPool(synthetic, 4) as pool:
-        data = few(folders)
-        data.train.parts = (data.real, pool)
+        data = few(folders, synthetic=pool, mix=Mix(0.5))
         trainer = quiet_trainer(3)
-        trainer.callbacks.append(ReuseLogger(pool))
-        trainer.fit(Classifier(data.num_classes), data)
+        trainer.callbacks.append(ReuseLogger())
+        trainer.fit(classifier(data), data)
     assert trainer.logged_metrics["pool/made"] >= 2
     assert trainer.logged_metrics["pool/draws"] > 0
     assert trainer.logged_metrics["pool/reuse"] == pytest.approx(
@@ -98,47 +123,54 @@ def test_how_a_pool_is_reused_is_logged(folders, tiny, synthetic_bank):
     )
 
 
+def test_soft_labels_of_mixed_classes_are_batched_with_hard_ones(folders, tiny, synthetic_bank):
+    mixed = SyntheticDataset(synthetic_bank, tiny, per_class=3, steps=1, classes=2)
+    data = few(folders, synthetic=mixed, mix=Mix(0.5))
+    _, labels, fake = next(iter(data.train_dataloader()))
+    assert labels.shape == (8, 2) and torch.allclose(labels.sum(1), torch.ones(8))
+    assert ((labels.max(1).values == 1) == ~fake).all()
+    trainer = quiet_trainer(2)
+    trainer.fit(classifier(data, loss="balanced_softmax", cutmix=1.0), data)
+    assert trainer.global_step == 2
+
+
 def test_the_same_seed_trains_the_same_classifier(folders):
     def train():
         torch.manual_seed(1)
         data, trainer = few(folders), quiet_trainer(3)
-        model = Classifier(data.num_classes)
+        model = classifier(data)
         trainer.fit(model, data)
         return model.network[0].weight
 
     assert torch.equal(train(), train())
 
 
-def test_a_network_of_timm_is_built_by_its_name():
-    logits = Classifier(3, network="resnet10t", channels=1)(torch.rand(2, 1, 32, 32))
-    assert logits.shape == (2, 3)
-    with pytest.raises(UserError, match="timm"):
-        Classifier(3, network="resnet99")
-
-
 def test_folders_of_other_classes_are_refused(folders, tmp_path):
     other = paint(tmp_path / "other", {"Bag": 1, "Dress": 1})
     for part in ("test", "synthetic"):
-        with pytest.raises(UserError, match=f"{part} folder"):
+        with pytest.raises(UserError, match=f"the {part} images"):
             few(folders, **{part: str(other)})
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.name)
-def test_a_config_trains(config, folders, monkeypatch, tmp_path):
-    assert config.read_text().startswith("# expected:")
-    assert {"model", "data", "trainer"} <= yaml.safe_load(config.read_text()).keys()
-    overrides = [f"--data.{name}={folders / name}" for name in ("real", "test", "synthetic")]
-    few_steps = ["--trainer.max_steps=2", "--data.batch_size=4", "--trainer.accelerator=cpu"]
-    quiet = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
-    quiet += [f"--trainer.default_root_dir={tmp_path}"]
-    args = ["train", "fit", "--config", str(config), *overrides, *few_steps, *quiet]
-    monkeypatch.setattr(sys, "argv", ["latent-augment", *args])
-    main()
-    assert list(tmp_path.rglob("*.ckpt"))
+@pytest.mark.parametrize("how", ["fly", "pool", "shards"])
+def test_a_held_out_image_in_the_bank_is_refused(folders, tiny, synthetic_bank, tmp_path, how):
+    """Under another name, in another folder."""
+    held_out = paint(tmp_path / "held-out", {"Bag": 2, "Coat": 2}, seed=7)
+    stolen = (folders / "real" / "Coat" / "2.png").read_bytes()
+    fly = SyntheticDataset(synthetic_bank, tiny, per_class=1, steps=1)
+    if how == "shards":
+        write_shards(fly.synthesizer, fly.planner, 1, tmp_path / "shards")
+    with ReplayPool(fly, 2) if how == "pool" else nullcontext() as pool:
+        synthetic = {"fly": fly, "pool": pool, "shards": str(tmp_path / "shards")}[how]
+        data = few(folders, synthetic=synthetic, test=None, val=str(held_out))
+        data.setup("fit")
+        (held_out / "Coat" / "1.png").write_bytes(stolen)
+        with pytest.raises(UserError, match=r"no val image in the bank.*Coat/1\.png.*Coat/2\.png"):
+            data.setup("fit")
 
 
 def test_a_bad_training_folder_is_one_sentence(monkeypatch, capsys, folders):
-    args = ["train", "fit", "--data.real=nowhere", f"--data.test={folders / 'test'}"]
+    args = ["train", "fit", "--data.train=nowhere", f"--data.test={folders / 'test'}"]
     monkeypatch.setattr(sys, "argv", ["latent-augment", *args])
     with pytest.raises(SystemExit) as stop:
         main()

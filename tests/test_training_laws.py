@@ -2,7 +2,6 @@
 
 import itertools
 import math
-import shutil
 import sys
 from pathlib import Path
 
@@ -14,11 +13,16 @@ from conftest import paint
 from PIL import Image
 
 from augment import UserError, cli
-from augment.sources import Folder
+from augment.images import to_pil
 from training import demo
-from training.classifier import Classifier, build_network
-from training.data import FewShotData, FolderDataset, classical
+from training.classifier import Classifier
+from training.data import ImageData
+from training.draws import Mix
+from training.metrics import interval
+from training.networks import build_network
+from training.transforms import Augmentation
 
+PLAIN = Augmentation(crop=None, flip=False)
 COUNTS = {"ant": 5, "bee": 4, "cat": 3}
 CONFIG = Path(__file__).parent.parent / "configs" / "demo.yaml"
 
@@ -36,8 +40,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def data(root: Path):
-    small = {"batch_size": 8, "steps_per_epoch": 3}
-    return lambda **options: FewShotData(str(root / "real"), str(root / "test"), **small | options)
+    small = {"channels": 1, "batch_size": 8, "steps_per_epoch": 3, "test": str(root / "test")}
+    return lambda **options: ImageData(str(root / "real"), **small | options)
 
 
 def trainer(steps: int) -> pl.Trainer:
@@ -61,13 +65,13 @@ def fit(
 @pytest.mark.parametrize("mixup", [0.0, 1.0])
 def test_three_steps_move_every_weight_and_give_accuracies(data, network, mixup):
     torch.manual_seed(0)
-    model = Classifier(3, network, mixup=mixup)
+    model = Classifier([5, 4, 3], network=network, channels=1, mixup=mixup)
     before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
     result = fit(model, data())
     for name, weight in model.named_parameters():
         assert weight.isfinite().all()
         assert not torch.equal(weight, before[name]), name
-    assert set(result) == {"accuracy", *(f"accuracy/class_{k}" for k in range(3))}
+    assert {"test/accuracy", "test/balanced_accuracy", "test/few", "test/ece"} == set(result)
     assert all(0 <= value <= 1 for value in result.values())
 
 
@@ -77,8 +81,9 @@ def test_black_and_white_are_learnt(tmp_path):
             (tmp_path / name).mkdir(exist_ok=True)
             Image.new("L", (32, 32), grey + number).save(tmp_path / name / f"{number}.png")
     torch.manual_seed(0)
-    images = FewShotData(str(tmp_path), str(tmp_path), batch_size=8, steps_per_epoch=10)
-    assert fit(Classifier(2), images, steps=30)["accuracy"] == 1
+    same = str(tmp_path)
+    images = ImageData(same, test=same, channels=1, batch_size=8, steps_per_epoch=10)
+    assert fit(Classifier([4, 4], channels=1), images, steps=30)["test/accuracy"] == 1
 
 
 def test_the_learning_rate_falls_to_zero_at_the_last_step(data):
@@ -88,7 +93,7 @@ def test_the_learning_rate_falls_to_zero_at_the_last_step(data):
         def on_train_batch_end(self, *args):
             rates.append(self.optimizers().param_groups[0]["lr"])
 
-    fit(Watched(3, lr=0.1), data(), steps=6)
+    fit(Watched(list(COUNTS.values()), channels=1, lr=0.1), data(), steps=6)
     assert rates == pytest.approx([0.05 * (1 + math.cos(math.pi * k / 6)) for k in range(1, 7)])
 
 
@@ -100,18 +105,18 @@ def test_every_epoch_of_a_training_has_draws_of_its_own(data):
             sums.append(batch[0].sum().item())
             return super().training_step(batch, batch_idx)
 
-    fit(Watched(3), data(augment=False), steps=9)
+    fit(Watched(list(COUNTS.values()), channels=1), data(augment=PLAIN), steps=9)
     epochs = [sums[first : first + 3] for first in (0, 3, 6)]
     assert all(one != other for one, other in itertools.combinations(epochs, 2))
 
 
 def test_a_training_without_an_end_is_refused(data):
     endless = pl.Trainer(
-        max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False,
+        max_epochs=-1, accelerator="cpu", logger=False, enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False,
     )  # fmt: skip
     with pytest.raises(UserError, match="max_steps"):
-        endless.fit(Classifier(3), data())
+        endless.fit(Classifier([5, 4, 3], channels=1), data())
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -122,54 +127,56 @@ def test_the_small_network_takes_images_of_any_size(channels, size):
 
 
 def test_synthetic_images_are_drawn_by_their_share(root, data):
-    def share_of_black(**options):
-        train = data(augment=False, batch_size=300, **options).train
-        images = [image for image, _ in train.__getitems__(range(len(train)))]
-        return sum(not image.any() for image in images) / len(images)
+    def share_of_black(share=0.25, **options):
+        one = data(augment=PLAIN, batch_size=300, mix=Mix(share), **options)
+        images = torch.cat([images for images, _, _ in one.train_dataloader()])
+        return (images.flatten(1).sum(1) == 0).float().mean().item()
 
     black = str(root / "synthetic")
     assert share_of_black() == 0
-    assert share_of_black(p_synthetic=0.9) == 0, "without synthetic images there are none to draw"
-    assert share_of_black(synthetic=black, p_synthetic=0.25) == pytest.approx(0.25, abs=0.05)
-    assert share_of_black(synthetic=black, p_synthetic=1.0) == 1
+    assert share_of_black(0.9) == 0, "without synthetic images there are none to draw"
+    assert share_of_black(0.25, synthetic=black) == pytest.approx(0.25, abs=0.05)
+    assert share_of_black(1.0, synthetic=black) == 1
 
 
-def test_a_folder_dataset_decodes_its_files_once(root, tmp_path):
-    copy = shutil.copytree(root / "real", tmp_path / "copy")
-    images, source = FolderDataset(copy), Folder(root / "real")
-    ids = [image_id for ids in source.ids.values() for image_id in ids]
-    assert len(images) == len(ids) == 12
-    assert images.targets == [0] * 5 + [1] * 4 + [2] * 3
-    for (image, label), image_id in zip(list(images)[:12], ids, strict=True):
-        assert torch.equal(image, source.load(image_id, 1, 32))
-        assert label == list(COUNTS).index(image_id.split("/")[0])
-    first = images[0][0]
-    shutil.rmtree(copy)
-    assert torch.equal(images[0][0], first)
-
-
-def test_a_dataset_of_a_folder_ends(root):
-    assert len(list(itertools.islice(FolderDataset(root / "real"), 30))) == 12
-
-
-def test_classical_augmentation_shifts_and_mirrors():
+def test_shifts_and_mirror_images():
     torch.manual_seed(0)
     image = torch.zeros(1, 32, 32)
     image[0, 12:20, 8:12] = 1.0
     image[0, 12, 12:20] = 0.5  # tells left from right
     for flip in (False, True):
-        augment = classical(32, flip)
+        classical = Augmentation(flip=flip)
+        fixed, random = classical.fixed(1, 32), classical.random(32)
         columns, mirrored = set(), 0
         for _ in range(60):
-            changed = augment(image)
+            changed = random(fixed(image))
             assert changed.shape == image.shape
-            assert changed.sum() == pytest.approx(image.sum()), "it is shifted, not cut"
+            assert changed.sum() == pytest.approx(32 + 8 * 127 / 255), "it is shifted, not cut"
             full = [c for c in range(32) if (changed[0, :, c] == 1).any()]
-            half = [c for c in range(32) if (changed[0, :, c] == 0.5).any()]
+            half = [c for c in range(32) if ((changed[0, :, c] - 0.5).abs() < 0.01).any()]
             mirrored += full[0] > half[0]
             columns.add(full[0])
         assert len(columns) > 5
         assert (10 < mirrored < 50) if flip else (mirrored == 0)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize(
+    "augment",
+    [
+        Augmentation(crop="resized", jitter=0.4),
+        Augmentation(crop=None, rotation=15),
+        Augmentation(randaugment=2),
+    ],
+)
+@pytest.mark.parametrize("mode", ["L", "RGB", "tensor"])
+def test_any_image_becomes_the_networks(channels, augment, mode):
+    wide = torch.rand(3, 40, 57)
+    image = wide if mode == "tensor" else to_pil(wide if mode == "RGB" else wide[:1])
+    for _ in range(3):
+        made = augment.random(32)(augment.fixed(channels, 32)(image))
+        assert made.shape == (channels, 32, 32) and made.dtype == torch.float32
+        assert 0 <= made.min() <= made.max() <= 1
 
 
 def student_t_mass(t: float, freedom: int) -> float:
@@ -184,7 +191,7 @@ def student_t_mass(t: float, freedom: int) -> float:
 def test_an_interval_holds_95_percent_of_students_law(count):
     values = torch.randn(count, generator=torch.Generator().manual_seed(count)).double()
     error = values.std().item() / math.sqrt(count)
-    mass = student_t_mass(demo.interval(values.tolist()) / error, count - 1)
+    mass = student_t_mass(interval(values.tolist()) / error, count - 1)
     assert mass == pytest.approx(0.95, abs=1e-3)
 
 
@@ -203,7 +210,7 @@ def test_the_rows_of_the_demo_are_named_once_and_the_full_demo_has_all_of_them()
 def test_the_config_of_the_demo_trains_by_the_command(root, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     line = (
-        f"train fit --config {CONFIG} --data.real {root}/real --data.test {root}/test "
+        f"train fit --config {CONFIG} --data.train {root}/real --data.test {root}/test "
         f"--data.synthetic {root}/synthetic --trainer.max_steps 2 --trainer.accelerator cpu "
         "--data.steps_per_epoch 2 --trainer.enable_progress_bar false --trainer.log_every_n_steps 1"
     )

@@ -1,35 +1,160 @@
 """``latent-augment train …``: Lightning's own command line over our classifier and data."""
 
+import json
 import logging
 import sys
 import warnings
+from pathlib import Path
 from typing import Any
 
+import pytorch_lightning as pl
+import torch
+import yaml
+from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
+from pytorch_lightning.loggers import CSVLogger
+from pytorch_lightning.plugins.io import TorchCheckpointIO
 
+from augment.errors import UserError
+from augment.files import read_json, replacing, write_json
 from training.classifier import Classifier
-from training.data import FewShotData
+from training.data import ImageData, ReuseLogger
+
+LENGTH = ("max_steps", "max_epochs", "accumulate_grad_batches", "devices", "num_nodes")
+"""What of the trainer must be as it was, for a training to go on."""
+
+
+class SafeCheckpoints(TorchCheckpointIO):
+    """Checkpoints that are there whole or not at all.
+
+    Lightning's own go by way of the folder for temporary files, and from another file system a
+    move is a copy, which a kill cuts short.
+    """
+
+    def save_checkpoint(self, checkpoint: Any, path: Any, storage_options: Any = None) -> None:
+        """Write one."""
+        with replacing(Path(path)) as file:
+            torch.save(checkpoint, file)
 
 
 class TrainCLI(LightningCLI):
-    """`fit`, `validate` and `test` with the number of classes taken from the data."""
+    """`fit`, which goes on where it was interrupted and ends with a test; `validate` and `test`."""
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """A parser whose faults `augment.cli.main` puts in one sentence."""
         return super().init_parser(exit_on_error=False, **kwargs)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Link the model to the data."""
-        parser.set_defaults({"trainer.default_root_dir": "runs/train"})
-        for name in ("num_classes", "channels"):
-            parser.link_arguments(f"data.{name}", f"model.{name}", apply_on="instantiate")
+        """Link the model to the data, and all dice to one seed."""
+        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.set_defaults(
+            {
+                "trainer.default_root_dir": "runs/train",
+                "trainer.use_distributed_sampler": False,  # our draws know their rank
+                "checkpoint.filename": "last",
+                "checkpoint.enable_version_counter": False,
+            }
+        )
+        parser.link_arguments("data.counts", "model.counts", apply_on="instantiate")
+        parser.link_arguments("data.channels", "model.channels", apply_on="instantiate")
+        parser.link_arguments("data.classes", "model.class_names", apply_on="instantiate")
+        for part in ("data", "model"):
+            parser.link_arguments("seed_everything", f"{part}.seed")
+
+    def _parse_ckpt_path(self) -> None:
+        """What the command says holds; Lightning would take the checkpoint's settings instead."""
+
+    subcommand: str
+
+    @property
+    def root(self) -> Path:
+        """The folder of the run."""
+        return Path(self.config[self.subcommand]["trainer"]["default_root_dir"])
+
+    def before_instantiate_classes(self) -> None:
+        """Log and keep checkpoints in the folder of the run."""
+        config = self.config[self.subcommand]
+        if config["checkpoint"]["dirpath"] is None:
+            config["checkpoint"]["dirpath"] = str(self.root / "checkpoints")
+
+    def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
+        """The trainer, logging to ``metrics.csv`` unless it is told otherwise."""
+        config = self._get(self.config_init, "trainer")
+        if config["logger"] is None:
+            with warnings.catch_warnings():  # of a log that is there
+                warnings.simplefilter("ignore")
+                kwargs["logger"] = log_of(self.root)
+        plugins = config["plugins"] or []
+        plugins = plugins if isinstance(plugins, list) else [plugins]
+        return super().instantiate_trainer(plugins=[*plugins, SafeCheckpoints()], **kwargs)
+
+    def before_fit(self) -> None:
+        """Go on from the last checkpoint of the same run, if there is one."""
+        config, file = self.config_init["fit"], self.root / "run.json"
+        settings = self.settings()
+        last = Path(config["checkpoint"].dirpath or "") / "last.ckpt"
+        if config["ckpt_path"] is None and last.exists():
+            if read_json(file, "a training") != settings:
+                raise UserError(
+                    f"expected {self.root} to be new or of the same settings, got another "
+                    "training; remove it or choose another --trainer.default_root_dir"
+                )
+            config["ckpt_path"] = str(last)
+        if self.trainer.is_global_zero:
+            write_json(file, settings)
+
+    def settings(self) -> dict[str, Any]:
+        """What a training that goes on must have in common with the one before."""
+        text = self.parser.dump(self.config, skip_link_targets=False)
+        config = yaml.safe_load(text)["fit"]
+        length = {name: config["trainer"].get(name) for name in LENGTH}
+        same = {key: config.get(key) for key in ("model", "data", "seed_everything")}
+        return json.loads(json.dumps({**same, **length}))
+
+    def after_fit(self) -> None:
+        """Test with the last weights, if there are images to test on."""
+        if "test" in self.datamodule.held_out:
+            self.trainer.test(self.model, datamodule=self.datamodule)
+            self.after_test()
+
+    def after_test(self) -> None:
+        """Keep what was measured beside the log."""
+        if self.trainer.is_global_zero:
+            measured = {k: float(v) for k, v in self.trainer.logged_metrics.items()}
+            found = {k: v for k, v in measured.items() if k.startswith("test/")}
+            write_json(self.root / "test.json", found)
 
 
-def main(args: list[str]) -> None:
+def log_of(root: Path) -> CSVLogger:
+    """A log in a run's folder; the one of a run that was interrupted is kept beside it."""
+    log = root / "metrics.csv"
+    if log.exists():
+        number = 1 + len(list(root.glob("metrics-*.csv")))
+        log.rename(root / f"metrics-{number}.csv")
+    return CSVLogger(root, name="", version="")
+
+
+def main(args: list[str]) -> TrainCLI:
     """Run ``latent-augment train ARGS``."""
     # without TensorBoard Lightning logs to CSV, which is what we want, and warns
     warnings.filterwarnings("ignore", ".*tensorboardX.*")
+    warnings.filterwarnings("ignore", ".*Checkpoint directory .* exists and is not empty.*")
+    warnings.filterwarnings("ignore", ".*does not have many workers.*")
+    warnings.filterwarnings("ignore", ".*Experiment logs directory.*")
+    warnings.filterwarnings("ignore", ".*LeafSpec.*")
     logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # "Seed set to 0"
     sys.argv = ["latent-augment train", *args]  # where Lightning wants them
     overwrite = {"overwrite": True}  # of the config beside the run's own logs
-    TrainCLI(Classifier, FewShotData, save_config_kwargs=overwrite, seed_everything_default=0)
+    try:
+        return TrainCLI(
+            Classifier,
+            ImageData,
+            save_config_kwargs=overwrite,
+            trainer_defaults={"callbacks": [ReuseLogger()]},
+            seed_everything_default=0,
+            load_from_checkpoint_support=False,
+        )
+    except SystemExit as stop:  # Lightning's, at an interrupt
+        if stop.code == 1:
+            raise KeyboardInterrupt from None
+        raise

@@ -1,171 +1,369 @@
-"""Image folders, real and synthetic, as a LightningDataModule."""
+"""Real images, synthetic ones mixed in, and held-out ones, as a LightningDataModule."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
-from torchvision.transforms import v2
+from tqdm import tqdm
 
-from augment.dataset import MixedDataset
+from augment.bank import LatentBank
+from augment.dataset import SyntheticDataset, fetch
 from augment.errors import UserError
-from augment.images import prepare
+from augment.records import DIGITS
 from augment.replay import ReplayPool
-from augment.shards import Shards, open_shards
-from augment.sources import Folder
+from augment.seeds import rng
+from augment.shards import Shards, open_shards, read_settings
+from augment.sources import Source, as_source
+from training.draws import Draw, Draws, Mix
+from training.transforms import Augmentation, evaluation
+
+Item = tuple[Tensor, Any, bool]
+MEMORY = 2**29
+"""Bytes of decoded images that are kept rather than decoded again at every draw."""
 
 
-class FolderDataset(Dataset[tuple[Tensor, int]]):
-    """The images of ``root/class/*.png|jpg``, decoded once and kept in memory.
+class Pair(Dataset[Item]):
+    """Real images and synthetic ones after them; items are (image, label, whether synthetic).
+
+    It is asked by `Draw`. The dice of an image's transform belong to (seed, epoch, place), so that
+    they depend on no worker, no rank and no interruption.
 
     Args:
-        root: the folder.
-        channels, resolution: the format to bring images to.
-        transform: applied at every draw.
+        real: the real images.
+        synthetic: a map-style dataset of (image, label), or None. Soft labels of its are given with
+            one-hot labels of the real images.
+        fixed, random: what is done to an image without dice and, after it, with torch's global
+            generator.
+        seed: of the dice.
+        keep: keep what ``fixed`` gives in memory, of images that stay the same.
+    """
+
+    def __init__(
+        self, real: Source, synthetic: Any, fixed: Any, random: Any, seed: int, keep: bool = False
+    ) -> None:
+        self.real, self.synthetic, self.seed = real, synthetic, seed
+        self.fixed, self.random = fixed, random
+        planner = getattr(synthetic, "planner", None)
+        self.soft = planner is not None and planner.classes > 1
+        stays = len(self) if isinstance(synthetic, (Shards, Source)) else len(real)
+        self.stays = stays if keep else 0
+        self.kept: dict[int, tuple[Tensor, Any]] = {}
+
+    def __len__(self) -> int:
+        return len(self.real) + (0 if self.synthetic is None else len(self.synthetic))
+
+    def __getitem__(self, draw: Draw) -> Item:
+        return self.__getitems__([draw])[0]
+
+    def __getitems__(self, draws: Sequence[Draw]) -> list[Item]:
+        """The items of a batch; the synthetic dataset is asked at most once."""
+        count, epoch, items = len(self.real), draws[0].epoch, []
+        if getattr(self.synthetic, "epoch", epoch) != epoch:
+            self.synthetic.set_epoch(epoch)
+        found = self._fixed([draw.row for draw in draws])
+        with torch.random.fork_rng(devices=[]):
+            for draw, (pixels, label) in zip(draws, found, strict=True):
+                dice = rng(self.seed, "augment", draw.epoch, draw.place)
+                torch.random.default_generator.manual_seed(int(dice.integers(2**63)))
+                items.append((self.random(pixels), label, draw.row >= count))
+        return items
+
+    def _fixed(self, rows: list[int]) -> list[tuple[Tensor, Any]]:
+        """(pixels, label) of some rows, from memory or from where they are."""
+        count, wanted = len(self.real), [row for row in rows if row not in self.kept]
+        made = iter(fetch(self.synthetic, [row - count for row in wanted if row >= count]))
+        new = []
+        for row in wanted:
+            image, label = self.real[row] if row < count else next(made)
+            new.append((self.fixed(image), self._label(label)))
+            if row < self.stays:
+                self.kept[row] = new[-1]
+        fresh = iter(new)
+        return [self.kept[row] if row not in wanted else next(fresh) for row in rows]
+
+    def _label(self, label: Any) -> Any:
+        if not self.soft or isinstance(label, Tensor):
+            return label
+        return F.one_hot(torch.tensor(label), len(self.real.classes)).float()
+
+
+class Batches(DataLoader[Any]):
+    """A DataLoader that goes on where a checkpoint stopped, for its `Draws` do.
+
+    The position is Lightning's own count of batches. These two methods only tell Lightning so, for
+    it saves the state of loaders too, and loses it where ``configure_optimizers`` asks for the
+    number of steps (Lightning issue 20550).
+    """
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Nothing."""
+
+
+class Stripe(Sampler[int]):
+    """Every ``world``-th item from ``rank`` on: each is evaluated once, by one rank."""
+
+    def __init__(self, length: int, rank: int, world: int) -> None:
+        self.range = range(rank, length, world)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.range)
+
+    def __len__(self) -> int:
+        return len(self.range)
+
+
+class Evaluated(Dataset[tuple[Tensor, int]]):
+    """The images of a source, transformed."""
+
+    def __init__(self, source: Source, transform: Any) -> None:
+        self.source, self.transform = source, transform
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        image, label = self.source[index]
+        return self.transform(image), label
+
+
+class ImageData(pl.LightningDataModule):
+    """Real images to train on, synthetic ones mixed in, images to validate and to test on.
+
+    Args:
+        train: an image folder, or any source: `augment.sources.ImageNetLT`, `LongTail`, `FewShot`.
+        val: to watch and to choose by; none by default.
+        test: to report; none by default.
+        synthetic: shards, as ``latent-augment synthesize`` writes them, or an image folder; or a
+            `augment.SyntheticDataset`, an `augment.ReplayPool`, any map-style dataset.
+        mix: how synthetic images are mixed in.
+        sampler: instance, square_root, class or progressive; see `training.draws.SAMPLERS`.
+        augment: classical augmentation of all training images.
+        crop: of the images to evaluate, the share of the shorter side; 0.875 is ImageNet's usual.
+        channels, resolution: the format of the images.
+        batch_size: images a step, of each rank.
+        steps_per_epoch: steps an epoch; by default one pass through the images.
+        workers: processes that load images; 0 where a backbone on a GPU makes them.
+        seed: of draws and augmentation.
+
+    Attributes:
+        counts: how many *real* training images there are of each class.
+        classes: their names, in label order.
+        draws: see `training.draws.Draws`.
 
     Raises:
-        UserError: the folder is not an image folder.
+        UserError: images that cannot be found, classes that differ, or a validation or test image
+            among those that synthetic ones were made from.
     """
 
     def __init__(
         self,
-        root: str | Path,
-        channels: int = 1,
+        train: str | Source,
+        val: str | Source | None = None,
+        test: str | Source | None = None,
+        synthetic: str | Dataset | None = None,
+        mix: Mix = Mix(),  # noqa: B008
+        sampler: str = "instance",
+        augment: Augmentation = Augmentation(),  # noqa: B008
+        crop: float = 1.0,
+        channels: int = 3,
         resolution: int = 32,
-        transform: Callable[[Tensor], Any] | None = None,
+        batch_size: int = 64,
+        steps_per_epoch: int | None = None,
+        workers: int = 0,
+        seed: int = 0,
     ) -> None:
-        self.source = Folder(root)
-        self.classes = self.source.classes
-        self.samples = [(i, k) for k, ids in enumerate(self.source.ids.values()) for i in ids]
-        self.targets = [label for _, label in self.samples]
-        self.format, self.transform = (channels, resolution), transform
-        self._decoded: dict[int, Tensor] = {}
+        super().__init__()
+        self.real = as_source(train)
+        self.held_out = {
+            name: as_source(part) for name, part in (("val", val), ("test", test)) if part
+        }
+        self.synthetic = made_of(self.real, synthetic)
+        self.check_classes()
+        self.counts, self.classes = self.real.counts, self.real.classes
+        self.channels, self.workers, self.batch_size = channels, workers, batch_size
+        count = len(self.real) + (len(self.synthetic) if self.synthetic is not None else 0)
+        keep = augment.whole and count * channels * resolution**2 <= MEMORY
+        self.evaluation = evaluation(channels, resolution, crop)
+        steps = augment.fixed(channels, resolution), augment.random(resolution)
+        self.pair = Pair(self.real, self.synthetic, *steps, seed, keep)
+        self.draws = Draws(
+            self.real.targets,
+            labels_of(self.synthetic),
+            len(self.classes),
+            mix,
+            sampler,
+            batch_size,
+            steps_per_epoch,
+            seed,
+            self.epochs,
+            self.done,
+        )
 
-    def __len__(self) -> int:
-        return len(self.samples)
+    def check_classes(self) -> None:
+        """All parts have the same classes in the same order."""
+        parts = {**self.held_out, "synthetic": self.synthetic}
+        for name, part in parts.items():
+            classes = getattr(part, "classes", self.real.classes)
+            if classes != self.real.classes:
+                raise UserError(
+                    f"expected the {name} images to have the classes {brief(self.real.classes)}, "
+                    f"got {brief(classes)}; give both the same class folders"
+                )
 
-    def __getitem__(self, index: int) -> tuple[Any, int]:
-        image_id, label = self.samples[index]
-        if index not in self._decoded:
-            self._decoded[index] = self.source.load(image_id, *self.format)
-        image = self._decoded[index]
-        return (self.transform(image) if self.transform else image), label
+    def setup(self, stage: str) -> None:
+        """Take this rank's share. No held-out image may be one that synthetic ones come from."""
+        if self.trainer is not None:
+            self.draws.share(self.trainer.global_rank, self.trainer.world_size)
+            if "val" not in self.held_out:
+                self.trainer.limit_val_batches = 0  # Lightning warns of empty loaders
+        if stage == "fit" and self.synthetic is not None:
+            for name, source in self.held_out.items():
+                check_apart(origins(self.synthetic), source, name)
+
+    def epochs(self) -> int:
+        """How many epochs the training takes."""
+        trainer = self.trainer
+        if trainer is None:
+            return 1
+        if trainer.max_steps > 0:
+            return -(-trainer.max_steps * trainer.accumulate_grad_batches // len(self.draws))
+        return trainer.max_epochs or 1
+
+    def done(self) -> int:
+        """How many batches the training has had; a checkpoint brings it back."""
+        trainer: Any = self.trainer
+        return trainer.fit_loop.epoch_loop.batch_progress.total.processed if trainer else 0
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """This rank's part of the draws."""
+        return Batches(
+            self.pair,
+            batch_sampler=self.draws,
+            num_workers=self.workers,
+            pin_memory=torch.cuda.is_available(),
+        )
+
+    def all_of(self, name: str) -> DataLoader[Any]:
+        """All held-out images of ``val`` or ``test``, on every rank.
+
+        Raises:
+            UserError: there are none.
+        """
+        return self._held_out(name, 0, 1)
+
+    def val_dataloader(self) -> DataLoader[Any] | list[Any]:
+        """This rank's part of the validation images."""
+        return self._striped("val") if "val" in self.held_out else []
+
+    def test_dataloader(self) -> DataLoader[Any]:
+        """This rank's part of the test images."""
+        return self._striped("test")
+
+    def _striped(self, name: str) -> DataLoader[Any]:
+        trainer = self.trainer
+        rank, world = (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
+        return self._held_out(name, rank, world)
+
+    def _held_out(self, name: str, rank: int, world: int) -> DataLoader[Any]:
+        if name not in self.held_out:
+            raise UserError(f"expected images to {name} on, got none; give --data.{name}")
+        images = Evaluated(self.held_out[name], self.evaluation)
+        sampler = Stripe(len(images), rank, world)
+        size = max(self.batch_size, 128)
+        return DataLoader(images, size, sampler=sampler, num_workers=self.workers)
 
 
-def folder_or_shards(
-    root: str | Path, channels: int, resolution: int, transform: Callable[[Tensor], Any] | None
-) -> FolderDataset | Shards:
-    """An image folder, or a folder of shards, whose images are decoded at every draw.
+def brief(names: list[str]) -> str:
+    """A list of names, shortened."""
+    return ", ".join(names[:12]) + (f" … ({len(names)})" if len(names) > 12 else "")
+
+
+def made_of(real: Source, synthetic: Any) -> Any:
+    """Synthetic images to train with.
+
+    Of a path, shards or image files by class. Images that are synthesised on the fly come from the
+    training images of the bank alone, so that one bank serves many draws of few shots.
 
     Raises:
-        UserError: it is neither, or not complete.
+        UserError: there are none, or a class of the bank has no training image.
     """
-    if not (Path(root) / "synthesis.json").exists():
-        return FolderDataset(root, channels, resolution, transform)
-
-    def form(image: Tensor) -> Any:
-        prepared = prepare(image[None], channels, resolution)[0]
-        return transform(prepared) if transform else prepared
-
-    return open_shards(root, form)
-
-
-def classical(resolution: int, flip: bool = True) -> Callable[[Tensor], Tensor]:
-    """Classical augmentation: random shifts by up to an eighth, and mirror images."""
-    shift = v2.RandomCrop(resolution, padding=resolution // 8)
-    return v2.Compose([shift, v2.RandomHorizontalFlip()]) if flip else shift
+    if isinstance(synthetic, str):
+        shards = (Path(synthetic) / "synthesis.json").exists()
+        return open_shards(synthetic) if shards else as_source(synthetic)
+    if isinstance(synthetic, SyntheticDataset):
+        known = {image_id for ids in real.ids.values() for image_id in ids}
+        return synthetic.subset(known.__contains__)
+    return synthetic
 
 
-class Draws(Sampler[int]):
-    """The draws of a `MixedDataset`, in order; Lightning tells a sampler each epoch."""
+def labels_of(synthetic: Any) -> Sequence[int] | int:
+    """The labels of synthetic images; of a pool, whose images change, how many there are."""
+    if synthetic is None:
+        return ()
+    targets = getattr(synthetic, "targets", None)
+    return len(synthetic) if targets is None else targets
 
-    def __init__(self, dataset: MixedDataset) -> None:
-        self.dataset = dataset
 
-    def set_epoch(self, epoch: int) -> None:
-        """Draw anew."""
-        self.dataset.set_epoch(epoch)
+def origins(synthetic: Any) -> dict[str, str]:
+    """The images that synthetic ones come from: id by the first `DIGITS` digits of its SHA-256."""
+    if isinstance(synthetic, ReplayPool):
+        return origins(synthetic.dataset)
+    if isinstance(synthetic, SyntheticDataset):
+        return bank_origins(synthetic.synthesizer.bank)
+    if isinstance(synthetic, Shards):
+        images = read_settings(synthetic.paths[0].parent)["images"] if synthetic.paths else {}
+        return {digest: i for ids in images.values() for i, digest in ids.items()}
+    return {}
 
-    def __iter__(self) -> Iterator[int]:
-        return iter(range(len(self.dataset)))
 
-    def __len__(self) -> int:
-        return len(self.dataset)
+def bank_origins(bank: LatentBank) -> dict[str, str]:
+    """The images of a bank, as `origins` has them."""
+    return {d[:DIGITS]: i for name in bank.classes for i, d in bank.digests(name).items()}
+
+
+def check_apart(known: dict[str, str], source: Source, name: str) -> None:
+    """Refuse images to validate or test on that synthetic images come from.
+
+    Args:
+        known: of the latter, see `origins`.
+        source: the former.
+        name: what they are for.
+
+    Raises:
+        UserError: one of them is among both, by its content.
+    """
+    if not known:
+        return
+    for image_id, _ in tqdm(source.samples, f"{name} images against the bank's", delay=2):
+        other = known.get(source.digest(image_id)[:DIGITS])
+        if other is not None:
+            raise UserError(
+                f"expected no {name} image in the bank that synthetic images come from, got "
+                f"{image_id}, which is {other} there; leave it out of one of them"
+            )
 
 
 class ReuseLogger(pl.Callback):
     """Logs at the end of each epoch how a replay pool does: ``pool/reuse`` and the like.
 
     Args:
-        pool: the pool that is drawn from.
+        pool: the pool that is drawn from; by default that of the `ImageData`, if it has one.
     """
 
-    def __init__(self, pool: ReplayPool) -> None:
+    def __init__(self, pool: ReplayPool | None = None) -> None:
         self.pool = pool
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Log what `ReplayPool.statistics` says."""
-        pl_module.log_dict({f"pool/{k}": v for k, v in self.pool.statistics().items()})
-
-
-class FewShotData(pl.LightningDataModule):
-    """Real images, synthetic ones mixed in by a probability, and a test folder.
-
-    Args:
-        real: image folder to train on.
-        test: image folder to validate and test on.
-        synthetic: shards of synthetic images, as ``latent-augment synthesize`` writes them, or a
-            folder of them.
-        p_synthetic: the share of synthetic draws.
-        augment: classical augmentation (shifts and mirror images) of every training image.
-        channels, resolution: the image format.
-        batch_size: images a step.
-        steps_per_epoch: optimiser steps an epoch, whatever the number of images.
-        seed: of the draws.
-
-    Raises:
-        UserError: a folder is not an image folder, or the folders' classes differ.
-    """
-
-    def __init__(
-        self,
-        real: str,
-        test: str,
-        synthetic: str | None = None,
-        p_synthetic: float = 0.25,
-        augment: bool = True,
-        channels: int = 1,
-        resolution: int = 32,
-        batch_size: int = 64,
-        steps_per_epoch: int = 100,
-        seed: int = 0,
-    ) -> None:
-        super().__init__()
-        transform = classical(resolution) if augment else None
-        form = (channels, resolution)
-        self.real = FolderDataset(real, *form, transform)
-        self.test = FolderDataset(test, *form)
-        fake = folder_or_shards(synthetic, *form, transform) if synthetic else self.real
-        for name, part in (("test", self.test), ("synthetic", fake)):
-            if part.classes != self.real.classes:
-                raise UserError(
-                    f"expected the {name} folder to have the classes {self.real.classes}, got "
-                    f"{part.classes}; give both the same class folders"
-                )
-        self.num_classes, self.channels = len(self.real.classes), channels
-        share = p_synthetic if synthetic else 0.0
-        length = batch_size * steps_per_epoch
-        self.train = MixedDataset(self.real, fake, share, length, seed)
-        self.batch_size = batch_size
-
-    def train_dataloader(self) -> DataLoader[Any]:
-        """The draws, others in each epoch."""
-        return DataLoader(self.train, self.batch_size, sampler=Draws(self.train))
-
-    def val_dataloader(self) -> DataLoader[Any]:
-        """The test folder, in order."""
-        return DataLoader(self.test, 256)
-
-    test_dataloader = val_dataloader
+        pool = self.pool or getattr(getattr(trainer, "datamodule", None), "synthetic", None)
+        if isinstance(pool, ReplayPool):
+            pl_module.log_dict({f"pool/{k}": v for k, v in pool.statistics().items()})

@@ -35,12 +35,13 @@ from augment.sources import Folder
 from augment.sources.fashion import few_shots, write_fashion
 from augment.synthesis import Synthesizer
 from training.classifier import Classifier
-from training.data import FewShotData
+from training.data import ImageData
+from training.draws import Mix
+from training.metrics import interval
+from training.transforms import Augmentation
 
 SHOTS = 5
 SHEET_RULES = ("lin/0", "fix/0", "nin/0", "vp/0", "fix/chm", "nin/chm", "fade/chm")
-T95 = (math.nan, 12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
-"""Student's t at 97.5 %, by degrees of freedom."""
 
 
 @dataclass(frozen=True)
@@ -164,14 +165,15 @@ def run_row(
         alpha = settings.alpha if row.alpha is None else row.alpha
         fake = synthetic(out, row.rule, alpha, seed, settings, backbone, bank)
     torch.manual_seed(seed)
-    data = FewShotData(
-        str(real), str(root / "test"), fake, settings.p_synthetic, row.augment,
-        steps_per_epoch=settings.train_steps, seed=seed,
+    data = ImageData(
+        str(real), test=str(root / "test"), synthetic=fake, mix=Mix(settings.p_synthetic),
+        augment=Augmentation() if row.augment else Augmentation(crop=None, flip=False),
+        channels=1, steps_per_epoch=settings.train_steps, seed=seed,
     )  # fmt: skip
-    model = Classifier(data.num_classes, mixup=row.mixup)
+    model = Classifier(data.counts, channels=1, mixup=row.mixup, seed=seed)
     trainer = quiet_trainer(settings.train_steps)
     trainer.fit(model, data)
-    accuracy = trainer.test(model, data, verbose=False)[0]["accuracy"]
+    accuracy = trainer.test(model, data, verbose=False)[0]["test/accuracy"]
     trainer.save_checkpoint(folder / "checkpoints" / f"{name}.ckpt", weights_only=True)
     write_json(done, accuracy)
     return accuracy
@@ -240,19 +242,6 @@ def write_sheet(root: Path, backbone: Backbone, bank: LatentBank) -> None:
     sheet(rows, list(columns)).save(root / "sheet.png")
 
 
-def student_t(freedom: int) -> float:
-    """Student's t at 97.5 %; beyond the table by its expansion about the normal (Fisher, 1926)."""
-    if freedom < len(T95):
-        return T95[freedom]
-    z = 1.959964
-    return z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
-
-
-def interval(values: list[float]) -> float:
-    """Half the 95 % interval of a mean over seeds, by Student's t."""
-    return student_t(len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
-
-
 def summarise(accuracies: dict[str, list[float]]) -> Iterator[dict[str, Any]]:
     """A record a row; gains are paired with the classical row, seed by seed."""
     room = statistics.mean(accuracies[TWICE]) - statistics.mean(accuracies[BASE])
@@ -298,5 +287,5 @@ grey, 32 × 32):
 
   latent-augment invert --images DIR --bank runs/mine/bank
   latent-augment synthesize --bank runs/mine/bank --out runs/mine/synthetic --per-class 100
-  latent-augment train fit --data.real DIR --data.test TESTDIR \\
+  latent-augment train fit --data.train DIR --data.test TESTDIR --data.channels 1 \\
       --data.synthetic runs/mine/synthetic --trainer.max_steps 600""")

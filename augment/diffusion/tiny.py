@@ -42,14 +42,16 @@ HAAR = 0.5 * torch.tensor(
 """Rows: average, horizontal, vertical, diagonal detail of a 2×2 block. Orthonormal, symmetric."""
 
 
-def haar(pixels: Float[Tensor, "n 1 h w"]) -> Float[Tensor, "n 4 H W"]:
-    """One level of the orthonormal Haar transform."""
-    return torch.einsum("ij,njhw->nihw", HAAR.to(pixels), F.pixel_unshuffle(pixels, 2))
+def haar(pixels: Float[Tensor, "n c h w"]) -> Float[Tensor, "n C H W"]:
+    """One level of the orthonormal Haar transform, four channels of each."""
+    blocks = F.pixel_unshuffle(pixels, 2).unflatten(1, (-1, 4))
+    return torch.einsum("ij,ncjhw->ncihw", HAAR.to(pixels), blocks).flatten(1, 2)
 
 
-def inverse_haar(latents: Float[Tensor, "n 4 h w"]) -> Float[Tensor, "n 1 H W"]:
+def inverse_haar(latents: Float[Tensor, "n C h w"]) -> Float[Tensor, "n c H W"]:
     """The inverse of `haar`."""
-    return F.pixel_shuffle(torch.einsum("ji,njhw->nihw", HAAR.to(latents), latents), 2)
+    blocks = torch.einsum("ji,ncjhw->ncihw", HAAR.to(latents), latents.unflatten(1, (-1, 4)))
+    return F.pixel_shuffle(blocks.flatten(1, 2), 2)
 
 
 def build_network(config: dict[str, Any]) -> nn.Module:

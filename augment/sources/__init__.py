@@ -1,12 +1,39 @@
 """Sources: where labelled images come from.
 
-A source has ``ids`` (class → image ids), ``read(id)`` (its bytes) and ``load(id, channels,
-resolution)`` (the prepared image). To add one: a file with such a class, and an entry in `SOURCES`.
+A `Source` is a torch Dataset whose images have ids and bytes. To add one: a file with a subclass,
+and an entry in `SOURCES`.
 """
 
 from augment.sources.folder import Folder
+from augment.sources.items import Items, as_source
+from augment.sources.listing import ImageNetLT, INaturalist18, ListFile, PlacesLT
+from augment.sources.source import Source
+from augment.sources.subsets import FewShot, LongTail, Slice
 
-SOURCES = {"folder": Folder}
-"""Sources by name; each takes the place it reads from."""
+SOURCES: dict[str, type[Source]] = {
+    "Folder": Folder,
+    "ListFile": ListFile,
+    "ImageNetLT": ImageNetLT,
+    "PlacesLT": PlacesLT,
+    "INaturalist18": INaturalist18,
+    "Items": Items,
+    "FewShot": FewShot,
+    "LongTail": LongTail,
+    "Slice": Slice,
+}
+"""Sources by name."""
 
-__all__ = ["SOURCES", "Folder"]
+__all__ = [
+    "SOURCES",
+    "FewShot",
+    "Folder",
+    "INaturalist18",
+    "ImageNetLT",
+    "Items",
+    "ListFile",
+    "LongTail",
+    "PlacesLT",
+    "Slice",
+    "Source",
+    "as_source",
+]

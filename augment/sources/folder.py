@@ -2,16 +2,16 @@
 
 import errno
 import warnings
+from collections.abc import Callable
 from pathlib import Path
-
-from jaxtyping import Float
-from torch import Tensor
+from typing import Any
 
 from augment.errors import AugmentWarning, UserError
-from augment.images import SUFFIXES, load_image
+from augment.images import SUFFIXES
+from augment.sources.source import Source
 
 
-class Folder:
+class Folder(Source):
     """An image folder: one sub-folder a class, files and folders in alphabetical order.
 
     Hidden files and folders are passed over, and so are links that lead out of the root, with a
@@ -20,13 +20,20 @@ class Folder:
     Args:
         root: the folder.
         links: follow links that lead out of the root.
+        transform, target_transform: applied to the PIL image and to the label of an item.
 
     Raises:
         UserError: the root is missing, holds no class folder, or a class folder holds no image.
     """
 
-    def __init__(self, root: str | Path, links: bool = False) -> None:
-        self.root = Path(root)
+    def __init__(
+        self,
+        root: str | Path,
+        links: bool = False,
+        transform: Callable[[Any], Any] | None = None,
+        target_transform: Callable[[Any], Any] | None = None,
+    ) -> None:
+        self.root, self.transform, self.target_transform = Path(root), transform, target_transform
         if not self.root.is_dir():
             raise UserError(f"expected a folder of class folders, got {root}, which is not there")
         real, self._outside = self.root.resolve(), 0
@@ -74,11 +81,6 @@ class Folder:
             )
         return [f"{folder.name}/{name}" for name in names]
 
-    @property
-    def classes(self) -> list[str]:
-        """Class names in label order."""
-        return list(self.ids)
-
     def read(self, image_id: str) -> bytes:
         """The bytes of an image's file.
 
@@ -89,18 +91,3 @@ class Folder:
         if path.exists() and not path.is_file():
             raise OSError(errno.EINVAL, "Not a regular file", str(path))  # a pipe would never end
         return path.read_bytes()
-
-    def size(self, image_id: str) -> int:
-        """How many they are; 0 if that cannot be told."""
-        try:
-            return (self.root / image_id).stat().st_size
-        except OSError:
-            return 0
-
-    def load(self, image_id: str, channels: int, resolution: int) -> Float[Tensor, "c r r"]:
-        """The prepared image.
-
-        Raises:
-            ImageRejected: the file is not a readable image.
-        """
-        return load_image(self.root / image_id, channels, resolution)

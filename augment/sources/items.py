@@ -1,0 +1,277 @@
+"""Labelled images from any data set of (image, label): torchvision's, Hugging Face's, one's own."""
+
+import io
+import operator
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch.utils.data import ConcatDataset, Dataset, Subset
+from tqdm import tqdm
+
+from augment.errors import ImageRejected, UserError
+from augment.sources.folder import Folder
+from augment.sources.listing import LABELS
+from augment.sources.source import Source
+
+TARGETS = ("targets", "labels", "_labels", "y")
+"""Where torchvision's data sets have the labels of all items."""
+
+NAMES = ("wnids", "classes", "categories")
+"""Where they have the names of the classes; those of ImageNet have duplicates, its ids have not."""
+
+
+class Items(Source):
+    """The items (image, integer label) of a map-style data set.
+
+    An image is a PIL image, a uint8 or [0, 1] float tensor (C, H, W) or such a numpy array
+    (H, W, C) or (H, W), with 1 or 3 channels; of a Hugging Face data set the Image and the
+    ClassLabel column are taken. Labels are read off the data set where it lists them, and else in
+    one pass over all items. Image ids are ``class/number``, and their bytes those of a PNG. Items
+    are read again when a bank goes on, so a transform that the data set has of its own must not be
+    random; give random ones to ``transform`` here.
+
+    Args:
+        dataset: the data set.
+        transform, target_transform: applied to the PIL image and to the label of an item.
+
+    Raises:
+        UserError: the data set is of another kind, empty, or has labels other than 0, 1, … or
+            more of them than names; a Hugging Face one has not just one column of each type.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset[Any] | Any,
+        transform: Callable[[Any], Any] | None = None,
+        target_transform: Callable[[Any], Any] | None = None,
+    ) -> None:
+        if isinstance(dataset, Mapping) or not indexable(dataset):
+            hint = f"one of its splits {list(dataset)}" if isinstance(dataset, Mapping) else "such"
+            raise UserError(
+                f"expected a data set with a length and items (image, label), got "
+                f"{type(dataset).__name__}; take {hint}"
+            )
+        self.root = Path(str(getattr(dataset, "root", type(dataset).__name__)))
+        self.dataset = Columns(dataset) if hasattr(dataset, "features") else dataset
+        self.transform, self.target_transform = transform, target_transform
+        labels = labels_of(self.dataset)
+        if not labels or not 0 <= min(labels) <= max(labels) < max(LABELS, len(labels)):
+            raise UserError(
+                f"expected items with labels 0 … C−1 in {type(dataset).__name__}, got "
+                f"{sorted(set(labels))[:3]} …; take out items without a label, number classes "
+                "without gaps"
+            )
+        names = names_of(self.dataset) or [str(label) for label in range(max(labels) + 1)]
+        if len(names) <= max(labels):
+            raise UserError(
+                f"expected labels below {len(names)}, the number of class names of "
+                f"{type(dataset).__name__}, got {max(labels)}; correct its names"
+            )
+        self.ids = {name: [] for name in names}
+        for index, label in enumerate(labels):
+            folder = re.sub(r"[^\w .,()'&+-]|^\.", "_", names[label])
+            self.ids[names[label]].append(f"{folder}/{index:06d}")
+        self._last = ("", b"")
+        with suppress(OSError):  # a file that cannot be read is told of when it is needed
+            self._picture(self.samples[0][0])
+
+    @cached_property
+    def _places(self) -> dict[str, int]:
+        return {i: int(i.rpartition("/")[2]) for members in self.ids.values() for i in members}
+
+    def _picture(self, image_id: str) -> Image.Image:
+        if image_id not in self._places:
+            raise FileNotFoundError(f"no item {image_id}")
+        try:
+            item = self.dataset[self._places[image_id]]
+        except Exception as error:  # of any type: decoders stumble over hostile bytes as they like
+            raise OSError(f"{type(error).__name__}: {error}") from error
+        return to_image(pair(item)[0])
+
+    def read(self, image_id: str) -> bytes:
+        """The image as a PNG file.
+
+        Raises:
+            OSError: there is none, or it cannot be read.
+            UserError: the item is no (image, label).
+        """
+        known, content = self._last
+        if known != image_id:
+            buffer = io.BytesIO()
+            self._picture(image_id).save(buffer, "PNG")
+            content = buffer.getvalue()
+            self._last = (image_id, content)  # size and digest are asked for in a row
+        return content
+
+    def size(self, image_id: str) -> int:
+        """How many bytes that has; 0 if the item cannot be read."""
+        try:
+            return len(self.read(image_id))
+        except OSError:
+            return 0
+
+    def open(self, image_id: str) -> Image.Image:
+        """The image as it is, upright, grey or RGB.
+
+        Raises:
+            ImageRejected: it is not readable.
+        """
+        try:
+            return self._picture(image_id)
+        except OSError as error:
+            raise ImageRejected(
+                f"expected a readable image, got item {image_id} ({error}); mend or remove it"
+            ) from error
+
+
+class Columns(Dataset[tuple[Any, Any]]):
+    """The Image and the ClassLabel column of a Hugging Face data set as a map-style one.
+
+    Args:
+        dataset: a ``datasets.Dataset``, which this module does not import; its format is left out.
+
+    Raises:
+        UserError: it has not just one column of each type.
+    """
+
+    def __init__(self, dataset: Any) -> None:
+        types = {name: type(feature).__name__ for name, feature in dataset.features.items()}
+        found = []
+        for kind in ("Image", "ClassLabel"):
+            columns = [name for name in types if types[name] == kind]
+            if len(columns) != 1:
+                raise UserError(
+                    f"expected one {kind} column, got {', '.join(columns) or 'none'} of "
+                    f"{', '.join(types)}; use remove_columns, cast_column or class_encode_column"
+                )
+            found += columns
+        self.image, self.label = found
+        self.dataset = dataset.with_format(None)
+        self.classes = list(dataset.features[self.label].names)
+        self.targets = list(self.dataset[self.label])
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, index: int) -> tuple[Any, Any]:
+        return self.dataset[index][self.image], self.targets[index]
+
+
+def as_source(images: Source | str | Path | Any) -> Source:
+    """A source; of a path an image folder, of another data set its items.
+
+    Raises:
+        UserError: see `Folder` and `Items`.
+    """
+    if isinstance(images, Source):
+        return images
+    return Folder(images) if isinstance(images, str | Path) else Items(images)
+
+
+def indexable(dataset: Any) -> bool:
+    """Whether something has a length and items by number."""
+    return hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
+
+
+def pair(item: Any) -> tuple[Any, Any]:
+    """The image and the label of an item.
+
+    Raises:
+        UserError: the item is of another form.
+    """
+    if not isinstance(item, tuple | list) or len(item) < 2:
+        raise UserError(
+            f"expected items (image, label), got {type(item).__name__}; wrap the data set in one "
+            "that has such"
+        )
+    return item[0], item[1]
+
+
+def labels_of(dataset: Any) -> list[int]:
+    """The label of every item, without decoding images where that can be.
+
+    Raises:
+        UserError: a label is no integer, or items are no (image, label).
+    """
+    if isinstance(dataset, Subset):
+        known = labels_of(dataset.dataset)
+        return [known[int(index)] for index in dataset.indices]
+    if isinstance(dataset, ConcatDataset):
+        return [label for part in dataset.datasets for label in labels_of(part)]
+    change = getattr(dataset, "target_transform", None) or (lambda label: label)
+    for name in TARGETS:
+        known = getattr(dataset, name, None)
+        if isinstance(known, Sequence | np.ndarray | torch.Tensor) and len(known) == len(dataset):
+            with suppress(TypeError):
+                return [operator.index(change(label)) for label in listed(known)]
+    steps = tqdm(range(len(dataset)), "labels", delay=2, leave=False)
+    labels = [pair(dataset[index])[1] for index in steps]
+    try:
+        return [operator.index(label) for label in labels]
+    except TypeError as error:
+        raise UserError(
+            f"expected integer labels of {type(dataset).__name__}, got others ({error}); give it a "
+            "target_transform that makes them integers"
+        ) from None
+
+
+def listed(values: Iterable[Any]) -> list[Any]:
+    """Plain numbers of a tensor or array."""
+    return values.tolist() if isinstance(values, np.ndarray | torch.Tensor) else list(values)
+
+
+def names_of(dataset: Any) -> list[str]:
+    """Distinct class names of a data set in label order; empty if it has none."""
+    while isinstance(dataset, Subset | ConcatDataset):
+        dataset = dataset.dataset if isinstance(dataset, Subset) else dataset.datasets[0]
+    known = next((names for at in NAMES if (names := getattr(dataset, at, None))), [])
+    names = [", ".join(n) if isinstance(n, tuple | list) else str(n) for n in known]
+    counts = Counter(names)
+    return [name if counts[name] == 1 else f"{name} {k}" for k, name in enumerate(names)]
+
+
+def to_image(value: Any) -> Image.Image:
+    """An image of any of the kinds that `Items` takes, grey (L) or RGB, and nothing but pixels.
+
+    >>> to_image(torch.ones(1, 4, 5)).size
+    (5, 4)
+
+    Raises:
+        UserError: it is of another kind, shape or range.
+    """
+    if isinstance(value, Image.Image):
+        image = ImageOps.exif_transpose(value)
+        if image.mode.startswith("I;16"):  # which PIL would clip to its lowest 256 levels
+            image = Image.fromarray((np.array(image) / 257).round().astype(np.uint8))
+        if image.mode in ("I", "F"):
+            raise UserError(
+                f"expected images of 8 or 16 bits, got one of mode {image.mode}, whose white is "
+                "unknown; convert them in the data set's transform"
+            )
+        image = image.convert("L" if image.mode in ("1", "L") else "RGB")
+        image.info = {}  # which would go into its bytes
+        return image
+    if isinstance(value, torch.Tensor):
+        value = value.detach().cpu().numpy()
+        value = value.transpose(1, 2, 0) if value.ndim == 3 else value
+    pixels = np.asarray(value)
+    if pixels.ndim == 3 and pixels.shape[-1] == 1:
+        pixels = pixels[..., 0]
+    if pixels.dtype.kind == "f" and pixels.size and -1e-3 < pixels.min() <= pixels.max() < 1.001:
+        pixels = (pixels.clip(0, 1) * 255).round().astype(np.uint8)
+    grey_or_rgb = pixels.ndim == 2 or (pixels.ndim == 3 and pixels.shape[-1] == 3)
+    if pixels.dtype != np.uint8 or not grey_or_rgb or not pixels.size:
+        raise UserError(
+            "expected PIL images, or tensors (C, H, W) or arrays (H, W, C) of 1 or 3 channels, "
+            f"uint8 or float in [0, 1], got {type(value).__name__} of {pixels.dtype} "
+            f"{pixels.shape}; change the data set's transform"
+        )
+    return Image.fromarray(np.ascontiguousarray(pixels))

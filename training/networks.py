@@ -1,0 +1,155 @@
+"""Networks: ours for small images and for long tails, and all of timm's.
+
+A network maps images to logits, and its last layer, the head, can be found by name: timm's say it
+in ``pretrained_cfg["classifier"]``, and so do ours.
+
+To add a network: write the function here (or in a file of its own) and enter it in `NETWORKS`;
+every network of timm is known by its own name.
+"""
+
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from augment.errors import UserError
+
+Images = Float[Tensor, "n c h w"]
+
+
+class Chain(nn.Sequential):
+    """Layers in a row, the last of which is the head."""
+
+    @property
+    def pretrained_cfg(self) -> dict[str, str]:
+        """The head's name, told as timm tells it."""
+        return {"classifier": list(self._modules)[-1]}
+
+
+def small_cnn(channels: int, num_classes: int, width: int = 32) -> nn.Sequential:
+    """Three strided 3×3 convolutions with batch norm, mean pooling and a linear head.
+
+    Made for 32×32 images and a few hundred of them: 0.1 M parameters, milliseconds a step.
+    """
+    layers: list[nn.Module] = []
+    for wide in (width, 2 * width, 4 * width):
+        layers += [
+            nn.Conv2d(channels, wide, 3, stride=2, padding=1, bias=False),
+            nn.BatchNorm2d(wide),
+            nn.ReLU(),
+        ]
+        channels = wide
+    return Chain(
+        *layers,
+        nn.AdaptiveAvgPool2d(2),
+        nn.Flatten(),
+        nn.Dropout(0.2),
+        nn.Linear(4 * channels, num_classes),
+    )
+
+
+class Block(nn.Module):
+    """Two 3×3 convolutions beside a shortcut without parameters (option A).
+
+    Where the channels grow, the shortcut takes every ``stride``-th pixel and pads the channels
+    with zeros, half of them on each side.
+    """
+
+    def __init__(self, narrow: int, wide: int) -> None:
+        super().__init__()
+        self.stride, self.pad = wide // narrow, (wide - narrow) // 2
+        self.conv1 = nn.Conv2d(narrow, wide, 3, self.stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(wide)
+        self.conv2 = nn.Conv2d(wide, wide, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(wide)
+
+    def forward(self, x: Images) -> Float[Tensor, "n wide h2 w2"]:
+        """Residual and shortcut."""
+        shortcut = x[:, :, :: self.stride, :: self.stride]
+        shortcut = F.pad(shortcut, (0, 0, 0, 0, self.pad, self.pad))
+        return F.relu(self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x))))) + shortcut)
+
+
+def resnet32(channels: int, num_classes: int) -> nn.Sequential:
+    """ResNet-32 for CIFAR; He et al., arXiv 1512.03385, sec. 4.2: 0.46 M parameters.
+
+    Three stages of five blocks, 16, 32 and 64 wide, and Kaiming's initialisation of every weight,
+    as in the code of LDAM-DRW and BALMS.
+    """
+    widths = [16] * 6 + [32] * 5 + [64] * 5
+    network = Chain(
+        nn.Conv2d(channels, 16, 3, padding=1, bias=False),
+        nn.BatchNorm2d(16),
+        nn.ReLU(),
+        *(Block(*pair) for pair in pairwise(widths)),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(64, num_classes),
+    )
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            nn.init.kaiming_normal_(module.weight)
+    return network
+
+
+def resnet10(channels: int, num_classes: int) -> nn.Module:
+    """ResNet-10, one basic block a stage: the small network of ImageNet-LT.
+
+    timm's ResNet, with batch norms that begin at one as in Kang et al.'s code (arXiv 1910.09217).
+    """
+    return from_timm("resnet18", channels, num_classes, layers=(1, 1, 1, 1), zero_init_last=False)
+
+
+NETWORKS: dict[str, Callable[[int, int], nn.Module]] = {
+    "small_cnn": small_cnn,
+    "resnet32": resnet32,
+    "resnet10": resnet10,
+}
+"""Our networks by name, made of channels and number of classes."""
+
+
+def from_timm(name: str, channels: int, num_classes: int, **options: Any) -> nn.Module:
+    """A network of timm; see `build_network`."""
+    try:
+        import timm
+    except ModuleNotFoundError:
+        raise UserError(
+            f"expected timm for the network {name!r}, got none; pip install 'latent-augment[train]'"
+        ) from None
+    if not timm.is_model(name):
+        raise UserError(
+            f"expected {', '.join(NETWORKS)} or a network of timm, got {name!r}; "
+            "see timm.list_models()"
+        )
+    try:
+        return timm.create_model(name, in_chans=channels, num_classes=num_classes, **options)
+    except (OSError, RuntimeError) as error:
+        raise UserError(
+            f"expected to build {name} with timm, got: {str(error).splitlines()[0].rstrip('.')}; "
+            "see timm.list_models(pretrained=True), check the connection, or train from scratch"
+        ) from None
+
+
+def build_network(
+    name: str, channels: int, num_classes: int, pretrained: bool = False
+) -> nn.Module:
+    """A network of `NETWORKS` or of timm.
+
+    Args:
+        name: its name.
+        channels: image channels.
+        num_classes: number of classes.
+        pretrained: with timm's weights, but for the head.
+
+    Raises:
+        UserError: the name is unknown, timm is not installed, or the weights do not exist or
+            cannot be downloaded.
+    """
+    if name not in NETWORKS:
+        return from_timm(name, channels, num_classes, pretrained=pretrained)
+    if pretrained:
+        raise UserError(f"expected a network of timm to be pretrained, got {name}; choose another")
+    return NETWORKS[name](channels, num_classes)

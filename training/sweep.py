@@ -1,0 +1,163 @@
+"""Several seeds, and several values of a setting, in one command: a table with 95 % intervals."""
+
+import csv
+import io
+import itertools
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+from tqdm import tqdm
+
+from augment.errors import UserError
+from augment.files import read_json, write_bytes
+from training.metrics import interval
+
+Run = tuple[dict[str, Any], int]
+"""What is varied, and the seed."""
+
+
+def sweep(
+    config: str,
+    out: str,
+    seeds: int = 5,
+    vary: dict[str, list[Any]] | None = None,
+    given: dict[str, Any] | None = None,
+) -> None:
+    """Train and test with several seeds, and print the mean and its 95 % interval.
+
+    Args:
+        config: of latent-augment train. Every `seed` in it, wherever it stands, is set to the
+            run's: so FewShot draws other images.
+        out: folder for the runs and the tables runs.csv and summary.csv; runs that are done are
+            not done again, and one that was interrupted goes on.
+        seeds: how many, 0, 1, and so on.
+        vary: values of settings to be tried, each with each, as YAML such as
+            '{data.train.init_args.shots: [1, 2, 4]}'.
+        given: settings other than the configuration's, as YAML such as '{trainer.max_epochs: 10}'.
+    """
+    if seeds < 2:
+        raise UserError(f"expected at least 2 seeds for an interval, got {seeds}")
+    try:
+        base = yaml.safe_load(Path(config).read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        told = " ".join(str(error).split())[:120]
+        raise UserError(f"expected a configuration at {config}, got {told}; correct it") from None
+    if not isinstance(base, dict):
+        raise UserError(f"expected settings by name in {config}, got none; see configs/")
+    for key, value in (given or {}).items():
+        assign(base, key, value)
+    rows, names = [], list(vary or {})
+    for key, values in (vary or {}).items():
+        if not isinstance(values, list) or not values:
+            raise UserError(
+                f"expected a list of values for {key}, got {values!r}; write [{values}]"
+            )
+    runs: list[Run] = [
+        (dict(zip(names, values, strict=True)), seed)
+        for values in itertools.product(*(vary or {}).values())
+        for seed in range(seeds)
+    ]
+    with tqdm(runs, "runs", unit="run") as bar:
+        for chosen, seed in bar:
+            bar.set_postfix_str(", ".join(f"{k.split('.')[-1]} {v}" for k, v in chosen.items()))
+            rows.append({**chosen, "seed": seed, **train(base, chosen, seed, Path(out))})
+            write_table(Path(out) / "runs.csv", rows)
+    summary = list(summarise(rows, names))
+    write_table(Path(out) / "summary.csv", summary)
+    tell(summary, names)
+
+
+def train(base: dict[str, Any], chosen: dict[str, Any], seed: int, out: Path) -> dict[str, float]:
+    """The test results of one run, in a process of its own; read back if it is done.
+
+    Raises:
+        UserError: it failed.
+    """
+    parts = [f"{key.split('.')[-1]}-{value}".replace("/", "-") for key, value in chosen.items()]
+    folder = out / "_".join([*parts, f"seed-{seed}"])
+    config = seeded(base, seed)
+    for key, value in {**chosen, "trainer.default_root_dir": str(folder)}.items():
+        assign(config, key, value)
+    assign(config, "seed_everything", seed)
+    assign(config, "trainer.enable_progress_bar", False)
+    file, done = folder / "run.yaml", folder / "test.json"
+    content = yaml.safe_dump(config, sort_keys=False, allow_unicode=True).encode()
+    if file.exists() and file.read_bytes() != content:
+        raise UserError(
+            f"expected {folder} to be new or of the same settings, got another run; remove it or "
+            "choose another --out"
+        )
+    write_bytes(file, content)
+    if not done.exists():
+        command = [sys.executable, "-m", "augment.cli", "train", "fit", "--config", str(file)]
+        with (folder / "log.txt").open("w") as log:
+            code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT).returncode
+        if code or not done.exists():
+            last = (folder / "log.txt").read_text(errors="replace").strip().splitlines()[-1:]
+            told = last[0] if code and last else "no test images (data.test)"
+            raise UserError(f"expected the run in {folder} to end with a test, got: {told}")
+    return read_json(done, "the test of a run")
+
+
+def seeded(config: Any, seed: int) -> Any:
+    """A copy of a configuration with every ``seed`` in it set.
+
+    >>> seeded({"data": {"train": {"init_args": {"shots": 5, "seed": 0}}}}, 3)
+    {'data': {'train': {'init_args': {'shots': 5, 'seed': 3}}}}
+    """
+    if isinstance(config, list):
+        return [seeded(value, seed) for value in config]
+    if isinstance(config, dict):
+        return {k: seed if k == "seed" else seeded(v, seed) for k, v in config.items()}
+    return config
+
+
+def assign(config: dict[str, Any], key: str, value: Any) -> None:
+    """Set ``a.b.c`` in nested dictionaries."""
+    *path, last = key.split(".")
+    for part in path:
+        config = config.setdefault(part, {})
+        if not isinstance(config, dict):
+            raise UserError(
+                f"expected settings below {part} for {key}, got {config!r}; see configs/"
+            )
+    config[last] = value
+
+
+def summarise(rows: list[dict[str, Any]], names: list[str]) -> Iterator[dict[str, Any]]:
+    """Mean and interval over seeds of every measure, for each combination of values."""
+    for _, group in itertools.groupby(rows, key=lambda row: [row[name] for name in names]):
+        runs = list(group)
+        measures = [key for key in runs[0] if key.startswith("test/")]
+        found: dict[str, Any] = {name: runs[0][name] for name in names}
+        found["seeds"] = len(runs)
+        for key in measures:
+            values = [run[key] for run in runs]
+            found[key], found[f"{key} ±"] = statistics.mean(values), interval(values)
+        yield found
+
+
+def write_table(path: Path, rows: list[dict[str, Any]]) -> None:
+    """A CSV file of rows that may lack some of the columns."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns)
+    writer.writeheader()
+    writer.writerows(rows)
+    write_bytes(path, text.getvalue().encode())
+
+
+def tell(summary: list[dict[str, Any]], names: list[str]) -> None:
+    """Print the table."""
+    measures = [key for key in summary[0] if key.startswith("test/") and not key.endswith("±")]
+    print("| " + " | ".join([*(n.split(".")[-1] for n in names), *measures]) + " |")
+    print("|---" * (len(names) + len(measures)) + "|")
+    for row in summary:
+        cells = [f"{100 * row[key]:.1f} ± {100 * row[f'{key} ±']:.1f}" for key in measures]
+        print("| " + " | ".join([*(str(row[name]) for name in names), *cells]) + " |")
+    print(f"\n{summary[0]['seeds']} seeds, %, ± 95 % (Student's t)")
