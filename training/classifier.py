@@ -168,7 +168,7 @@ class Classifier(pl.LightningModule):
         images, labels, *rest = batch
         fake = rest[0] if rest else torch.zeros(len(images), dtype=torch.bool, device=self.device)
         loss = self.loss_of(images, labels, fake)
-        self.log("loss", loss, prog_bar=True)
+        self.log("loss", loss, prog_bar=True, sync_dist=True)
         return loss
 
     def loss_of(

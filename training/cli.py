@@ -2,7 +2,6 @@
 
 import json
 import logging
-import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -53,6 +52,7 @@ class TrainCLI(LightningCLI):
                 "trainer.use_distributed_sampler": False,  # our draws know their rank
                 "checkpoint.filename": "last",
                 "checkpoint.enable_version_counter": False,
+                "checkpoint.save_on_train_epoch_end": True,
             }
         )
         parser.link_arguments("data.counts", "model.counts", apply_on="instantiate")
@@ -138,17 +138,20 @@ def main(args: list[str]) -> TrainCLI:
     """Run ``latent-augment train ARGS``."""
     # without TensorBoard Lightning logs to CSV, which is what we want, and warns
     warnings.filterwarnings("ignore", ".*tensorboardX.*")
+    # the arguments stay where they are too, for ranks are started with them
+    warnings.filterwarnings("ignore", ".*LightningCLI's args parameter.*")
     warnings.filterwarnings("ignore", ".*Checkpoint directory .* exists and is not empty.*")
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
     warnings.filterwarnings("ignore", ".*Experiment logs directory.*")
     warnings.filterwarnings("ignore", ".*LeafSpec.*")
     logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # "Seed set to 0"
-    sys.argv = ["latent-augment train", *args]  # where Lightning wants them
     overwrite = {"overwrite": True}  # of the config beside the run's own logs
     try:
         return TrainCLI(
             Classifier,
             ImageData,
+            args=args,
+            parser_kwargs={"prog": "latent-augment train"},
             save_config_kwargs=overwrite,
             trainer_defaults={"callbacks": [ReuseLogger()]},
             seed_everything_default=0,

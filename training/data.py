@@ -166,10 +166,10 @@ class ImageData(pl.LightningDataModule):
 
     def __init__(
         self,
-        train: str | Source,
-        val: str | Source | None = None,
-        test: str | Source | None = None,
-        synthetic: str | Dataset | None = None,
+        train: Source | str,
+        val: Source | str | None = None,
+        test: Source | str | None = None,
+        synthetic: Dataset | str | None = None,
         mix: Mix = Mix(),  # noqa: B008
         sampler: str = "instance",
         augment: Augmentation = Augmentation(),  # noqa: B008

@@ -22,7 +22,7 @@ Run = tuple[dict[str, Any], int]
 
 
 def sweep(
-    config: str,
+    recipe: str,
     out: str,
     seeds: int = 5,
     vary: dict[str, list[Any]] | None = None,
@@ -31,8 +31,8 @@ def sweep(
     """Train and test with several seeds, and print the mean and its 95 % interval.
 
     Args:
-        config: of latent-augment train. Every `seed` in it, wherever it stands, is set to the
-            run's: so FewShot draws other images.
+        recipe: configuration of latent-augment train. Every `seed` in it, wherever it stands, is
+            set to the run's: so FewShot draws other images.
         out: folder for the runs and the tables runs.csv and summary.csv; runs that are done are
             not done again, and one that was interrupted goes on.
         seeds: how many, 0, 1, and so on.
@@ -43,12 +43,12 @@ def sweep(
     if seeds < 2:
         raise UserError(f"expected at least 2 seeds for an interval, got {seeds}")
     try:
-        base = yaml.safe_load(Path(config).read_text())
+        base = yaml.safe_load(Path(recipe).read_text())
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         told = " ".join(str(error).split())[:120]
-        raise UserError(f"expected a configuration at {config}, got {told}; correct it") from None
+        raise UserError(f"expected a configuration at {recipe}, got {told}; correct it") from None
     if not isinstance(base, dict):
-        raise UserError(f"expected settings by name in {config}, got none; see configs/")
+        raise UserError(f"expected settings by name in {recipe}, got none; see configs/")
     for key, value in (given or {}).items():
         assign(base, key, value)
     rows, names = [], list(vary or {})

@@ -1,0 +1,198 @@
+"""A training that stops anywhere goes on with the batches and weights it would have had."""
+
+import contextlib
+import sys
+
+import pytest
+import torch
+from conftest import paint
+from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_lightning.callbacks import EMAWeightAveraging
+
+from augment import ReplayPool, SyntheticDataset, UserError, cli
+from augment.fill import fill_bank
+from augment.generate import write_shards
+from augment.sources import Folder
+from training import cli as command
+from training.classifier import Classifier
+from training.data import ImageData
+from training.draws import Mix
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Checkpoint directory:UserWarning"),
+    pytest.mark.filterwarnings("ignore:The number of training batches:UserWarning"),
+]
+STEPS, LENGTH = 4, 11  # an epoch, all of it: not a whole number of epochs
+
+
+class Watched(Callback):
+    """Remembers every batch, and may stop after one."""
+
+    def __init__(self, seen: list, stop: int | None) -> None:
+        self.seen, self.stop = seen, stop
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+        self.seen.append((trainer.current_epoch, batch[0].sum().item(), batch[1].tolist()))
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
+        if self.stop is not None and trainer.global_step == self.stop:
+            raise InterruptedError
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory, tiny):
+    root = tmp_path_factory.mktemp("resume")
+    paint(root / "real", {"Bag": 5, "Coat": 3}, size=28)
+    paint(root / "val", {"Bag": 2, "Coat": 2}, size=28, seed=1)
+    bank = fill_bank(root / "bank", tiny, Folder(root / "real"), steps=1)
+    fly = SyntheticDataset(bank, tiny, per_class=6, steps=1)
+    write_shards(fly.synthesizer, fly.planner, 6, root / "shards", extension="png")
+    return root
+
+
+def synthetic(root, tiny, how):
+    if how in ("fly", "kept"):
+        options = {"per_class": 6, "steps": 1, "keep": how == "kept", "batch_size": 4}
+        return SyntheticDataset(root / "bank", tiny, **options)
+    return {"real": None, "shards": str(root / "shards"), "folder": str(root / "val")}[how]
+
+
+def train(root, out, fakes, stop=None, start=None, mix=None, every=1, workers=0, val=True):
+    """The batches that were seen, and the weights; checkpoints every so many steps."""
+    seen: list = []
+    torch.manual_seed(0)
+    data = ImageData(
+        str(root / "real"), val=str(root / "val") if val else None, synthetic=fakes,
+        mix=mix or Mix(0.5), channels=1, batch_size=4, steps_per_epoch=STEPS, workers=workers,
+    )  # fmt: skip
+    model = Classifier(data.counts, channels=1, mixup=0.5, optimizer="sgd", lr=0.05)
+    keep = command.ModelCheckpoint(
+        out, "last", every_n_train_steps=every, enable_version_counter=False
+    )
+    trainer = Trainer(
+        max_steps=LENGTH, accelerator="cpu", logger=False, enable_progress_bar=False,
+        enable_model_summary=False, num_sanity_val_steps=0, use_distributed_sampler=False,
+        callbacks=[Watched(seen, stop), EMAWeightAveraging(decay=0.9), keep],
+        plugins=[command.SafeCheckpoints()],
+    )  # fmt: skip
+    with contextlib.suppress(InterruptedError):
+        trainer.fit(model, data, ckpt_path=start)
+    return seen, {k: v.clone() for k, v in model.state_dict().items()}
+
+
+@pytest.fixture(scope="module", params=["real", "fly", "kept", "shards"])
+def whole(request, root, tiny):
+    """How images are made, and the batches and weights of a training that nobody stopped."""
+    made = train(root, root / f"whole-{request.param}", synthetic(root, tiny, request.param))
+    return request.param, *made
+
+
+@pytest.mark.parametrize("stop", [1, 4, 5, 8, 10])
+def test_it_goes_on_with_the_same_batches_to_the_same_weights(root, tiny, tmp_path, whole, stop):
+    how, batches, weights = whole
+    assert [epoch for epoch, *_ in batches] == [step // STEPS for step in range(LENGTH)]
+    before, _ = train(root, tmp_path, synthetic(root, tiny, how), stop=stop)
+    after, end = train(root, tmp_path, synthetic(root, tiny, how), start=tmp_path / "last.ckpt")
+    assert before == batches[:stop]
+    assert after == batches[stop:]
+    assert all(torch.equal(weights[name], end[name]) for name in weights)
+
+
+def test_it_goes_on_twice_from_checkpoints_that_are_rare(root, tiny, tmp_path):
+    """Steps since the last checkpoint are done again; images come from worker processes."""
+    fakes = str(root / "shards")
+    options = {"workers": 1, "mix": Mix(fill_to=8, warm_up=1, real_only=1), "val": False}
+    batches, weights = train(root, tmp_path / "whole", fakes, **options)
+    last, seen = tmp_path / "cut" / "last.ckpt", []
+    for stop in (5, 9, None):
+        start = last if last.exists() else None
+        new, end = train(root, tmp_path / "cut", fakes, stop, start, every=3, **options)
+        seen.append(new)
+    assert [len(part) for part in seen] == [5, 6, 2]
+    assert seen[0] == batches[:5] and seen[1] == batches[3:9] and seen[2] == batches[9:]
+    assert all(torch.equal(weights[name], end[name]) for name in weights)
+
+
+def test_draws_from_a_pool_go_on_though_its_images_change(root, tiny, tmp_path):
+    """Which draws are synthetic, and all real images, are as they would have been."""
+    fly = SyntheticDataset(root / "bank", tiny, per_class=6, steps=1)
+
+    def real(batches):
+        return [batch for _, batch in batches]
+
+    def run(out, **options):
+        seen = []
+
+        class Real(Callback):
+            def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+                images, labels, fake = batch
+                seen.append((fake.tolist(), images[~fake].sum().item(), labels[~fake].tolist()))
+
+        with ReplayPool(fly, 4, warm_up=4) as pool:
+            original = command.ModelCheckpoint.on_train_batch_end
+            watched = Real()
+
+            def both(self, *args, **kwargs):
+                watched.on_train_batch_end(*args, **kwargs)
+                return original(self, *args, **kwargs)
+
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(command.ModelCheckpoint, "on_train_batch_end", both)
+                train(root, tmp_path / out, pool, **options)
+        return seen
+
+    whole = run("whole")
+    cut = run("cut", stop=6) + run("cut", start=tmp_path / "cut" / "last.ckpt")
+    assert any(True in fakes for fakes, *_ in whole)
+    assert cut == whole
+
+
+def test_the_same_command_goes_on_and_another_is_refused(root, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "run"
+
+    def run(*more: str) -> None:
+        line = (
+            f"train fit --data.train {root}/real --data.test {root}/val --data.channels 1 "
+            f"--data.batch_size 4 --data.steps_per_epoch 4 --trainer.max_steps 8 "
+            f"--trainer.default_root_dir {out} --trainer.accelerator cpu "
+            "--trainer.enable_progress_bar false --checkpoint.every_n_train_steps 2"
+        )
+        monkeypatch.setattr(sys, "argv", ["latent-augment", *line.split(), *more])
+        cli.main()
+
+    step = LightningModule.on_train_batch_start
+
+    def stopping(self, batch, batch_idx):
+        if self.global_step == 5:
+            raise KeyboardInterrupt
+        return step(self, batch, batch_idx)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Classifier, "on_train_batch_start", stopping)
+        with pytest.raises(SystemExit) as stop:
+            run()
+    assert stop.value.code == 130
+    assert "run the same command again" in capsys.readouterr().err
+    assert torch.load(out / "checkpoints/last.ckpt", weights_only=True)["global_step"] == 4
+    with pytest.raises(SystemExit) as stop:
+        run("--model.lr", "0.1")
+    assert stop.value.code == 2
+    assert "another training" in capsys.readouterr().err
+    run()
+    assert torch.load(out / "checkpoints/last.ckpt", weights_only=True)["global_step"] == 8
+    assert (out / "test.json").exists()
+
+
+def test_a_checkpoint_is_there_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "last.ckpt"
+    safe = command.SafeCheckpoints()
+    safe.save_checkpoint({"step": torch.tensor(1)}, path)
+
+    class Broken:
+        def __reduce__(self):
+            raise OSError("no space")
+
+    with pytest.raises((UserError, OSError)):
+        safe.save_checkpoint({"step": torch.tensor(2), "more": Broken()}, path)
+    assert torch.load(path, weights_only=True)["step"] == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["last.ckpt"]
