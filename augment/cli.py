@@ -154,6 +154,8 @@ def synthesize(
     bank: str,
     out: str,
     per_class: int = 100,
+    fill_to: int | None = None,
+    tail_only: int | None = None,
     rule: str = "fade/chm",
     alpha: float | str = 1.0,
     seed: int = 0,
@@ -186,6 +188,8 @@ def synthesize(
         bank: folder of the bank.
         out: folder for the shards, out/shard-000000.tar and so on; an interrupted job goes on.
         per_class: images a class.
+        fill_to: instead, as many as bring a class to so many, with the bank's real ones.
+        tail_only: none for classes with so many real images or more.
         rule: norm rule and mean split, such as fade/chm or fix/0.
         alpha: concentration of the Dirichlet weights; 1 is uniform on the simplex, inf the centre.
             Or one for each member, such as 10,1,1.
@@ -235,6 +239,7 @@ def synthesize(
         ) from None
     concentration = alphas if len(alphas) > 1 else alphas[0]
     features = None if nearest is None else opened.features(nearest)
+    counts = budget(opened.members, per_class, fill_to, tail_only)
     planner = Planner(opened.members, seed, concentration, members, noise, features=features)
     Rule.parse(rule)  # what can be refused is refused before gigabytes are loaded
     solver_of(opened, solver, steps)
@@ -258,11 +263,22 @@ def synthesize(
         model, opened, rule, solver, steps, guidance, batch_size, interval, texts
     )
     job = Synthesis(
-        Path(out), synthesizer, planner, per_class, shard_size, extension, quality, pixels,
+        Path(out), synthesizer, planner, counts, shard_size, extension, quality, pixels,
         judges, candidates, None if images is None else Path(images), where,
     )  # fmt: skip
     if work(job, executor, dry_run):
         tell_of_shards(job)
+
+
+def budget(
+    members: dict[str, tuple[str, ...]], per_class: int, fill_to: int | None, tail_only: int | None
+) -> int | dict[str, int]:
+    """How many synthetic images each class gets, by its real ones."""
+    if fill_to is None and tail_only is None:
+        return per_class
+    real = {name: len(ids) for name, ids in members.items()}
+    most = {n: per_class if fill_to is None else max(fill_to - r, 0) for n, r in real.items()}
+    return {n: m for n, m in most.items() if m and (tail_only is None or real[n] < tail_only)}
 
 
 def tell_of_shards(job: Any) -> None:
@@ -270,7 +286,8 @@ def tell_of_shards(job: Any) -> None:
     from augment.upkeep import count_shards
 
     tally = count_shards(job.path)
-    plans = [job.planner(0, index) for index in range(min(tally.wanted, 1000))]
+    some = range(min(tally.wanted, 1000))
+    plans = [job.planner(0, index, job.labels[index]) for index in some]
     count = fmean(plan.effective_count for plan in plans)
     mixed = fmean(len(plan.members) for plan in plans)
     print(

@@ -19,7 +19,7 @@ from augment.centroid.rule import Rule
 from augment.diffusion import load_backbone
 from augment.diffusion.backbone import Backbone
 from augment.errors import UserError
-from augment.plan import Plan, Planner
+from augment.plan import Plan, Planner, round_robin
 from augment.seeds import rng
 from augment.synthesis import Synthesizer
 
@@ -29,7 +29,8 @@ Sample = tuple[Any, Any]
 class SyntheticDataset(Dataset[Sample]):
     """Images synthesised from random centroids of a bank's latents, on the fly.
 
-    Item i belongs to class ``i % len(classes)``; its plan depends on (seed, epoch, i) alone.
+    Classes take turns: item i belongs to class ``i % len(classes)``, where all have as many. Its
+    plan depends on (seed, epoch, i) and its class alone.
     ``set_epoch`` gives fresh images; without it every pass shows the same ones. Where several
     classes are mixed, that one is the home class, and the label is soft: the share of every class,
     a float32 tensor (C,); real images to batch with them need labels of that form.
@@ -39,7 +40,7 @@ class SyntheticDataset(Dataset[Sample]):
         backbone: the model it was inverted with; by default it is loaded as it was then.
         rule: how latents are mixed; see `augment.Rule`.
         alpha, members, noise, classes: see `augment.plan.Planner`.
-        per_class: images a class and epoch.
+        per_class: images a class and epoch; or how many of each class, by its name.
         seed: of all dice.
         solver, steps, guidance, batch_size, interval, prompts: see `augment.synthesis.Synthesizer`.
         transform, target_transform: applied to the image tensor and to the label.
@@ -59,7 +60,7 @@ class SyntheticDataset(Dataset[Sample]):
         backbone: Backbone | None = None,
         rule: Rule | str = "fade/chm",
         alpha: float | Sequence[float] = 1.0,
-        per_class: int = 100,
+        per_class: int | dict[str, int] = 100,
         seed: int = 0,
         members: int | None = None,
         noise: float = 0.0,
@@ -75,8 +76,6 @@ class SyntheticDataset(Dataset[Sample]):
         prompts: dict[str, str] | None = None,
         keep: bool = False,
     ) -> None:
-        if per_class < 1:
-            raise UserError(f"expected at least 1 image a class, got {per_class}")
         bank = bank if isinstance(bank, LatentBank) else LatentBank.open(bank)
         backbone = backbone or load_backbone(**bank.recipe)
         self.synthesizer = Synthesizer(
@@ -86,7 +85,8 @@ class SyntheticDataset(Dataset[Sample]):
         self.planner = Planner(bank.members, seed, alpha, members, noise, classes, features)
         self.classes = bank.classes
         self.class_to_idx = {name: label for label, name in enumerate(self.classes)}
-        self.per_class, self.epoch = per_class, 0
+        self.targets, self.epoch = round_robin(per_class, self.classes), 0
+        """The label of every item; of its home class, where several are mixed."""
         self.transform, self.target_transform = transform, target_transform
         self.kept: dict[int, Tensor] | None = {} if keep else None
 
@@ -112,12 +112,7 @@ class SyntheticDataset(Dataset[Sample]):
         return other
 
     def __len__(self) -> int:
-        return self.per_class * len(self.classes)
-
-    @property
-    def targets(self) -> list[int]:
-        """The label of every item; of its home class, where several are mixed."""
-        return [index % len(self.classes) for index in range(len(self))]
+        return len(self.targets)
 
     def set_epoch(self, epoch: int) -> None:
         """Throw the dice of another epoch from now on."""
@@ -132,7 +127,8 @@ class SyntheticDataset(Dataset[Sample]):
         """
         if not -len(self) <= index < len(self):
             raise IndexError(f"expected an index below {len(self)}, got {index}")
-        return self.planner(self.epoch, index % len(self))
+        index %= len(self)
+        return self.planner(self.epoch, index, self.targets[index])
 
     def label(self, plan: Plan) -> int | Tensor:
         """What a plan's image is labelled with: its class, or the share of each if it mixes any."""

@@ -1,9 +1,9 @@
 """From a bank to shards: the job that writes synthetic images.
 
-Its units are the shards. Image i of the job is the planner's (0, i), and its class i modulo the
-number of classes, so that every shard is balanced. Filters may refuse it; then the planner's (1, i)
-is tried, and so on, as often as is allowed, before the image is given up and counted. So a shard is
-a pure function of the job's settings and the shard's number: anybody may make or remake any.
+Its units are the shards. Image i of the job is the planner's (0, i); classes take turns, so that
+shards are balanced. Filters may refuse it; then the planner's (1, i) is tried, and so on, as often
+as is allowed, before the image is given up and counted. So a shard is a pure function of the job's
+settings and the shard's number: anybody may make or remake any.
 """
 
 import copy
@@ -29,7 +29,7 @@ from augment.files import check_folder, in_use, read_json, sha256, write_json
 from augment.filters import Filter, Reference
 from augment.images import decode_image
 from augment.jobs import run
-from augment.plan import Plan, Planner
+from augment.plan import Plan, Planner, round_robin
 from augment.records import DIGITS
 from augment.shards import (
     FORMATS,
@@ -47,14 +47,18 @@ from augment.synthesis import Synthesizer
 
 
 def write_shards(
-    synthesizer: Synthesizer, planner: Planner, per_class: int, out: str | Path, **options: Any
+    synthesizer: Synthesizer,
+    planner: Planner,
+    per_class: int | dict[str, int],
+    out: str | Path,
+    **options: Any,
 ) -> Shards:
     """Write ``per_class`` synthetic images a class as shards; a job that was stopped goes on.
 
     Args:
         synthesizer: makes images of plans.
         planner: throws the dice.
-        per_class: images a class.
+        per_class: images a class; or how many of each class, by its name.
         out: the folder, made if needed.
         options: others of `Synthesis`.
 
@@ -87,7 +91,7 @@ class Synthesis:
     path: Path
     synthesizer: Synthesizer
     planner: Planner
-    per_class: int
+    per_class: int | dict[str, int]
     shard_size: int = 1000
     extension: str = "jpg"
     quality: int = 95
@@ -99,6 +103,7 @@ class Synthesis:
     title: str = field(default="", init=False)
     recipe: dict[str, Any] = field(default_factory=dict, init=False)
     digest: str = field(default="", init=False)
+    labels: list[int] = field(default_factory=list, init=False, repr=False)
 
     def __post_init__(self) -> None:
         """Refuse what can be refused before anything is written."""
@@ -110,9 +115,10 @@ class Synthesis:
                 f"expected images of one class each for shards, got classes = "
                 f"{self.planner.classes}; use SyntheticDataset, which gives soft labels"
             )
-        for name in ("per_class", "shard_size", "candidates", "pixels"):
+        for name in ("shard_size", "candidates", "pixels"):
             if getattr(self, name) < 1:
                 raise UserError(f"expected {name} ≥ 1, got {getattr(self, name)}")
+        self.labels = round_robin(self.per_class, list(self.planner.images))
         if not 1 <= self.quality <= 100:
             raise UserError(f"expected a quality from 1 to 100, got {self.quality}; 95 is usual")
         lookup(FORMATS, self.extension, "image format")
@@ -133,7 +139,7 @@ class Synthesis:
     @property
     def total(self) -> int:
         """The images of the whole job."""
-        return self.per_class * len(self.planner.images)
+        return len(self.labels)
 
     def indices(self, unit: int) -> range:
         """The images of a shard."""
@@ -192,7 +198,8 @@ class Synthesis:
                 raise UserError(
                     f"expected {self.path} to be new or empty, got a folder in use; use a new one"
                 )
-            plans = [self.planner(0, index) for index in range(len(self.planner.images))]
+            first = range(min(self.total, len(self.planner.images)))
+            plans = [self.planner(0, index, self.labels[index]) for index in first]
             self.synthesizer.check(plans)  # before anything is written
             write_json(file, settings)
         self.digest = sha256(json.dumps(settings, sort_keys=True).encode())
@@ -288,7 +295,8 @@ class Synthesis:
     def _batches(self, attempt: int, indices: Sequence[int]) -> Any:
         size = self.synthesizer.batch_size
         for first in range(0, len(indices), size):
-            yield [self.planner(attempt, index) for index in indices[first : first + size]]
+            batch = indices[first : first + size]
+            yield [self.planner(attempt, index, self.labels[index]) for index in batch]
 
     def _sample(self, plan: Plan, scores: dict[str, float], data: "Future[bytes]") -> Sample:
         """What the shard holds of an image."""

@@ -91,6 +91,31 @@ class Plan:
             raise UserError(f"expected a plan as JSON, got {line[:60]!r} ({error})") from None
 
 
+def round_robin(per_class: int | dict[str, int], classes: Sequence[str]) -> list[int]:
+    """The label of each image of an epoch: class after class, round after round.
+
+    Args:
+        per_class: images of every class, or of each, which are left out once they are enough; a
+            class that is not named has none.
+        classes: their names, in label order.
+
+    Raises:
+        UserError: a number is negative, all are zero, or a class is not there.
+
+    >>> round_robin({"bee": 3, "ant": 1}, ["ant", "bee"])
+    [0, 1, 1, 1]
+    """
+    given = dict.fromkeys(classes, per_class) if isinstance(per_class, int) else per_class
+    for name in given:
+        lookup(dict.fromkeys(classes), name, "class")
+    counts = np.array([given.get(name, 0) for name in classes], dtype=np.int64)
+    if not len(counts) or counts.min() < 0 or not counts.any():
+        raise UserError(f"expected at least 1 image a class, or of some, got {per_class}")
+    labels = np.repeat(np.arange(len(counts)), counts)
+    rounds = np.arange(len(labels)) - np.repeat(np.cumsum(counts) - counts, counts)
+    return labels[np.argsort(rounds, kind="stable")].tolist()
+
+
 @dataclass(frozen=True)
 class Planner:
     """Throws the dice of every synthetic image.
@@ -178,11 +203,11 @@ class Planner:
                 f"those of any class, got {found}; give every image a row"
             )
 
-    def __call__(self, epoch: int, index: int) -> Plan:
-        """The plan of one sample of one epoch."""
+    def __call__(self, epoch: int, index: int, label: int | None = None) -> Plan:
+        """The plan of one sample of an epoch: of class ``index`` modulo their number, or another."""
         dice = rng(self.seed, "plan", epoch, index)
         names = list(self.images)
-        label = index % len(names)
+        label = index % len(names) if label is None else label
         home = names.pop(label)
         mixed = [home]
         if self.classes > 1:  # else nothing is thrown, and the plans of one class stay as they were

@@ -23,8 +23,7 @@ from augment.fill import fill_bank
 from augment.replay import ReplayPool
 from augment.sources import Folder
 from augment.sources.fashion import few_shots, write_fashion
-from training.classifier import small_cnn
-from training.data import Draws, FolderDataset
+from training.networks import small_cnn
 
 BATCH, SHARE, CAPACITY = 64, 0.25, 200
 
@@ -33,12 +32,12 @@ Times = list[tuple[float, float]]
 """The seconds of steps: by the clock, and at work."""
 
 
-def trainer(real: Any, synthetic: Any, share: float) -> Callable[[int], Times]:
+def trainer(real: list[Any], synthetic: Any, share: float) -> Callable[[int], Times]:
     """A function that trains on for so many steps."""
     mixed = MixedDataset(real, synthetic, share, length=10**9)
-    network = small_cnn(1, len(real.classes))
+    network = small_cnn(1, 1 + max(label for _, label in real))
     optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3)
-    batches: Iterator[Any] = iter(DataLoader(mixed, BATCH, sampler=Draws(mixed)))
+    batches: Iterator[Any] = iter(DataLoader(mixed, BATCH))
 
     def train(steps: int) -> Times:
         times = []
@@ -62,7 +61,7 @@ def replay(args: argparse.Namespace) -> None:
         source = Folder(write_fashion(f"{folder}/images", "shots", few_shots(0, 5)))
         backbone = load_backbone("tiny", device="cpu")
         bank = fill_bank(f"{folder}/bank", backbone, source)
-        real = FolderDataset(source.root, 1, 32)
+        real = [(source.load(i, 1, 32), label) for i, label in source.samples]
         dataset = SyntheticDataset(bank, backbone, steps=args.steps, batch_size=args.batch)
         before = time.perf_counter()
         with ReplayPool(dataset, CAPACITY, warm_up=CAPACITY) as pool:
@@ -71,7 +70,7 @@ def replay(args: argparse.Namespace) -> None:
 
 
 def compare(
-    real: FolderDataset, dataset: SyntheticDataset, pool: ReplayPool, repeats: int, warm: float
+    real: list[Any], dataset: SyntheticDataset, pool: ReplayPool, repeats: int, warm: float
 ) -> None:
     """Let the ways take turns of a hundred steps, or of three where images are made meanwhile."""
     kept = [pool[row] for row in range(CAPACITY)]

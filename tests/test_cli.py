@@ -71,6 +71,24 @@ def test_invert_then_synthesize(monkeypatch, capsys, images, tmp_path):
         assert (code, told) == (0, f"{path}: every file is as it was written\n")
 
 
+def test_synthesize_fills_the_tail(monkeypatch, capsys, tmp_path):
+    counts, bank = {"Bag": 5, "Coat": 2, "Dress": 1}, tmp_path / "bank"
+    images = paint(tmp_path / "images", counts, size=32)
+    assert (
+        call(monkeypatch, capsys, "invert", "--images", images, "--bank", bank, "--steps", 1)[0]
+        == 0
+    )
+    command = ("synthesize", "--bank", bank, "--steps", 1, "--out")
+    for out, budget, wanted in (
+        ("filled", ("--fill-to", 4), [1, 1, 2, 2, 2]),
+        ("tail", ("--per-class", 2, "--tail-only", 2), [2, 2]),
+    ):
+        assert call(monkeypatch, capsys, *command, tmp_path / out, *budget)[0] == 0
+        assert sorted(open_shards(tmp_path / out).targets) == sorted(wanted)
+    code, _, told = call(monkeypatch, capsys, *command, tmp_path / "none", "--fill-to", 1)
+    assert code == 2 and "at least 1 image" in told
+
+
 def test_dry_runs_do_one_unit_and_tell_of_the_rest(monkeypatch, capsys, images, tmp_path):
     bank, out = tmp_path / "bank", tmp_path / "out"
     command = ("invert", "--images", images, "--bank", bank, "--steps", 1)

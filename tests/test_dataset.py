@@ -395,6 +395,15 @@ def test_shards_hold_the_images_of_their_plans(write, bank, gaussian, tmp_path):
     assert about["rule"] == "fade/chm" and about["backbone"] == gaussian.fingerprint
 
 
+def test_classes_may_have_numbers_of_their_own(write, bank, gaussian, tmp_path):
+    counts = dict(zip(bank.classes, (0, 3, 1), strict=True))
+    shards = write(tmp_path / "out", per_class=counts)
+    assert shards.targets == [1, 2, 1, 1]
+    fly = SyntheticDataset(bank, gaussian, per_class=counts, steps=3)
+    assert fly.targets == shards.targets == [label for _, label in fly]
+    assert [fly.plan(index) for index in range(4)] == [shards.plan(index) for index in range(4)]
+
+
 def test_interrupted_shards_go_on_to_the_same_bytes(write, tmp_path, monkeypatch):
     write(tmp_path / "whole")
     whole = snapshot(tmp_path / "whole")

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 from augment import LatentBank, Plan, Planner, SyntheticDataset, UserError
 from augment.fill import fill_bank
 from augment.generate import write_shards
+from augment.plan import round_robin
 from augment.sources import Folder
 from augment.synthesis import Synthesizer
 
@@ -331,3 +332,13 @@ def test_a_folder_of_neighbours_goes_on_with_the_same_features_only(bank, gaussi
     write({name: rows.clone() for name, rows in table.items()})
     with pytest.raises(UserError, match="new folder"):
         write(features(bank.members, False, seed=1))
+
+
+def test_classes_take_turns_until_each_has_enough():
+    counts = {"ant": 1, "bee": 0, "cat": 3}
+    labels = round_robin(counts, ["ant", "bee", "cat"])
+    assert labels == [0, 2, 2, 2]
+    assert round_robin(2, ["ant", "bee"]) == [0, 1, 0, 1]
+    for wrong in (0, -1, {}, {"ant": 0}, {"ant": -1, "bee": 3}, {"dog": 1}):
+        with pytest.raises(UserError, match="expected"):
+            round_robin(wrong, ["ant", "bee"])

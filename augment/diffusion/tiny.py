@@ -63,7 +63,7 @@ def build_network(config: dict[str, Any]) -> nn.Module:
 
 
 class Tiny:
-    """The embedded Fashion-MNIST backbone; see `augment.diffusion.backbone.Backbone`.
+    """The embedded backbone, or another of its kind; see `augment.diffusion.backbone.Backbone`.
 
     Args:
         weights: a safetensors file written by ``scripts/train_tiny.py``.
@@ -74,9 +74,7 @@ class Tiny:
         UserError: the weights file is missing or is not one of ours.
     """
 
-    channels = 1
     resolution = 32
-    latent_shape: tuple[int, int, int] = (4, 16, 16)
     process: Process = VariancePreserving(prediction="v")
 
     def __init__(
@@ -92,6 +90,9 @@ class Tiny:
                 state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
             self.scale: float = config["scale"]
             self.white: float = config["white"]
+            self.channels: int = config["unet"]["in_channels"] // 4
+            self.latent_shape: tuple[int, int, int] = (4 * self.channels, 16, 16)
+            self.prompts = tuple(config.get("prompts", PROMPTS))
             self.unet = build_network(config["unet"])
             self.unet.load_state_dict(state)
             # the prompts' embeddings are looked up by us, so that null-text can optimise them
@@ -109,25 +110,25 @@ class Tiny:
         self.fingerprint = {"name": "tiny", "weights": digest, "process": repr(self.process)}
         self.recipe: dict[str, Any] = {}
 
-    def encode(self, images: Float[Tensor, "n 1 32 32"]) -> Float[Tensor, "n 4 16 16"]:
+    def encode(self, images: Float[Tensor, "n c 32 32"]) -> Float[Tensor, "n C 16 16"]:
         return haar(images.to(self.device) - self.white) * self.scale
 
-    def decode(self, clean: Float[Tensor, "n 4 16 16"]) -> Float[Tensor, "n 1 32 32"]:
+    def decode(self, clean: Float[Tensor, "n C 16 16"]) -> Float[Tensor, "n c 32 32"]:
         return (inverse_haar(clean / self.scale) + self.white).clamp(0, 1)
 
     def condition(self, prompts: Sequence[str]) -> Condition:
         for prompt in prompts:
-            if prompt not in PROMPTS:
+            if prompt not in self.prompts:
                 raise UserError(
-                    f"expected a prompt out of {PROMPTS} for the tiny backbone, got {prompt!r}; "
-                    "choose one of these or none"
+                    f"expected a prompt out of {self.prompts} for the tiny backbone, got "
+                    f"{prompt!r}; choose one of these or none"
                 )
-        numbers = [PROMPTS.index(prompt) for prompt in prompts]
+        numbers = [self.prompts.index(prompt) for prompt in prompts]
         return {"text": self.texts[torch.tensor(numbers, dtype=torch.long, device=self.device)]}
 
     def network(
-        self, latent: Float[Tensor, "n 4 16 16"], timestep: float, condition: Condition
-    ) -> Float[Tensor, "n 4 16 16"]:
+        self, latent: Float[Tensor, "n C 16 16"], timestep: float, condition: Condition
+    ) -> Float[Tensor, "n C 16 16"]:
         """v-prediction of the UNet."""
         # a tensor, for diffusers makes an integer of a number, and middles lie between integers
         times = torch.full((len(latent),), float(timestep), device=self.device)

@@ -1,0 +1,296 @@
+"""When do centroids help? Few shots, each way of augmenting them, and what each cost.
+
+    python scripts/few_shot_table.py fashion                     # embedded Fashion-MNIST, `tiny`
+    python scripts/few_shot_table.py cifar10 --images CIFAR --backbone tiny-cifar.safetensors
+    python scripts/few_shot_table.py fashion --tune              # the grid that settings come from
+
+Every row trains the same small network for the same number of steps; only the images differ. Shots
+are drawn from images that the backbone did not see (of each class 32 embedded ones; CIFAR-10's
+first 100), and tested on others that it did not see (200 a class; CIFAR-10's last 200). *Twice the
+shots* is the yardstick. Settings are chosen by ``--tune`` on images that neither draws nor tests take:
+Fashion-MNIST's training split, CIFAR-10's images 3800 … 3999. Finished runs stay in --out.
+"""
+
+import argparse
+import json
+import statistics
+import time
+import warnings
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import torch
+from fashion_mnist import CLASSES, load_split
+from torch import Tensor
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from augment import LatentBank, Planner, SyntheticDataset, fill_bank, load_backbone, sample
+from augment.centroid.residuals import mix
+from augment.errors import BiasWarning
+from augment.files import write_json
+from augment.images import save_image
+from augment.seeds import normal, rng
+from augment.sources import FewShot, Folder, Slice, Source
+from augment.sources.fashion import write_fashion
+from training.classifier import Classifier
+from training.data import ImageData
+from training.demo import quiet_trainer
+from training.draws import Mix
+from training.metrics import interval
+from training.transforms import Augmentation
+
+SHOTS, SEEDS, STEPS = (1, 2, 5, 10, 20), 5, 300
+VEHICLES = ("airplane", "automobile", "ship", "truck")
+COARSE = {
+    **dict.fromkeys(CLASSES, "top"),
+    **{"Trouser": "trousers", "Bag": "bag"},
+    **dict.fromkeys(("Sandal", "Sneaker", "Ankle boot"), "footwear"),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way of augmenting.
+
+    Args:
+        name: as printed.
+        kind: none, centroids, pixels or prompts.
+        rule, alpha, members, noise: of centroids.
+        share: of synthetic draws.
+        per_class: synthetic images a class.
+        augment: classical augmentation.
+        cutmix, mixup: their α.
+        times: so many times the shots.
+    """
+
+    name: str
+    kind: str = "none"
+    rule: str = "fade/chm"
+    alpha: float = 1.0
+    members: int | None = None
+    noise: float = 0.0
+    share: float = 0.25
+    per_class: int = 50
+    augment: Augmentation = Augmentation()  # noqa: RUF009
+    cutmix: float = 0.0
+    mixup: float = 0.0
+    times: int = 1
+
+
+PLAIN = Augmentation(crop=None, flip=False)
+BASE, TWICE = "classical", "twice the shots"
+RULES = ("lin/0", "fix/0", "fix/chm", "nin/chm", "fade/chm", "fade/lp", "nao/chm")
+ROWS = (
+    Row("real only", augment=PLAIN),
+    Row(BASE),
+    Row("RandAugment", augment=Augmentation(randaugment=2)),
+    Row("CutMix", cutmix=1.0),
+    Row("mixup", mixup=1.0),
+    Row("pixel mix", "pixels"),
+    Row("prompt only", "prompts"),
+    *(Row(f"centroids {rule}", "centroids", rule) for rule in RULES),
+    Row("centroids fade/chm, noise 0.3", "centroids", noise=0.3),
+    Row(TWICE, times=2),
+)
+TUNED = (
+    Row(BASE),
+    *(
+        Row(f"share {share} alpha {alpha}", "centroids", alpha=alpha, share=share)
+        for share in (0.1, 0.25, 0.5)
+        for alpha in (0.2, 1.0, 5.0)
+    ),
+    *(Row(f"members {count}", "centroids", members=count) for count in (1, 2, 3)),
+    *(Row(f"noise {noise}", "centroids", noise=noise) for noise in (0.1, 0.3, 0.5)),
+    *(Row(f"per class {count}", "centroids", per_class=count) for count in (10, 200)),
+    Row(TWICE, times=2),
+)
+
+
+class Images(Dataset[tuple[Tensor, int]]):
+    """Images at hand."""
+
+    def __init__(self, images: Tensor, targets: list[int]) -> None:
+        self.images, self.targets = images, targets
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.images[index], self.targets[index]
+
+
+class Bench:
+    """One data set: where shots and tests come from, and the bank of all that may be drawn."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args, self.out = args, args.out / args.data
+        grey = args.data == "fashion"
+        self.backbone = load_backbone("tiny" if grey else args.backbone, device="cpu")
+        self.channels = self.backbone.channels
+        self.pool, self.test = self.fashion() if grey else self.cifar()
+        words = COARSE if grey else {}
+        self.words = {n: words.get(n, "vehicle" if n in VEHICLES else "animal") for n in self.names}
+        begun = time.perf_counter()
+        self.bank = fill_bank(self.out / "bank", self.backbone, self.pool, keeps=())
+        print(f"bank: {time.perf_counter() - begun:.0f} s")
+        warnings.simplefilter("ignore", BiasWarning)
+
+    @property
+    def names(self) -> list[str]:
+        """The classes."""
+        return self.pool.classes
+
+    def fashion(self) -> tuple[Source, Source]:
+        """The embedded images; to tune by, others of the training split."""
+        if not self.args.tune:
+            pool = write_fashion(self.out / "pool", "shots")
+            return Folder(pool), Folder(write_fashion(self.out / "test", "test"))
+        images, labels = load_split("train")
+        for label, name in enumerate(CLASSES):
+            mine = images[labels == label]
+            for part, first, count in (("pool", 0, 32), ("test", 1000, 200)):
+                for number in range(count):
+                    path = self.out / part / name / f"{number:03d}.png"
+                    if not path.exists():
+                        save_image(mine[first + number], path)
+        return Folder(self.out / "pool"), Folder(self.out / "test")
+
+    def cifar(self) -> tuple[Source, Source]:
+        """CIFAR-10 in class folders."""
+        root = self.args.images
+        last = Slice(root, 3800, 4000) if self.args.tune else Slice(root, -200)
+        return Slice(root, 0, 100), last
+
+    def synthetic(self, row: Row, real: Source, seed: int) -> tuple[Any, float]:
+        """The synthetic images of a row, and the seconds they took."""
+        if row.kind == "none":
+            return None, 0.0
+        begun = time.perf_counter()
+        known = {image_id for ids in real.ids.values() for image_id in ids}
+        bank = self.bank.subset(known.__contains__)
+        dice = {"alpha": row.alpha, "noise": row.noise, "members": row.members}
+        if row.kind == "centroids":
+            made: Any = SyntheticDataset(
+                bank, self.backbone, row.rule, per_class=row.per_class, seed=seed, keep=True, **dice
+            )
+            made.__getitems__(range(len(made)))
+        else:
+            count = row.per_class * len(self.names)
+            images = (
+                self.pixels(bank, real, count, seed)
+                if row.kind == "pixels"
+                else (self.prompted(count, seed))
+            )
+            made = Images(images, [index % len(self.names) for index in range(count)])
+        return made, time.perf_counter() - begun
+
+    def pixels(self, bank: LatentBank, real: Source, count: int, seed: int) -> Tensor:
+        """The plans that centroids follow, applied to the pixels themselves."""
+        planner, images = Planner(bank.members, seed), []
+        for plan in (planner(0, index) for index in range(count)):
+            points = torch.stack([real.load(i, self.channels, 32) for i in plan.members])
+            weights = torch.tensor(plan.weights).float()
+            images.append(mix(points.flatten(1)[None], weights[None]).view_as(points[0]))
+        return torch.stack(images)
+
+    def prompted(self, count: int, seed: int) -> Tensor:
+        """Samples of noise by coarse prompts: what the backbone knows of a class without images.
+
+        The noise has the channel means of the bank, without which they are too bright.
+        """
+        means = torch.cat([self.bank.latents(name) for name in self.names]).mean((0, 2, 3))
+        shape = self.backbone.latent_shape
+        noise = torch.stack([normal(rng(seed, "noise", 0, i), *shape) for i in range(count)])
+        texts = [self.words[self.names[index % len(self.names)]] for index in range(count)]
+        return sample(self.backbone, noise + means.view(-1, 1, 1), texts, guidance=2.0)
+
+    def run(self, row: Row, shots: int, seed: int) -> dict[str, float]:
+        """Accuracy and seconds of one training; read back if it was measured before."""
+        name = "".join(c if c.isalnum() or c == "." else "-" for c in row.name)
+        done = self.out / "runs" / f"{name}-{shots}-{seed}.json"
+        settings = json.loads(json.dumps({**asdict(row), "steps": STEPS}))
+        if done.exists() and (found := json.loads(done.read_text()))["settings"] == settings:
+            return found
+        most = min(self.pool.counts)
+        real = FewShot(self.pool, min(row.times * shots, most), seed)
+        fake, made = self.synthetic(row, real, seed)
+        torch.manual_seed(seed)
+        data = ImageData(
+            real, test=self.test, synthetic=fake, mix=Mix(row.share), augment=row.augment,
+            channels=self.channels, steps_per_epoch=STEPS, seed=seed,
+        )  # fmt: skip
+        model = Classifier(
+            data.counts, channels=self.channels, cutmix=row.cutmix, mixup=row.mixup, seed=seed
+        )
+        trainer, begun = quiet_trainer(STEPS), time.perf_counter()
+        trainer.fit(model, data)
+        spent = time.perf_counter() - begun
+        accuracy = trainer.test(model, data, verbose=False)[0]["test/accuracy"]
+        result = {"accuracy": accuracy, "synthesis_s": made, "training_s": spent}
+        write_json(done, {**result, "settings": settings})
+        return result
+
+
+def told(values: list[float]) -> str:
+    """Mean and 95 % interval, %."""
+    return f"{100 * statistics.mean(values):.1f} ± {100 * interval(values):.1f}"
+
+
+def report(bench: Bench, rows: tuple[Row, ...], shots: list[int], found: dict[Any, Any]) -> None:
+    """Print the tables and draw the plot."""
+    print("\naccuracy, %, and gain over classical, paired by seed; ± 95 % (Student's t)\n")
+    print("| row | " + " | ".join(f"{n} shots" for n in shots) + " | seconds, 5 shots |")
+    print("|---" * (len(shots) + 2) + "|")
+    middle = 5 if 5 in shots else shots[0]
+    for row in rows:
+        cells = []
+        for n in shots:
+            runs = [found[row.name, n, seed]["accuracy"] for seed in range(SEEDS)]
+            base = [found[BASE, n, seed]["accuracy"] for seed in range(SEEDS)]
+            gains = [a - b for a, b in zip(runs, base, strict=True)]
+            gain = "" if row.name == BASE else f" ({told(gains)})"
+            cells.append(told(runs) + gain)
+        cost = [found[row.name, middle, seed] for seed in range(SEEDS)]
+        made, spent = (statistics.mean(c[k] for c in cost) for k in ("synthesis_s", "training_s"))
+        print(f"| {row.name} | " + " | ".join(cells) + f" | {made:.1f} + {spent:.1f} |")
+    figure, axes = plt.subplots(figsize=(8, 5))
+    for row in rows:
+        means = [
+            statistics.mean(100 * found[row.name, n, seed]["accuracy"] for seed in range(SEEDS))
+            - statistics.mean(100 * found[BASE, n, seed]["accuracy"] for seed in range(SEEDS))
+            for n in shots
+        ]
+        style = "k--" if row.name == TWICE else "k-" if row.name == BASE else "-"
+        axes.plot(range(len(shots)), means, style, label=row.name, marker=".")
+    axes.set_xticks(range(len(shots)), [str(n) for n in shots])
+    axes.set(xlabel="real images a class", ylabel="gain over classical augmentation, points")
+    axes.legend(fontsize=7, ncols=2)
+    figure.tight_layout()
+    figure.savefig(bench.out / "table.png", dpi=110)
+
+
+def main() -> None:
+    """Measure, and print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("data", choices=("fashion", "cifar10"))
+    parser.add_argument("--images", type=Path, help="CIFAR-10's training images in class folders")
+    parser.add_argument("--backbone", default="tiny-cifar")
+    parser.add_argument("--shots", type=int, nargs="+", default=list(SHOTS))
+    parser.add_argument("--tune", action="store_true")
+    parser.add_argument("--out", type=Path, default=Path("runs/few-shot"))
+    args = parser.parse_args()
+    if args.tune:
+        args.out = args.out / "tune"
+    bench, rows = Bench(args), TUNED if args.tune else ROWS
+    jobs = [(row, n, seed) for seed in range(SEEDS) for n in args.shots for row in rows]
+    found = {}
+    for row, n, seed in tqdm(jobs, "runs", unit="run", mininterval=5):
+        found[row.name, n, seed] = bench.run(row, n, seed)
+    report(bench, rows, args.shots, found)
+
+
+if __name__ == "__main__":
+    main()
