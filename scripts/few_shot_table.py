@@ -7,8 +7,8 @@
 Every row trains the same small network for the same number of steps; only the images differ. Shots
 are drawn from images that the backbone did not see (of each class 32 embedded ones; CIFAR-10's
 first 100), and tested on others that it did not see (200 a class; CIFAR-10's last 200). *Twice the
-shots* is the yardstick. Settings are chosen by ``--tune`` on images that neither draws nor tests take:
-Fashion-MNIST's training split, CIFAR-10's images 3800 … 3999. Finished runs stay in --out.
+shots* is the yardstick. Settings are chosen by ``--tune`` on images that neither draw nor test
+takes: Fashion-MNIST's training split, CIFAR-10's images 3800 … 3999. Finished runs stay in --out.
 """
 
 import argparse
