@@ -17,10 +17,12 @@ from torch.utils.data import IterableDataset
 from tqdm import tqdm
 
 from augment.errors import UserError
-from augment.files import locked, replacing, write_bytes
-from augment.shards import AGAIN, Shards, open_shards
+from augment.files import locked, replacing, write_bytes, write_json
+from augment.shards import AGAIN, Shards, open_shards, sources_of
 
 METADATA, BEGUN = "metadata.jsonl", ".metadata.jsonl"
+ORIGINS = ".origins.json"
+"""The real images that exported ones come from, as `augment.shards.sources_of` has them."""
 
 
 def to_webdataset(
@@ -92,6 +94,7 @@ def export_folder(folder: str | Path, out: str | Path) -> None:
             path, content = out / shards.metadata(index)["file_name"], shards.read(index)
             if not path.is_file() or path.read_bytes() != content:
                 write_bytes(path, content, sync=False)
+        write_json(out / ORIGINS, sources_of(folder))
         if (out / BEGUN).exists():
             (out / BEGUN).replace(out / METADATA)
 

@@ -204,7 +204,7 @@ class Planner:
             )
 
     def __call__(self, epoch: int, index: int, label: int | None = None) -> Plan:
-        """The plan of one sample of an epoch: of class ``index`` modulo their number, or another."""
+        """The plan of a sample of an epoch: of class ``index`` modulo their number, or another."""
         dice = rng(self.seed, "plan", epoch, index)
         names = list(self.images)
         label = index % len(names) if label is None else label

@@ -229,6 +229,18 @@ def read_settings(folder: str | Path) -> dict[str, Any]:
     return settings
 
 
+def sources_of(folder: str | Path) -> dict[str, str]:
+    """The real images that shards come from: ids by the first digits of their files' SHA-256.
+
+    Raises:
+        UserError: there are no shards.
+    """
+    images = read_settings(folder).get("images")
+    classes = images.values() if isinstance(images, dict) else ()
+    known = [ids for ids in classes if isinstance(ids, dict)]  # older versions' were lists
+    return {str(digest): image_id for ids in known for image_id, digest in ids.items()}
+
+
 def read_sidecar(path: Path, classes: int) -> dict[str, Any]:
     """The record of a shard.
 

@@ -312,7 +312,7 @@ OPTIONS = {
     "an unknown rule": (["synthesize", "--rule", "fixx/0"], "fade"),
     "an unknown solver": (["synthesize", "--solver", "heun"], "ddim"),
     "an interval upside down": (["synthesize", "--interval", "[0.8, 0.2]"], "interval"),
-    "no images a class": (["synthesize", "--per-class", "0"], "per_class"),
+    "no images a class": (["synthesize", "--per-class", "0"], "at least 1 image"),
     "an unknown filter": (["synthesize", "--filters", "{hat: {}}"], "degenerate"),
     "an unknown setting of a filter": (["synthesize", "--filters", "{duplicate: {hat: 1}}"], "hat"),
     "an unknown format": (["synthesize", "--extension", "gif"], "webp"),

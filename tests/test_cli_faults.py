@@ -20,7 +20,7 @@ COUNTS = {"ant": 2, "bee": 1}
 INVERT = "invert --images images --bank made --steps 1"
 SYNTHESIZE = "synthesize --bank bank --out made --steps 1 --per_class 1"
 NEAREST = f"{SYNTHESIZE} --members 2 --nearest"
-TRAIN = "train fit --data.real images --data.test images --trainer.max_steps 1"
+TRAIN = "train fit --data.train images --data.test images --data.channels 1 --trainer.max_steps 1"
 
 
 @pytest.fixture
@@ -178,15 +178,31 @@ FAULTS = {
     "not a number": Fault(f"{INVERT} --steps many", ("steps", "many")),
     "one seed for an interval": Fault("demo --out made --seeds 1", ("2 seeds",)),
     "train on a missing folder": Fault(
-        TRAIN.replace("real images", "real no"), ("no", "not there")
+        TRAIN.replace("train images", "train no"), ("no", "not there")
     ),
     "train on other classes": Fault(
-        TRAIN.replace("test images", "test renamed"), ("test folder", "wasp"), rename_a_class
+        TRAIN.replace("test images", "test renamed"), ("the test images", "wasp"), rename_a_class
     ),
     "train an unknown network": Fault(f"{TRAIN} --model.network hat", ("small_cnn", "'hat'")),
     "train by a share out of range": Fault(
-        f"{TRAIN} --data.synthetic images --data.p_synthetic 2", ("p_synthetic",)
+        f"{TRAIN} --data.synthetic images --data.mix.share 2", ("share", "2.0")
     ),
+    "train on two colours": Fault(f"{TRAIN} --data.channels 2", ("1 or 3 channels",)),
+    "train on a sliver": Fault(f"{TRAIN} --data.crop 0", ("crop",)),
+    "train with an option of another type": Fault(
+        f"{TRAIN} --model.loss focal --model.loss_options {{gamma:x}}", ("gamma",)
+    ),
+    "train from no checkpoint": Fault(f"{TRAIN} --ckpt_path no.ckpt", ("no.ckpt", "checkpoint")),
+    "train on a part of an epoch": Fault(
+        f"{TRAIN} --trainer.limit_train_batches 1", ("steps_per_epoch",)
+    ),
+    "train on few shots of fewer": Fault(
+        f"{TRAIN} --data.train FewShot --data.train.source images --data.train.shots 99", ("99",)
+    ),
+    "test without weights": Fault(TRAIN.replace("fit", "test"), ("checkpoint", "--ckpt_path")),
+    "validate without images": Fault(TRAIN.replace("fit", "validate"), ("val",)),
+    "sweep a missing recipe": Fault("sweep --recipe no.yaml --out made", ("no.yaml",)),
+    "episodes of no images": Fault("episodes --images no --network resnet18 --out made", ("no",)),
     "train by an unknown option": Fault(f"{TRAIN} --hat 3", ("--hat",)),
 }
 

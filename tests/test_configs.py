@@ -93,7 +93,14 @@ def in_miniature(config: dict) -> dict:
     return config
 
 
-@pytest.mark.parametrize("path", TRAINED, ids=lambda path: path.stem)
+LARGE = ("imagenet_lt_resnet50", "imagenet_lt_clip_vitb16")
+CASES = [
+    pytest.param(path, id=path.stem, marks=[pytest.mark.slow] if path.stem in LARGE else [])
+    for path in TRAINED
+]
+
+
+@pytest.mark.parametrize("path", CASES)
 def test_a_config_trains(path, work, monkeypatch, tmp_path):
     text = path.read_text()
     assert text.startswith("# expected: ")

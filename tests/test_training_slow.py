@@ -109,6 +109,17 @@ def test_two_processes_train_as_one_with_the_doubled_batch(root, tmp_path):
     assert measured[0] == pytest.approx(measured[1], abs=1e-4)
 
 
+def test_ranks_do_not_wait_for_norms_that_one_of_them_had_no_image_for(root, tmp_path):
+    settings = config(root, str(root / "shards"), mix={"share": 0.2}, val=str(root / "test"))
+    settings["model"] = {"auxiliary_norms": True}
+    process = start(settings, tmp_path, "--trainer.strategy=ddp", "--trainer.devices=2")
+    try:
+        assert process.wait(240) == 0, (tmp_path / "log.txt").read_text()[-2000:]
+    finally:
+        process.kill()
+    assert "sync_dist" not in (tmp_path / "log.txt").read_text()
+
+
 def test_a_sweep_prints_intervals_and_does_nothing_twice(root, tmp_path):
     file = tmp_path / "few.yaml"
     settings = config(root, None)

@@ -18,6 +18,7 @@ from training.losses import class_weights, cost, make_loss, smooth
 from training.metrics import Report, write_tables
 from training.networks import build_network
 from training.tuning import (
+    AuxiliaryBatchNorm,
     CosineHead,
     ScaledHead,
     add_lora,
@@ -58,8 +59,9 @@ class Classifier(pl.LightningModule):
         loss, loss_options: see `training.losses`; ``ldam`` gives the network a cosine head.
         smoothing: of the labels.
         reweight_from: epoch from which the costs are weighted by class (deferred re-weighting).
-        real_weight: λ of λ·loss(real) + (1 − λ)·loss(synthetic), the means over a batch's parts;
-            by default all images weigh the same.
+        real_weight: λ of λ·loss(real) + (1 − λ)·loss(synthetic), the means over a batch's parts
+            (DataDream, arXiv 2407.10910); a part that a batch lacks counts as zero. By default all
+            images weigh the same.
         auxiliary_norms: synthetic images have batch norms of their own.
         mixup, cutmix: α of mixup (arXiv 1710.09412) and CutMix (arXiv 1905.04899), each taken for
             half of the batches if both are given.
@@ -114,6 +116,13 @@ class Classifier(pl.LightningModule):
             raise UserError(f"expected real_weight in [0, 1], got {real_weight}")
         if isinstance(tau, str) and tau != "val":
             raise UserError(f"expected a number or val for tau, got {tau!r}")
+        if min(mixup, cutmix, lr, weight_decay, warm_up, smoothing) < 0 or rank < 1:
+            raise UserError(
+                "expected mixup, cutmix, lr, weight_decay, warm_up, smoothing ≥ 0, rank ≥ 1, got "
+                f"{[mixup, cutmix, lr, weight_decay, warm_up, smoothing]} and {rank}"
+            )
+        if len(counts) < 2:
+            raise UserError(f"expected at least 2 classes to tell apart, got {len(counts)}")
         lookup(OPTIMIZERS, optimizer, "optimiser")
         classes = len(counts)
         self.loss = make_loss(loss, **(loss_options or {}))
@@ -174,44 +183,66 @@ class Classifier(pl.LightningModule):
     def loss_of(
         self, images: Float[Tensor, "n c h w"], labels: Tensor, fake: Bool[Tensor, " n"]
     ) -> Float[Tensor, ""]:
-        """The mean cost, or the weighted mean of real and synthetic images' costs."""
+        """The mean cost; or λ of the real images' mean and 1 − λ of the synthetic ones'.
+
+        Real and synthetic images are mixed with their like where they are told apart.
+        """
         hp: Any = self.hparams
         apart = hp.real_weight is not None or hp.auxiliary_norms
-        parts = [fake == flag for flag in (False, True)] if apart else [torch.ones_like(fake)]
-        losses, weights = [], []
-        for number, part in enumerate(parts):
-            if not part.any():
-                continue
-            losses.append(self.costs(images[part], labels[part], number == 1).mean())
-            share = (
-                (1 - number) * hp.real_weight + number * (1 - hp.real_weight)
-                if (hp.real_weight is not None)
-                else part.float().mean().item()
-            )
-            weights.append(share)
-        if len(losses) == 1:
-            return losses[0]
-        return sum(w * loss for w, loss in zip(weights, losses, strict=True))  # type: ignore[return-value]
+        parts = [~fake, fake] if apart else [torch.ones_like(fake)]
+        parts = [part.nonzero().squeeze(1) for part in parts if part.any()]
+        mixed = [self._mixed(images[part], labels[part]) for part in parts]
+        inputs, targets = (torch.cat(column) for column in zip(*mixed, strict=True))
+        synthetic = fake[torch.cat(parts)]
+        costs = self._costs(self._logits(inputs, synthetic), targets)
+        if hp.real_weight is None:
+            return costs.mean() + self._nothing()
+        means = [
+            weight * costs[flag].sum() / flag.sum().clamp_min(1)
+            for weight, flag in ((hp.real_weight, ~synthetic), (1 - hp.real_weight, synthetic))
+        ]
+        return means[0] + means[1] + self._nothing()
 
-    def costs(
-        self, images: Float[Tensor, "n c h w"], labels: Tensor, fake: bool
-    ) -> Float[Tensor, " n"]:
-        """The cost of each image."""
+    def _mixed(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Images and their labels, by mixup or CutMix and smoothing if these are wanted."""
         hp: Any = self.hparams
-        if self.mixes and len(images) > 1:
+        if self.mixes:
             mix = self.mixes[int(torch.randint(len(self.mixes), ()))]
             images, labels = mix(images, labels)
         if hp.smoothing:
             labels = smooth(labels, len(self.counts), hp.smoothing)
-        if fake and hp.auxiliary_norms:
+        return images, labels
+
+    def _logits(self, images: Tensor, fake: Bool[Tensor, " n"]) -> Float[Tensor, "n k"]:
+        """Logits of real images and, after them, synthetic ones, each by their own norms if any.
+
+        A lone image of either, which no batch norm takes, goes with the others.
+        """
+        hp: Any = self.hparams
+        count = int(fake.sum())
+        if not hp.auxiliary_norms or count < 2:
+            return self(images)
+        if len(images) - count < 2:
             with auxiliary(self.network):
-                logits = self(images)
-        else:
-            logits = self(images)
-        table = self.loss(logits.float(), self.counts)
-        if hp.reweight_from is not None and self.current_epoch >= hp.reweight_from:
-            table = table * class_weights(self.counts)
-        return cost(table, labels)
+                return self(images)
+        real = self(images[~fake])
+        with auxiliary(self.network):
+            return torch.cat([real, self(images[fake])])
+
+    def _costs(self, logits: Float[Tensor, "n k"], labels: Tensor) -> Float[Tensor, " n"]:
+        """The cost of each image; re-weighted ones keep the scale, as in the code of LDAM-DRW."""
+        hp: Any = self.hparams
+        costs = cost(self.loss(logits.float(), self.counts), labels)
+        if hp.reweight_from is None or self.current_epoch < hp.reweight_from:
+            return costs
+        weights = class_weights(self.counts).expand_as(logits)
+        costs = cost(self.loss(logits.float(), self.counts) * weights, labels)
+        return costs / cost(weights, labels).mean()
+
+    def _nothing(self) -> Tensor | float:
+        """Zero, of all norms: DDP waits for gradients of those too that a rank had no image for."""
+        norms = [m for m in self.network.modules() if isinstance(m, AuxiliaryBatchNorm)]
+        return sum(0.0 * p.sum() for norm in norms for p in norm.parameters())
 
     def evaluation_step(self, batch: Any, batch_idx: int) -> None:
         """Count."""
@@ -236,7 +267,8 @@ class Classifier(pl.LightningModule):
     def _tell(self, stage: str) -> None:
         values = {f"{stage}/{name}": value for name, value in self.report.compute().items()}
         for name, value in values.items():
-            self.log(name, value, prog_bar=name == f"{stage}/accuracy")
+            shown = name == f"{stage}/accuracy"
+            self.log(name, value, prog_bar=shown, sync_dist=True)  # the same on all ranks
         self.report.reset()
 
     def on_test_start(self) -> None:
@@ -296,15 +328,16 @@ class Classifier(pl.LightningModule):
             UserError: the training has no end.
         """
         trainer: Any = self.trainer
-        if trainer.max_steps > 0:
-            return trainer.max_steps
         data: Any = getattr(trainer, "datamodule", None)
-        if not trainer.max_epochs or trainer.max_epochs < 0 or not hasattr(data, "draws"):
+        ends = [trainer.max_steps] if trainer.max_steps > 0 else []
+        if (trainer.max_epochs or -1) > 0 and hasattr(data, "draws"):
+            ends.append(trainer.max_epochs * -(-len(data.draws) // trainer.accumulate_grad_batches))
+        if not ends:
             raise UserError(
                 "expected trainer.max_steps ≥ 1, or max_epochs and ImageData, got neither; set "
                 "--trainer.max_steps"
             )
-        return trainer.max_epochs * -(-len(data.draws) // trainer.accumulate_grad_batches)
+        return min(ends)
 
 
 def normalization(network: nn.Module, pretrained: bool) -> tuple[Sequence[float], Sequence[float]]:

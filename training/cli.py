@@ -13,14 +13,19 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from pytorch_lightning.loggers import CSVLogger
 from pytorch_lightning.plugins.io import TorchCheckpointIO
+from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
 from augment.errors import UserError
 from augment.files import read_json, replacing, write_json
 from training.classifier import Classifier
 from training.data import ImageData, ReuseLogger
 
-LENGTH = ("max_steps", "max_epochs", "accumulate_grad_batches", "devices", "num_nodes")
-"""What of the trainer must be as it was, for a training to go on."""
+FREE = (
+    *("accelerator", "logger", "log_every_n_steps", "default_root_dir", "profiler", "barebones"),
+    *("enable_progress_bar", "enable_model_summary", "detect_anomaly", "num_sanity_val_steps"),
+    *("limit_val_batches", "limit_test_batches", "val_check_interval", "check_val_every_n_epoch"),
+)
+"""What of the trainer may be other than before, when a training goes on."""
 
 
 class SafeCheckpoints(TorchCheckpointIO):
@@ -34,6 +39,19 @@ class SafeCheckpoints(TorchCheckpointIO):
         """Write one."""
         with replacing(Path(path)) as file:
             torch.save(checkpoint, file)
+
+    def load_checkpoint(
+        self, path: Any, map_location: Any = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Read one; nothing is unpickled but tensors and plain values, wherever it comes from."""
+        try:
+            return torch.load(Path(path), map_location=map_location or "cpu", weights_only=True)
+        except Exception as error:  # of any type: unpicklers stumble over hostile bytes
+            told = getattr(error, "strerror", None) or type(error).__name__
+            raise UserError(
+                f"expected a checkpoint of tensors and plain values at {path}, got one that cannot "
+                f"be read ({told}); give one that latent-augment train wrote"
+            ) from None
 
 
 class TrainCLI(LightningCLI):
@@ -81,9 +99,9 @@ class TrainCLI(LightningCLI):
         """The trainer, logging to ``metrics.csv`` unless it is told otherwise."""
         config = self._get(self.config_init, "trainer")
         if config["logger"] is None:
-            with warnings.catch_warnings():  # of a log that is there
-                warnings.simplefilter("ignore")
-                kwargs["logger"] = log_of(self.root)
+            kwargs["logger"] = log_of(self.root, self.subcommand)
+        steps = len(self.datamodule.draws)
+        kwargs["log_every_n_steps"] = min(config["log_every_n_steps"] or 50, steps)
         plugins = config["plugins"] or []
         plugins = plugins if isinstance(plugins, list) else [plugins]
         return super().instantiate_trainer(plugins=[*plugins, SafeCheckpoints()], **kwargs)
@@ -91,6 +109,10 @@ class TrainCLI(LightningCLI):
     def before_fit(self) -> None:
         """Go on from the last checkpoint of the same run, if there is one."""
         config, file = self.config_init["fit"], self.root / "run.json"
+        self.datamodule.check_trainer(self.trainer)
+        given = config["ckpt_path"]
+        if given and given not in ("best", "last", "hpc") and not Path(given).is_file():
+            raise UserError(f"expected a checkpoint at {given}, got none; correct --ckpt_path")
         settings = self.settings()
         last = Path(config["checkpoint"].dirpath or "") / "last.ckpt"
         if config["ckpt_path"] is None and last.exists():
@@ -107,9 +129,9 @@ class TrainCLI(LightningCLI):
         """What a training that goes on must have in common with the one before."""
         text = self.parser.dump(self.config, skip_link_targets=False)
         config = yaml.safe_load(text)["fit"]
-        length = {name: config["trainer"].get(name) for name in LENGTH}
+        trainer = {k: v for k, v in config["trainer"].items() if k not in FREE}
         same = {key: config.get(key) for key in ("model", "data", "seed_everything")}
-        return json.loads(json.dumps({**same, **length}))
+        return json.loads(json.dumps({**same, "trainer": trainer}))
 
     def after_fit(self) -> None:
         """Test with the last weights, if there are images to test on."""
@@ -117,18 +139,41 @@ class TrainCLI(LightningCLI):
             self.trainer.test(self.model, datamodule=self.datamodule)
             self.after_test()
 
+    def before_validate(self) -> None:
+        """Take the run's last checkpoint, unless another is given."""
+        self._need("val")
+
+    def before_test(self) -> None:
+        """Take the run's last checkpoint, unless another is given."""
+        self._need("test")
+
+    def _need(self, images: str) -> None:
+        """Weights, and images to measure them by."""
+        self.datamodule.all_of(images)
+        config, last = self.config_init[self.subcommand], self.root / "checkpoints" / "last.ckpt"
+        if config["ckpt_path"] is None:
+            if not last.exists():
+                raise UserError(
+                    f"expected a checkpoint to {self.subcommand}, got none in {self.root}; give "
+                    "--ckpt_path, or the run's --trainer.default_root_dir"
+                )
+            config["ckpt_path"] = str(last)
+
     def after_test(self) -> None:
         """Keep what was measured beside the log."""
         if self.trainer.is_global_zero:
             measured = {k: float(v) for k, v in self.trainer.logged_metrics.items()}
             found = {k: v for k, v in measured.items() if k.startswith("test/")}
-            write_json(self.root / "test.json", found)
+            folder = self.root if self.subcommand == "fit" else self.root / self.subcommand
+            write_json(folder / "test.json", found)
 
 
-def log_of(root: Path) -> CSVLogger:
-    """A log in a run's folder; the one of a run that was interrupted is kept beside it."""
+def log_of(root: Path, subcommand: str) -> CSVLogger:
+    """A log in a run's folder, of a test in one therein; an interrupted run's is kept beside."""
     log = root / "metrics.csv"
-    if log.exists():
+    if subcommand != "fit":
+        return CSVLogger(root, name=subcommand, version="")
+    if log.exists() and rank_zero_only.rank == 0:  # type: ignore[attr-defined]
         number = 1 + len(list(root.glob("metrics-*.csv")))
         log.rename(root / f"metrics-{number}.csv")
     return CSVLogger(root, name="", version="")
@@ -144,7 +189,8 @@ def main(args: list[str]) -> TrainCLI:
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
     warnings.filterwarnings("ignore", ".*Experiment logs directory.*")
     warnings.filterwarnings("ignore", ".*LeafSpec.*")
-    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # "Seed set to 0"
+    for chatter in ("lightning_fabric", "pytorch_lightning.utilities.rank_zero"):
+        logging.getLogger(chatter).setLevel(logging.WARNING)  # "Seed set to 0", tips
     overwrite = {"overwrite": True}  # of the config beside the run's own logs
     try:
         return TrainCLI(

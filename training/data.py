@@ -1,5 +1,6 @@
 """Real images, synthetic ones mixed in, and held-out ones, as a LightningDataModule."""
 
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,14 @@ from tqdm import tqdm
 
 from augment.bank import LatentBank
 from augment.dataset import SyntheticDataset, fetch
-from augment.errors import UserError
+from augment.errors import AugmentWarning, UserError
+from augment.export import ORIGINS
+from augment.files import read_json
 from augment.records import DIGITS
 from augment.replay import ReplayPool
 from augment.seeds import rng
-from augment.shards import Shards, open_shards, read_settings
-from augment.sources import Source, as_source
+from augment.shards import Shards, open_shards, sources_of
+from augment.sources import Folder, Source, as_source
 from training.draws import Draw, Draws, Mix
 from training.transforms import Augmentation, evaluation
 
@@ -83,8 +86,8 @@ class Pair(Dataset[Item]):
             new.append((self.fixed(image), self._label(label)))
             if row < self.stays:
                 self.kept[row] = new[-1]
-        fresh = iter(new)
-        return [self.kept[row] if row not in wanted else next(fresh) for row in rows]
+        fresh, asked = iter(new), set(wanted)
+        return [next(fresh) if row in asked else self.kept[row] for row in rows]
 
     def _label(self, label: Any) -> Any:
         if not self.soft or isinstance(label, Tensor):
@@ -182,6 +185,11 @@ class ImageData(pl.LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
+        if channels not in (1, 3) or resolution < 8 or not 0 < crop <= 1 or workers < 0:
+            raise UserError(
+                "expected 1 or 3 channels, a resolution ≥ 8, a crop in (0, 1] and workers ≥ 0, got "
+                f"{channels}, {resolution}, {crop} and {workers}"
+            )
         self.real = as_source(train)
         self.held_out = {
             name: as_source(part) for name, part in (("val", val), ("test", test)) if part
@@ -191,7 +199,7 @@ class ImageData(pl.LightningDataModule):
         self.counts, self.classes = self.real.counts, self.real.classes
         self.channels, self.workers, self.batch_size = channels, workers, batch_size
         count = len(self.real) + (len(self.synthetic) if self.synthetic is not None else 0)
-        keep = augment.whole and count * channels * resolution**2 <= MEMORY
+        keep = augment.whole and count * channels * resolution**2 <= MEMORY // max(workers, 1)
         self.evaluation = evaluation(channels, resolution, crop)
         steps = augment.fixed(channels, resolution), augment.random(resolution)
         self.pair = Pair(self.real, self.synthetic, *steps, seed, keep)
@@ -225,18 +233,36 @@ class ImageData(pl.LightningDataModule):
             self.draws.share(self.trainer.global_rank, self.trainer.world_size)
             if "val" not in self.held_out:
                 self.trainer.limit_val_batches = 0  # Lightning warns of empty loaders
+            self.check_trainer(self.trainer)
         if stage == "fit" and self.synthetic is not None:
+            known = origins(self.synthetic)
+            tell_of_strangers(known, self.real)
             for name, source in self.held_out.items():
-                check_apart(origins(self.synthetic), source, name)
+                check_apart(known, source, name, self.draws.rank, self.draws.world)
+
+    def check_trainer(self, trainer: Any) -> None:
+        """Refuse what draws and schedules would not know of.
+
+        Raises:
+            UserError: epochs are to be cut short.
+        """
+        limit = trainer.limit_train_batches  # 1 is one batch, 1.0 is all
+        if (limit != 1.0 or isinstance(limit, int)) and not trainer.fast_dev_run:
+            raise UserError(
+                "expected data.steps_per_epoch to shorten an epoch, got limit_train_batches "
+                f"{limit}; leave that out"
+            )
 
     def epochs(self) -> int:
         """How many epochs the training takes."""
-        trainer = self.trainer
+        trainer: Any = self.trainer
         if trainer is None:
             return 1
+        ends = [trainer.max_epochs] if (trainer.max_epochs or -1) > 0 else []
         if trainer.max_steps > 0:
-            return -(-trainer.max_steps * trainer.accumulate_grad_batches // len(self.draws))
-        return trainer.max_epochs or 1
+            batches = trainer.max_steps * trainer.accumulate_grad_batches
+            ends.append(-(-batches // len(self.draws)))
+        return min(ends, default=1)
 
     def done(self) -> int:
         """How many batches the training has had; a checkpoint brings it back."""
@@ -250,6 +276,7 @@ class ImageData(pl.LightningDataModule):
             batch_sampler=self.draws,
             num_workers=self.workers,
             pin_memory=torch.cuda.is_available(),
+            persistent_workers=self.workers > 0,
         )
 
     def all_of(self, name: str) -> DataLoader[Any]:
@@ -278,7 +305,9 @@ class ImageData(pl.LightningDataModule):
             raise UserError(f"expected images to {name} on, got none; give --data.{name}")
         images = Evaluated(self.held_out[name], self.evaluation)
         sampler = Stripe(len(images), rank, world)
-        size = max(self.batch_size, 128)
+        size, least = max(self.batch_size, 128), len(images) // world
+        while len(images) % world and least and least % size == 0:
+            size += 1  # or ranks would have unequal numbers of batches, for which DDP waits
         return DataLoader(images, size, sampler=sampler, num_workers=self.workers)
 
 
@@ -320,8 +349,10 @@ def origins(synthetic: Any) -> dict[str, str]:
     if isinstance(synthetic, SyntheticDataset):
         return bank_origins(synthetic.synthesizer.bank)
     if isinstance(synthetic, Shards):
-        images = read_settings(synthetic.paths[0].parent)["images"] if synthetic.paths else {}
-        return {digest: i for ids in images.values() for i, digest in ids.items()}
+        return sources_of(synthetic.paths[0].parent) if synthetic.paths else {}
+    if isinstance(synthetic, Folder) and (synthetic.root / ORIGINS).exists():
+        known = read_json(synthetic.root / ORIGINS, "where exported images come from")
+        return known if isinstance(known, dict) else {}
     return {}
 
 
@@ -330,20 +361,47 @@ def bank_origins(bank: LatentBank) -> dict[str, str]:
     return {d[:DIGITS]: i for name in bank.classes for i, d in bank.digests(name).items()}
 
 
-def check_apart(known: dict[str, str], source: Source, name: str) -> None:
+def tell_of_strangers(known: dict[str, str], real: Source) -> None:
+    """Warn if synthetic images come from other images than those that are trained on.
+
+    A classifier of few shots would then know more than its shots.
+    """
+    mine = {image_id for ids in real.ids.values() for image_id in ids}
+    others = [digest for digest, image_id in known.items() if image_id not in mine]
+    if others:  # under another name, perhaps
+        digests = {real.digest(i)[:DIGITS] for i in tqdm(mine, "training images", delay=2)}
+        others = [digest for digest in others if digest not in digests]
+    if others:
+        warnings.warn(
+            f"expected synthetic images of the training images alone, got {len(others)} of "
+            f"{len(known)} images that they come from, such as {known[others[0]]}, which are not "
+            "among these; invert the training images only",
+            AugmentWarning,
+            stacklevel=2,
+        )
+
+
+def check_apart(
+    known: dict[str, str], source: Source, name: str, rank: int = 0, world: int = 1
+) -> None:
     """Refuse images to validate or test on that synthetic images come from.
+
+    Files are compared, byte by byte: an image that was encoded anew is another.
 
     Args:
         known: of the latter, see `origins`.
         source: the former.
         name: what they are for.
+        rank: of the stripe of them to look at.
+        world: how many stripes there are.
 
     Raises:
         UserError: one of them is among both, by its content.
     """
     if not known:
         return
-    for image_id, _ in tqdm(source.samples, f"{name} images against the bank's", delay=2):
+    mine = source.samples[rank::world]
+    for image_id, _ in tqdm(mine, f"{name} images against the bank's", delay=2):
         other = known.get(source.digest(image_id)[:DIGITS])
         if other is not None:
             raise UserError(

@@ -73,7 +73,7 @@ class Mix:
         if self.fill_to is not None:
             most = np.maximum(self.fill_to - real, 0)
         if self.per_real is not None:
-            most = np.floor(self.per_real * real).astype(np.int64)
+            most = np.floor(self.per_real * real + 1e-9).astype(np.int64)
         return most if self.tail_only is None else np.where(real < self.tail_only, most, 0)
 
     def strength(self, epoch: int, epochs: int) -> float:

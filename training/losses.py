@@ -251,6 +251,8 @@ def make_loss(name: str, **options: Any) -> Loss:
         if option not in known:
             of = f"an option out of {', '.join(known)}" if known else "no option"
             raise UserError(f"expected {of} of the loss {name}, got {option!r}; leave it out")
+        if isinstance(options[option], bool) or not isinstance(options[option], int | float):
+            raise UserError(f"expected a number for {option}, got {options[option]!r}; give one")
     return kind(**options)
 
 

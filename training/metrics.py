@@ -22,6 +22,7 @@ from augment.files import write_bytes
 
 MANY, FEW = 100, 20
 BINS = 15
+LARGEST = 2000  # classes whose confusion is written down: more would be a file of 10 MB
 UNIT = 2**24
 """Confidences are added up as integers, in 1/UNIT, so that their sum does not depend on order."""
 
@@ -121,8 +122,7 @@ class Report(Metric):
         """Count a batch; the softmax of the logits is the confidence."""
         confidence, guess = logits.float().softmax(-1).nan_to_num().max(-1)
         places = labels.long() * self.num_classes + guess
-        found = places.bincount(minlength=self.num_classes**2)
-        self.matrix = self.matrix + found.view_as(self.matrix)
+        self.matrix.view(-1).index_add_(0, places, torch.ones_like(places))
         place = ((confidence * BINS).ceil().long() - 1).clamp(0, BINS - 1)
         added = (torch.ones_like(guess), guess == labels, (confidence * UNIT).round())
         self.bins = self.bins.index_add(1, place, torch.stack([row.long() for row in added]))
@@ -166,7 +166,8 @@ def write_tables(
     """Write ``per_class.csv`` and ``confusion.csv``, each whole or not at all.
 
     The one has a row a class: its real training images, its test images, the accuracy (empty where
-    there are none) and the shot group. The other has a row a true class and a column a guess.
+    there are none) and the shot group. The other has a row a true class and a column a guess; it
+    is left out where there are more than `LARGEST` classes.
 
     Args:
         folder: made if needed.
@@ -184,6 +185,8 @@ def write_tables(
         accuracy = f"{accuracies[label]:.6f}" if tested[label] else ""
         rows.append((name, label, int(real), tested[label], accuracy, groups[label]))
     write_table(folder / "per_class.csv", rows)
+    if len(classes) > LARGEST:
+        return
     table = zip(classes, confusion.tolist(), strict=True)
     write_table(
         folder / "confusion.csv",

@@ -3,6 +3,7 @@
 import csv
 import io
 import itertools
+import re
 import statistics
 import subprocess
 import sys
@@ -16,6 +17,17 @@ from tqdm import tqdm
 from augment.errors import UserError
 from augment.files import read_json, write_bytes
 from training.metrics import interval
+
+
+class Loader(yaml.SafeLoader):
+    """YAML in which 1e-3 is a number, as for jsonargparse."""
+
+
+SCIENTIFIC = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+")
+Loader.add_implicit_resolver("tag:yaml.org,2002:float", SCIENTIFIC, list("-+.0123456789"))
+
+SEEDED = ("FewShot", "LongTail", "SyntheticDataset")
+"""Classes that throw dice of their own."""
 
 Run = tuple[dict[str, Any], int]
 """What is varied, and the seed."""
@@ -31,8 +43,8 @@ def sweep(
     """Train and test with several seeds, and print the mean and its 95 % interval.
 
     Args:
-        recipe: configuration of latent-augment train. Every `seed` in it, wherever it stands, is
-            set to the run's: so FewShot draws other images.
+        recipe: configuration of latent-augment train. All that throws dice in it gets the run's
+            seed: so FewShot draws other images.
         out: folder for the runs and the tables runs.csv and summary.csv; runs that are done are
             not done again, and one that was interrupted goes on.
         seeds: how many, 0, 1, and so on.
@@ -43,7 +55,7 @@ def sweep(
     if seeds < 2:
         raise UserError(f"expected at least 2 seeds for an interval, got {seeds}")
     try:
-        base = yaml.safe_load(Path(recipe).read_text())
+        base = yaml.load(Path(recipe).read_text(), Loader)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         told = " ".join(str(error).split())[:120]
         raise UserError(f"expected a configuration at {recipe}, got {told}; correct it") from None
@@ -105,16 +117,19 @@ def train(base: dict[str, Any], chosen: dict[str, Any], seed: int, out: Path) ->
 
 
 def seeded(config: Any, seed: int) -> Any:
-    """A copy of a configuration with every ``seed`` in it set.
+    """A copy of a configuration in which everything that takes a seed has this one.
 
-    >>> seeded({"data": {"train": {"init_args": {"shots": 5, "seed": 0}}}}, 3)
-    {'data': {'train': {'init_args': {'shots': 5, 'seed': 3}}}}
+    >>> seeded({"class_path": "FewShot", "init_args": {"shots": 5}}, 3)
+    {'class_path': 'FewShot', 'init_args': {'shots': 5, 'seed': 3}}
     """
     if isinstance(config, list):
         return [seeded(value, seed) for value in config]
-    if isinstance(config, dict):
-        return {k: seed if k == "seed" else seeded(v, seed) for k, v in config.items()}
-    return config
+    if not isinstance(config, dict):
+        return config
+    made: dict[str, Any] = {k: seed if k == "seed" else seeded(v, seed) for k, v in config.items()}
+    if str(made.get("class_path")).split(".")[-1] in SEEDED:
+        made["init_args"] = dict(made.get("init_args") or {}, seed=seed)
+    return made
 
 
 def assign(config: dict[str, Any], key: str, value: Any) -> None:
