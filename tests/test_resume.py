@@ -57,7 +57,7 @@ def synthetic(root, tiny, how):
     return {"real": None, "shards": str(root / "shards"), "folder": str(root / "val")}[how]
 
 
-def train(root, out, fakes, stop=None, start=None, mix=None, every=1, workers=0, val=True):
+def train(root, out, fakes, stop=None, start=None, mix=None, every=1, workers=0, val=True, **more):
     """The batches that were seen, and the weights; checkpoints every so many steps."""
     seen: list = []
     torch.manual_seed(0)
@@ -73,7 +73,7 @@ def train(root, out, fakes, stop=None, start=None, mix=None, every=1, workers=0,
         max_steps=LENGTH, accelerator="cpu", logger=False, enable_progress_bar=False,
         enable_model_summary=False, num_sanity_val_steps=0, use_distributed_sampler=False,
         callbacks=[Watched(seen, stop), EMAWeightAveraging(decay=0.9), keep],
-        plugins=[command.SafeCheckpoints()],
+        plugins=[command.SafeCheckpoints()], **more,
     )  # fmt: skip
     with contextlib.suppress(InterruptedError):
         trainer.fit(model, data, ckpt_path=start)
@@ -95,6 +95,20 @@ def test_it_goes_on_with_the_same_batches_to_the_same_weights(root, tiny, tmp_pa
     after, end = train(root, tmp_path, synthetic(root, tiny, how), start=tmp_path / "last.ckpt")
     assert before == batches[:stop]
     assert after == batches[stop:]
+    assert all(torch.equal(weights[name], end[name]) for name in weights)
+
+
+@pytest.mark.parametrize(
+    "more", [{"accumulate_grad_batches": 2}, {"val_check_interval": 2}], ids=str
+)
+@pytest.mark.parametrize("stop", [1, 2, 5])
+def test_it_goes_on_between_validations_and_with_gathered_gradients(root, tmp_path, more, stop):
+    fakes = str(root / "shards")
+    batches, weights = train(root, tmp_path / "whole", fakes, **more)
+    train(root, tmp_path / "cut", fakes, stop=stop, **more)
+    after, end = train(root, tmp_path / "cut", fakes, start=tmp_path / "cut/last.ckpt", **more)
+    assert after == batches[len(batches) - len(after) :]
+    assert len(after) == (LENGTH - stop) * more.get("accumulate_grad_batches", 1)
     assert all(torch.equal(weights[name], end[name]) for name in weights)
 
 

@@ -102,6 +102,10 @@ class TrainCLI(LightningCLI):
             kwargs["logger"] = log_of(self.root, self.subcommand)
         steps = len(self.datamodule.draws)
         kwargs["log_every_n_steps"] = min(config["log_every_n_steps"] or 50, steps)
+        limit, each = config["max_steps"], self.datamodule.draws.asked
+        if config["max_epochs"] is None and limit > 0 and each:  # for the progress bar
+            batches = limit * config["accumulate_grad_batches"]
+            kwargs["max_epochs"] = -(-batches // each)
         plugins = config["plugins"] or []
         plugins = plugins if isinstance(plugins, list) else [plugins]
         return super().instantiate_trainer(plugins=[*plugins, SafeCheckpoints()], **kwargs)

@@ -219,7 +219,7 @@ def add_lora(network: nn.Module, rank: int, targets: Sequence[str] | None = None
         from peft import LoraConfig, inject_adapter_in_model
     except ModuleNotFoundError:
         raise UserError(
-            "expected peft for LoRA, got none; pip install 'latent-augment[sd]'"
+            "expected peft for LoRA, got none; pip install 'latent-augment[train]'"
         ) from None
     if rank < 1:
         raise UserError(f"expected a rank ≥ 1 of LoRA, got {rank}; choose another")
