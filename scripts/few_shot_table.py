@@ -73,7 +73,7 @@ class Row:
     members: int | None = None
     noise: float = 0.0
     share: float = 0.25
-    per_class: int = 50
+    per_class: int = 30
     augment: Augmentation = Augmentation()  # noqa: RUF009
     cutmix: float = 0.0
     mixup: float = 0.0
@@ -174,8 +174,9 @@ class Bench:
         dice = {"alpha": row.alpha, "noise": row.noise, "members": row.members}
         if row.kind == "centroids":
             made: Any = SyntheticDataset(
-                bank, self.backbone, row.rule, per_class=row.per_class, seed=seed, keep=True, **dice
-            )
+                bank, self.backbone, row.rule, per_class=row.per_class, seed=seed, solver="fast",
+                keep=True, **dice,
+            )  # fmt: skip
             made.__getitems__(range(len(made)))
         else:
             count = row.per_class * len(self.names)
@@ -205,7 +206,9 @@ class Bench:
         shape = self.backbone.latent_shape
         noise = torch.stack([normal(rng(seed, "noise", 0, i), *shape) for i in range(count)])
         texts = [self.words[self.names[index % len(self.names)]] for index in range(count)]
-        return sample(self.backbone, noise + means.view(-1, 1, 1), texts, guidance=2.0)
+        return sample(
+            self.backbone, noise + means.view(-1, 1, 1), texts, "fireflow", 10, guidance=2.0
+        )
 
     def run(self, row: Row, shots: int, seed: int) -> dict[str, float]:
         """Accuracy and seconds of one training; read back if it was measured before."""

@@ -203,7 +203,7 @@ def test_nodes_may_leave_and_join(cluster: Any, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGINT])
 def test_a_killed_driver_leaves_units_and_no_worker(tmp_path: Path, sign: signal.Signals) -> None:
-    job = Squares(tmp_path / "out", count=40, nap=0.3)
+    job = Squares(tmp_path / "out", count=40, nap=1.0)
     environment = os.environ | {MARK: str(tmp_path)}
     environment.pop("RAY_ADDRESS", None)
     driver = subprocess.Popen(
