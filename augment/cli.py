@@ -221,12 +221,14 @@ def synthesize(
         executor: local, this process or, under torchrun or in a Slurm array, its share; or ray.
         dry_run: do and keep one shard, and tell how long all will take.
     """
+    import numpy as np
+
     from augment.bank import LatentBank
     from augment.centroid import Rule
     from augment.diffusion import load_backbone
     from augment.filters import make_filter
     from augment.generate import Synthesis
-    from augment.plan import Planner
+    from augment.plan import Planner, budget
     from augment.prompts import class_prompts
     from augment.synthesis import Synthesizer, solver_of
 
@@ -239,7 +241,10 @@ def synthesize(
         ) from None
     concentration = alphas if len(alphas) > 1 else alphas[0]
     features = None if nearest is None else opened.features(nearest)
-    counts = budget(opened.members, per_class, fill_to, tail_only)
+    real = np.array([len(ids) for ids in opened.members.values()])
+    numbers = budget(real, per_class, fill_to, None, tail_only).tolist()
+    plain = fill_to is None and tail_only is None
+    counts = per_class if plain else dict(zip(opened.members, numbers, strict=True))
     planner = Planner(opened.members, seed, concentration, members, noise, features=features)
     Rule.parse(rule)  # what can be refused is refused before gigabytes are loaded
     solver_of(opened, solver, steps)
@@ -268,17 +273,6 @@ def synthesize(
     )  # fmt: skip
     if work(job, executor, dry_run):
         tell_of_shards(job)
-
-
-def budget(
-    members: dict[str, tuple[str, ...]], per_class: int, fill_to: int | None, tail_only: int | None
-) -> int | dict[str, int]:
-    """How many synthetic images each class gets, by its real ones."""
-    if fill_to is None and tail_only is None:
-        return per_class
-    real = {name: len(ids) for name, ids in members.items()}
-    most = {n: per_class if fill_to is None else max(fill_to - r, 0) for n, r in real.items()}
-    return {n: m for n, m in most.items() if m and (tail_only is None or real[n] < tail_only)}
 
 
 def tell_of_shards(job: Any) -> None:

@@ -184,3 +184,41 @@ def fits(value: Any, shape: Any) -> bool:
 def sha256(content: bytes) -> str:
     """Hexadecimal SHA-256 digest."""
     return hashlib.sha256(content).hexdigest()
+
+
+def remember(path: Path, settings: dict[str, Any], option: str, begun: bool = True) -> None:
+    """Write the settings of a job into its folder, or check that what is there is of the same.
+
+    Args:
+        path: a JSON file in the folder.
+        settings: what a job that goes on has in common with the one before; may be nested.
+        option: what names another folder.
+        begun: whether there is anything yet that depends on them.
+
+    Raises:
+        UserError: it is of others; the first that differs is named.
+    """
+    settings = json.loads(json.dumps(settings))
+    known = read_json(path, "the settings of a job") if begun and path.exists() else settings
+    other = difference(known, settings)
+    if other:
+        name, old, new = other
+        raise UserError(
+            f"expected {path.parent} to be new or of {name} {new}, got {old}; choose another "
+            f"{option}, or the same settings to go on"
+        )
+    write_json(path, settings)
+
+
+def difference(old: Any, new: Any, name: str = "") -> tuple[str, str, str] | None:
+    """The first setting that differs, by its dotted name, and both values.
+
+    >>> difference({"model": {"lr": 0.1}}, {"model": {"lr": 0.2}})
+    ('model.lr', '0.1', '0.2')
+    """
+    if isinstance(old, dict) and isinstance(new, dict):
+        parts = (difference(old.get(k), new.get(k), f"{name}.{k}") for k in {**new, **old})
+        return next(filter(None, parts), None)
+    return (
+        None if old == new else (name.lstrip(".") or "settings", json.dumps(old), json.dumps(new))
+    )

@@ -80,20 +80,6 @@ def decode_image(content: bytes, channels: int, resolution: int) -> Float[Tensor
     return prepare(pixels[None], channels, resolution)[0]
 
 
-def load_image(path: Path, channels: int, resolution: int) -> Float[Tensor, "C R R"]:
-    """Read a PNG or JPEG file; see `decode_image`.
-
-    Raises:
-        ImageRejected: the file is missing or cannot be decoded.
-    """
-    try:
-        return decode_image(path.read_bytes(), channels, resolution)
-    except (OSError, ImageRejected) as error:
-        raise ImageRejected(
-            f"expected a readable PNG or JPEG image, got {path} ({error}); mend or remove the file"
-        ) from None
-
-
 def shorter_side(content: bytes) -> int:
     """The pixels of the shorter side of an image file that can be decoded."""
     with Image.open(io.BytesIO(content)) as file:

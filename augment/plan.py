@@ -91,6 +91,33 @@ class Plan:
             raise UserError(f"expected a plan as JSON, got {line[:60]!r} ({error})") from None
 
 
+def budget(
+    real: np.ndarray,
+    most: int,
+    fill_to: int | None = None,
+    per_real: float | None = None,
+    tail_only: int | None = None,
+) -> np.ndarray:
+    """How many synthetic images each class gets.
+
+    >>> budget(np.array([9, 2]), 100, fill_to=5), budget(np.array([9, 2]), 100, tail_only=5)
+    (array([0, 3]), array([  0, 100]))
+
+    Args:
+        real: the number of real images of each class.
+        most: so many, or instead:
+        fill_to: as many as bring a class to so many;
+        per_real: so many for every real one.
+        tail_only: none for classes with so many real images or more.
+    """
+    counts = np.full(len(real), most)
+    if fill_to is not None:
+        counts = np.maximum(fill_to - real, 0)
+    if per_real is not None:
+        counts = np.floor(per_real * real + 1e-9).astype(np.int64)
+    return counts if tail_only is None else np.where(real < tail_only, counts, 0)
+
+
 def round_robin(per_class: int | dict[str, int], classes: Sequence[str]) -> list[int]:
     """The label of each image of an epoch: class after class, round after round.
 

@@ -26,6 +26,7 @@ from fashion_mnist import CLASSES, load_split
 from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
+from train_tiny import COARSE, VEHICLES
 
 from augment import LatentBank, Planner, SyntheticDataset, fill_bank, load_backbone, sample
 from augment.centroid.residuals import mix
@@ -43,12 +44,6 @@ from training.metrics import interval
 from training.transforms import Augmentation
 
 SHOTS, SEEDS, STEPS = (1, 2, 5, 10, 20), 5, 300
-VEHICLES = ("airplane", "automobile", "ship", "truck")
-COARSE = {
-    **dict.fromkeys(CLASSES, "top"),
-    **{"Trouser": "trousers", "Bag": "bag"},
-    **dict.fromkeys(("Sandal", "Sneaker", "Ankle boot"), "footwear"),
-}
 
 
 @dataclass(frozen=True)
@@ -133,9 +128,9 @@ class Bench:
         self.pool, self.test = self.fashion() if grey else self.cifar()
         words = COARSE if grey else {}
         self.words = {n: words.get(n, "vehicle" if n in VEHICLES else "animal") for n in self.names}
-        begun = time.perf_counter()
+        begun = time.process_time()
         self.bank = fill_bank(self.out / "bank", self.backbone, self.pool, keeps=())
-        print(f"bank: {time.perf_counter() - begun:.0f} s")
+        print(f"bank: {time.process_time() - begun:.0f} s")
         warnings.simplefilter("ignore", BiasWarning)
 
     @property
@@ -165,10 +160,10 @@ class Bench:
         return Slice(root, 0, 100), last
 
     def synthetic(self, row: Row, real: Source, seed: int) -> tuple[Any, float]:
-        """The synthetic images of a row, and the seconds they took."""
+        """The synthetic images of a row, and the CPU seconds they took."""
         if row.kind == "none":
             return None, 0.0
-        begun = time.perf_counter()
+        begun = time.process_time()
         known = {image_id for ids in real.ids.values() for image_id in ids}
         bank = self.bank.subset(known.__contains__)
         dice = {"alpha": row.alpha, "noise": row.noise, "members": row.members}
@@ -186,7 +181,7 @@ class Bench:
                 else (self.prompted(count, seed))
             )
             made = Images(images, [index % len(self.names) for index in range(count)])
-        return made, time.perf_counter() - begun
+        return made, time.process_time() - begun
 
     def pixels(self, bank: LatentBank, real: Source, count: int, seed: int) -> Tensor:
         """The plans that centroids follow, applied to the pixels themselves."""
@@ -211,7 +206,7 @@ class Bench:
         )
 
     def run(self, row: Row, shots: int, seed: int) -> dict[str, float]:
-        """Accuracy and seconds of one training; read back if it was measured before."""
+        """Accuracy and CPU seconds of one training; read back if it was measured before."""
         name = "".join(c if c.isalnum() or c == "." else "-" for c in row.name)
         done = self.out / "runs" / f"{name}-{shots}-{seed}.json"
         settings = json.loads(json.dumps({**asdict(row), "steps": STEPS}))
@@ -228,9 +223,9 @@ class Bench:
         model = Classifier(
             data.counts, channels=self.channels, cutmix=row.cutmix, mixup=row.mixup, seed=seed
         )
-        trainer, begun = quiet_trainer(STEPS), time.perf_counter()
+        trainer, begun = quiet_trainer(STEPS), time.process_time()
         trainer.fit(model, data)
-        spent = time.perf_counter() - begun
+        spent = time.process_time() - begun
         accuracy = trainer.test(model, data, verbose=False)[0]["test/accuracy"]
         result = {"accuracy": accuracy, "synthesis_s": made, "training_s": spent}
         write_json(done, {**result, "settings": settings})
@@ -245,7 +240,7 @@ def told(values: list[float]) -> str:
 def report(bench: Bench, rows: tuple[Row, ...], shots: list[int], found: dict[Any, Any]) -> None:
     """Print the tables and draw the plot."""
     print("\naccuracy, %, and gain over classical, paired by seed; ± 95 % (Student's t)\n")
-    print("| row | " + " | ".join(f"{n} shots" for n in shots) + " | seconds, 5 shots |")
+    print("| row | " + " | ".join(f"{n} shots" for n in shots) + " | CPU seconds, 5 shots |")
     print("|---" * (len(shots) + 2) + "|")
     middle = 5 if 5 in shots else shots[0]
     for row in rows:

@@ -27,7 +27,7 @@ from tqdm import tqdm
 from augment.diffusion.process import VariancePreserving
 from augment.diffusion.tiny import PROMPTS, WEIGHTS, build_network, haar
 from augment.files import sha256
-from augment.images import load_image, prepare
+from augment.images import prepare
 from augment.sources import Folder
 
 COARSE = dict.fromkeys(CLASSES, "top") | {
@@ -72,9 +72,9 @@ def load_fashion() -> Data:
 
 def load_cifar(root: Path) -> Data:
     """CIFAR-10 in class folders, `KEPT` of each: colour, and mid grey is zero."""
-    ids = Folder(root).ids
-    kept = [(name, i) for name, names in ids.items() for i in names[KEPT]]
-    images = torch.stack([load_image(root / i, 3, 32) for _, i in tqdm(kept, "images")])
+    folder = Folder(root)
+    kept = [(name, i) for name, names in folder.ids.items() for i in names[KEPT]]
+    images = torch.stack([folder.load(i, 3, 32) for _, i in tqdm(kept, "images")])
     clean = haar(images - 0.5)
     words = ("", "animal", "vehicle")
     prompts = torch.tensor([1 + (name in VEHICLES) for name, _ in kept])

@@ -146,7 +146,7 @@ def test_draws_are_images_of_the_dataset_and_say_which(bank, gaussian):
 def test_images_come_in_order_epoch_by_epoch_and_replace_the_oldest(flat):
     until(lambda: flat.filled == 30)
     seen, start = set(), flat.made
-    while flat.made < start + 90:
+    while flat.made < start + 90 or len(seen) <= 90:  # a busy machine lets us see fewer a round
         for slot in range(30):
             made = flat.made
             record = flat.record(slot)
@@ -156,7 +156,7 @@ def test_images_come_in_order_epoch_by_epoch_and_replace_the_oldest(flat):
             assert (number - slot) % 30 in (0, 1), "the next if this one is being written"
             assert made - 30 <= number <= flat.made
             seen.add((record.epoch, record.index))
-    assert len(seen) > 45, "what a busy machine lets us see of 90 and more"
+    assert len(seen) > 90
 
 
 def test_a_half_written_slot_is_skipped(flat):

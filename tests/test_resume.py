@@ -191,7 +191,7 @@ def test_the_same_command_goes_on_and_another_is_refused(root, tmp_path, monkeyp
     with pytest.raises(SystemExit) as stop:
         run("--model.lr", "0.1")
     assert stop.value.code == 2
-    assert "another training" in capsys.readouterr().err
+    assert "model.lr 0.1, got 0.002" in capsys.readouterr().err
     run()
     assert torch.load(out / "checkpoints/last.ckpt", weights_only=True)["global_step"] == 8
     assert (out / "test.json").exists()

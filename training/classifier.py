@@ -18,6 +18,7 @@ from training.losses import class_weights, cost, make_loss, smooth
 from training.metrics import Report, write_tables
 from training.networks import build_network
 from training.tuning import (
+    TUNES,
     AuxiliaryBatchNorm,
     CosineHead,
     ScaledHead,
@@ -33,7 +34,7 @@ from training.tuning import (
 )
 
 OPTIMIZERS = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
-TUNES = ("all", "head", "scale", "lora")
+WAYS = (*TUNES, "scale")
 TAUS = tuple(t / 10 for t in range(21))
 """What `Classifier.tau` is chosen from (Kang et al., arXiv 1910.09217)."""
 
@@ -110,8 +111,8 @@ class Classifier(pl.LightningModule):
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
-        if tune not in TUNES:
-            raise UserError(f"expected tune out of {', '.join(TUNES)}, got {tune!r}; choose one")
+        if tune not in WAYS:
+            raise UserError(f"expected tune out of {', '.join(WAYS)}, got {tune!r}; choose one")
         if real_weight is not None and not 0 <= real_weight <= 1:
             raise UserError(f"expected real_weight in [0, 1], got {real_weight}")
         if isinstance(tau, str) and tau != "val":
@@ -167,10 +168,7 @@ class Classifier(pl.LightningModule):
         loop: Any = self.trainer.fit_loop.epoch_loop
         done = loop.batch_progress.total.processed
         torch.manual_seed(int(rng(hp.seed, "step", done, self.global_rank).integers(2**63)))
-        if hp.tune in ("head", "scale"):
-            train_mode(self.network, "head")
-        elif hp.tune == "lora":
-            train_mode(self.network, "lora")
+        train_mode(self.network, "head" if hp.tune == "scale" else hp.tune)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """The loss of (images, labels) or (images, labels, whether synthetic)."""
@@ -232,12 +230,11 @@ class Classifier(pl.LightningModule):
     def _costs(self, logits: Float[Tensor, "n k"], labels: Tensor) -> Float[Tensor, " n"]:
         """The cost of each image; re-weighted ones keep the scale, as in the code of LDAM-DRW."""
         hp: Any = self.hparams
-        costs = cost(self.loss(logits.float(), self.counts), labels)
+        table = self.loss(logits.float(), self.counts)
         if hp.reweight_from is None or self.current_epoch < hp.reweight_from:
-            return costs
-        weights = class_weights(self.counts).expand_as(logits)
-        costs = cost(self.loss(logits.float(), self.counts) * weights, labels)
-        return costs / cost(weights, labels).mean()
+            return cost(table, labels)
+        weights = class_weights(self.counts).expand_as(table)
+        return cost(table * weights, labels) / cost(weights, labels).mean()
 
     def _nothing(self) -> Tensor | float:
         """Zero, of all norms: DDP waits for gradients of those too that a rank had no image for."""

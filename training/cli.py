@@ -1,6 +1,5 @@
 """``latent-augment train …``: Lightning's own command line over our classifier and data."""
 
-import json
 import logging
 import warnings
 from pathlib import Path
@@ -16,7 +15,7 @@ from pytorch_lightning.plugins.io import TorchCheckpointIO
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
 from augment.errors import UserError
-from augment.files import read_json, replacing, write_json
+from augment.files import remember, replacing, write_json
 from training.classifier import Classifier
 from training.data import ImageData, ReuseLogger
 
@@ -117,17 +116,11 @@ class TrainCLI(LightningCLI):
         given = config["ckpt_path"]
         if given and given not in ("best", "last", "hpc") and not Path(given).is_file():
             raise UserError(f"expected a checkpoint at {given}, got none; correct --ckpt_path")
-        settings = self.settings()
         last = Path(config["checkpoint"].dirpath or "") / "last.ckpt"
-        if config["ckpt_path"] is None and last.exists():
-            if read_json(file, "a training") != settings:
-                raise UserError(
-                    f"expected {self.root} to be new or of the same settings, got another "
-                    "training; remove it or choose another --trainer.default_root_dir"
-                )
+        begun = given is None and last.exists()
+        remember(file, self.settings(), "--trainer.default_root_dir", begun)
+        if begun:
             config["ckpt_path"] = str(last)
-        if self.trainer.is_global_zero:
-            write_json(file, settings)
 
     def settings(self) -> dict[str, Any]:
         """What a training that goes on must have in common with the one before."""
@@ -135,7 +128,7 @@ class TrainCLI(LightningCLI):
         config = yaml.safe_load(text)["fit"]
         trainer = {k: v for k, v in config["trainer"].items() if k not in FREE}
         same = {key: config.get(key) for key in ("model", "data", "seed_everything")}
-        return json.loads(json.dumps({**same, "trainer": trainer}))
+        return {**same, "trainer": trainer}
 
     def after_fit(self) -> None:
         """Test with the last weights, if there are images to test on."""

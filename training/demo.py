@@ -7,7 +7,6 @@ Everything is a folder that ``invert``, ``synthesize`` and ``train`` read and wr
 stage goes on where an interrupted demo stopped.
 """
 
-import json
 import logging
 import math
 import statistics
@@ -26,7 +25,7 @@ from augment.centroid.residuals import mix
 from augment.diffusion import Backbone, load_backbone
 from augment.diffusion.solver import sample
 from augment.errors import UserError
-from augment.files import read_json, write_json
+from augment.files import read_json, remember, write_json
 from augment.fill import fill_bank
 from augment.generate import write_shards
 from augment.images import save_image, sheet
@@ -116,7 +115,7 @@ def run_demo(out: str | None, full: bool, seeds: int | None) -> None:
         settings = Settings(**{**asdict(settings), "seeds": seeds})
     root = Path(out or ("runs/demo-full" if full else "runs/demo"))
     backbone = load_backbone("tiny")
-    remember(root / "settings.json", {**asdict(settings), **backbone.fingerprint})
+    remember(root / "settings.json", {**asdict(settings), **backbone.fingerprint}, "--out")
     drawn = {n for seed in range(settings.seeds) for n in few_shots(seed, SHOTS)}
     write_fashion(root / "images", "shots", sorted(drawn))
     write_fashion(root / "test", "test")
@@ -136,17 +135,6 @@ def run_demo(out: str | None, full: bool, seeds: int | None) -> None:
 def rows_of(settings: Settings) -> list[Row]:
     """The rows a demo runs."""
     return [row for row in ROWS if row.name in settings.rows]
-
-
-def remember(path: Path, settings: dict[str, Any]) -> None:
-    """Write the settings of a demo, or check that the folder is of the same."""
-    settings = json.loads(json.dumps(settings))
-    if path.exists() and read_json(path, "a demo") != settings:
-        raise UserError(
-            f"expected {path.parent} to be new or of the same settings, got another demo; "
-            "remove it or choose another --out"
-        )
-    write_json(path, settings)
 
 
 def run_row(

@@ -13,6 +13,7 @@ import numpy as np
 from torch.utils.data import Sampler
 
 from augment.errors import UserError, lookup
+from augment.plan import budget
 from augment.seeds import rng
 
 SAMPLERS: dict[str, tuple[float, ...]] = {
@@ -69,12 +70,8 @@ class Mix:
 
     def budget(self, real: np.ndarray) -> np.ndarray:
         """How many synthetic images each class may use, by its number of real ones."""
-        most = np.full(len(real), np.iinfo(np.int64).max)
-        if self.fill_to is not None:
-            most = np.maximum(self.fill_to - real, 0)
-        if self.per_real is not None:
-            most = np.floor(self.per_real * real + 1e-9).astype(np.int64)
-        return most if self.tail_only is None else np.where(real < self.tail_only, most, 0)
+        most = np.iinfo(np.int64).max
+        return budget(real, most, self.fill_to, self.per_real, self.tail_only)
 
     def strength(self, epoch: int, epochs: int) -> float:
         """The part of the share, or of the number, that an epoch has."""

@@ -30,10 +30,10 @@ from tqdm import tqdm
 
 from augment.bank import LatentBank
 from augment.centroid.rule import Rule
-from augment.diffusion import load_backbone
+from augment.diffusion import find_device, load_backbone
 from augment.diffusion.backbone import Backbone
 from augment.errors import AugmentWarning, UserError
-from augment.files import check_folder, locked, read_json, sha256, write_bytes, write_json
+from augment.files import check_folder, locked, remember, sha256, write_bytes
 from augment.images import prepare
 from augment.plan import Plan, Planner
 from augment.sources import Source, as_source
@@ -177,24 +177,6 @@ def summary(shape: str, rows: Sequence[Row]) -> str:
     return text
 
 
-def remember(path: Path, settings: dict[str, Any]) -> None:
-    """Write the settings of a run, or check that what was begun in the folder is of the same.
-
-    Raises:
-        UserError: it is of others; the first that differs is named.
-    """
-    begun = any((path.parent / name).exists() for name in (RESULTS, FEATURES))
-    known = read_json(path, "the settings of episodes") if begun else settings
-    known = known if isinstance(known, dict) else {}
-    for key in {**settings, **known}:
-        if known.get(key) != settings.get(key):
-            raise UserError(
-                f"expected {path.parent} to be new or of {key} = {settings.get(key)}, got "
-                f"{known.get(key)}; choose another out, or the same settings to go on"
-            )
-    write_json(path, settings)
-
-
 def frozen(
     path: Path, source: Source, shape: tuple[int, int, int], n_tasks: int, seed: int
 ) -> Episodes:
@@ -327,11 +309,12 @@ def run_episodes(
         settings = {"images": str(source.root), "episodes": found.digest, "network": network}
         settings |= {"weights": digest_of(weights), "form": [channels, resolution]}
         settings |= {"head": repr(fitted), **(mixing if opened else {"bank": None})}
-        remember(root / "settings.json", settings)
+        begun = any((root / name).exists() for name in (RESULTS, FEATURES))
+        remember(root / "settings.json", settings, "--out", begun)
         rows = read_rows(root / RESULTS)
         if len(rows) < n_tasks:
             model = load_backbone(**{**opened.recipe, "device": device}) if opened else None
-            where = model.device if model else pick(device)
+            where = model.device if model else find_device(device)
             eyes = feature_network(network, weights, where)
             form = (channels, resolution)
             ids = sorted({i for task in tasks for i in task.images})
@@ -372,20 +355,4 @@ def digest_of(weights: str) -> str:
     except OSError as error:
         raise UserError(
             f"expected weights at {weights}, got {error.strerror or error}; check the path"
-        ) from None
-
-
-def pick(device: str | None) -> torch.device:
-    """A device that is there; by default the GPU if there is one.
-
-    Raises:
-        UserError: it is not.
-    """
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        return torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(
-            f"expected a device that is there, got {device!r} ({reason}); take cpu"
         ) from None

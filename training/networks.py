@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from augment.errors import UserError
+from augment.filters.network import find_timm
 
 Images = Float[Tensor, "n c h w"]
 
@@ -113,17 +114,7 @@ NETWORKS: dict[str, Callable[[int, int], nn.Module]] = {
 
 def from_timm(name: str, channels: int, num_classes: int, **options: Any) -> nn.Module:
     """A network of timm; see `build_network`."""
-    try:
-        import timm
-    except ModuleNotFoundError:
-        raise UserError(
-            f"expected timm for the network {name!r}, got none; pip install 'latent-augment[train]'"
-        ) from None
-    if not timm.is_model(name):
-        raise UserError(
-            f"expected {', '.join(NETWORKS)} or a network of timm, got {name!r}; "
-            "see timm.list_models()"
-        )
+    timm = find_timm(name, f"{', '.join(NETWORKS)} or a network of timm")
     try:
         return timm.create_model(name, in_chans=channels, num_classes=num_classes, **options)
     except (OSError, RuntimeError) as error:

@@ -1,7 +1,5 @@
 """Several seeds, and several values of a setting, in one command: a table with 95 % intervals."""
 
-import csv
-import io
 import itertools
 import re
 import statistics
@@ -15,8 +13,8 @@ import yaml
 from tqdm import tqdm
 
 from augment.errors import UserError
-from augment.files import read_json, write_bytes
-from training.metrics import interval
+from augment.files import read_json, remember
+from training.metrics import interval, write_table
 
 
 class Loader(yaml.SafeLoader):
@@ -78,9 +76,9 @@ def sweep(
         for chosen, seed in bar:
             bar.set_postfix_str(", ".join(f"{k.split('.')[-1]} {v}" for k, v in chosen.items()))
             rows.append({**chosen, "seed": seed, **train(base, chosen, seed, Path(out))})
-            write_table(Path(out) / "runs.csv", rows)
+            write(Path(out) / "runs.csv", rows)
     summary = list(summarise(rows, names))
-    write_table(Path(out) / "summary.csv", summary)
+    write(Path(out) / "summary.csv", summary)
     tell(summary, names)
 
 
@@ -97,14 +95,8 @@ def train(base: dict[str, Any], chosen: dict[str, Any], seed: int, out: Path) ->
         assign(config, key, value)
     assign(config, "seed_everything", seed)
     assign(config, "trainer.enable_progress_bar", False)
-    file, done = folder / "run.yaml", folder / "test.json"
-    content = yaml.safe_dump(config, sort_keys=False, allow_unicode=True).encode()
-    if file.exists() and file.read_bytes() != content:
-        raise UserError(
-            f"expected {folder} to be new or of the same settings, got another run; remove it or "
-            "choose another --out"
-        )
-    write_bytes(file, content)
+    file, done = folder / "given.json", folder / "test.json"
+    remember(file, config, "--out")
     if not done.exists():
         command = [sys.executable, "-m", "augment.cli", "train", "fit", "--config", str(file)]
         with (folder / "log.txt").open("w") as log:
@@ -157,14 +149,10 @@ def summarise(rows: list[dict[str, Any]], names: list[str]) -> Iterator[dict[str
         yield found
 
 
-def write_table(path: Path, rows: list[dict[str, Any]]) -> None:
+def write(path: Path, rows: list[dict[str, Any]]) -> None:
     """A CSV file of rows that may lack some of the columns."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns)
-    writer.writeheader()
-    writer.writerows(rows)
-    write_bytes(path, text.getvalue().encode())
+    write_table(path, [columns, *([row.get(key, "") for key in columns] for row in rows)])
 
 
 def tell(summary: list[dict[str, Any]], names: list[str]) -> None:

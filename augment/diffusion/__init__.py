@@ -113,12 +113,7 @@ def load_backbone(
     Raises:
         UserError: an unknown name, an option that the backbone has not, or no usable weights.
     """
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"expected a device that is there, got {device!r}: {reason}") from None
+    device = find_device(device)
     name, where = str(name_or_path), {"device": device, "dtype": dtype}
     mine = name == "tiny"
     if Path(name).suffix == ".safetensors":
@@ -138,6 +133,20 @@ def load_backbone(
     return backbone
 
 
+def find_device(device: torch.device | str | None = None) -> torch.device:
+    """A device that is there; by default the GPU if there is one.
+
+    Raises:
+        UserError: it is not.
+    """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"expected a device that is there, got {device!r}: {reason}") from None
+
+
 def rooted(value: str | Path) -> str:
     """A recipe's path as JSON has it; one that is there is absolute, to be found again."""
     if value in BACKBONES:
@@ -145,4 +154,4 @@ def rooted(value: str | Path) -> str:
     return str(Path(value).resolve()) if Path(value).exists() else str(value)
 
 
-__all__ = ["BACKBONES", "PIPELINES", "Backbone", "load_backbone", "pretrained"]
+__all__ = ["BACKBONES", "PIPELINES", "Backbone", "find_device", "load_backbone", "pretrained"]

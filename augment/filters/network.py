@@ -75,15 +75,9 @@ def timm_network(
         UserError: timm is missing or does not know the name, or the weights are missing, of
             another network or of another number of classes.
     """
-    try:
-        import timm
-        from timm.data import resolve_model_data_config  # type: ignore[attr-defined]
-    except ModuleNotFoundError:
-        raise UserError(
-            f"expected timm for the network {name!r}, got none; pip install 'latent-augment[train]'"
-        ) from None
-    if not timm.is_model(name):
-        raise UserError(f"expected a network of timm, got {name!r}; see timm.list_models()")
+    timm = find_timm(name)
+    from timm.data import resolve_model_data_config  # type: ignore[attr-defined]
+
     state, own = read_state(weights) if weights else ({}, False)
     with torch.random.fork_rng(devices=[]):  # timm throws first weights with the global generator
         network = build(timm, name, classes, weights, state)
@@ -98,6 +92,27 @@ def timm_network(
         return network(inputs).flatten(1)
 
     return lambda images: in_batches(run, images)
+
+
+def find_timm(name: str, known: str = "a network of timm") -> Any:
+    """The library, if it has a network of this name.
+
+    Args:
+        name: of the network.
+        known: what may be named, for the error.
+
+    Raises:
+        UserError: timm is missing, or does not know the name.
+    """
+    try:
+        import timm
+    except ModuleNotFoundError:
+        raise UserError(
+            f"expected timm for the network {name!r}, got none; pip install 'latent-augment[train]'"
+        ) from None
+    if not timm.is_model(name):
+        raise UserError(f"expected {known}, got {name!r}; see timm.list_models()")
+    return timm
 
 
 def read_state(path: str) -> tuple[dict[str, Tensor], bool]:
