@@ -88,7 +88,7 @@ class SyntheticDataset(Dataset[Sample]):
         self.targets, self.epoch = round_robin(per_class, self.classes), 0
         """The label of every item; of its home class, where several are mixed."""
         self.transform, self.target_transform = transform, target_transform
-        self.kept: dict[int, Tensor] | None = {} if keep else None
+        self.kept: dict[int, tuple[Tensor, Any]] | None = {} if keep else None
 
     def subset(self, keep: Callable[[str], bool]) -> "SyntheticDataset":
         """The same dataset of fewer real images.
@@ -104,7 +104,8 @@ class SyntheticDataset(Dataset[Sample]):
         features = self.planner.features and {
             name: table[torch.tensor(rows[name])] for name, table in self.planner.features.items()
         }
-        other.kept = None if self.kept is None else {}
+        if other.kept is not None and bank.members != self.planner.images:
+            other.kept = {}
         other.synthesizer = dataclasses.replace(self.synthesizer, bank=bank)
         other.planner = dataclasses.replace(
             self.planner, images=bank.members, features=features or None
@@ -145,26 +146,27 @@ class SyntheticDataset(Dataset[Sample]):
                 "backbone; set num_workers=0, draw from a ReplayPool, or write the images first "
                 "with latent-augment synthesize"
             )
-        plans = [self.plan(index) for index in indices]
-        images = self._images(indices, plans)
         transform = self.transform or (lambda image: image)
         target = self.target_transform or (lambda label: label)
-        return [(transform(x), target(self.label(p))) for x, p in zip(images, plans, strict=True)]
+        made = self._made(indices) if self.kept is None else self._kept(indices, self.kept)
+        return [(transform(image), target(label)) for image, label in made]
 
-    def _images(self, indices: Sequence[int], plans: list[Plan]) -> Iterable[Tensor]:
-        """The images of some items; of those that are kept, whole blocks are made at once.
+    def _made(self, indices: Iterable[int]) -> Iterable[Sample]:
+        """Images, synthesised together, and labels."""
+        plans = [self.plan(index) for index in indices]
+        return zip(self.synthesizer.images(plans), map(self.label, plans), strict=True)
+
+    def _kept(self, indices: Sequence[int], kept: dict[int, tuple[Tensor, Any]]) -> list[Sample]:
+        """The same from memory. Those that are not there yet are made in whole blocks.
 
         So an image's last bits do not depend on who asked first.
         """
-        if self.kept is None:
-            return self.synthesizer.images(plans)
-        rows, size = [index % len(self) for index in indices], self.synthesizer.batch_size
-        for block in sorted({row // size for row in rows if row not in self.kept}):
+        rows, size = [range(len(self))[index] for index in indices], self.synthesizer.batch_size
+        for block in sorted({row // size for row in rows if row not in kept}):
             made = range(block * size, min((block + 1) * size, len(self)))
-            images = self.synthesizer.images([self.plan(row) for row in made])
-            pixels = (images * 255).round().to("cpu", torch.uint8)
-            self.kept |= dict(zip(made, pixels, strict=True))
-        return [self.kept[row].float() / 255 for row in rows]
+            for row, (image, label) in zip(made, self._made(made), strict=True):
+                kept[row] = (image * 255).round().to("cpu", torch.uint8), label
+        return [(pixels.float() / 255, label) for pixels, label in map(kept.__getitem__, rows)]
 
 
 class MixedDataset(Dataset[Sample]):

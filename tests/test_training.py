@@ -107,6 +107,9 @@ def test_kept_images_are_made_once_and_are_the_same_whoever_asks(tiny, synthetic
     one.synthesizer.images = made
     other = SyntheticDataset(synthetic_bank, tiny, **options)
     assert all(torch.equal(other[i][0], images[i]) for i in (7, 2, 9, 0))
+    assert one.subset(lambda _: True).kept is one.kept, "the same images are not made again"
+    some = one.subset(lambda image_id: not image_id.endswith("0.png"))
+    assert some.kept == {} and not torch.equal(some[0][0], images[0])
 
 
 def test_how_a_pool_is_reused_is_logged(folders, tiny, synthetic_bank):
