@@ -87,7 +87,6 @@ ROWS = (
     Row("pixel mix", "pixels"),
     Row("prompt only", "prompts"),
     *(Row(f"centroids {rule}", "centroids", rule) for rule in RULES),
-    Row("centroids fade/chm, noise 0.3", "centroids", noise=0.3),
     Row(TWICE, times=2),
 )
 TUNED = (
