@@ -7,7 +7,7 @@ to invert, at about 50 network evaluations each. *Back* is the PSNR of images sa
 inversion's own solver with as many steps; *left* is the share of the mean clean latent of a class
 in its mean inverted one; *blocks* is the mean |correlation| of pixels in 8×8 blocks (noise has the
 value printed). Centroids mix N of a class in equal parts by fade/chm, the same ones in every row;
-an oracle (``scripts/reproduce_degeneracy.py``) says whether the class was kept, and its features
+an oracle (the embedded network `fashion`) says whether the class was kept, and its features
 give the FID to other training images. Finished rows stay in --out; go on at any time.
 """
 
@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from fashion_mnist import CLASSES, load_split
-from reproduce_degeneracy import fid, load_oracle, standard_error
+from reproduce_degeneracy import fid, judge, standard_error
 from torch import Tensor
 from tqdm import tqdm
 from train_tiny import COARSE
@@ -29,6 +29,7 @@ from augment.diffusion.process import Flow, VariancePreserving
 from augment.files import write_json
 from augment.images import prepare
 from augment.inversion import inverted, inverter
+from augment.networks.fashion import fashion_net
 from augment.seeds import normal, rng
 
 PER_CLASS, DRAWS, COUNTS, REFERENCE = 24, 16, (2, 8, 16), 200
@@ -71,14 +72,14 @@ class Bench:
 
     def __init__(self, out: Path) -> None:
         self.out, self.backbone = out, load_backbone("tiny")
-        self.oracle = load_oracle(out / "oracle.safetensors", 10, self.backbone.device)
+        self.oracle = fashion_net(self.backbone.device)
         images, labels = load_split("train")
         order = torch.from_numpy(rng(0, "order").permutation(len(labels)))
         rows = [order[labels[order] == label] for label in range(len(CLASSES))]
         picked = torch.cat([members[:PER_CLASS] for members in rows])
         others = torch.cat([members[-REFERENCE:] for members in rows])
         self.images = prepare(images[picked], 1, 32)
-        self.reference = self.oracle.judge(prepare(images[others], 1, 32))[0]
+        self.reference = judge(self.oracle, prepare(images[others], 1, 32))[0]
         self.prompts = [COARSE[CLASSES[label]] for label in labels[picked].tolist()]
         self.clean = self.backbone.encode(self.images).unflatten(0, (len(CLASSES), PER_CLASS))
 
@@ -110,7 +111,7 @@ class Bench:
         ])  # fmt: skip
         mixed = Rule.parse("fade/chm")(drawn, torch.full((len(drawn), count), 1 / count))
         images = sample(self.backbone, mixed, solver=solver, steps=steps)
-        features, predicted = self.oracle.judge(images)
+        features, predicted = judge(self.oracle, images)
         hits = (predicted.view(DRAWS, -1) == torch.arange(len(CLASSES))).float()
         kept, error = 100 * hits.mean().item(), 100 * standard_error(hits)
         return {f"kept_{count}": [kept, error], f"fid_{count}": fid(features, self.reference)}

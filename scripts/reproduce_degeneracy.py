@@ -1,13 +1,13 @@
 """Reproduce on the embedded backbone why centroids of many latents degenerate, and try the cure.
 
     python scripts/reproduce_degeneracy.py          # took 26 minutes on one core
-    python scripts/reproduce_degeneracy.py --quick  # fewer draws and steps; oracle 9 more, once
+    python scripts/reproduce_degeneracy.py --quick  # fewer draws and steps
 
 Landolsi & Kahl, *Mean-adjusted interpolation*, arXiv 2505.07481: inverted latents share a small
 channel bias; averaging N of them and restoring the norm lengthens it √N-fold, and images
 degenerate; rules that take the mean out first do not. Each centroid mixes N images of one class of
-the test split in equal parts, the same ones under every rule. The oracle, a convnet trained on the
-training split, says whether the class was kept; its features give the FID to other test images.
+the test split in equal parts, the same ones under every rule. The oracle, the embedded network
+`fashion`, says whether the class was kept; its features give the FID to other test images.
 FID falls with the number of images, so it is only comparable within a run, and it punishes
 centroids for resembling each other, as those of many members must. At N = 64 of 96 the draws
 overlap: standard errors there are too small. Finished cells stay in --out; go on at any time.
@@ -24,20 +24,19 @@ from typing import Any
 import matplotlib
 import numpy as np
 import torch
-import torch.nn.functional as F
 from fashion_mnist import CLASSES, load_split
 from matplotlib import pyplot as plt
-from safetensors.torch import load_file, save
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from augment.bank import LatentBank
 from augment.centroid.means import channel_mean
 from augment.diffusion import Backbone, load_backbone
 from augment.diffusion.solver import sample
-from augment.files import write_bytes, write_json
+from augment.files import write_json
 from augment.fill import fill_bank
 from augment.images import prepare, save_image
+from augment.networks.fashion import FashionNet, fashion_net
 from augment.plan import Planner
 from augment.seeds import normal, rng
 from augment.sources import Folder
@@ -56,56 +55,12 @@ COLORS = {"lin": "#888888", "fix": "#d55e00", "nin": "#cc79a7", "vp": "#e69f00",
 STYLES = {"0": "o-", "m": "D-.", "mu": "D-.", "chm": "s--", "lp": "^:"}
 
 
-class Oracle(nn.Module):
-    """Four convolutions, 64 features and a linear head: 0.27 M parameters."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        layers: list[nn.Module] = []
-        for narrow, wide, stride in ((1, 32, 2), (32, 64, 1), (64, 128, 2), (128, 128, 2)):
-            conv = nn.Conv2d(narrow, wide, 3, stride, padding=1, bias=False)
-            layers += [conv, nn.BatchNorm2d(wide), nn.ReLU()]
-        pool = [nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Dropout(0.3)]
-        self.features = nn.Sequential(*layers, *pool, nn.Linear(512, 64), nn.ReLU())
-        self.head = nn.Linear(64, len(CLASSES))
-
-    @torch.no_grad()
-    def judge(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Features (n, 64) and predicted labels (n,), on the CPU."""
-        device = self.head.weight.device
-        features = torch.cat([self.features(part.to(device)) for part in images.split(500)])
-        return features.cpu(), self.head(features).argmax(1).cpu()
-
-
-def jitter(images: Tensor) -> Tensor:
-    """Flip each image or not, and shift it by up to 2 pixels."""
-    images = torch.where(torch.rand(len(images), 1, 1, 1) < 0.5, images.flip(-1), images)
-    (top, left), span = torch.randint(5, (2, len(images), 1, 1)), torch.arange(32)
-    which = torch.arange(len(images))[:, None, None]
-    return F.pad(images, (2, 2, 2, 2))[which, 0, top + span[:, None], left + span][:, None]
-
-
-def load_oracle(path: Path, epochs: int, device: torch.device) -> Oracle:
-    """The oracle in ``path``, trained by AdamW with a one-cycle schedule if it is not there."""
-    torch.manual_seed(0)
-    oracle = Oracle().to(device, memory_format=torch.channels_last)
-    if path.exists():
-        oracle.load_state_dict(load_file(path))
-        return oracle.eval()
-    images, labels = load_split("train")
-    images = prepare(images, 1, 32)
-    batches = [rows for _ in range(epochs) for rows in torch.randperm(len(images)).split(128)]
-    optimizer = torch.optim.AdamW(oracle.parameters(), weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-3, len(batches))
-    for rows in tqdm(batches, "oracle", unit="step", delay=2):
-        logits = oracle.head(oracle.features(jitter(images[rows]).to(device)))
-        loss = F.cross_entropy(logits, labels[rows].to(device))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-    write_bytes(path, save({k: v.cpu().contiguous() for k, v in oracle.state_dict().items()}))
-    return oracle.eval()
+@torch.no_grad()
+def judge(oracle: FashionNet, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Features (n, 64) and predicted labels (n,), on the CPU."""
+    device = oracle.head.weight.device
+    features = torch.cat([oracle.features(part.to(device)) for part in images.split(500)])
+    return features.cpu(), oracle.head(features).argmax(1).cpu()
 
 
 def fid(some: Tensor, others: Tensor) -> float:
@@ -164,13 +119,13 @@ class Study:
 
     args: argparse.Namespace
     backbone: Backbone
-    oracle: Oracle
+    oracle: FashionNet
     bank: LatentBank
     reference: Tensor
 
     def measure(self, latents: Tensor, images: Tensor) -> Cell:
         """The cell of latents and images, (draws · classes, …)."""
-        features, predicted = self.oracle.judge(images)
+        features, predicted = judge(self.oracle, images)
         labels = torch.tensor([CLASSES.index(name) for name in self.bank.classes])
         hits = (predicted.view(-1, len(labels)) == labels).float()
         latents, images = (x.unflatten(0, hits.shape) for x in (latents, images))
@@ -341,7 +296,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--per-class", type=int, default=96, help="images a class to invert")
     parser.add_argument("--draws", type=int, default=20, help="centroids a class and cell")
     parser.add_argument("--steps", type=int, default=50, help="solver steps of the centroids")
-    parser.add_argument("--epochs", type=int, default=10, help="of the oracle's training")
     if parser.parse_known_args()[0].quick:
         parser.set_defaults(draws=5, steps=20)
     args = parser.parse_args()
@@ -415,9 +369,9 @@ def main() -> None:
     args = parse()
     matplotlib.use("Agg")
     backbone = load_backbone(args.backbone)
-    oracle = load_oracle(args.out / "oracle.safetensors", args.epochs, backbone.device)
+    oracle = fashion_net(backbone.device)
     images, labels = load_split("test")
-    features, predicted = oracle.judge(prepare(images, 1, 32))
+    features, predicted = judge(oracle, prepare(images, 1, 32))
     source, rows = open_source(args.out / f"images-{args.per_class}", args.per_class)
     weights = backbone.fingerprint["weights"][:8]
     bank = fill_bank(
@@ -436,7 +390,7 @@ def main() -> None:
     report = {
         "settings": {key: str(value) for key, value in vars(args).items()} | backbone.fingerprint,
         "oracle_accuracy": (predicted == labels).float().mean().item(),
-        "black_is": CLASSES[oracle.judge(torch.zeros(1, 1, 32, 32))[1]],
+        "black_is": CLASSES[judge(oracle, torch.zeros(1, 1, 32, 32))[1]],
         "bank": bank_record,
         "yardsticks": [
             cell.row(name, 1)

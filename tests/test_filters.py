@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from augment import UserError
 from augment.filters import FILTERS, Filter, Reference, make_filter
 from augment.filters.degenerate import statistics
-from augment.filters.network import timm_network
 from augment.filters.reference import ENOUGH
+from augment.networks import timm_network
 from augment.sources import Folder
 from augment.sources.fashion import write_fashion
 
@@ -365,13 +365,14 @@ def test_a_class_without_images_is_named(settings):
 @pytest.fixture(scope="module")
 def knowing(tmp_path_factory):
     """A CLIP whose texts are where the images of their class are, away from what all share."""
-    from augment.filters.clip import load_clip, text_features
+    from augment.networks import load_clip
 
     folder = str(tmp_path_factory.mktemp("clip"))
     real = [textures(label, 40, phases=0.1) for label in range(3)]
     seen = bank_of(real, ["a cat", "mat", "on"])
     save_clip(folder)
-    model, tokenizer, processor = load_clip(folder, CPU)
+    clip = load_clip(folder, CPU)
+    model, processor = clip.model, clip.processor
     mean, std = (
         torch.tensor(part)[:, None, None] for part in (processor.image_mean, processor.image_std)
     )
@@ -380,7 +381,7 @@ def knowing(tmp_path_factory):
     model.vision_model.post_layernorm.bias -= shared
     towards = [model.visual_projection(part - shared).mean(0) for part in pooled]
     model.text_projection.weight.copy_(torch.eye(32))
-    texts = text_features(model, tokenizer, seen).float()
+    texts = clip.texts(seen.prompts).float()
     model.text_projection.weight.copy_((torch.linalg.pinv(texts) @ torch.stack(towards)).T)
     model.save_pretrained(folder)
     return folder, seen

@@ -13,7 +13,7 @@ LAYERS = (
     | {"augment.cluster", "augment.features"},
     {"augment.weights", "augment.prior", "augment.centroid"},
     {"augment.sources", "augment.diffusion", "augment.inversion"},
-    {"augment.plan", "augment.measure", "augment.records"},
+    {"augment.plan", "augment.measure", "augment.records", "augment.networks"},
     {"augment.bank"},
     {"augment.synthesis", "augment.filters", "augment.shards", "augment.jobs"} | {"augment.extend"},
     {"augment.fill", "augment.generate", "augment.upkeep", "augment.dataset"} | {"augment.export"},
@@ -24,10 +24,10 @@ LAYERS = (
 )
 HOMES = {
     "pytorch_lightning": "training",
-    "timm": ("training", "augment.filters"),
-    "torchmetrics": "training",
+    "timm": ("training", "augment.networks"),
+    "torchmetrics": ("training", "augment.networks", "augment.measure"),
     "diffusers": "augment.diffusion",
-    "transformers": ("augment.diffusion", "augment.filters"),
+    "transformers": ("augment.diffusion", "augment.networks"),
     "peft": ("augment.diffusion", "training"),
     "webdataset": "augment.export",
     "ray": "augment.cluster",

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from augment.diffusion.hub import brief
 from augment.errors import UserError
 from augment.files import write_bytes
-from augment.filters.network import BATCH, in_batches, timm_network
+from augment.networks import BATCH, in_batches, timm_network
 from augment.sources import Source
 
 Network = Callable[[Tensor], Tensor]
@@ -26,7 +26,7 @@ def feature_network(name: str, weights: str, device: torch.device) -> Network:
 
     Args:
         name: a network of timm; or what a checkpoint is of.
-        weights: a ``.safetensors`` file, see `augment.filters.network.timm_network`; or a
+        weights: a ``.safetensors`` file, see `augment.networks.timm_network`; or a
             checkpoint (``.ckpt``) of `training.classifier.Classifier`, which knows its network
             and how it takes images; empty takes timm's pretrained ones.
         device: where it runs.

@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from augment.errors import UserError, lookup
-from augment.filters.network import unit
+from augment.networks import unit
 
 Head = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """Features (n, f), labels (n,), weights (n,), features (m, f) of queries → labels of these (m,).

@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from augment.errors import UserError
-from augment.filters.network import find_timm
+from augment.networks.pretrained import find_timm
 
 Images = Float[Tensor, "n c h w"]
 

@@ -6,7 +6,7 @@ images, so that the defaults hold for any bank.
 
 To add one: a file with a frozen dataclass that has the members of `Filter`, and an entry in
 `FILTERS`. Its fields are its settings; a network is loaded in ``prepare``, with the helpers of
-`augment.filters.network`, and what real images are like is learned with those of
+`augment.networks`, and what real images are like is learned with those of
 `augment.filters.reference`. An image's score may depend on its pixels, its label and the bank, not
 on the images beside it.
 """

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from augment.errors import UserError
-from augment.filters.network import timm_network
 from augment.filters.reference import Reference, Scores
+from augment.networks import timm_network
 
 
 @dataclass(frozen=True)

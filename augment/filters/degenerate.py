@@ -22,8 +22,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from augment.filters.network import in_batches
 from augment.filters.reference import Real, Reference, Scores, by_class, check_quantile
+from augment.networks import in_batches
 
 TOLERANCES = (0.25, 0.25, 0.3, 0.05, 0.05, 0.3, 0.05, 0.05)
 """By how much a statistic may differ from the median however much alike the real images are."""

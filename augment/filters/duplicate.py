@@ -13,8 +13,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from augment.errors import UserError
-from augment.filters.network import in_batches, timm_network, unit
 from augment.filters.reference import FLOOR, POOL, Real, Reference, Scores, by_class
+from augment.networks import feature_network, in_batches, unit
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Duplicate:
     Features of all real images are kept, 3 kB each for RGB on the grid of 16.
 
     Args:
-        model: a network of timm; empty compares pixels.
+        model: a network of timm or of `augment.networks.NETWORKS`; empty compares pixels.
         weights: a ``.safetensors`` file of its state dict; empty takes timm's pretrained ones.
         size: of the grid.
         minimum: keep images of this score and above.
@@ -53,7 +53,7 @@ class Duplicate:
         """See `augment.filters.Filter`.
 
         Raises:
-            UserError: see `timm_network`; or the bank has one image only.
+            UserError: see `augment.networks.feature_network`; or the bank has one image only.
         """
         describe = self.describe(reference)
         real = Real(reference, describe, lambda rows, _: to_the_next(rows), limit=None)
@@ -73,7 +73,7 @@ class Duplicate:
     def describe(self, reference: Reference) -> Callable[[Tensor], Tensor]:
         """Images → rows whose Euclidean distance counts, float32 on the CPU."""
         if self.model:
-            network = timm_network(self.model, self.weights, 0, reference.device)
+            network = feature_network(self.model, self.weights, reference.device)
             return lambda images: unit(network(images)).float()
 
         def grid(images: Tensor) -> Tensor:

@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from augment.filters.network import timm_network, unit
 from augment.filters.reference import Reference, Scores, check_quantile, typical
+from augment.networks import feature_network, unit
 
 
 @dataclass(frozen=True)
@@ -14,7 +14,7 @@ class Prototype:
     is judged by the own cosines of real images of all classes.
 
     Args:
-        model: a network of timm; its features before the head.
+        model: a network of timm or of `augment.networks.NETWORKS`; its features before the head.
         weights: a ``.safetensors`` file of its state dict, with or without the head; empty takes
             timm's pretrained ones.
         quantile: the share of real images that score below 0.
@@ -36,7 +36,7 @@ class Prototype:
         """See `augment.filters.Filter`.
 
         Raises:
-            UserError: see `timm_network` and `typical`.
+            UserError: see `augment.networks.feature_network` and `typical`.
         """
-        network = timm_network(self.model, self.weights, 0, reference.device)
+        network = feature_network(self.model, self.weights, reference.device)
         return typical(reference, lambda images: unit(network(images)), self.quantile)

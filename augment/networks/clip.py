@@ -1,0 +1,94 @@
+"""CLIP: features of images and of texts that can be compared.
+
+Radford et al., *Learning Transferable Visual Models from Natural Language Supervision*,
+arXiv 2103.00020.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from safetensors import SafetensorError
+from torch import Tensor
+
+from augment.diffusion.hub import brief, explained, quiet
+from augment.errors import UserError
+from augment.networks.frozen import BATCH, in_batches, normalise, unit
+
+DEFAULT = "openai/clip-vit-base-patch32"
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A model of transformers, with its tokenizer and its image processor; see `load_clip`."""
+
+    model: Any
+    tokenizer: Any
+    processor: Any
+
+    def images(self, images: Float[Tensor, "n c h w"]) -> Float[Tensor, "n d"]:
+        """Unit features of images in [0, 1], float64 on the CPU."""
+        return unit(in_batches(self._embed, images))
+
+    def texts(self, texts: list[str]) -> Float[Tensor, "k d"]:
+        """Unit features of texts, float64 on the CPU.
+
+        Raises:
+            UserError: one is too long.
+        """
+        from augment.diffusion.latent_diffusion import check_length
+
+        for text in texts:
+            check_length(text, self.tokenizer)
+        parts = []
+        for start in range(0, len(texts), BATCH):
+            given = self.tokenizer(texts[start : start + BATCH], padding=True, return_tensors="pt")
+            with torch.no_grad():
+                pooled = self.model.text_model(**given.to(self.model.device)).pooler_output
+                parts.append(self.model.text_projection(pooled).cpu().double())
+        return unit(torch.cat(parts))
+
+    def _embed(self, images: Tensor) -> Tensor:
+        form = (self.processor.image_mean, self.processor.image_std)
+        vision = self.model.config.vision_config
+        size = (vision.image_size, vision.image_size)
+        pixels = normalise(images.to(self.model.device), vision.num_channels, size, *form)
+        pooled = self.model.vision_model(pixel_values=pixels).pooler_output
+        return self.model.visual_projection(pooled)
+
+
+def load_clip(source: str, device: torch.device) -> Clip:
+    """A CLIP of transformers.
+
+    Args:
+        source: a folder, or a repository of the hub; empty takes `DEFAULT`.
+        device: where it runs.
+
+    Raises:
+        UserError: transformers is not installed, or there is no whole CLIP.
+    """
+    source = source or DEFAULT
+    try:
+        from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
+    except ModuleNotFoundError:
+        raise UserError(
+            "expected transformers for CLIP, got no such package; pip install 'latent-augment[sd]'"
+        ) from None
+    load: Any = CLIPModel.from_pretrained
+    how = {"use_safetensors": True, "dtype": torch.float32, "output_loading_info": True}
+    parts: list[Any] = []
+    try:
+        with explained(source), quiet():
+            parts += load(source, **how)
+            parts += [kind.from_pretrained(source) for kind in (CLIPTokenizer, CLIPImageProcessor)]
+        problem = ", ".join(sorted(parts.pop(1)["missing_keys"])[:1])
+    except (KeyError, RuntimeError, SafetensorError) as error:
+        problem = brief(error)
+    if problem:
+        raise UserError(
+            f"expected a whole CLIP of transformers at {source!r}, got one damaged in {problem}; "
+            "give another folder or a repository of the hub"
+        )
+    model, tokenizer, processor = parts
+    return Clip(model.eval().requires_grad_(False).to(device), tokenizer, processor)

@@ -1,0 +1,43 @@
+"""The Inception v3 that FID is usually measured by: torch-fidelity's, through torchmetrics."""
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from augment.diffusion.hub import brief
+from augment.errors import UserError
+from augment.networks.frozen import in_batches
+
+
+def load_inception(weights: str, device: torch.device) -> Any:
+    """Its 2048 features before the head.
+
+    Args:
+        weights: torch-fidelity's file; empty downloads it.
+        device: where it runs.
+
+    Raises:
+        UserError: torch-fidelity is missing, or its weights cannot be had.
+    """
+    try:
+        from torchmetrics.image.fid import NoTrainInceptionV3
+
+        network = NoTrainInceptionV3("inception-v3-compat", ["2048"], weights or None).to(device)
+    except ModuleNotFoundError:
+        raise UserError(
+            "expected torch-fidelity for Inception's features, got no such package; "
+            "pip install torch-fidelity, or name a network of timm"
+        ) from None
+    except (OSError, RuntimeError) as error:
+        raise UserError(
+            f"expected torch-fidelity's weights of Inception, got none ({brief(error)}); download "
+            "them where there is a network, and give the file"
+        ) from None
+
+    def run(images: Tensor) -> Tensor:
+        colour = images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images
+        return network((colour.to(device) * 255).round().to(torch.uint8))
+
+    return partial(in_batches, run)
