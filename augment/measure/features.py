@@ -1,0 +1,226 @@
+r"""Sets of images compared by their features: quality, diversity, memorisation.
+
+With features :math:`x_i` of real and :math:`y_j` of synthetic images, (n, d) and (m, d):
+
+========================  ==========================================================================
+`frechet_distance`        FID (Heusel et al., arXiv 1706.08500): of Gaussians with their moments
+`kernel_distance`         KID (Bińkowski et al., arXiv 1801.01401): unbiased, whatever n and m
+`precision_recall`        what is plausible, what is reached (Naeem et al., arXiv 2002.09797)
+`class_distance`          1 − cosine to the mean feature of its class (arXiv 2505.07481, sec. 4)
+`nearest_distance`        to the nearest real image, on the scale of real ones: 0 is a copy
+`diversity`               1 − cosine of two images of a class, on average
+========================  ==========================================================================
+
+Everything is in float64. FID falls with the number of images, so it compares only sets of the same
+size; KID does not. All depend on the network that made the features.
+"""
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from augment.centroid.residuals import TINY
+from augment.errors import UserError
+from augment.seeds import rng
+
+Features = Float[Tensor, "n d"]
+Labels = Int[Tensor, " n"]
+ROWS = 1024  # of a matrix of distances at a time
+
+
+def frechet_distance(some: Float[Tensor, "n d"], others: Float[Tensor, "m d"]) -> float:
+    r"""The Fréchet distance of two sets, :math:`|\mu-\nu|^2 + \mathrm{tr}(A + B - 2(AB)^{1/2})`.
+
+    With :math:`A = R^\top R` and :math:`B = S^\top S` by QR of the centred features, the trace of
+    the root is the nuclear norm of :math:`R S^\top`: no root of a matrix is taken, and sets with
+    fewer images than features need no care.
+
+    Raises:
+        UserError: a set has fewer than two images.
+
+    >>> x = torch.randn(50, 3, generator=torch.Generator().manual_seed(0))
+    >>> round(frechet_distance(x, x), 9), round(frechet_distance(x, x + 2), 6)
+    (0.0, 12.0)
+    """
+    check(2, some, others)
+    (mean, root), (mean2, root2) = moments(some), moments(others)
+    cross = torch.linalg.svdvals(root @ root2.mT).sum()
+    spread = root.square().sum() + root2.square().sum() - 2 * cross
+    return max(((mean - mean2).square().sum() + spread).item(), 0.0)
+
+
+def moments(features: Features) -> tuple[Float[Tensor, " d"], Float[Tensor, "r d"]]:
+    """The mean, and a root R of the covariance RᵀR."""
+    features = features.double()
+    mean = features.mean(0)
+    return mean, torch.linalg.qr((features - mean) / (len(features) - 1) ** 0.5).R
+
+
+def kernel_distance(some: Float[Tensor, "n d"], others: Float[Tensor, "m d"]) -> float:
+    r"""The unbiased squared MMD of two sets, with the kernel :math:`(x^\top y / d + 1)^3`.
+
+    All pairs are taken, so there are no subsets to draw; for equal laws the mean is 0, and single
+    values are negative half of the time.
+
+    Raises:
+        UserError: a set has fewer than two images.
+    """
+    check(2, some, others)
+    within = [(total(x, x) - diagonal(x)) / (len(x) * (len(x) - 1)) for x in (some, others)]
+    return sum(within) - 2 * total(some, others) / (len(some) * len(others))
+
+
+def kernel(a: Tensor, b: Tensor) -> Tensor:
+    """The polynomial kernel of rows."""
+    return (a.double() @ b.double().mT / a.shape[1] + 1) ** 3
+
+
+def total(a: Tensor, b: Tensor) -> float:
+    """The sum of the kernel over all pairs."""
+    return sum(kernel(part, b).sum().item() for part in a.split(ROWS))
+
+
+def diagonal(a: Tensor) -> float:
+    """The sum of the kernel of each with itself."""
+    return ((a.double().square().sum(1) / a.shape[1] + 1) ** 3).sum().item()
+
+
+def precision_recall(
+    real: Float[Tensor, "n d"], fake: Float[Tensor, "m d"], nearest: int = 5
+) -> dict[str, Float[Tensor, " _"]]:
+    """Whether images are within the reach of the others, an image a value; their means are meant.
+
+    The reach of an image is the ball up to its ``nearest``-th neighbour in its own set.
+
+    Args:
+        real: features.
+        fake: features of synthetic images.
+        nearest: the neighbour; 5 in the paper of coverage, 3 in that of precision and recall.
+
+    Returns:
+        ``precision`` (m): in reach of a real image. ``recall`` (n): a real image in reach of a
+        synthetic one. ``density`` (m): how many reach it, over ``nearest``. ``coverage`` (n): a
+        real image with a synthetic one within its own reach.
+
+    Raises:
+        UserError: a set has no more images than ``nearest``.
+    """
+    check(nearest + 1, real, fake)
+    wide, narrow = reach(real, nearest), reach(fake, nearest)
+    density, recall, covered = torch.zeros(len(fake), dtype=torch.float64), [], []
+    for rows, distances in blocks(real, fake):
+        inside = distances <= wide[rows, None]
+        density += inside.double().sum(0) / nearest
+        covered.append(inside.any(1))
+        recall.append((distances <= narrow).any(1))
+    return {
+        "precision": (density > 0).double(),
+        "recall": torch.cat(recall).double(),
+        "density": density,
+        "coverage": torch.cat(covered).double(),
+    }
+
+
+def reach(features: Features, nearest: int) -> Float[Tensor, " n"]:
+    """The distance of each to its ``nearest``-th neighbour in the set."""
+    parts = [d.kthvalue(nearest + 1, dim=1).values for _, d in blocks(features, features)]
+    return torch.cat(parts)
+
+
+def blocks(a: Tensor, b: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Distances of rows of ``a`` to all of ``b``, some rows at a time; of a row to itself 0."""
+    for start in range(0, len(a), ROWS):
+        rows = slice(start, min(start + ROWS, len(a)))
+        how = "donot_use_mm_for_euclid_dist" if a.shape[1] < 128 else "use_mm_for_euclid_dist"
+        yield rows, torch.cdist(a[rows].double(), b.double(), compute_mode=how)
+
+
+def class_distance(
+    features: Float[Tensor, "n d"],
+    labels: Int[Tensor, " n"],
+    real: Float[Tensor, "m d"],
+    real_labels: Int[Tensor, " m"],
+    same: bool = False,
+) -> Float[Tensor, " n"]:
+    """1 − cosine of each image to the mean unit feature of its class's real images.
+
+    Args:
+        features: of the images.
+        labels: of the images.
+        real: features of the real images.
+        real_labels: of the real images.
+        same: these are the real images; each is compared with the others.
+
+    Raises:
+        UserError: a class has no real image, or no other.
+    """
+    found = torch.zeros(len(features), dtype=torch.float64)
+    features, real = (torch.nn.functional.normalize(x.double(), dim=1) for x in (features, real))
+    for label in labels.unique().tolist():
+        rows, those = labels == label, real[real_labels == label]
+        check(1 + same, those)
+        centre = those.sum(0) - features[rows] if same else those.sum(0, keepdim=True)
+        found[rows] = 1 - torch.cosine_similarity(features[rows], centre)
+    return found
+
+
+def nearest_distance(
+    features: Float[Tensor, "n d"], real: Float[Tensor, "m d"], same: bool = False
+) -> Float[Tensor, " n"]:
+    """The distance of each to the nearest real image, in median such distances of real images.
+
+    0 is a copy, 1 as far as real images are from each other.
+
+    Args:
+        features: of the images.
+        real: features of the real images.
+        same: these are the real images; each is compared with the others.
+
+    Raises:
+        UserError: there are fewer than two real images.
+    """
+    check(2, real)
+    usual = reach(real, 1)
+    found = [usual] if same else [d.amin(1) for _, d in blocks(features, real)]
+    return torch.cat(found) / usual.median().clamp_min(TINY)
+
+
+def diversity(features: Float[Tensor, "n d"]) -> float:
+    """The mean of 1 − cosine over pairs of different images; NaN of one."""
+    unit = torch.nn.functional.normalize(features.double(), dim=1)
+    n, whole = len(unit), unit.sum(0).square().sum().item()
+    own = unit.square().sum().item()  # n, but for features of zero length
+    return 1 - (whole - own) / (n * (n - 1)) if n > 1 else float("nan")
+
+
+def deviation(
+    measure: Callable[..., float], *sets: Features, draws: int = 100, seed: int = 0
+) -> float:
+    """The standard deviation of a measure of sets, by the bootstrap over their images.
+
+    Duplicates in a resampled set shift most measures; so the spread is taken, and the estimate is
+    that of the sets themselves.
+
+    Args:
+        measure: a function of the sets.
+        sets: features.
+        draws: how many times each set is drawn anew, with replacement.
+        seed: of the draws.
+    """
+    found = []
+    for draw in range(draws):
+        dice = rng(seed, "order", draw)
+        found.append(
+            measure(*(x[torch.from_numpy(dice.integers(len(x), size=len(x)))] for x in sets))
+        )
+    return float(np.std(found, ddof=1))
+
+
+def check(least: int, *sets: Tensor) -> None:
+    """Refuse too few images."""
+    for features in sets:
+        if len(features) < least:
+            raise UserError(f"expected at least {least} images to compare, got {len(features)}")
