@@ -77,7 +77,7 @@ class Row:
 
 PLAIN = Augmentation(crop=None, flip=False)
 BASE, TWICE = "classical", "twice the shots"
-RULES = ("lin/0", "fix/0", "fix/chm", "fade/chm", "nao/chm")  # `demo --full` has more
+RULES = ("fix/0", "fix/chm", "fade/chm", "nao/chm")  # `demo --full` has more
 ROWS = (
     Row("real only", augment=PLAIN),
     Row(BASE),
