@@ -1,0 +1,72 @@
+r"""How well images come back: mean squared error, PSNR, SSIM, LPIPS.
+
+Real images in [0, 1] against what an inversion's latents give when they are sampled. The codec
+alone loses something (:math:`D(E(x))` is not x): that is the bound, for no latent can do better.
+"""
+
+import math
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from augment.diffusion.hub import brief
+from augment.errors import UserError
+
+Images = Float[Tensor, "n c h w"]
+
+
+def reconstruction(images: Images, others: Images) -> dict[str, Float[Tensor, " n"]]:
+    """Errors of images in [0, 1], a value an image, float64.
+
+    Args:
+        images: what was to come back.
+        others: what came.
+
+    Returns:
+        ``mse``; ``psnr``, −10 log₁₀ of it, in dB (120 at most); ``ssim`` of Wang et al., 2004, with
+        a Gaussian window of 11 pixels and deviation 1.5 (NaN for images smaller than that).
+    """
+    from torchmetrics.functional.image import structural_similarity_index_measure as ssim
+
+    images, others = images.double(), others.double()
+    mse = (images - others).square().flatten(1).mean(1)
+    similar = torch.full_like(mse, math.nan)
+    if min(images.shape[-2:]) >= 11:
+        parts = [
+            ssim(theirs, mine, data_range=1.0, reduction="none")
+            for mine, theirs in zip(images.split(64), others.split(64), strict=True)
+        ]
+        similar = torch.cat([torch.as_tensor(part).reshape(-1) for part in parts])
+    return {"mse": mse, "psnr": -10 * mse.clamp_min(1e-12).log10(), "ssim": similar}
+
+
+def lpips(
+    images: Images, others: Images, network: Literal["alex", "vgg", "squeeze"] = "alex"
+) -> Float[Tensor, " n"]:
+    """The learned distance of Zhang et al., arXiv 1801.03924, of images in [0, 1]: 0 is equal.
+
+    Args:
+        images: what was to come back.
+        others: what came.
+        network: ``alex``, ``vgg`` or ``squeeze``, downloaded by torchvision once.
+
+    Raises:
+        UserError: the network cannot be had.
+    """
+    from torchmetrics.functional.image.lpips import _LPIPS
+
+    try:
+        net = _LPIPS(pretrained=True, net=network, eval_mode=True)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"expected torchvision's weights of {network} for LPIPS, got none ({brief(error)}); "
+            "download them once where there is a network, or leave LPIPS out"
+        ) from None
+    with torch.no_grad():
+        parts = [
+            net(*(x.float().expand(-1, 3, -1, -1) for x in pair), normalize=True).reshape(-1)
+            for pair in zip(images.split(16), others.split(16), strict=True)
+        ]
+    return torch.cat(parts).double()

@@ -1,0 +1,74 @@
+r"""How evenly images change along a walk between latents.
+
+ISTD of Guo et al., *Smooth Diffusion*, arXiv 2312.04410, sec. 4.2: two noises a prompt, nine images
+between theirs; the standard deviation of the ten distances of neighbours, over all prompts. Open
+there: how the nine are made, and in which units; here by slerp, and pixels are in 0 … 255.
+InterpScore of Ribeiro, *Exploring the latent space of text-to-image diffusion models*, 2023: how
+well the images along a walk fit the text.
+"""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from augment.centroid.paths import walk
+from augment.diffusion.backbone import Backbone
+from augment.diffusion.solver import sample
+from augment.seeds import normal, rng
+
+STOPS = 11  # nine ratios 0.1 … 0.9, and the ends
+
+
+def istd(walks: Float[Tensor, "p t c h w"]) -> float:
+    r"""Interpolation standard deviation; 0 if images change by equal distances.
+
+    Per walk the (population) standard deviation of :math:`\|x_{k+1} - x_k\|_2`, pixels times 255.
+
+    Args:
+        walks: images in [0, 1] along each walk.
+    """
+    steps = (255 * walks.double()).diff(dim=1).flatten(2).norm(dim=2)
+    return steps.std(dim=1, correction=0).mean().item()
+
+
+def walks(
+    backbone: Backbone,
+    prompts: list[str],
+    seed: int = 0,
+    mean: Float[Tensor, "c"] | float = 0.0,
+    name: str = "slerp",
+    solver: str = "fireflow",
+    steps: int = 25,
+    guidance: float = 1.0,
+) -> Float[Tensor, "p t c h w"]:
+    """Images on walks between two noises a prompt, sampled together.
+
+    Args:
+        backbone: the model.
+        prompts: a walk each; may repeat.
+        seed: of the noises: prompt i has the same ones for every model.
+        mean: of each channel, added to the noise, for models whose last level is not quite noise.
+        name: of the walk; see `augment.centroid.paths`.
+        solver: see `augment.diffusion.solver.sample`.
+        steps: see there.
+        guidance: see there.
+    """
+    shift = torch.as_tensor(mean).reshape(-1, 1, 1)
+    latents = []
+    for number in range(len(prompts)):
+        a, b = (normal(rng(seed, "noise", number, end), *backbone.latent_shape) for end in (0, 1))
+        latents.append(walk(a + shift, b + shift, STOPS, name))
+    texts = [text for text in prompts for _ in range(STOPS)]
+    images = sample(backbone, torch.cat(latents), texts, solver, steps, guidance=guidance)
+    return images.unflatten(0, (len(prompts), STOPS))
+
+
+def interp_score(images: Float[Tensor, "t d"], text: Float[Tensor, " d"]) -> float:
+    """The mean of max(100 · cosine, 0) of features along a walk to those of its text.
+
+    Args:
+        images: features of the images, such as `augment.networks.clip.Clip.images`.
+        text: features of the text by the same model, or a class's mean image feature.
+    """
+    cosines = torch.cosine_similarity(images.double(), text.double()[None], dim=1)
+    return (100 * cosines).clamp_min(0).mean().item()
