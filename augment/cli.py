@@ -333,6 +333,57 @@ def verify(path: str, images: str | None = None, discard: bool = False) -> None:
     print(f"{path}: every file is as it was written")
 
 
+def evaluate(
+    path: str,
+    real: Source | str | None = None,
+    network: str | None = None,
+    weights: str = "",
+    channels: int | None = None,
+    resolution: int | None = None,
+    bootstrap: int = 100,
+    out: str | None = None,
+    device: str | None = None,
+) -> None:
+    """Measure the health of a bank, or the quality of synthetic images.
+
+    Args:
+        path: a bank, whose latents are compared with white noise; or shards or a folder of images
+            by class, which are compared with real ones.
+        real: for images, the real ones: a folder, or another source as for invert.
+        network: for images, whose features to compare: fashion (embedded: grey clothes), clip,
+            inception (torch-fidelity's), or a network of timm such as resnet50.
+        weights: of the network, a .safetensors file; by default those that it is known with.
+        channels: of the images, 1 or 3; by default as the first synthetic one.
+        resolution: to which images are brought; by default that of the first synthetic one.
+        bootstrap: draws for the intervals of FID and KID; 0 leaves them out.
+        out: folder to write evaluation.json, classes.csv and a plot to.
+        device: such as cuda or cpu; by default the GPU if there is one.
+    """
+    from augment import evaluate as study
+    from augment.bank import LatentBank
+    from augment.diffusion import find_device
+    from augment.networks import feature_network
+    from augment.sources import as_source
+
+    if (Path(path) / "manifest.json").exists():
+        found = study.evaluate_bank(LatentBank.open(path))
+    else:
+        if real is None or network is None:
+            raise UserError(
+                "expected --real, images to compare with, and --network, eyes to see them by, such "
+                "as fashion or resnet50, got none; only a bank is evaluated alone"
+            )
+        fake = study.open_images(path)
+        first = study.form_of(fake)
+        eyes = feature_network(network, weights, find_device(device))
+        form = (channels or first[0], resolution or first[1])
+        found = study.evaluate_images(fake, as_source(real), eyes, form, bootstrap)
+    print(found)
+    if out:
+        found.write(out)
+        print(f"\n{out}: evaluation.json, classes.csv, evaluation.png")
+
+
 def merge(banks: str, out: str) -> None:
     """Make one bank of several of the same settings.
 
@@ -429,6 +480,7 @@ COMMANDS = {
     "sweep": sweep,
     "episodes": episodes,
     "demo": demo,
+    "evaluate": evaluate,
     "inspect": inspect,
     "verify": verify,
     "merge": merge,

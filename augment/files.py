@@ -1,13 +1,15 @@
 """Files that appear whole or not at all, and folders that one run at a time works on."""
 
+import csv
 import fcntl
 import hashlib
+import io
 import json
 import os
 import re
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -73,6 +75,13 @@ def write_json(path: Path, record: Any) -> None:
     """Write a record as indented JSON."""
     text = json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     write_bytes(path, text.encode("utf-8", "surrogatepass"))  # names of files may be no UTF-8
+
+
+def write_table(path: Path, rows: Iterable[Sequence[Any]]) -> None:
+    """Write a CSV file at once."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    write_bytes(path, text.getvalue().encode("utf-8", "surrogatepass"))
 
 
 TEMPORARY = re.compile(r"\..+\.\d+\.[0-9a-f]{8}\.tmp")

@@ -16,7 +16,8 @@ LAYERS = (
     {"augment.plan", "augment.measure", "augment.records", "augment.networks"},
     {"augment.bank"},
     {"augment.synthesis", "augment.filters", "augment.shards", "augment.jobs"} | {"augment.extend"},
-    {"augment.fill", "augment.generate", "augment.upkeep", "augment.dataset"} | {"augment.export"},
+    {"augment.fill", "augment.generate", "augment.upkeep", "augment.dataset"}
+    | {"augment.export", "augment.evaluate"},
     {"augment.slots"},
     {"augment.replay"},
     {"training"},

@@ -4,8 +4,6 @@ The groups go by the real training images of a class, however many synthetic one
 group's accuracy is the mean of its classes', as in Kang et al.'s code (arXiv 1910.09217).
 """
 
-import csv
-import io
 import math
 import statistics
 from collections.abc import Iterable, Sequence
@@ -18,7 +16,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from augment.errors import UserError
-from augment.files import write_bytes
+from augment.files import write_table
 
 MANY, FEW = 100, 20
 BINS = 15
@@ -151,13 +149,6 @@ class Report(Metric):
     def per_class(self) -> Float[Tensor, "k"]:
         """The accuracy of each class, over all ranks; NaN where it was not tested."""
         return recalls(self.confusion)
-
-
-def write_table(path: Path, rows: Iterable[Sequence[Any]]) -> None:
-    """Write a CSV file at once."""
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(rows)
-    write_bytes(path, text.getvalue().encode("utf-8", "surrogatepass"))
 
 
 def write_tables(

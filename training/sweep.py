@@ -13,8 +13,8 @@ import yaml
 from tqdm import tqdm
 
 from augment.errors import UserError
-from augment.files import read_json, remember
-from training.metrics import interval, write_table
+from augment.files import read_json, remember, write_table
+from training.metrics import interval
 
 
 class Loader(yaml.SafeLoader):
