@@ -5,7 +5,7 @@ demo: .venv/demo
 	.venv/bin/latent-augment demo
 
 test: .venv/dev
-	$(PY) -m pytest -q
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist loadfile
 
 test-slow: .venv/dev
 	$(PY) -m pytest -q -m slow
