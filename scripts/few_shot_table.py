@@ -87,6 +87,7 @@ ROWS = (
     Row("pixel mix", "pixels"),
     Row("prompt only", "prompts"),
     *(Row(f"centroids {rule}", "centroids", rule) for rule in RULES),
+    Row("RandAugment + fade/chm", "centroids", augment=Augmentation(randaugment=2)),
     Row(TWICE, times=2),
 )
 TUNED = (

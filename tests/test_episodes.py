@@ -212,7 +212,7 @@ def test_a_run_resumes_to_the_same_table(given, bank, tmp_path, monkeypatch, cap
     assert cut.read_bytes() == whole.read_bytes()
     monkeypatch.setattr(module, "embed", None)  # all is done: nothing is loaded
     run_episodes(**given)
-    with pytest.raises(UserError, match="cut to be new or of per_class = 3, got 2; choose"):
+    with pytest.raises(UserError, match="cut to be new or of per_class 3, got 2; choose"):
         run_episodes(**given | {"per_class": 3})
     monkeypatch.undo()
     run_episodes(**given | {"bank": None, "out": str(tmp_path / "real")})

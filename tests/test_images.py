@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 
 from augment.errors import ImageRejected
-from augment.images import load_image, prepare, save_image
+from augment.images import prepare, save_image
+from augment.sources import Source
 
 RAMP = np.linspace(0, 1, 32 * 32).reshape(32, 32)
 MODES = {
@@ -17,6 +18,12 @@ MODES = {
     "RGB": np.repeat((RAMP * 255).round().astype(np.uint8)[..., None], 3, 2),
     "I;16": (RAMP * 65535).round().astype(np.uint16),
 }
+
+
+def load_image(path, channels, resolution):
+    source = Source()
+    source.root = path.parent
+    return source.load(path.name, channels, resolution)
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -143,4 +143,4 @@ def test_a_sweep_prints_intervals_and_does_nothing_twice(root, tmp_path):
     again = subprocess.run(command, capture_output=True, text=True)
     assert again.stdout == first.stdout and time.monotonic() - begun < 40
     other = subprocess.run([*command, "--given", "{model.lr: 1}"], capture_output=True, text=True)
-    assert other.returncode == 2 and "another run" in other.stderr
+    assert other.returncode == 2 and "model.lr 1, got" in other.stderr
