@@ -164,5 +164,7 @@ def test_the_bootstrap_finds_the_error_of_a_mean():
 def test_too_few_images_are_refused():
     with pytest.raises(UserError, match="at least 2 images to compare, got 1"):
         frechet_distance(draw(0, 1), draw(1, 9))
+    with pytest.raises(UserError, match="at least 2 draws of the bootstrap, got 1"):
+        deviation(diversity, draw(0, 9), draws=1)
     with pytest.raises(UserError, match="at least 6 images to compare, got 5"):
         precision_recall(draw(0, 9), draw(1, 5))

@@ -207,9 +207,14 @@ def deviation(
     Args:
         measure: a function of the sets.
         sets: features.
-        draws: how many times each set is drawn anew, with replacement.
+        draws: how many times each set is drawn anew, with replacement; at least 2.
         seed: of the draws.
+
+    Raises:
+        UserError: too few draws.
     """
+    if draws < 2:
+        raise UserError(f"expected at least 2 draws of the bootstrap, got {draws}; 100 is usual")
     found = []
     for draw in range(draws):
         dice = rng(seed, "order", draw)
