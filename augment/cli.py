@@ -244,7 +244,8 @@ def synthesize(
     real = np.array([len(ids) for ids in opened.members.values()])
     numbers = budget(real, per_class, fill_to, None, tail_only).tolist()
     plain = fill_to is None and tail_only is None
-    counts = per_class if plain else dict(zip(opened.members, numbers, strict=True))
+    some = {n: m for n, m in zip(opened.members, numbers, strict=True) if m}
+    counts = per_class if plain else some
     planner = Planner(opened.members, seed, concentration, members, noise, features=features)
     Rule.parse(rule)  # what can be refused is refused before gigabytes are loaded
     solver_of(opened, solver, steps)

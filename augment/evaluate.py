@@ -23,6 +23,7 @@ from augment.files import check_folder, write_bytes, write_json, write_table
 from augment.images import prepare
 from augment.measure.bias import predicted_bias
 from augment.measure.features import (
+    check,
     class_distance,
     deviation,
     diversity,
@@ -35,6 +36,7 @@ from augment.measure.latents import LatentStatistics, latent_statistics
 from augment.networks import BATCH, Network
 from augment.shards import Shards, open_shards
 from augment.sources import Folder, Source
+from augment.upkeep import psnr
 
 Row = dict[str, Any]
 COPY = 0.4
@@ -120,10 +122,10 @@ def plain(value: Any) -> Any:
 def evaluate_bank(bank: LatentBank) -> Evaluation:
     """Whether the latents of a bank are the white noise that rules take them for.
 
-    Columns: the largest |channel mean| and whether it is significant; how many times it is enlarged
-    by ``fix/0`` when all members are mixed, and to what; the norm over √D and how many standard
-    errors it is off; correlation of neighbouring pixels; and, if the bank has kept it, how well
-    images come back, as PSNR.
+    Columns: the largest |channel mean| and whether it is significant; what ``fix/0`` would make of
+    it with all members and α = 1; the norm over √D and how many standard errors it is off;
+    correlation of neighbouring pixels; and, if the bank has kept it, how well images come back, as
+    PSNR.
     """
     found: dict[str, LatentStatistics] = {}
     for name in tqdm(bank.classes, "classes", unit="class", delay=2):
@@ -135,7 +137,7 @@ def evaluate_bank(bank: LatentBank) -> Evaluation:
         row["fix/0 bias"] = predicted_bias(s, s.count, 1.0)
         row |= {"norm": s.norm, "norm sigmas": s.norm_sigmas, "correlation": s.horizontal}
         if kept:
-            row["PSNR"] = -10 * math.log10(max(bank.errors(name).mean().item(), 1e-12))
+            row["PSNR"] = psnr(bank.errors(name).mean().item())
         rows.append(row)
     overall = [
         {"measure": key, "mean": mean, "least": min(values), "most": max(values)}
@@ -194,10 +196,13 @@ def evaluate_images(
         see(part, real.classes, network, form, name)
         for part, name in ((fake, "synthetic"), (real, "real"))
     )
-    measured = list(measure(ours, theirs, draws))
-    rows = list(by_class(ours, theirs, real.classes))
+    check(2, ours.features, theirs.features)
+    near = nearest_distance(ours.features, theirs.features)
+    among = nearest_distance(theirs.features, theirs.features, same=True)
+    measured = list(measure(ours, theirs, near, among, draws))
+    rows = list(by_class(ours, theirs, near, real.classes))
     title = f"{len(ours.labels)} synthetic images against {len(theirs.labels)} real ones"
-    return Evaluation(title, measured, rows, lambda figure: draw_images(figure, ours, theirs, rows))
+    return Evaluation(title, measured, rows, lambda figure: draw_images(figure, near, among, rows))
 
 
 def form_of(images: Source | Shards) -> tuple[int, int]:
@@ -241,7 +246,7 @@ def load(images: Source | Shards, row: int, form: tuple[int, int]) -> Float[Tens
     return images.load(images.samples[row][0], *form)
 
 
-def measure(ours: Seen, theirs: Seen, draws: int) -> Iterator[Row]:
+def measure(ours: Seen, theirs: Seen, near: Tensor, usual: Tensor, draws: int) -> Iterator[Row]:
     """A row a measure of all images.
 
     ``real`` is what so many real images have against the other real ones: as many as there are
@@ -261,10 +266,9 @@ def measure(ours: Seen, theirs: Seen, draws: int) -> Iterator[Row]:
             yield {"measure": name, **mean_of(values), "real": among[name].mean().item()}
     values = class_distance(ours.features, ours.labels, theirs.features, theirs.labels)
     yield {"measure": "class distance", **mean_of(values), "real": own_distance(theirs)}
-    near, among = nearest_distance(*sets), nearest_distance(sets[1], sets[1], same=True)
-    yield {"measure": "nearest real", **mean_of(near), "real": among.mean().item()}
-    copies, usual = ((x < COPY).double() for x in (near, among))
-    yield {"measure": f"copies (nearest < {COPY})", **mean_of(copies), "real": usual.mean().item()}
+    yield {"measure": "nearest real", **mean_of(near), "real": usual.mean().item()}
+    copies, few = ((x < COPY).double() for x in (near, usual))
+    yield {"measure": f"copies (nearest < {COPY})", **mean_of(copies), "real": few.mean().item()}
 
 
 def own_distance(theirs: Seen) -> float:
@@ -281,9 +285,8 @@ def mean_of(values: Tensor) -> Row:
     return {"value": values.mean().item(), "±": error}
 
 
-def by_class(ours: Seen, theirs: Seen, classes: list[str]) -> Iterator[Row]:
+def by_class(ours: Seen, theirs: Seen, near: Tensor, classes: list[str]) -> Iterator[Row]:
     """A row a class that has synthetic images."""
-    near = nearest_distance(ours.features, theirs.features)
     for label in ours.labels.unique().tolist():
         mine, those = ours.labels == label, theirs.labels == label
         fakes = Seen(ours.features[mine], ours.labels[mine])
@@ -301,7 +304,7 @@ def by_class(ours: Seen, theirs: Seen, classes: list[str]) -> Iterator[Row]:
         }
 
 
-def draw_images(figure: Any, ours: Seen, theirs: Seen, rows: Iterable[Row]) -> None:
+def draw_images(figure: Any, near: Tensor, among: Tensor, rows: Iterable[Row]) -> None:
     """Class distances by class, and distances to the nearest real image."""
     left, right = figure.subplots(1, 2)
     order = sorted(rows, key=lambda row: -row["class distance"])[:40]
@@ -311,8 +314,6 @@ def draw_images(figure: Any, ours: Seen, theirs: Seen, rows: Iterable[Row]) -> N
     left.set_yticks(places, [row["class"] for row in order], fontsize=7)
     left.set(title="Distance to the class's mean feature")
     left.legend(frameon=False)
-    near = nearest_distance(ours.features, theirs.features)
-    among = nearest_distance(theirs.features, theirs.features, same=True)
     most = min(4.0, torch.cat([near, among]).max().item())
     for values, color, label in ((among, "#d55e00", "real"), (near, "#0072b2", "synthetic")):
         right.hist(
