@@ -1,6 +1,7 @@
 PY := .venv/bin/python
+REPRODUCTIONS := paths offset independent degeneracy seeds walks relations inversions
 
-.PHONY: demo test test-slow lint bench wheel
+.PHONY: demo test test-slow lint bench reproduce wheel
 demo: .venv/demo
 	.venv/bin/latent-augment demo
 
@@ -21,6 +22,11 @@ bench: .venv/dev
 	$(PY) scripts/benchmark.py sampling
 	$(PY) scripts/benchmark.py storage
 	$(PY) scripts/benchmark_replay.py
+
+reproduce: .venv/dev
+	for name in $(REPRODUCTIONS); do \
+		$(PY) scripts/reproduce/$$name.py --quick || exit 1; \
+	done
 
 wheel: .venv/dev
 	$(PY) -m build --wheel

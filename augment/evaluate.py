@@ -18,6 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from augment.bank import LatentBank
+from augment.diffusion import Backbone
 from augment.errors import UserError
 from augment.files import check_folder, write_bytes, write_json, write_table
 from augment.images import prepare
@@ -33,14 +34,19 @@ from augment.measure.features import (
     precision_recall,
 )
 from augment.measure.latents import LatentStatistics, latent_statistics
+from augment.measure.reconstruction import lpips, reconstruction
 from augment.networks import BATCH, Network
+from augment.plan import Plan
 from augment.shards import Shards, open_shards
 from augment.sources import Folder, Source
+from augment.synthesis import Synthesizer
 from augment.upkeep import psnr
 
 Row = dict[str, Any]
 COPY = 0.4
 """A nearest distance below which an image is taken for a copy, as `duplicate` does."""
+RECONSTRUCTED = 16  # images a class
+LEARNED = 64  # pixels that the network of LPIPS needs
 NEAREST = 5  # neighbour of precision and recall
 
 
@@ -119,14 +125,28 @@ def plain(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def evaluate_bank(bank: LatentBank) -> Evaluation:
+def evaluate_bank(
+    bank: LatentBank, backbone: Backbone | None = None, real: Source | None = None
+) -> Evaluation:
     """Whether the latents of a bank are the white noise that rules take them for.
 
     Columns: the largest |channel mean| and whether it is significant; what ``fix/0`` would make of
     it with all members and α = 1; the norm over √D and how many standard errors it is off;
     correlation of neighbouring pixels; and, if the bank has kept it, how well images come back, as
     PSNR.
+
+    Args:
+        bank: the bank.
+        backbone: that it was made with; then some images of each class are sampled back, and
+            compared with the real ones beside what the codec alone makes of them.
+        real: the images that it was made of.
+
+    Raises:
+        BankMismatch: the bank is of another backbone.
+        UserError: a class has none of the bank's images.
     """
+    pair = None if backbone is None or real is None else (backbone, real)
+    learned = backbone is not None and backbone.resolution >= LEARNED and has_lpips()
     found: dict[str, LatentStatistics] = {}
     for name in tqdm(bank.classes, "classes", unit="class", delay=2):
         found[name] = latent_statistics(bank.latents(name))
@@ -138,6 +158,8 @@ def evaluate_bank(bank: LatentBank) -> Evaluation:
         row |= {"norm": s.norm, "norm sigmas": s.norm_sigmas, "correlation": s.horizontal}
         if kept:
             row["PSNR"] = psnr(bank.errors(name).mean().item())
+        if pair is not None:
+            row |= reconstruct(bank, *pair, name, learned)
         rows.append(row)
     overall = [
         {"measure": key, "mean": mean, "least": min(values), "most": max(values)}
@@ -147,6 +169,43 @@ def evaluate_bank(bank: LatentBank) -> Evaluation:
     ]
     title = f"bank {bank.path}: {sum(s.count for s in found.values())} latents"
     return Evaluation(title, overall, rows, lambda figure: draw_bank(figure, bank, found))
+
+
+def has_lpips() -> bool:
+    """Whether LPIPS can be measured; tells why if not."""
+    try:
+        lpips(torch.zeros(1, 3, LEARNED, LEARNED), torch.zeros(1, 3, LEARNED, LEARNED))
+    except UserError as error:
+        tqdm.write(f"without LPIPS: {error}")
+        return False
+    return True
+
+
+def reconstruct(
+    bank: LatentBank, backbone: Backbone, real: Source, name: str, learned: bool
+) -> Row:
+    """How well images of a class come back by the bank's latents, and by the codec alone."""
+    known = set(real.ids.get(name, ()))
+    ids = [i for i in bank.members[name] if i in known][:RECONSTRUCTED]
+    if not ids:
+        raise UserError(
+            f"expected the images that bank {bank.path} was made of, got none of class {name!r}; "
+            "give the folder or source that was inverted"
+        )
+    label, form = bank.classes.index(name), (backbone.channels, backbone.resolution)
+    plans = [Plan(label, name, (i,), (1.0,), 0.0, 0, 0, k) for k, i in enumerate(ids)]
+    images = torch.stack([real.load(i, *form) for i in ids])
+    made = {
+        "back": Synthesizer(backbone, bank, "lin/0").images(plans).cpu(),
+        "codec": backbone.decode(backbone.encode(images)).cpu(),
+    }
+    row: Row = {}
+    for measure in ("mse", "psnr", "ssim"):
+        for way, others in made.items():
+            row[f"{way} {measure.upper()}"] = reconstruction(images, others)[measure].mean().item()
+    if learned:
+        row |= {f"{way} LPIPS": lpips(images, x).mean().item() for way, x in made.items()}
+    return row
 
 
 def draw_bank(figure: Any, bank: LatentBank, found: dict[str, LatentStatistics]) -> None:

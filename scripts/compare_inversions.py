@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from fashion_mnist import CLASSES, load_split
-from reproduce_degeneracy import fid, judge, standard_error
 from torch import Tensor
 from tqdm import tqdm
 from train_tiny import COARSE
@@ -29,6 +28,8 @@ from augment.diffusion.process import Flow, VariancePreserving
 from augment.files import write_json
 from augment.images import prepare
 from augment.inversion import inverted, inverter
+from augment.measure.features import frechet_distance
+from augment.networks import in_batches
 from augment.networks.fashion import fashion_net
 from augment.seeds import normal, rng
 
@@ -52,6 +53,11 @@ FOLLOWED = (("ddim", {"steps": 50}), ("fixed_point", {"steps": 25, "iterations":
 NOISE = (("ddim", 10), ("ddim", 20), ("ddim", 50), ("dpm++", 10), ("dpm++", 20), ("midpoint", 10),
          ("fireflow", 10), ("fireflow", 25), ("fireflow", 50))  # fmt: skip
 GUIDANCE = (2.0, 7.5)
+
+
+def standard_error(values: Tensor) -> float:
+    """Of the mean of (draws, classes), with the classes taken as given."""
+    return ((values.var(0) / len(values)).sum().sqrt() / values.shape[1]).item()
 
 
 def psnr(images: Tensor, others: Tensor) -> float:
@@ -79,7 +85,7 @@ class Bench:
         picked = torch.cat([members[:PER_CLASS] for members in rows])
         others = torch.cat([members[-REFERENCE:] for members in rows])
         self.images = prepare(images[picked], 1, 32)
-        self.reference = judge(self.oracle, prepare(images[others], 1, 32))[0]
+        self.reference = in_batches(self.oracle.features, prepare(images[others], 1, 32))
         self.prompts = [COARSE[CLASSES[label]] for label in labels[picked].tolist()]
         self.clean = self.backbone.encode(self.images).unflatten(0, (len(CLASSES), PER_CLASS))
 
@@ -111,10 +117,14 @@ class Bench:
         ])  # fmt: skip
         mixed = Rule.parse("fade/chm")(drawn, torch.full((len(drawn), count), 1 / count))
         images = sample(self.backbone, mixed, solver=solver, steps=steps)
-        features, predicted = judge(self.oracle, images)
+        features = in_batches(self.oracle.features, images)
+        predicted = in_batches(self.oracle, images).argmax(1)
         hits = (predicted.view(DRAWS, -1) == torch.arange(len(CLASSES))).float()
         kept, error = 100 * hits.mean().item(), 100 * standard_error(hits)
-        return {f"kept_{count}": [kept, error], f"fid_{count}": fid(features, self.reference)}
+        return {
+            f"kept_{count}": [kept, error],
+            f"fid_{count}": frechet_distance(features, self.reference),
+        }
 
     def followed(self, method: str, settings: dict[str, Any]) -> dict[str, Any]:
         """What every sampler makes of one inversion's latents, dB."""

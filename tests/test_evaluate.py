@@ -11,7 +11,9 @@ from PIL import Image
 
 from augment import UserError
 from augment.cli import main
+from augment.diffusion import load_backbone
 from augment.evaluate import evaluate_bank, evaluate_images, form_of, open_images
+from augment.fill import fill_bank
 from augment.images import save_image
 from augment.networks import feature_network
 from augment.sources import Folder
@@ -80,6 +82,17 @@ def test_a_bank_is_measured_by_class(bank, gaussian):
     assert [row["class"] for row in found.classes] == bank.classes
     assert all(row["latents"] == len(bank.members[row["class"]]) for row in found.classes)
     assert "norm sigmas" in str(found)
+
+
+def test_images_of_a_bank_come_back_beside_what_the_codec_makes_of_them(tmp_path):
+    backbone, root = load_backbone("tiny"), write_fashion(tmp_path / "some", "shots", [0, 1, 2])
+    bank = fill_bank(tmp_path / "bank", backbone, Folder(root), None, "fireflow", 10, keeps=())
+    rows = evaluate_bank(bank, backbone, Folder(root)).classes
+    assert all(row["codec MSE"] < 1e-8 and row["codec SSIM"] > 0.9999 for row in rows)
+    assert all(20 < row["back PSNR"] < 60 and 0.5 < row["back SSIM"] < 1 for row in rows)
+    other = Folder(write_fashion(tmp_path / "other", "test", [40]))
+    with pytest.raises(UserError, match=r"images that bank .* was made of, got none of class"):
+        evaluate_bank(bank, backbone, other)
 
 
 def test_the_command_writes_what_it_prints(real, others, tmp_path, monkeypatch, capsys):

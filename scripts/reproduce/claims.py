@@ -19,6 +19,8 @@ def options(description: str, name: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--quick", action="store_true", help="fewer samples: minutes on two cores")
     parser.add_argument("--backbone", default="tiny", help="as for latent-augment invert")
+    parser.add_argument("--images", type=Path, help="folder of class folders; by default embedded")
+    parser.add_argument("--network", default="fashion", help="that judges, as for evaluate")
     parser.add_argument("--out", type=Path, default=Path("runs/reproduce") / name)
     return parser
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from claims import claim, conclude, once, options
+from eyes import pictures
 from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm import tqdm
@@ -25,17 +26,15 @@ from augment.diffusion.solver import SOLVERS
 from augment.inversion import inverter
 from augment.measure.relations import approach, assignment, top_correlations
 from augment.seeds import normal, rng
-from augment.sources import Folder
-from augment.sources.fashion import write_fashion
+from augment.sources import Source
 
 BATCH = 64
 
 
-def last_mean(backbone: Backbone, folder: Any) -> Tensor:
+def last_mean(backbone: Backbone, source: Source) -> Tensor:
     """The channel means that noise at the last level has in training: what is left of images."""
-    source = Folder(write_fashion(folder, "shots", list(range(8))))
-    channels, side = backbone.channels, backbone.resolution
-    images = torch.stack([source.load(i, channels, side) for i, _ in source.samples])
+    form = backbone.channels, backbone.resolution
+    images = torch.stack([source.load(i, *form) for i, _ in source.samples])
     clean = backbone.encode(images).cpu().mean((0, 2, 3))
     return backbone.process.alpha_sigma(1)[0] * clean.view(-1, 1, 1)
 
@@ -102,7 +101,7 @@ def main() -> None:
     backbone = load_backbone(args.backbone)
     counts, samples = ((10, 50), 96) if args.quick else ((10, 100, 1000), 256)
     shape = backbone.latent_shape
-    noises = normal(rng(0, "noise"), samples, *shape) + last_mean(backbone, args.out / "images")
+    noises = normal(rng(0, "noise"), samples, *shape) + last_mean(backbone, pictures(args, 8)[0])
     tag = f"{backbone.fingerprint['weights'][:8]}-{samples}"
     made = {
         steps: once(
