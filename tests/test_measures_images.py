@@ -8,8 +8,9 @@ import torch
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from augment import UserError
+from augment.diffusion.gaussian import GaussianBackbone
 from augment.measure.reconstruction import lpips, reconstruction
-from augment.measure.relations import approach, assignment, top_correlations
+from augment.measure.relations import approach, assignment, offset_response, top_correlations
 from augment.measure.smoothness import interp_score, istd, walks
 
 
@@ -107,3 +108,15 @@ def test_the_way_from_noise_to_latent_passes_where_it_should():
     assert distance.diagonal().max() < 1e-6
     whole = (noise - latent).flatten(1).norm(dim=1).mean().item()
     assert distance[0, 2] == pytest.approx(whole) and distance[1, 0] == pytest.approx(whole / 2)
+
+
+def test_an_offset_of_a_channel_is_carried_as_the_gaussian_model_says():
+    backbone = GaussianBackbone(mean=0.1, std=0.2)
+    noises = torch.randn(3, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    alpha, sigma = backbone.process.alpha_sigma(1.0)
+    slope, images = offset_response(backbone, noises, 2, (-0.3, 0.0, 0.5), "fireflow", 50)
+    expected = 0.2 / (alpha**2 * 0.2**2 + sigma**2) ** 0.5
+    assert slope.tolist() == pytest.approx([expected, 0.0], rel=0.01, abs=1e-5)
+    assert images.shape == (3, 4, 16, 16)
+    changed = (images[2] - images[0]).abs().amax(1)
+    assert changed[2, :8].min() > 0.05 and changed[2, 8:].max() < 1e-4 and changed[0].max() < 1e-4

@@ -6,6 +6,7 @@ inversion gives the noise back; real ones leave some of the image in the latent,
 correlation of its pixels, as nearness to the image, and as a shift along the way of sampling.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -13,6 +14,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from augment.centroid.residuals import TINY
+from augment.diffusion.backbone import Backbone
+from augment.diffusion.solver import sample
 from augment.errors import UserError
 from augment.measure.features import blocks
 
@@ -59,6 +62,59 @@ def assignment(tensors: Float[Tensor, "n ..."], others: Float[Tensor, "n ..."]) 
     a, b = tensors.flatten(1), others.flatten(1)
     hits = [(d.argmin(1) == torch.arange(len(a))[rows]) for rows, d in blocks(a, b)]
     return torch.cat(hits).double().mean().item()
+
+
+class OffsetResponse(NamedTuple):
+    """What `offset_response` found, for the channel that was shifted.
+
+    Args:
+        slope: of the clean latent's mean in the offset: where it was added, and elsewhere.
+        images: (b, channels, height, width), of the first noise under each offset.
+    """
+
+    slope: Float[Tensor, " 2"]
+    images: Float[Tensor, "b c h w"]
+
+
+def offset_response(
+    backbone: Backbone,
+    noises: Float[Tensor, "n c h w"],
+    channel: int,
+    offsets: Sequence[float] = (-0.5, -0.25, -0.1, 0.0, 0.1, 0.25, 0.5),
+    solver: str = "ddim",
+    steps: int = 50,
+) -> OffsetResponse:
+    """What an offset of one channel at t = T, in the left half, does to the clean latent.
+
+    Landolsi & Kahl, arXiv 2505.07481, Fig. 6. The same offset at t = 0 has slopes 1 and 0; at t = T
+    a network may take it for what is left there of a picture, and answer with up to 1/α(T).
+
+    Args:
+        backbone: the model.
+        noises: at the last level.
+        channel: that is shifted.
+        offsets: b, of which one is not 0.
+        solver: see `augment.sample`.
+        steps: see there.
+    """
+    means, images = [], []
+    for offset in offsets:
+        made = sample(backbone, shifted(noises, channel, offset), None, solver, steps)
+        clean = backbone.encode(made)[:, channel].cpu()
+        means.append(torch.stack([x.mean() for x in clean.tensor_split(2, dim=-1)]))
+        images.append(made[0].cpu())
+    b = torch.tensor(offsets, dtype=torch.float32)
+    b = b - b.mean()
+    return OffsetResponse(b @ torch.stack(means).float() / b.square().sum(), torch.stack(images))
+
+
+def shifted(
+    latents: Float[Tensor, "n c h w"], channel: int, offset: float
+) -> Float[Tensor, "n c h w"]:
+    """Latents with an offset in the left half of one channel."""
+    latents = latents.clone()
+    latents[:, channel, :, : (latents.shape[-1] + 1) // 2] += offset
+    return latents
 
 
 class Approach(NamedTuple):

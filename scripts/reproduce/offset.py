@@ -13,37 +13,14 @@ import torch
 from claims import claim, conclude, options
 from eyes import show
 from matplotlib.figure import Figure
-from torch import Tensor
 from tqdm import tqdm
 
-from augment.diffusion import Backbone, load_backbone
+from augment.diffusion import load_backbone
 from augment.diffusion.solver import sample
+from augment.measure.relations import offset_response, shifted
 from augment.seeds import normal, rng
 
 OFFSETS = (-0.5, -0.25, -0.1, 0.0, 0.1, 0.25, 0.5)
-
-
-def halves(clean: Tensor, channel: int) -> Tensor:
-    """(n, 2): the means of a channel in both halves."""
-    return torch.stack([x[:, channel].mean((-2, -1)) for x in clean.tensor_split(2, dim=-1)], 1)
-
-
-def shifted(latents: Tensor, channel: int, offset: float) -> Tensor:
-    """With the offset in the left half of a channel."""
-    latents = latents.clone()
-    latents[:, channel, :, : latents.shape[-1] // 2] += offset
-    return latents
-
-
-def slopes(backbone: Backbone, noises: Tensor, channel: int, steps: int) -> tuple[Tensor, Tensor]:
-    """The slope of each half's mean in the offset at T, and the first noise's images."""
-    means, images = [], []
-    for offset in OFFSETS:
-        made = sample(backbone, shifted(noises, channel, offset), None, "ddim", steps)
-        means.append(halves(backbone.encode(made).cpu(), channel).mean(0))
-        images.append(made[0].cpu())
-    b = torch.tensor(OFFSETS)
-    return (b @ torch.stack(means)) / b.square().sum(), torch.stack(images)
 
 
 def main() -> None:
@@ -59,7 +36,7 @@ def main() -> None:
     grid = figure.subplots(2 * channels, len(OFFSETS))
     rows = []
     for channel in tqdm(range(channels), "channels"):
-        slope, late = slopes(backbone, noises, channel, steps)
+        slope, late = offset_response(backbone, noises, channel, OFFSETS, steps=steps)
         early = torch.cat([backbone.decode(shifted(clean, channel, b)) for b in OFFSETS]).cpu()
         rows.append(
             {"channel": channel, "left half": slope[0].item(), "right half": slope[1].item()}
