@@ -1,7 +1,7 @@
 PY := .venv/bin/python
 REPRODUCTIONS := paths offset independent degeneracy seeds walks relations inversions
 
-.PHONY: demo test test-slow lint bench reproduce wheel
+.PHONY: demo test test-slow lint bench reproduce docs wheel
 demo: .venv/demo
 	.venv/bin/latent-augment demo
 
@@ -27,6 +27,11 @@ reproduce: .venv/dev
 	for name in $(REPRODUCTIONS); do \
 		$(PY) scripts/reproduce/$$name.py --quick || exit 1; \
 	done
+
+docs: .venv/dev
+	.venv/bin/pip install -q -e '.[docs]'
+	.venv/bin/pdoc --math -d google -o runs/api augment training
+	$(PY) scripts/make_notebook.py
 
 wheel: .venv/dev
 	$(PY) -m build --wheel

@@ -4,6 +4,7 @@ Every message has one form: what was expected, what came, what to do. The comman
 message alone and ends with exit code 2; a traceback means a fault of ours.
 """
 
+from collections.abc import Mapping
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -37,7 +38,7 @@ class EnlargedWarning(AugmentWarning):
     """Images are much smaller than the backbone's and have to be enlarged."""
 
 
-def lookup(table: dict[str, T], name: str, what: str) -> T:
+def lookup(table: Mapping[str, T], name: str, what: str) -> T:
     """The entry ``name`` of an extension table, or a `UserError` that lists the right names."""
     if name not in table:
         known = ", ".join(table)

@@ -33,6 +33,7 @@ To add a rule: write the function here (or in a file of its own) and enter it in
 `COEFFICIENTS`; the laws of ``tests/test_centroid_laws.py`` then run over it.
 """
 
+from collections import ChainMap
 from collections.abc import Callable
 
 from jaxtyping import Float
@@ -99,5 +100,5 @@ COEFFICIENTS: dict[str, Callable[[Residuals], Float[Tensor, "b k"]]] = {
 }
 """Norm rules that mix in other shares than the weights, by name."""
 
-NORMS = GAINS | COEFFICIENTS
-"""All norm rules by name."""
+NORMS = ChainMap(COEFFICIENTS, GAINS)
+"""All norm rules by name: a view of both tables."""
