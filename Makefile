@@ -1,5 +1,6 @@
 PY := .venv/bin/python
-REPRODUCTIONS := paths offset independent degeneracy seeds walks relations inversions
+REPRODUCTIONS := paths offset independent degeneracy seeds walks relations inversions seedselect \
+	smooth_diffusion
 
 .PHONY: demo test test-slow lint bench reproduce docs wheel
 demo: .venv/demo

@@ -77,6 +77,10 @@ class Evaluation:
     def __str__(self) -> str:
         return "\n".join([self.title, "", *markdown(self.overall), "", *markdown(self.classes)])
 
+    def record(self) -> Row:
+        """All of it for JSON, which has no NaN."""
+        return plain({"title": self.title, "overall": self.overall, "classes": self.classes})
+
     def write(self, folder: str | Path) -> None:
         """Write ``evaluation.json``, ``classes.csv`` and ``evaluation.png``.
 
@@ -90,8 +94,7 @@ class Evaluation:
         figure, content = Figure(figsize=(11, 4), layout="constrained"), io.BytesIO()
         self.draw(figure)
         figure.savefig(content, format="png", dpi=110)
-        record = {"title": self.title, "overall": self.overall, "classes": self.classes}
-        write_json(root / "evaluation.json", plain(record))
+        write_json(root / "evaluation.json", self.record())
         columns = list(self.classes[0])
         write_table(root / "classes.csv", [columns, *(list(row.values()) for row in self.classes)])
         write_bytes(root / "evaluation.png", content.getvalue())

@@ -24,13 +24,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from augment.diffusion import load_backbone
-from augment.errors import ImageRejected, UserError, lookup
+from augment.errors import UserError, lookup
 from augment.files import check_folder, in_use, read_json, sha256, write_json
 from augment.filters import Filter, Reference
-from augment.images import decode_image
 from augment.jobs import run
 from augment.plan import Plan, Planner, round_robin
 from augment.records import DIGITS
+from augment.refine import SeedSelect
 from augment.shards import (
     FORMATS,
     MOST_SHARDS,
@@ -81,7 +81,6 @@ class Synthesis:
         pixels: larger images are reduced to so many a side; classifiers that see 224 need no more.
         filters: what an image has to pass, by name.
         candidates: how many plans are tried for an image before it is given up.
-        images: the folder of real images that filters compare with; the bank's own by default.
         where: device and dtype of the backbone, for workers that load it themselves.
 
     Raises:
@@ -98,7 +97,6 @@ class Synthesis:
     pixels: int = 256
     filters: dict[str, Filter] = field(default_factory=dict)
     candidates: int = 1
-    images: Path | None = None
     where: dict[str, Any] = field(default_factory=dict)
     title: str = field(default="", init=False)
     recipe: dict[str, Any] = field(default_factory=dict, init=False)
@@ -160,6 +158,8 @@ class Synthesis:
             "prompts": made.prompts or {},
             **{key: getattr(dice, key) for key in ("seed", "members", "noise")},
             **choice(dice),
+            # else left out, as folders of older versions have it
+            **({"refine": contents(made.refine)} if made.refine else {}),
             "filters": {name: contents(f) for name, f in self.filters.items()},
             "images": self.origins(),
             "bank": made.bank.digest,
@@ -226,39 +226,12 @@ class Synthesis:
         reference = Reference(
             classes=made.bank.classes,
             prompts=[made.bank.prompt(name) for name in made.bank.classes],
-            real=self.real,
+            real=lambda label: made.real(made.bank.classes[label]),
             device=made.backbone.device,
             counts=[len(ids) for ids in made.bank.members.values()],
         )
         scorers = {name: f.prepare(reference) for name, f in self.filters.items()}
         return partial(self.work, scorers)
-
-    def real(self, label: int) -> Float[Tensor, "n c r r"]:
-        """The real images of a class that the bank holds.
-
-        Raises:
-            UserError: they are no longer where they were.
-        """
-        made = self.synthesizer
-        root = self.images or Path(made.bank.manifest["source"])
-        name = made.bank.classes[label]
-        channels, side = made.backbone.channels, made.backbone.resolution
-        known = {i["id"]: i for c in made.bank.chunks[name] for i in c.record["images"]}
-        ids = made.bank.members[name]
-        images = torch.empty(len(ids), channels, side, side)
-        for row, image_id in enumerate(ids):
-            try:
-                content = (root / image_id).read_bytes()
-                if sha256(content) != known[image_id]["sha256"]:
-                    raise OSError(0, "another image")
-                images[row] = decode_image(content, channels, side)
-            except (OSError, ImageRejected) as error:
-                raise UserError(
-                    f"expected the real images of the bank in {root}, to compare with, got "
-                    f"{getattr(error, 'strerror', None) or error} for {image_id}; say where they "
-                    "are with --images"
-                ) from None
-        return images
 
     def work(self, scorers: dict[str, Callable[..., Tensor]], unit: int) -> None:
         """Make and commit a shard."""
@@ -268,7 +241,7 @@ class Synthesis:
             for attempt in range(self.candidates):
                 refused = []
                 for plans in self._batches(attempt, pending):
-                    images = self.synthesizer.images(plans)
+                    images, losses = self.synthesizer.made(plans)
                     scores = score(scorers, images, [plan.label for plan in plans])
                     small = reduce(images, self.pixels).cpu()
                     for row, plan in enumerate(plans):
@@ -280,7 +253,8 @@ class Synthesis:
                             refused.append(plan.index)
                             continue
                         data = pool.submit(encode, small[row], self.extension, self.quality)
-                        made[plan.index] = (plan, mine, data)
+                        loss = None if losses is None else [losses[row, 0], losses[row].min()]
+                        made[plan.index] = (plan, mine, loss, data)
                 pending = refused
         samples = (self._sample(*made[index]) for index in sorted(made))
         write_shard(
@@ -298,13 +272,20 @@ class Synthesis:
             batch = indices[first : first + size]
             yield [self.planner(attempt, index, self.labels[index]) for index in batch]
 
-    def _sample(self, plan: Plan, scores: dict[str, float], data: "Future[bytes]") -> Sample:
-        """What the shard holds of an image."""
+    def _sample(
+        self,
+        plan: Plan,
+        scores: dict[str, float],
+        loss: list[Tensor] | None,
+        data: "Future[bytes]",
+    ) -> Sample:
+        """What the shard holds of an image; of a refined one, its loss before and after."""
         about = {
             "plan": asdict(plan),
             "rule": str(self.synthesizer.rule),
             "backbone": self.synthesizer.bank.fingerprint["backbone"],
             "scores": {k: v if math.isfinite(v) else None for k, v in scores.items()},
+            **({"refined": [round(value.item(), 6) for value in loss]} if loss else {}),
         }
         return Sample(plan.index, data.result(), plan.label, about)
 
@@ -312,8 +293,8 @@ class Synthesis:
         """Nothing is left to do."""
 
 
-def contents(judge: Filter) -> dict[str, Any]:
-    """A filter's settings, a file by its digest: shards depend on what is in it."""
+def contents(judge: Filter | SeedSelect) -> dict[str, Any]:
+    """Settings, a file among them by its digest: shards depend on what is in it."""
     settings = asdict(judge)  # type: ignore[call-overload]
     for key, value in settings.items():
         if isinstance(value, str) and value and Path(value).is_file():

@@ -2,13 +2,15 @@
 
 A centroid is computed sample by sample in float32, so it is the same to the last bit in any batch.
 The network then works on batches; its images are the same to the last bit for the same batch
-layout on the same device, and within 1e-4 otherwise.
+layout on the same device, and within 1e-4 otherwise, but for refined ones (`augment.refine`).
 """
 
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -18,10 +20,13 @@ from augment.bank import LatentBank
 from augment.centroid.rule import Rule
 from augment.diffusion.backbone import Backbone, check_batch, check_interval
 from augment.diffusion.solver import SOLVERS, check_steps, sample
-from augment.errors import AugmentWarning, BiasWarning, UserError, lookup
+from augment.errors import AugmentWarning, BiasWarning, ImageRejected, UserError, lookup
+from augment.files import sha256
+from augment.images import decode_image
 from augment.inversion import INVERTERS
 from augment.measure import LatentStatistics, bias_warning, latent_statistics
 from augment.plan import Plan
+from augment.refine import Goal, SeedSelect, check_sampling
 from augment.seeds import normal, rng
 
 PROFILES = ("exact", "fast")
@@ -60,10 +65,13 @@ class Synthesizer:
         guidance: by default as the bank was inverted.
         interval, batch_size: see `augment.sample`.
         prompts: of classes that are to be sampled with another prompt than they were inverted with.
+        refine: what brings centroids nearer to their class before they are sampled, if anything.
+        source: the folder of the bank's real images, which ``refine`` and filters compare with; by
+            default where they were.
 
     Raises:
         BankMismatch: the bank is of another backbone.
-        UserError: an unknown rule or solver, or no steps.
+        UserError: an unknown rule or solver, or no steps, or too few to refine through.
     """
 
     backbone: Backbone
@@ -75,6 +83,9 @@ class Synthesizer:
     batch_size: int = 64
     interval: tuple[float, float] = (0.0, 1.0)
     prompts: dict[str, str] | None = None
+    refine: SeedSelect | None = None
+    source: Path | None = None
+    _goals: dict[str, Goal] = field(default_factory=dict, init=False, repr=False)
     _nulls: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict, init=False, repr=False)
     _statistics: dict[str, LatentStatistics] = field(default_factory=dict, init=False, repr=False)
     _warned: bool = field(default=False, init=False, repr=False)
@@ -107,6 +118,9 @@ class Synthesizer:
             )
         for name in self.prompts or {}:
             lookup(dict.fromkeys(self.bank.classes), name, "class to prompt")
+        if self.refine:
+            check_sampling(self.steps)
+            self.refine = self.refine.of(self.backbone)
 
     def points(self, plan: Plan) -> tuple[Float[Tensor, "k c h w"], Float[Tensor, " k"]]:
         """What a plan mixes, its share of fresh noise among it, and the weights.
@@ -146,24 +160,74 @@ class Synthesizer:
         return (total / count).float().to(self.bank.device)  # type: ignore[union-attr]
 
     def images(self, plans: Sequence[Plan]) -> Float[Tensor, "n c h w"]:
-        """The images of plans, float32 in [0, 1] on the backbone's device."""
+        """The images of plans, float32 in [0, 1] on the backbone's device.
+
+        Raises:
+            UserError: see `points` and, to refine, `goal`.
+        """
+        return self.made(plans)[0]
+
+    def made(
+        self, plans: Sequence[Plan]
+    ) -> tuple[Float[Tensor, "n c h w"], Float[Tensor, "n _"] | None]:
+        """See `images`; and the losses of `augment.refine.Refined`, if there are."""
         mixed = [self._mix(plan) for plan in plans]
         centroids = torch.stack([centroid for centroid, _ in mixed])
         self._warn_of_bias(plans, centroids, torch.stack([average for _, average in mixed]))
         own = [self.bank.prompt(plan.class_name) for plan in plans]
         away = INVERTERS[self.bank.inversion["method"]].away
-        return sample(
-            self.backbone,
-            centroids,
-            [self.prompt(plan.class_name) for plan in plans],
-            self.solver,
-            self.steps,  # type: ignore[arg-type]
-            self.guidance,  # type: ignore[arg-type]
-            self.batch_size,
-            self.interval,
-            negative=own if away == "prompt" else None,
-            nulls=torch.stack([self.null(plan) for plan in plans]) if self.has_nulls else None,
-        )
+        how: dict[str, Any] = {
+            "prompts": [self.prompt(plan.class_name) for plan in plans],
+            **{key: getattr(self, key) for key in ("solver", "steps", "guidance", "batch_size")},
+            "interval": self.interval,
+            "negative": own if away == "prompt" else None,
+            "nulls": torch.stack([self.null(p) for p in plans]) if self.has_nulls else None,
+        }
+        losses = None
+        if self.refine:
+            goals = [self.goal(plan) for plan in plans]
+            centroids, losses = self.refine(self.backbone, centroids, goals, **how)
+        return sample(self.backbone, centroids, **how), losses
+
+    def goal(self, plan: Plan) -> Goal:
+        """What a plan's centroid is refined for: the means of its class's real images.
+
+        Raises:
+            UserError: the plan mixes classes, or see `real` and `SeedSelect.see`.
+        """
+        name = plan.class_name
+        if set(plan.member_classes) != {name}:
+            raise UserError(
+                f"expected plans of one class each to refine, got one that mixes {name!r} with "
+                "others; leave refine out"
+            )
+        if name not in self._goals:
+            self._goals[name] = self.refine.goal(self.backbone, self.real(name))  # type: ignore[union-attr]
+        return self._goals[name]
+
+    def real(self, class_name: str) -> Float[Tensor, "n c r r"]:
+        """The real images of a class that the bank shows, in the backbone's format.
+
+        Raises:
+            UserError: they are no longer where they were.
+        """
+        root = self.source or Path(self.bank.manifest["source"])
+        channels, side = self.backbone.channels, self.backbone.resolution
+        known = self.bank.digests(class_name)
+        images = torch.empty(len(known), channels, side, side)
+        for row, (image_id, digest) in enumerate(known.items()):
+            try:
+                content = (root / image_id).read_bytes()
+                if sha256(content) != digest:
+                    raise OSError(0, "another image")
+                images[row] = decode_image(content, channels, side)
+            except (OSError, ImageRejected) as error:
+                raise UserError(
+                    f"expected the real images of the bank in {root}, to compare with, got "
+                    f"{getattr(error, 'strerror', None) or error} for {image_id}; say where they "
+                    "are with --images"
+                ) from None
+        return images
 
     @property
     def has_nulls(self) -> bool:
@@ -178,10 +242,13 @@ class Synthesizer:
         """Find out, before any is made, whether images of these plans can be.
 
         Raises:
-            UserError: a prompt that the backbone does not take, a rule that does not fit, or a
-                file of the bank that is harmed.
+            UserError: a prompt that the backbone does not take, a rule that does not fit, a
+                file of the bank that is harmed, or, to refine, no network or real images.
         """
         self.backbone.condition([self.prompt(plan.class_name) for plan in plans])
+        if self.refine:
+            self.refine.see(self.backbone)
+            self.real(plans[0].class_name)
         for plan in plans:
             self.centroid(plan)
             if self.has_nulls:

@@ -17,7 +17,8 @@ from augment.sources import Folder
 from training.sweep import assign
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
-TRAINED = [path for path in CONFIGS if not path.stem.startswith("episodes")]
+OTHERS = ("episodes", "seedselect", "smooth")
+TRAINED = [path for path in CONFIGS if not path.stem.startswith(OTHERS)]
 WORDNET = ("n01440764", "n01443537", "n01484850")
 
 

@@ -53,8 +53,8 @@ class Never:
 def make(bank, gaussian, tmp_path):
     """A job of 8 images a class in shards of 10."""
 
-    def make(out: str = "out", alpha: float = 1.0, **options) -> Synthesis:
-        synthesizer = Synthesizer(gaussian, bank, steps=2, batch_size=4)
+    def make(out: str = "out", alpha: float = 1.0, source=None, **options) -> Synthesis:
+        synthesizer = Synthesizer(gaussian, bank, steps=2, batch_size=4, source=source)
         planner = Planner(bank.members, alpha=alpha, members=2, noise=0.3)
         options = {"shard_size": 10, "extension": "png"} | options
         return Synthesis(tmp_path / out, synthesizer, planner, 8, **options)
@@ -192,7 +192,7 @@ def test_filters_ask_for_the_real_images_where_they_are(make, bank, pictures, tm
     job.synthesizer.bank = LatentBank.open(tmp_path / "bank")
     with pytest.raises(UserError, match="--images"):
         run(job)
-    job = make("found", filters={"dark": Dark()}, images=moved)
+    job = make("found", filters={"dark": Dark()}, source=moved)
     assert run(job)
 
 
@@ -200,7 +200,7 @@ def test_images_that_changed_are_not_compared_with(make, pictures, tmp_path):
     moved = shutil.copytree(pictures, tmp_path / "moved")
     shutil.copy(moved / "ant" / "1.png", moved / "ant" / "0.png")
     with pytest.raises(UserError, match=r"another image for ant/0\.png"):
-        run(make(filters={"dark": Dark()}, images=moved))
+        run(make(filters={"dark": Dark()}, source=moved))
 
 
 def test_a_shard_of_another_place_or_job_is_made_again(make, tmp_path):

@@ -10,17 +10,18 @@ import pytest
 ROOT = Path(__file__).parent.parent
 LAYERS = (
     {"augment.errors", "augment.seeds", "augment.files", "augment.images", "augment.prompts"}
-    | {"augment.cluster", "augment.features"},
+    | {"augment.cluster", "augment.console", "augment.features"},
     {"augment.weights", "augment.prior", "augment.centroid"},
     {"augment.sources", "augment.diffusion", "augment.inversion"},
     {"augment.plan", "augment.measure", "augment.records", "augment.networks"},
-    {"augment.bank"},
+    {"augment.bank", "augment.refine"},
     {"augment.synthesis", "augment.filters", "augment.shards", "augment.jobs"} | {"augment.extend"},
     {"augment.fill", "augment.generate", "augment.upkeep", "augment.dataset"}
     | {"augment.export", "augment.evaluate"},
     {"augment.slots"},
-    {"augment.replay"},
+    {"augment.replay", "augment.report", "augment.explore"},
     {"training"},
+    {"augment.commands"},
     {"augment.cli"},
 )
 HOMES = {
@@ -32,6 +33,7 @@ HOMES = {
     "peft": ("augment.diffusion", "training"),
     "webdataset": "augment.export",
     "ray": "augment.cluster",
+    "gradio": "augment.explore",
     "jsonargparse": "augment.cli",
 }
 

@@ -1,6 +1,7 @@
 """``latent-augment train …``: Lightning's own command line over our classifier and data."""
 
 import logging
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,8 @@ class TrainCLI(LightningCLI):
         """What the command says holds; Lightning would take the checkpoint's settings instead."""
 
     subcommand: str
+    found: dict[str, float] | None = None
+    """What the test measured."""
 
     @property
     def root(self) -> Path:
@@ -163,6 +166,7 @@ class TrainCLI(LightningCLI):
             found = {k: v for k, v in measured.items() if k.startswith("test/")}
             folder = self.root if self.subcommand == "fit" else self.root / self.subcommand
             write_json(folder / "test.json", found)
+            self.found = found
 
 
 def log_of(root: Path, subcommand: str) -> CSVLogger:
@@ -196,7 +200,10 @@ def main(args: list[str]) -> TrainCLI:
             args=args,
             parser_kwargs={"prog": "latent-augment train"},
             save_config_kwargs=overwrite,
-            trainer_defaults={"callbacks": [ReuseLogger()]},
+            trainer_defaults={
+                "callbacks": [ReuseLogger()],
+                "enable_progress_bar": sys.stderr.isatty(),  # of no use in a file
+            },
             seed_everything_default=0,
             load_from_checkpoint_support=False,
         )

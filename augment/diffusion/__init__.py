@@ -107,8 +107,8 @@ def load_backbone(
         device: where the network runs; by default the GPU if there is one.
         dtype: the network's precision; float32 by default, and for diffusers' models on a GPU
             float16 (UNets) or bfloat16 (transformers).
-        options: passed on to the backbone: those of `pretrained` and, by what the checkpoint is,
-            of `StableDiffusion`, `StableDiffusionXL`, `StableDiffusion3` or `DiT`.
+        options: passed on to the backbone: those of `Tiny`; or those of `pretrained` and, by what
+            the checkpoint is, of `StableDiffusion`, `StableDiffusionXL`, `StableDiffusion3`, `DiT`.
 
     Raises:
         UserError: an unknown name, an option that the backbone has not, or no usable weights.
@@ -119,9 +119,9 @@ def load_backbone(
     if Path(name).suffix == ".safetensors":
         mine = "unet" in read_header(Path(name))[0].get("config", "")
     if mine:
-        check_options(name, options, {})
+        check_options(name, options, known_options(Tiny))
         weights = {} if name == "tiny" else {"weights": Path(name)}
-        backbone = Tiny(**weights, device=device, dtype=dtype or torch.float32)
+        backbone = Tiny(**weights, device=device, dtype=dtype or torch.float32, **options)
     else:
         backbone = BACKBONES.get(name, partial(pretrained, name))(**where, **options)
     defaults = known_options(pretrained) | known_options(type(backbone))

@@ -8,17 +8,21 @@ and come out in float32.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from augment.diffusion.process import Pair, Process, split
 from augment.errors import UserError
 
 T = TypeVar("T")
+Timestep = float | Float[Tensor, " n"]
+"""What a network is told of the level: one number for all rows, or, in training, one a row."""
+
 Condition = dict[str, Tensor]
 """What a network is told beside latent and timestep: tensors by name, a row an image each.
 
@@ -61,6 +65,29 @@ class Backbone(Protocol):
 
     def network(self, latent: Tensor, timestep: float, condition: Condition) -> Tensor:
         """The network's raw answer, float32."""
+        ...
+
+
+@runtime_checkable
+class Trainable(Backbone, Protocol):
+    """A backbone whose network can be trained further.
+
+    Attributes:
+        part: what diffusers calls its network, ``unet`` or ``transformer``.
+    """
+
+    part: str
+
+    def network(self, latent: Tensor, timestep: Timestep, condition: Condition) -> Tensor:
+        """As of any backbone; the timesteps may differ by row."""
+        ...
+
+    def trainable(self) -> nn.Module:
+        """The network, which is changed in place."""
+        ...
+
+    def save(self, folder: Path) -> Path:
+        """Write the backbone below a folder; the place is what `load_backbone` takes."""
         ...
 
 
@@ -151,6 +178,15 @@ def check_interval(interval: tuple[float, float]) -> None:
         raise UserError(
             f"expected two levels for the guidance interval, 0 ≤ low ≤ high ≤ 1, got {interval}"
         )
+
+
+def as_times(timestep: Timestep, latent: Tensor) -> Float[Tensor, " n"]:
+    """One timestep a row.
+
+    A tensor, for diffusers makes an integer of a number, and middles lie between integers.
+    """
+    times = torch.as_tensor(timestep, dtype=torch.float32, device=latent.device)
+    return times.expand(len(latent))
 
 
 def as_prompts(prompts: str | Sequence[str] | None, count: int) -> list[str]:

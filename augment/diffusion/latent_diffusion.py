@@ -4,7 +4,6 @@ Only the parts are diffusers': the process is ours (`augment.diffusion.process`)
 checkpoint's scheduler file, and so are the solvers.
 """
 
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,11 +12,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from augment.diffusion.backbone import Condition
+from augment.diffusion.backbone import Condition, Timestep, as_times
 from augment.diffusion.checkpoint import Checkpoint, read_process
 from augment.diffusion.codec import Codec, load_tiny
 from augment.diffusion.hub import require
-from augment.diffusion.lora import add_lora, find_lora
+from augment.diffusion.lora import add_lora, find_lora, lora_print
 from augment.errors import UserError
 
 PROMPTS = 1000
@@ -80,8 +79,7 @@ class LatentDiffusion:
         if lora:
             file = find_lora(lora, checkpoint.local_files_only)
             add_lora(self.pipe, file, lora_scale)
-            digest = hashlib.sha256(file.read_bytes()).hexdigest()
-            print_of_lora = {"lora": f"{digest} × {lora_scale:g}"}
+            print_of_lora = lora_print(file, lora_scale)
         for name in parts:
             # not diffusers' own ``to``, which warns of half precision that nobody asked for
             module = getattr(self.pipe, name).eval().requires_grad_(False)
@@ -162,17 +160,26 @@ class LatentDiffusion:
         raise NotImplementedError
 
     def network(
-        self, latent: Float[Tensor, "n c h w"], timestep: float, condition: Condition
+        self, latent: Float[Tensor, "n c h w"], timestep: Timestep, condition: Condition
     ) -> Float[Tensor, "n c h w"]:
         """The network's answer in float32; differentiable in the latent and ``text``."""
         if not len(latent):  # diffusers' attention cannot reshape nothing
             return torch.zeros_like(latent)
-        times = torch.full((len(latent),), float(timestep), device=self.device)
+        times = as_times(timestep, latent)
         return self.answer(latent.to(self.dtype), times, condition).float()
 
     def answer(self, latent: Tensor, times: Float[Tensor, " n"], condition: Condition) -> Tensor:
         """The network called the way it wants to be."""
         raise NotImplementedError
+
+    def trainable(self) -> nn.Module:
+        """The network with its layers as the checkpoint has them, to be trained further."""
+        return self.net
+
+    def save(self, folder: Path) -> Path:
+        """Write the pipeline below a folder; the place is what `load_backbone` takes."""
+        self.pipe.save_pretrained(folder / "model")
+        return folder / "model"
 
 
 def check_length(prompt: str, tokenizer: Any, limit: int | None = None, mend: str = "") -> None:

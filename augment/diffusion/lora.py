@@ -1,9 +1,11 @@
 """Low-rank weights (LoRA; Hu et al., arXiv 2106.09685): found, renamed, and added to a pipeline."""
 
+import hashlib
 import re
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file
 from torch import nn
 
@@ -36,6 +38,11 @@ def find_lora(source: str | Path, local_files_only: bool = False) -> Path:
     return path
 
 
+def lora_print(path: Path, scale: float) -> dict[str, str]:
+    """What low-rank weights add to a backbone's fingerprint."""
+    return {"lora": f"{hashlib.sha256(path.read_bytes()).hexdigest()} × {scale:g}"}
+
+
 def add_lora(pipe: Any, path: Path, scale: float) -> None:
     """Add low-rank weights to a pipeline's: W + scale·up·down (Hu et al., arXiv 2106.09685).
 
@@ -66,6 +73,30 @@ def add_lora(pipe: Any, path: Path, scale: float) -> None:
             )
         pipe.fuse_lora(lora_scale=scale)
         pipe.unload_lora_weights()
+
+
+def fuse_lora(network: nn.Module, path: Path, scale: float) -> None:
+    """Add low-rank weights to linear layers, as `add_lora`, of a network that is no pipeline's.
+
+    Raises:
+        UserError: weights that have no place in this network.
+    """
+    with damaged(path):
+        state = {modern(key).removeprefix("unet."): v for key, v in load_file(path).items()}
+    places = [key.removesuffix(".lora_A.weight") for key in state if ".lora_A." in key]
+    try:
+        for place in places:
+            down, up = (state.pop(f"{place}.lora_{side}.weight") for side in "AB")
+            with torch.no_grad():
+                network.get_parameter(f"{place}.weight").add_(scale * up.float() @ down.float())
+        reason = next(iter(state), "" if places else "no weights at all")
+    except (AttributeError, KeyError, RuntimeError) as error:
+        reason = brief(error)
+    if reason:
+        raise UserError(
+            f"expected a LoRA for this model, got {path}, which has no place in it: {reason}; "
+            "take the model that it was trained on"
+        )
 
 
 def modern(key: str) -> str:

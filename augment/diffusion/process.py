@@ -34,12 +34,22 @@ from torch import Tensor
 from augment.errors import UserError, lookup
 
 Pair = tuple[Tensor, Tensor]
-PREDICTIONS: dict[str, Callable[[Tensor, Tensor, float, float], Pair]] = {
+Amount = float | Tensor
+"""An α or σ: one number, or a tensor that broadcasts, of levels that differ by row."""
+
+PREDICTIONS: dict[str, Callable[[Tensor, Tensor, Amount, Amount], Pair]] = {
     "epsilon": lambda z, out, alpha, sigma: ((z - sigma * out) / alpha, out),
     "v": lambda z, out, alpha, sigma: (alpha * z - sigma * out, sigma * z + alpha * out),
     "flow": lambda z, out, alpha, sigma: (z - sigma * out, z + (1 - sigma) * out),
 }
 """How each kind of network answer splits into (clean, noise)."""
+
+GOALS: dict[str, Callable[[Tensor, Tensor, Amount, Amount], Tensor]] = {
+    "epsilon": lambda clean, noise, alpha, sigma: noise,
+    "v": lambda clean, noise, alpha, sigma: alpha * noise - sigma * clean,
+    "flow": lambda clean, noise, alpha, sigma: noise - clean,
+}
+"""What each kind of network learns to answer; split, it is (clean, noise) again."""
 
 BETAS: dict[str, Callable[[float, float, int], Tensor]] = {
     "scaled_linear": lambda a, b, n: torch.linspace(a**0.5, b**0.5, n, dtype=torch.float64) ** 2,

@@ -63,6 +63,15 @@ class StableDiffusion(LatentDiffusion):
             self.net.fuse_qkv_projections()
         super().prepare(compile)
 
+    def trainable(self) -> nn.Module:
+        """The UNet, its fused projections apart again."""
+        self.net.unfuse_qkv_projections()
+        self.net.original_attn_processors = None
+        for module in self.net.modules():
+            for fused in ("to_qkv", "to_kv"):
+                module._modules.pop(fused, None)
+        return self.net
+
     def embed(self, prompt: str) -> Condition:
         """(1, 77, width) of the last layer."""
         check_length(prompt, self.pipe.tokenizer)

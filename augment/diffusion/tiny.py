@@ -25,11 +25,14 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor, nn
 
-from augment.diffusion.backbone import Condition
+from augment.diffusion.backbone import Condition, Timestep, as_times
+from augment.diffusion.lora import find_lora, fuse_lora, lora_print
 from augment.diffusion.process import Process, VariancePreserving
 from augment.errors import UserError
+from augment.files import write_bytes
 
 WEIGHTS = Path(__file__).parent / "weights" / "tiny.safetensors"
 BAD_WEIGHTS = (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError)
@@ -69,11 +72,14 @@ class Tiny:
         weights: a safetensors file written by ``scripts/train_tiny.py``.
         device: where the network runs.
         dtype: the network's precision; latents and solver stay in float32.
+        lora: low-rank weights to add: a safetensors file, or a folder.
+        lora_scale: how much of them.
 
     Raises:
-        UserError: the weights file is missing or is not one of ours.
+        UserError: the weights file is missing or is not one of ours, or the LoRA of another model.
     """
 
+    part = "unet"
     resolution = 32
     process: Process = VariancePreserving(prediction="v")
 
@@ -82,11 +88,14 @@ class Tiny:
         weights: Path = WEIGHTS,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
+        *,
+        lora: str | Path | None = None,
+        lora_scale: float = 1.0,
     ) -> None:
         self.device, self.dtype = torch.device(device), dtype
         try:
             with safe_open(weights, framework="pt") as file:
-                config = json.loads(file.metadata()["config"])
+                self.config = config = json.loads(file.metadata()["config"])
                 state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
             self.scale: float = config["scale"]
             self.white: float = config["white"]
@@ -104,10 +113,14 @@ class Tiny:
                 f"{' '.join(str(error).split())[:120] or error!r}; "
                 "reinstall latent-augment or run scripts/train_tiny.py"
             ) from None
-        # not diffusers' own ``to``, which warns of half precision that nobody asked for
-        nn.Module.to(self.unet, self.device, dtype).eval().requires_grad_(False)
         digest = hashlib.sha256(Path(weights).read_bytes()).hexdigest()
         self.fingerprint = {"name": "tiny", "weights": digest, "process": repr(self.process)}
+        if lora:
+            file = find_lora(lora)
+            fuse_lora(self.unet, file, lora_scale)
+            self.fingerprint |= lora_print(file, lora_scale)
+        # not diffusers' own ``to``, which warns of half precision that nobody asked for
+        nn.Module.to(self.unet, self.device, dtype).eval().requires_grad_(False)
         self.recipe: dict[str, Any] = {}
 
     def encode(self, images: Float[Tensor, "n c 32 32"]) -> Float[Tensor, "n C 16 16"]:
@@ -127,10 +140,20 @@ class Tiny:
         return {"text": self.texts[torch.tensor(numbers, dtype=torch.long, device=self.device)]}
 
     def network(
-        self, latent: Float[Tensor, "n C 16 16"], timestep: float, condition: Condition
+        self, latent: Float[Tensor, "n C 16 16"], timestep: Timestep, condition: Condition
     ) -> Float[Tensor, "n C 16 16"]:
         """v-prediction of the UNet."""
-        # a tensor, for diffusers makes an integer of a number, and middles lie between integers
-        times = torch.full((len(latent),), float(timestep), device=self.device)
-        text = condition["text"].to(self.dtype)
+        times, text = as_times(timestep, latent), condition["text"].to(self.dtype)
         return self.unet(latent.to(self.dtype), times, text, return_dict=False)[0].float()
+
+    def trainable(self) -> nn.Module:
+        """The network, to be trained further."""
+        return self.unet
+
+    def save(self, folder: Path) -> Path:
+        """Write the weights below a folder; the place is what `load_backbone` takes."""
+        state = self.unet.state_dict() | {"class_embedding.weight": self.texts}
+        state = {key: value.cpu().contiguous() for key, value in state.items()}
+        path = folder / "tiny.safetensors"
+        write_bytes(path, save(state, {"config": json.dumps(self.config)}))
+        return path

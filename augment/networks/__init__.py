@@ -1,7 +1,8 @@
 """Frozen networks that look at images: for filters, and to measure by. EXTEND.
 
-A network is a function of images (n, C, R, R) in [0, 1] to features (n, d), in batches, without
-gradients. A new one is one file here and one line in `NETWORKS`; any other name is one of timm's.
+A network is a function of images (n, C, R, R) in [0, 1] to features (n, d), in batches; its weights
+never change, and but for ``inception`` it has gradients for images that ask for them. A new one is
+one file here and one line in `NETWORKS`; any other name is one of timm's.
 """
 
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""What all networks here need: batches without gradients, and images as networks want them."""
+"""What all networks here need: batches, and images as networks want them."""
 
 from collections.abc import Callable, Sequence
 
@@ -13,8 +13,11 @@ BATCH = 64
 
 
 def in_batches(function: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
-    """A function of images, of `BATCH` at a time and without gradients; float64 on the CPU."""
-    with torch.no_grad():
+    """A function of images, of `BATCH` at a time; float64 on the CPU.
+
+    With gradients only where the images ask for them.
+    """
+    with torch.set_grad_enabled(torch.is_grad_enabled() and images.requires_grad):
         return torch.cat([function(part).cpu().double() for part in images.split(BATCH)])
 
 

@@ -1,0 +1,108 @@
+"""What commands share: where work is done, what is told of it, options that need care."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+from augment.errors import UserError, lookup
+
+Record = dict[str, Any]
+"""What came of a command, for ``--json``."""
+
+
+def planning_device(device: str | None, executor: str) -> str | None:
+    """Where this process loads the backbone: a rank on its own GPU; on the CPU, if others work."""
+    import os
+
+    import torch
+
+    if executor != "local":
+        return "cpu"
+    if device is None and "LOCAL_RANK" in os.environ and torch.cuda.is_available():
+        return f"cuda:{int(os.environ['LOCAL_RANK']) % torch.cuda.device_count()}"
+    return device
+
+
+def work(job: Any, executor: str, dry_run: bool) -> Record | None:
+    """Do a job, or this process's share of it; what to say if it is not all done now."""
+    from augment.jobs import estimate, run, stripe
+
+    if dry_run:
+        told = estimate(job)
+        print(told)
+        return {"complete": False, "estimate": told.splitlines()}
+    rank, world = stripe() if executor == "local" else (0, 1)
+    complete = run(job, executor, (rank, world))
+    if not complete and world == 1:
+        raise UserError(
+            f"expected all units of the job in {job.path}, got some that workers finished and that "
+            "are not there; choose a folder that all machines share"
+        )
+    if complete:
+        return None
+    print(f"{job.path}: the share of rank {rank} of {world} is done; others are not yet")
+    return {"complete": False, "rank": rank, "world": world}
+
+
+def tell_of_bank(path: Path) -> Record:
+    """What is in a bank, and what the bias of its latents would do."""
+    from augment.bank import LatentBank
+    from augment.measure import latent_statistics, predicted_bias
+
+    bank = LatentBank.open(path)
+    count = sum(map(len, bank.members.values()))
+    print(f"{path}: {count} latents of {len(bank.classes)} classes")
+    rejects = sum(len(c.record["rejects"]) for chunks in bank.chunks.values() for c in chunks)
+    if rejects:
+        print(f"{rejects} images are left out: see {path / 'rejects.jsonl'}")
+    worst = max(bank.classes, key=bank.largest_mean)
+    found = latent_statistics(bank.latents(worst))
+    print(f"\nclass {worst}, whose channel means are largest:\n{found}")
+    if found.biased:
+        grown = predicted_bias(found, found.count, math.inf)
+        print(
+            f"all {found.count} of them mixed in equal parts by a rule without a mean split "
+            f"(fix/0) would have channel means up to {grown:.2f}; take one with /chm or /lp"
+        )
+    print(f"\nnext: latent-augment synthesize {path} --out {path.with_name('synthetic')}")
+    return {
+        "complete": True, "bank": str(path), "latents": count, "classes": len(bank.classes),
+        "rejects": rejects, "most_biased": worst, "bias": found.largest[0], "biased": found.biased,
+    }  # fmt: skip
+
+
+def recipe_of(bank: Any, backbone: str | None = None) -> dict[str, Any]:
+    """What makes a bank's backbone again, or another one with its options."""
+    recipe = {**bank.recipe, **({"name_or_path": backbone} if backbone else {})}
+    place = Path(recipe["name_or_path"])
+    if place.is_absolute() and not place.exists():
+        raise UserError(
+            f"expected the backbone that made the bank at {place}, got nothing there; say where it "
+            "is with --backbone"
+        )
+    return recipe
+
+
+def refuse(options: dict[str, Any], *names: str) -> None:
+    """Refuse options that the command has as its own.
+
+    Raises:
+        UserError: one of the names is among them.
+    """
+    for name in names:
+        if name in options:
+            raise UserError(
+                f"expected {name} as an option of its own, got it among others; see --help"
+            )
+
+
+def parse_dtype(name: str | None) -> Any:
+    """A torch dtype by name, or None.
+
+    Raises:
+        UserError: an unknown name.
+    """
+    import torch
+
+    known = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+    return None if name is None else lookup(known, name, "dtype")

@@ -1,0 +1,87 @@
+"""Banks and shards kept: ``inspect``, ``verify``, ``merge``, ``split``, ``export``."""
+
+from pathlib import Path
+
+from augment.commands.common import Record, tell_of_bank
+from augment.errors import UserError
+
+
+def inspect(path: str) -> Record:
+    """Tell what a bank or a folder of shards holds.
+
+    Args:
+        path: the folder.
+    """
+    from augment import upkeep
+
+    told = upkeep.inspect(path)
+    print(told)
+    return {"path": path, "told": told.splitlines()}
+
+
+def verify(path: str, images: str | None = None, discard: bool = False) -> Record:
+    """Compare every file of a bank or of shards with what was recorded when it was written.
+
+    Args:
+        path: the folder.
+        images: of a bank, the folder of images, to be compared too.
+        discard: take out what is damaged; the command that made it then makes it again.
+    """
+    from augment import upkeep
+    from augment.files import locked
+
+    findings = upkeep.verify(path, images)
+    for finding in findings:
+        print(finding.what)
+    if discard:
+        with locked(Path(path)):  # not while a job is at work there
+            upkeep.discard(findings)
+    if findings:
+        damaged = sum(finding.record is not None for finding in findings)
+        after = "taken out; run the command that made it again" if discard else "as above"
+        raise UserError(
+            f"expected {path} as it was written, got {len(findings)} findings, {damaged} of them "
+            f"damage that can be made again, {after}"
+            + ("" if discard or not damaged else "; take it out with --discard")
+        )
+    print(f"{path}: every file is as it was written")
+    return {"path": path, "findings": 0}
+
+
+def merge(banks: str, out: str) -> Record:
+    """Make one bank of several of the same settings.
+
+    Args:
+        banks: their folders, with commas between.
+        out: folder of the new one.
+    """
+    from augment import upkeep
+
+    return tell_of_bank(upkeep.merge(banks.split(","), out).path)
+
+
+def split(bank: str, classes: str, out: str) -> Record:
+    """Make a bank of some classes of another.
+
+    Args:
+        bank: its folder.
+        classes: their names, with commas between, in the order of the new labels.
+        out: folder of the new one.
+    """
+    from augment import upkeep
+
+    return tell_of_bank(upkeep.split(bank, classes.split(","), out).path)
+
+
+def export(shards: str, out: str) -> Record:
+    """Write the images of shards as a folder by class, with a metadata.jsonl.
+
+    Args:
+        shards: their folder.
+        out: the new folder: out/class/00000000.jpg.
+    """
+    from augment.export import export_folder
+
+    export_folder(shards, out)
+    print(f"{out}: written")
+    return {"folder": out}

@@ -1,0 +1,107 @@
+"""What trains: ``train``, ``sweep``, ``episodes``, ``smooth``, ``demo``."""
+
+from typing import Any, Literal
+
+from augment.commands.common import Record, planning_device, refuse
+from augment.sources import Source
+
+
+def train() -> None:
+    """Train a classifier with Lightning: train fit --config YAML; see train --help."""
+
+
+def sweep() -> None:
+    """Train and test with several seeds and values of settings; see sweep --help."""
+
+
+def episodes() -> None:
+    """Evaluate N-way K-shot episodes with synthetic images; see episodes --help."""
+
+
+def smooth(
+    images: Source | str,
+    out: str,
+    backbone: str = "tiny",
+    prompt: str = "",
+    prompts: dict[str, str] | None = None,
+    captions: str | None = None,
+    weight: float = 1.0,
+    rank: int = 8,
+    targets: list[str] | None = None,
+    steps: int = 30000,
+    batch_size: int = 3,
+    accumulate: int = 32,
+    lr: float = 1e-4,
+    drop: float = 0.1,
+    seed: int = 0,
+    device: str | None = None,
+    devices: int = 1,
+    precision: Literal["32-true", "bf16-mixed"] = "32-true",
+    workers: int = 0,
+    backbone_options: dict[str, Any] | None = None,
+) -> Record:
+    """Train a backbone to be smooth (Smooth Diffusion): equal steps of noise, equal steps of image.
+
+    Args:
+        images: folder with one sub-folder of PNG or JPEG files a class, a folder of shards, or
+            another source, as for invert.
+        out: folder of the run, which gets pytorch_lora_weights.safetensors, for
+            --backbone-options '{lora: OUT}'; an interrupted run goes on.
+        backbone: the diffusion model, as for invert.
+        prompt: a template such as 'a photo of a {name}'.
+        prompts: a prompt for each class, as YAML such as '{Coat: top}'; goes before the template.
+        captions: a metadata.jsonl with file_name and text of images, which go before the prompts.
+        weight: of the regulariser.
+        rank: of the low-rank weights; 0 trains all weights, and leaves a whole backbone.
+        targets: ends of the names of layers that get low-rank weights; by default the projections
+            of the attention.
+        steps: of the optimiser.
+        batch_size: images a batch, on each device.
+        accumulate: batches a step.
+        lr: the rate, which is constant.
+        drop: share of the images that are trained without their prompt.
+        seed: of all dice.
+        device: such as cuda or cpu; by default the GPU if there is one.
+        devices: processes, each on a device of its own.
+        precision: of the training; bf16-mixed computes in bfloat16 what can be.
+        workers: processes that load images.
+        backbone_options: of the backbone, as YAML such as '{resolution: 384}'.
+    """
+    import torch
+
+    from augment.diffusion import load_backbone
+    from augment.prompts import class_prompts
+    from training.noising import open_source, read_captions
+    from training.smooth_diffusion import PROJECTIONS
+    from training.smoothing import smooth_backbone
+
+    source = open_source(images)
+    texts = {str(k): v for k, v in (prompts or {}).items()}
+    if prompt:
+        texts |= class_prompts([name for name in source.classes if name not in texts], prompt)
+    told = None if captions is None else read_captions(captions, source)
+    options = backbone_options or {}
+    refuse(options, "name_or_path", "device", "dtype")
+    where = planning_device(device, "local")
+    model = load_backbone(backbone, where, torch.float32, **options)
+    place = smooth_backbone(
+        model, source, out, texts, told, weight, rank, targets or PROJECTIONS, steps, batch_size,
+        accumulate, lr, drop, seed, devices, precision, workers,
+    )  # fmt: skip
+    given = f"--backbone-options '{{lora: {place}}}'" if rank else f"--backbone {place}"
+    print(f"{place}: written; load it with {given}")
+    return {"written": str(place), "options": given}
+
+
+def demo(out: str | None = None, full: bool = False, seeds: int | None = None) -> None:
+    """Do the whole job on embedded images: 5 labelled images a class to a better classifier.
+
+    Args:
+        out: folder for everything the demo makes, by default runs/demo or, with --full,
+            runs/demo-full; an interrupted demo goes on.
+        full: every row of the table and more seeds, in its own time.
+        seeds: number of seeds; 3, or 5 with --full.
+    """
+    from training.demo import run_demo
+
+    run_demo(out, full, seeds)

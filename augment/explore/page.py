@@ -1,0 +1,287 @@
+"""The page: gradio's blocks around the pieces of `augment.explore.widgets`.
+
+Every hand on the page makes a new mixture or changes how it is sampled; then both images are made,
+the left one first, and each is shown once it is there. While one is made, only the last of further
+moves is kept.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+from augment.centroid import MEANS, NORMS, WALKS
+from augment.diffusion.solver import SOLVERS
+from augment.errors import UserError
+from augment.explore import static, takeaway, widgets
+from augment.explore.session import Choice, Explorer, reweighted, toggled
+from augment.plan import Plan
+from augment.synthesis import PROFILES
+
+Mixture = tuple[Plan, float | None]
+"""A plan, and what it was thrown with as in `Choice`."""
+QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+BY_HAND = "# Weights set by hand have no command: take the Python lines, or draw."
+
+
+class Page:
+    """The page of an explorer, as gradio's blocks; see `serve`.
+
+    Args:
+        explorer: what makes the images.
+    """
+
+    def __init__(self, explorer: Explorer) -> None:
+        import gradio  # type: ignore[import-not-found]
+
+        self.gr, self.explorer, self.bank = gradio, explorer, explorer.bank
+        with gradio.Blocks(
+            title="latent-augment", analytics_enabled=False, fill_width=True
+        ) as self.blocks:
+            first = explorer.start(self.bank.classes[0])
+            self.mixture = gradio.State((first, None))  # a `Mixture`
+            self.kept = gradio.State([])
+            gradio.HTML(widgets.heading(explorer))
+            with gradio.Row(elem_id="page"):
+                with gradio.Column(scale=4, min_width=320):
+                    self._choosing(first)
+                with gradio.Column(scale=7, min_width=480):
+                    with gradio.Tab("Mix"):
+                        self._images()
+                    with gradio.Tab("Walk"):
+                        self._walk()
+            self._wire()
+
+    def _choosing(self, first: Plan) -> None:
+        """The left side: class, members, weights, dice, sampling."""
+        gr, first_solver = self.gr, self.explorer.quick
+        _, steps, guidance = self.explorer.usual(first_solver)
+        self.classes = gr.Dropdown(self.bank.classes, value=first.class_name, label="Class")
+        self.grid = gr.HTML(js_on_load=static.GRID)
+        self.mixer = gr.HTML(js_on_load=static.MIXER, elem_id="mixer")
+        with gr.Row(equal_height=True):
+            self.alpha = gr.Slider(0.05, 5, 1, step=0.05, label="Dirichlet α", min_width=150)
+            self.seed = gr.Number(0, label="Seed", minimum=0, precision=0, min_width=80)
+        self.draw = gr.Button("Draw members and weights", size="md")
+        with gr.Accordion("Sampling", open=False):
+            self.noise = gr.Slider(0, 0.95, 0, step=0.05, label="Share of fresh noise")
+            names = [*PROFILES, *SOLVERS]
+            self.solver = gr.Dropdown(names, value=first_solver, label="Solver")
+            self.steps = gr.Slider(1, 100, steps, step=1, label="Steps")
+            self.guidance = gr.Slider(
+                1, 15, guidance, step=0.5, label="Guidance", interactive=self.explorer.guided
+            )
+
+    def _images(self) -> None:
+        """The right side: two rules beside each other, and what was kept."""
+        gr = self.gr
+        names = [f"{norm}/{mean}" for mean in MEANS for norm in NORMS]
+        self.sides = []
+        with gr.Row():
+            for letter, rule, label in (("a", "fade/chm", "Rule"), ("b", "fix/0", "Another rule")):
+                with gr.Column(min_width=220):
+                    rules = gr.Dropdown(names, value=rule, label=label, allow_custom_value=True)
+                    image = gr.HTML(elem_id=f"image-{letter}", elem_classes="centroid")
+                    keep = gr.Button("Keep", elem_id=f"keep-{letter}", size="sm")
+                    with gr.Accordion("Make it again", open=False, elem_id=f"again-{letter}"):
+                        python = gr.Code(language="python", label="Python", elem_id=f"py-{letter}")
+                        shell = gr.Code(language="shell", label="Command", elem_id=f"sh-{letter}")
+                self.sides.append((rules, image, keep, python, shell))
+        self.tray = gr.HTML(elem_id="tray")
+        out = self.explorer.out
+        told = f"Export as shards to {out}" if out else "Export as shards: start with --out DIR"
+        with gr.Row(visible=False) as self.tray_buttons:
+            self.empty = gr.Button("Empty", size="sm", scale=1)
+            self.export = gr.Button(told, size="sm", scale=3, interactive=out is not None)
+
+    def _walk(self) -> None:
+        """Two images, and the way between them."""
+        gr, self.ends = self.gr, []
+        names = (self.bank.classes * 2)[:2]
+        with gr.Row():
+            for number, (label, name) in enumerate(zip(("From", "To"), names, strict=True)):
+                with gr.Column(min_width=200):
+                    ids = list(self.bank.members[name])
+                    kind = gr.Dropdown(self.bank.classes, value=name, label=label)
+                    image = gr.Dropdown(ids, value=ids[min(number, len(ids) - 1)], label="Image")
+                self.ends.append((kind, image))
+        with gr.Row():
+            self.way = gr.Dropdown(list(WALKS), value="slerp", label="Walk")
+            self.frames = gr.Slider(3, 33, 9, step=2, label="Frames")
+        self.go = gr.Button("Walk", variant="primary")
+        self.player = gr.HTML(js_on_load=static.PLAYER)
+
+    def _wire(self) -> None:
+        """Which hand does what."""
+        rules = [side[0] for side in self.sides]
+        self.how = [self.solver, self.steps, self.guidance]
+        self.given = [self.mixture, *rules, *self.how]
+        self._on(self.blocks.load, self.same)
+        self._on(self.grid.pick, self.picked, mode="multiple")  # no click is lost
+        self._on(self.mixer.mix, self.mixed, fresh=False)
+        self._on(self.classes.input, self.of_class, self.classes)
+        self._on(self.alpha.input, self.drawn, self.alpha)
+        self._on(self.draw.click, self.drawn_again, self.alpha, mode="once")
+        self._on(self.seed.input, self.seeded, self.seed)
+        self._on(self.noise.input, self.noisy, self.noise, fresh=False)
+        for control in (*rules, self.steps, self.guidance):
+            self._on(control.input, self.same, fresh=False)
+        chosen = self.solver.input(
+            lambda name: self.explorer.usual(name)[1], self.solver, self.steps, **QUIET
+        )
+        self._on(chosen.then, self.same, fresh=False, mode="multiple")
+        self._wire_tray()
+        self._wire_walk()
+
+    def _on(
+        self,
+        event: Callable[..., Any],
+        edit: Callable[..., Mixture],
+        control: Any = None,
+        fresh: bool = True,
+        mode: str = "always_last",
+    ) -> None:
+        """Let an event change the mixture, by a control's value or by what the event tells."""
+
+        def listener(event: self.gr.EventData, mixture: Any, *rest: Any) -> Iterator[list[Any]]:  # type: ignore
+            *how, told = rest if control else (*rest, event._data)
+            yield from self.change(lambda *old: edit(*old, told), mixture, how, fresh)
+
+        shown = [self.mixture, self.grid, self.mixer]
+        shown += [part for _, image, _, *code in self.sides for part in (image, *code)]
+        event(
+            listener, [*self.given, *([control] if control else [])], shown, trigger_mode=mode,
+            concurrency_id="mixture", **QUIET,  # one after the other: the last move is shown last
+        )  # fmt: skip
+
+    def _wire_tray(self) -> None:
+        tray = [self.kept, self.tray, self.tray_buttons]
+        for rule, _, keep, *_ in self.sides:
+            keep.click(self.keep, [self.kept, self.mixture, rule, *self.how], tray, **QUIET)
+        self.empty.click(lambda: self.show_tray([]), None, tray, **QUIET)
+        self.export.click(self.exported, self.kept, tray, **QUIET)
+
+    def _wire_walk(self) -> None:
+        for kind, image in self.ends:
+            kind.input(self.images_of, kind, image, **QUIET)
+        ends = [part for end in self.ends for part in end]
+        told = {**QUIET, "show_progress": "full"}
+        self.go.click(self.walk, [*ends, self.way, self.frames, *self.how], self.player, **told)
+
+    def change(
+        self, edit: Callable[..., Mixture], mixture: Mixture, how: Any, fresh: bool = True
+    ) -> Iterator[list[Any]]:
+        """Change the mixture, and show what comes of it, piece by piece.
+
+        Args:
+            edit: from a plan and what it was thrown with to the new ones.
+            mixture: the old.
+            how: both rules, solver, steps, guidance.
+            fresh: whether grid and sliders are to be drawn again.
+        """
+        skip, (*rules, solver, steps, guidance) = self.gr.skip(), how
+        try:
+            plan, thrown = edit(*mixture)
+            pieces = [skip, skip]
+            if fresh:
+                pieces = [widgets.grid(self.explorer, plan), widgets.mixer(self.explorer, plan)]
+            yield [(plan, thrown), *pieces, *[skip] * 6]
+            for side, rule in enumerate(rules):
+                name = self.explorer.usual(solver)[0]
+                choice = Choice(plan, rule, name, int(steps), float(guidance), thrown)
+                yield [*[skip] * (3 + 3 * side), *self.side(choice), *[skip] * (3 - 3 * side)]
+        except UserError as error:
+            raise self.gr.Error(str(error), print_exception=False) from None
+
+    def side(self, choice: Choice) -> list[str]:
+        """An image, and the lines to make it again."""
+        return [
+            widgets.centroid(self.explorer, choice),
+            takeaway.python(self.explorer, choice),
+            takeaway.command(self.explorer, choice) or BY_HAND,
+        ]
+
+    def of_class(self, plan: Plan, _: float | None, name: str) -> Mixture:
+        """The first images of another class."""
+        first = self.explorer.start(name, len(plan.members))
+        return replace(first, noise=plan.noise, seed=plan.seed), None
+
+    def same(self, plan: Plan, thrown: float | None, _: Any) -> Mixture:
+        """As it was."""
+        return plan, thrown
+
+    def picked(self, plan: Plan, _: float | None, told: dict[str, Any]) -> Mixture:
+        """An image more, or less."""
+        return toggled(plan, self.bank.members[plan.class_name][told["row"]]), None
+
+    def mixed(self, plan: Plan, thrown: float | None, told: dict[str, Any]) -> Mixture:
+        """Other weights, unless they are of members that were exchanged meanwhile."""
+        weights = [float(weight) for weight in told["weights"]]
+        if len(weights) != len(plan.members):
+            return plan, thrown
+        return reweighted(plan, weights), None
+
+    def drawn(self, plan: Plan, thrown: float | None, alpha: float) -> Mixture:
+        """The same dice with another α."""
+        again = 0 if thrown is None else plan.index // len(self.bank.classes)
+        return self.explorer.draw(plan, alpha, again), alpha
+
+    def drawn_again(self, plan: Plan, thrown: float | None, alpha: float) -> Mixture:
+        """The first throw of the dice, or the next."""
+        again = 0 if thrown is None else plan.index // len(self.bank.classes) + 1
+        return self.explorer.draw(plan, alpha, again), alpha
+
+    def seeded(self, plan: Plan, thrown: float | None, seed: int | None) -> Mixture:
+        """Other dice; of a mixture by hand, other noise only."""
+        plan = replace(plan, seed=int(seed or 0))
+        return (plan, None) if thrown is None else self.drawn(plan, thrown, thrown)
+
+    def noisy(self, plan: Plan, thrown: float | None, noise: float) -> Mixture:
+        """Another share of noise."""
+        return replace(plan, noise=float(noise)), thrown
+
+    def keep(
+        self,
+        kept: list[Choice],
+        mixture: Mixture,
+        rule: str,
+        solver: str,
+        steps: int,
+        guidance: float,
+    ) -> list[Any]:
+        """Put an image into the tray, if it is not there."""
+        plan, thrown = mixture
+        name = self.explorer.usual(solver)[0]
+        choice = Choice(plan, rule, name, int(steps), float(guidance), thrown)
+        return self.show_tray([*kept, *([] if choice in kept else [choice])])
+
+    def show_tray(self, kept: Sequence[Choice]) -> list[Any]:
+        """What is kept, its picture, and whether there is anything to do with it."""
+        return [list(kept), widgets.tray(self.explorer, kept), self.gr.Row(visible=bool(kept))]
+
+    def exported(self, kept: list[Choice]) -> list[Any]:
+        """Write what is kept; the tray is empty then."""
+        try:
+            path = takeaway.export(self.explorer, kept)
+        except UserError as error:
+            raise self.gr.Error(str(error), print_exception=False) from None
+        self.gr.Info(f"{len(kept)} images written to {path}")
+        return self.show_tray([])
+
+    def images_of(self, name: str) -> Any:
+        """The images of a class to choose from."""
+        ids = list(self.bank.members[name])
+        return self.gr.Dropdown(ids, value=ids[0])
+
+    def walk(
+        self, home: str, first: str, away: str, last: str, name: str, count: int, *how: Any
+    ) -> str:
+        """A walk, ready to be played."""
+        solver, steps, guidance = how
+        method = self.explorer.usual(solver)[0]
+        try:
+            images, norms = self.explorer.walk(
+                [(home, first), (away, last)], name, int(count), method, int(steps), float(guidance)
+            )
+        except UserError as error:
+            raise self.gr.Error(str(error), print_exception=False) from None
+        return widgets.player(images, norms)

@@ -1,0 +1,138 @@
+"""The pieces of the page: HTML of a bank's pictures, weights and walks.
+
+Pictures stand in the HTML itself, as ``data:`` addresses, so that the page never asks for a file.
+Names come from folders, which may be called anything, and are escaped.
+"""
+
+import base64
+import io
+from collections.abc import Sequence
+from html import escape
+from pathlib import PurePath
+
+from jaxtyping import Float
+from PIL import Image
+from torch import Tensor
+
+from augment.explore.session import THUMBNAIL, Choice, Explorer
+from augment.explore.static import CORNERS
+from augment.generate import reduce
+from augment.images import to_pil
+from augment.plan import Plan
+
+SHOWN = 120
+"""Images of a class that are shown to choose from; the dice choose from all."""
+COARSE = 64  # pixels up to which they are shown as squares, not blurred
+
+
+def picture(image: Image.Image, told: str, more: str = "") -> str:
+    """An image in HTML, exactly (PNG).
+
+    Args:
+        image: grey or RGB.
+        told: what it is, for those who do not see it.
+        more: attributes.
+    """
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    content = base64.b64encode(buffer.getvalue()).decode()
+    coarse = ' data-coarse=""' if max(image.size) <= COARSE else ""
+    return f'<img src="data:image/png;base64,{content}" alt="{escape(told)}"{coarse} {more}>'
+
+
+def heading(explorer: Explorer) -> str:
+    """What is being explored."""
+    bank = explorer.bank
+    count, classes = sum(map(len, bank.members.values())), len(bank.classes)
+    method = f"{bank.inversion['method']} in {bank.inversion['steps']} steps"
+    model = bank.fingerprint["backbone"]["name"]
+    told = f"{count} latents of {classes} classes by {model}, {method} · {bank.path}"
+    return f'<p><b>Explorer</b> <span class="small">{escape(told)}</span></p>'
+
+
+def grid(explorer: Explorer, plan: Plan) -> str:
+    """The images of a class, to choose members from."""
+    ids, cells = explorer.bank.members[plan.class_name], []
+    for row, image_id in enumerate(ids[:SHOWN]):
+        known = explorer.real(plan.class_name, image_id)
+        inner = picture(known, image_id) if known else escape(PurePath(image_id).stem)
+        chosen = str(image_id in plan.members).lower()
+        cells.append(
+            f'<button data-row="{row}" aria-pressed="{chosen}" title="{escape(image_id)}">'
+            f"{inner}</button>"
+        )
+    return f'<div class="grid">{"".join(cells)}</div>'
+
+
+def mixer(explorer: Explorer, plan: Plan) -> str:
+    """A slider for each member's weight; for three, a triangle to drag in as well."""
+    names = [escape(image_id) for image_id in plan.members]
+    images = [
+        picture(explorer.thumbnail(plan.class_name, image_id), image_id)
+        for image_id in plan.members
+    ]
+    rows = "".join(
+        f'<div class="row" title="{name}">{image}<input type="range" min="0" max="1" step="0.001" '
+        f'value="{weight:.3f}" aria-label="weight of {name}"><output>{weight:.0%}</output></div>'
+        for name, image, weight in zip(names, images, plan.weights, strict=True)
+    )
+    return (triangle(plan, images) if len(images) == len(CORNERS) else "") + rows
+
+
+def triangle(plan: Plan, images: Sequence[str]) -> str:
+    """The simplex of three members, images at its corners, the plan's weights a dot in it."""
+    x, y = (
+        sum(w * corner[axis] for w, corner in zip(plan.weights, CORNERS, strict=True))
+        for axis in (0, 1)
+    )
+    points = " ".join(f"{a},{b}" for a, b in CORNERS)
+    ends = "".join(
+        f'<foreignObject x="{a - 17}" y="{b - 17}" width="34" height="34">{image}</foreignObject>'
+        for image, (a, b) in zip(images, CORNERS, strict=True)
+    )
+    return (
+        f'<svg viewBox="-18 -18 196 174"><polygon points="{points}"/>{ends}'
+        f'<circle cx="{x:.2f}" cy="{y:.2f}" r="6"/></svg>'
+    )
+
+
+def centroid(explorer: Explorer, choice: Choice) -> str:
+    """The image of a choice, and what its centroid is like."""
+    image, facts = to_pil(explorer.image(choice)), explorer.facts(choice)
+    told = f"{choice.plan.class_name}, {choice.rule}"
+    count, members = choice.plan.effective_count, len(choice.plan.members)
+    return (
+        f"<figure>{picture(image, told)}<figcaption>norm {facts.norm:.3f} √D · channel bias "
+        f"{facts.bias:.3f} (average {facts.average:.3f})<br>mixes {count:.1f} of {members} members"
+        "</figcaption></figure>"
+    )
+
+
+def tray(explorer: Explorer, choices: Sequence[Choice]) -> str:
+    """The images that were kept."""
+    images = "".join(
+        picture(small(explorer.image(choice)), f"{choice.plan.class_name}, {choice.rule}")
+        for choice in choices
+    )
+    return f'<div class="tray">{images}</div>'
+
+
+def player(images: Float[Tensor, "t c h w"], norms: Sequence[float]) -> str:
+    """The frames of a walk, to be played or pulled through."""
+    last = len(images) - 1
+    places = [f"γ {i / last:.2f} · norm {norm:.3f} √D" for i, norm in enumerate(norms)]
+    frames = [
+        picture(to_pil(image), place, f'data-place="{place}"')
+        for image, place in zip(images, places, strict=True)
+    ]
+    return (
+        f'<div class="player">{frames[0].replace("<img", "<img class=frame", 1)}<div class="row">'
+        f'<button>Play</button><input type="range" min="0" max="{last}" step="1" value="0" '
+        f'aria-label="place on the walk"></div><output class="small">{places[0]}</output>'
+        f'<div class="film">{"".join(frames)}</div></div>'
+    )
+
+
+def small(image: Float[Tensor, "c h w"]) -> Image.Image:
+    """An image as small as thumbnails are."""
+    return to_pil(reduce(image[None], THUMBNAIL)[0])

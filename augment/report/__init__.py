@@ -1,0 +1,128 @@
+"""The report: a bank's classes, its health, and what each rule makes of it, in one HTML file.
+
+Few-shot augmentation is judged by eye first. So one should see one's classes, what is wrong with
+the latents in plain sentences, and the same members mixed by each rule, and then choose.
+
+The file needs no other and no network. `augment.report.health` says what is wrong,
+`augment.report.plots` draws it, `augment.report.gallery` makes the pictures,
+`augment.report.again` knows how each is made again, `augment.report.facts` has the numbers, and
+`augment.report.page` puts it all together.
+"""
+
+from collections.abc import Sequence
+from datetime import date
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from augment import __version__
+from augment.bank import LatentBank
+from augment.centroid import Rule
+from augment.diffusion.backbone import Backbone
+from augment.errors import UserError
+from augment.files import write_bytes
+from augment.report import facts, page
+from augment.report.again import Making
+from augment.report.gallery import BACK, Gallery, side_of
+from augment.report.health import ClassHealth, evenly, findings, measure
+from augment.report.plots import bias_plot, norm_plot
+from augment.report.tiles import sprite
+
+__all__ = ["RULES", "write_report"]
+
+RULES = ("lin/0", "fix/0", "fix/chm", "fade/chm")
+"""Rules whose centroids are compared by default: blurred, biased, the cure, and our default."""
+
+
+def write_report(
+    bank: LatentBank,
+    out: str | Path,
+    shards: str | Path | None = None,
+    backbone: Backbone | None = None,
+    rules: Sequence[str] = RULES,
+    classes: int = 50,
+    images: str | Path | None = None,
+    pool: str | Path | None = None,
+    command: str = "",
+) -> Path:
+    """Write the report of a bank.
+
+    Args:
+        bank: the bank.
+        out: the HTML file.
+        shards: folder of synthetic images made with it; it need not be finished.
+        backbone: that the bank was made with, to sample some images back and to make centroids;
+            without it there are only the images on disk.
+        rules: of the centroids, which have the members, weights and noise of the shards' first
+            images, or else of those that ``synthesize`` makes by default.
+        classes: of how many classes at most; they are spread from the most biased to the least.
+        images: folder of the real images; by default where they were.
+        pool: file of a `ReplayPool`, for its throughput and reuse.
+        command: that is said to have made the report.
+
+    Returns:
+        The file.
+
+    Raises:
+        BankMismatch: the bank is of another backbone.
+        UserError: the shards are damaged or of other classes, a rule is unknown or does not fit a
+            class, or the file cannot be written.
+    """
+    if classes < 0:
+        raise UserError(f"expected a number of classes ≥ 0, got {classes}; 0 makes no images")
+    names = [str(Rule.parse(rule)) for rule in rules]
+    making = Making.of(bank, None if shards is None else Path(shards))
+    more = facts.pool_facts(Path(pool)) if pool else {}
+    health = [measure(bank, name) for name in tqdm(bank.classes, "measure", unit="class", delay=2)]
+    some = [] if backbone is None else evenly(health, classes)
+    side = side_of(bank, backbone, len(health), len(some), len(names))
+    gallery = Gallery(making, backbone, names, None if images is None else Path(images), side)
+    if some:
+        gallery.paint(some)
+    records = [record(gallery, c) for c in tqdm(health, "pictures", unit="class", delay=2)]
+    parts = {
+        "name": escape("/".join(bank.path.parts[-2:])),  # most banks are called bank
+        "path": escape(f"{bank.path} · {date.today()} · latent-augment {__version__}"),
+        "summary": escape(facts.summary(bank, health)),
+        "findings": page.finding_items(findings(bank, health)),
+        "facts": page.facts_list(
+            facts.bank_facts(bank, health) | facts.making_facts(gallery) | more
+        ),
+        "norms": norm_plot(health),
+        "bias": bias_plot(bank, health),
+        "worst": escape(evenly(health, 1)[0].name),
+        "notes": page.paragraphs(facts.notes(gallery, len(some), len(health))),
+        "rejects": page.rejects_section(facts.rejects_of(bank)),
+        "making": facts.making_section(making, command),
+    }
+    filters = making.settings.get("filters", {})
+    data = {
+        "side": side,
+        "pairs": BACK,
+        "columns": facts.columns(making, health),
+        "rules": names,
+        "minima": {name: settings.get("minimum") for name, settings in filters.items()},
+        "code": {"dice": making.code(), "shards": making.code(from_shards=True)},
+        "prompts": making.sampling.get("prompts", {}),
+        "classes": records,
+    }
+    write_bytes(Path(out), page.assemble(parts, data))
+    return Path(out)
+
+
+def record(gallery: Gallery, health: ClassHealth) -> dict[str, Any]:
+    """What the page knows of a class."""
+    bank, making, name = gallery.bank, gallery.making, health.name
+    tiles = gallery.tiles(health)
+    found = {**health.row(), "label": bank.classes.index(name), "prompt": bank.prompt(name)}
+    if making.shards is not None:
+        why = {key: counts[name] for key, counts in making.tally.refused.items() if counts[name]}
+        more = {"synthetic": len(making.rows(name)), "refused": sum(why.values()), "why": why}
+        found |= more
+    return {
+        **found,
+        "sprite": sprite(tiles),
+        "tiles": [{"kind": tile.kind, **tile.about} for tile in tiles],
+    }

@@ -1,0 +1,266 @@
+"""SeedSelect: refining latents through the sampler, from noise and from centroids.
+
+    python scripts/reproduce/seedselect.py --quick
+    python scripts/reproduce/seedselect.py
+
+Samuel et al., *Generating images of rare concepts using pre-trained diffusion models*, arXiv
+2304.14530: 30 steps at 0.1 from noise make the class come out. The same authors, arXiv 2306.08687:
+from a centroid 5 at 0.05 do. Loss, cosine distance to the class's mean feature, and whether the
+class is kept, against the step. The eyes are the network that was optimised for, though their means
+are over other images; so a second opinion is had from pixels, where no network looks: the class of
+the nearest of those images, and the distance to the nearest of the own class. Variety is the mean
+distance of two images of a class in pixels: what all are drawn to, one mean, makes them alike.
+
+Loss and images are those of the best latent up to a step, which is what comes out. Memory is the
+most that a process of its own has in one step, less what it had before.
+"""
+
+import argparse
+import multiprocessing
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from claims import claim, conclude, once, options
+from eyes import Eyes, better, mean_and_error, open_eyes, pictures, told
+from matplotlib.figure import Figure
+from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from tqdm import tqdm
+
+import augment.refine
+from augment.bank import LatentBank
+from augment.diffusion import Backbone, load_backbone
+from augment.diffusion.solver import sample
+from augment.fill import fill_bank
+from augment.images import sheet
+from augment.plan import Planner
+from augment.refine import SeedSelect
+from augment.seeds import normal, rng
+from augment.sources import Source
+from augment.synthesis import Synthesizer
+
+STARTS = {
+    "noise": (30, 0.1, (0, 2, 5, 10, 15, 20, 30)),
+    "fade/chm": (5, 0.05, (0, 1, 2, 3, 5)),
+    "nao/chm": (5, 0.05, (0, 1, 2, 3, 5)),
+}
+"""Where to begin: steps, learning rate, and after which steps to look."""
+MEMBERS = 5
+MEMORY_STEPS = (4, 16)
+MEMORY_BATCH = 16
+
+
+def refined(synthesizer: Synthesizer, start: str, each: int) -> dict[str, Tensor]:
+    """``each`` latents a class refined from a start: losses, images along the way, seconds each."""
+    steps, lr, looks = STARTS[start]
+    planner = Planner(synthesizer.bank.members, alpha=1.0, members=MEMBERS)
+    plans = [planner(0, index) for index in range(each * len(synthesizer.bank.classes))]
+    latents = [
+        normal(rng(0, "noise", index), *synthesizer.backbone.latent_shape)
+        if start == "noise" else synthesizer.centroid(plan) for index, plan in enumerate(plans)
+    ]  # fmt: skip
+    goals = [synthesizer.goal(plan) for plan in plans]
+    refine = replace(synthesizer.refine, steps=steps, lr=lr)  # type: ignore[type-var]
+    way = [torch.stack(latents)]
+    hook = register_optimizer_step_post_hook(lambda *step: way.append(_latents(*step)))
+    how = {"solver": synthesizer.solver, "steps": synthesizer.steps, "batch_size": len(plans)}
+    begun = time.perf_counter()
+    raw = refine(synthesizer.backbone, way[0], goals, **how).losses  # type: ignore[arg-type]
+    spent = (time.perf_counter() - begun) / len(plans)
+    hook.remove()
+    losses, best = raw.cummin(1)  # what would come out if it ended there
+    latents, rows = torch.stack(way), torch.arange(len(plans))
+    images = [sample(synthesizer.backbone, latents[best[:, k], rows], None, **how) for k in looks]  # type: ignore[arg-type]
+    return {
+        "losses": losses, "images": torch.stack(images, 1), "seconds": torch.tensor(spent),
+        "tipped": (raw[:, -1] > raw[:, 0]).double(),
+    }  # fmt: skip
+
+
+def _latents(optimiser: torch.optim.Optimizer, *_: object) -> Tensor:
+    """What an optimiser has come to."""
+    return optimiser.param_groups[0]["params"][0].detach().clone()
+
+
+def judged(
+    images: Tensor, eyes: Eyes, real: tuple[Tensor, Tensor], classes: int
+) -> dict[str, Tensor]:
+    """Of images (n, looks, C, R, R), class after class, (n, looks) each; variety (classes, looks).
+
+    Args:
+        images: the images.
+        eyes: a network.
+        real: pixels and labels of other real images.
+        classes: how many there are.
+    """
+    flat, labels = images.flatten(0, 1), torch.arange(len(images)) % classes
+    rows = labels.repeat_interleave(images.shape[1])
+    seen = eyes.judge(flat, rows)
+    pixels, known = real
+    far = torch.cdist(flat.flatten(1), pixels) / pixels.shape[1] ** 0.5
+    own = far.masked_fill(known[None] != rows[:, None], torch.inf).amin(1)
+    nearest = (known[far.argmin(1)] == rows).double()
+    found = {"distance": seen["distance"], "kept": seen["kept"], "pixels": nearest, "near": own}
+    groups = images.flatten(2).unflatten(0, (-1, classes)).permute(1, 2, 0, 3)
+    pairs = torch.cdist(groups, groups) / groups.shape[-1] ** 0.5
+    count = groups.shape[2]
+    variety = pairs.sum((-2, -1)) / max(count * (count - 1), 1)
+    unflat = {key: value.unflatten(0, images.shape[:2]) for key, value in found.items()}
+    return {**unflat, "variety": variety}
+
+
+def resident(which: str) -> float:
+    """Memory of this process in MB: ``VmRSS``, now, or ``VmHWM``, the most since it was reset."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split(f"{which}:")[1].split()[0]) / 1024
+
+
+def memory(job: tuple[str, str, int, bool]) -> float:
+    """MB that one refinement step takes beyond what is there before it, in a process of its own.
+
+    Args:
+        job: the backbone's name, the bank's path, solver steps, and whether layers are done again.
+    """
+    name, path, steps, again = job
+    torch.set_num_threads(1)
+    if not again:
+        plain: Callable = lambda run, *given, use_reentrant: run(*given)  # noqa: E731
+        augment.refine.checkpoint = plain  # type: ignore[assignment]
+    backbone = load_backbone(name, device="cpu")
+    made = Synthesizer(backbone, LatentBank.open(path), solver="ddim", refine=SeedSelect(1))
+    goal = made.goal(Planner(made.bank.members)(0, 0))
+    latents = normal(rng(0, "noise"), MEMORY_BATCH, *backbone.latent_shape)
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
+    before = resident("VmRSS")
+    SeedSelect(1)(backbone, latents, [goal] * MEMORY_BATCH, None, "ddim", steps)
+    return resident("VmHWM") - before
+
+
+def peaks(args: argparse.Namespace, bank: LatentBank) -> dict[str, Tensor]:
+    """MB by solver steps, with layers done again and with all kept."""
+    found = {}
+    spawn = multiprocessing.get_context("spawn")
+    for again in (True, False):
+        jobs = [(args.backbone, str(bank.path), steps, again) for steps in MEMORY_STEPS]
+        with ProcessPoolExecutor(1, spawn, max_tasks_per_child=1) as pool:
+            values = list(tqdm(pool.map(memory, jobs), "memory", len(jobs)))
+        found["again" if again else "kept"] = torch.tensor(values)
+    return found
+
+
+def others(source: Source, backbone: Backbone) -> tuple[Tensor, Tensor]:
+    """Pixels and labels of real images."""
+    form = backbone.channels, backbone.resolution
+    ids = [(label, i) for label, name in enumerate(source.classes) for i in source.ids[name]]
+    pixels = torch.stack([source.load(i, *form).flatten() for _, i in ids])
+    return pixels, torch.tensor([label for label, _ in ids])
+
+
+def draw(found: dict[str, dict[str, Tensor]], mega: dict[str, Tensor], path: Path) -> None:
+    """Loss, distance and memory."""
+    figure = Figure(figsize=(12, 3.6), layout="constrained")
+    left, middle, right = figure.subplots(1, 3)
+    for start, cell in found.items():
+        steps, lr, looks = STARTS[start]
+        for axes, values, at in (
+            (left, cell["losses"], range(steps + 1)), (middle, cell["distance"], looks)
+        ):  # fmt: skip
+            mean, error = zip(*(mean_and_error(column) for column in values.T), strict=True)
+            low, high = ([max(m + s * e, 1e-3) for m, e in zip(mean, error, strict=True)]
+                         for s in (-1, 1))  # fmt: skip
+            axes.plot(at, mean, "o-", ms=3, label=f"{start}, {steps} at {lr}")
+            axes.fill_between(at, low, high, alpha=0.2)
+    left.set(title="loss", xlabel="step", yscale="log")
+    middle.set(title="cosine distance to the class's mean", xlabel="step", yscale="log")
+    left.legend()
+    for key, name in (("kept", "all layers kept"), ("again", "layers done again")):
+        right.plot(MEMORY_STEPS, mega[key], "o-", label=name)
+    right.set(title=f"memory of a batch of {MEMORY_BATCH}, MB", xlabel="solver steps", yscale="log")
+    right.legend()
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    """Refine, sample, measure, draw, judge."""
+    args = options("SeedSelect: arXiv 2304.14530.", "seedselect").parse_args()
+    each, steps = (3, 8) if args.quick else (4, 20)
+    backbone = load_backbone(args.backbone)
+    source, reference = pictures(args, 8)
+    eyes, real = open_eyes(args, backbone, reference), others(reference, backbone)
+    tag = f"{backbone.fingerprint['weights'][:8]}-{steps}"
+    bank = fill_bank(args.out / f"bank-{tag}", backbone, source, None, "ddim", steps, keeps=())
+    found, rows, strips = {}, [], {}
+    for start in tqdm(STARTS, "starts"):
+        rule = "fade/chm" if start == "noise" else start
+        synthesizer = Synthesizer(backbone, bank, rule, refine=SeedSelect(network=args.network))
+        made = once(
+            args.out / f"{start.replace('/', '-')}-{tag}-{each}.safetensors",
+            lambda s=synthesizer, b=start: refined(s, b, each),
+        )
+        cell = found[start] = made | judged(made["images"], eyes, real, len(bank.classes))
+        looks = STARTS[start][2]
+        for number in (0, len(looks) - 1):
+            at, take = looks[number], lambda key, n=number, c=cell: c[key][:, n]
+            rows.append({
+                "from": start, "step": at, "loss": told(cell["losses"][:, at]),
+                "distance": told(take("distance")), "class kept, %": told(take("kept"), 100),
+                "by pixels, %": told(take("pixels"), 100), "nearest real": told(take("near")),
+                "variety": told(take("variety")),
+                "s a sample": f"{cell['seconds'].item():.2g}" if at else "",
+            })  # fmt: skip
+        strips |= {
+            f"{start}, {at}": list(made["images"][: len(bank.classes), looks.index(at)])
+            for at in (looks[0], looks[2], looks[-1])
+        }
+    mega = once(args.out / f"memory-{tag}.safetensors", lambda: peaks(args, bank))
+    sheet(strips, [name[:10] for name in bank.classes]).save(args.out / "images.png")
+    draw(found, mega, args.out / "seedselect.png")
+    conclude(args, rows, judge(found, mega))
+
+
+def judge(found: dict[str, dict[str, Tensor]], mega: dict[str, Tensor]) -> list[dict[str, str]]:
+    """The claims."""
+    claims, noise = [], found["noise"]
+    for start, cell in found.items():
+        for key, what in (("losses", "loss"), ("distance", "distance to the class's mean")):
+            ends = cell[key][:, 0], cell[key][:, -1]
+            claims.append(claim(f"the {what} falls from {start}",
+                                " → ".join(map(told, ends)), better(*ends)))  # fmt: skip
+    worse = {start: told(cell["tipped"], 100) for start, cell in found.items()}
+    claims.append(claim("the last step is better than none, for every sample (asked here)",
+                        ", ".join(f"worse from {start}: {v} %" for start, v in worse.items()),
+                        not any(cell["tipped"].any() for cell in found.values())))  # fmt: skip
+    for key, what in (("kept", "the network"), ("pixels", "pixels")):
+        ends = noise[key][:, 0], noise[key][:, -1]
+        here = " → ".join(told(end, 100) + " %" for end in ends)
+        claims.append(
+            claim(f"from noise the class comes out, to {what}", here, better(*ends[::-1]))
+        )
+    goal = noise["losses"][:, -1]
+    for start in list(found)[1:]:
+        losses = found[start]["losses"]
+        enough = [k for k in range(losses.shape[1]) if losses[:, k].mean() <= goal.mean()]
+        here = f"{told(losses[:, -1])} after 5 against {told(goal)} after 30"
+        here += f"; step {enough[0]} is there on average" if enough else ""
+        claims.append(claim(f"5 steps from {start} reach what 30 do from noise",
+                            here, better(goal, losses[:, -1])))  # fmt: skip
+    ends = [found[start]["losses"][:, -1] for start in ("fade/chm", "nao/chm")]
+    claims.append(claim("NAO's centroids are the better start (asked here)",
+                        f"{told(ends[1])} against {told(ends[0])} with fade/chm",
+                        better(*ends)))  # fmt: skip
+    kept, again = mega["kept"], mega["again"]
+    listed = ", ".join(
+        f"{steps} steps: {a:.0f} against {k:.0f} MB"
+        for steps, a, k in zip(MEMORY_STEPS, again, kept, strict=True)
+    )
+    bounded = bool(again[-1] - again[0] < 0.1 * (kept[-1] - kept[0]))
+    claims.append(claim("memory hardly grows with the solver's steps", listed, bounded))
+    return claims
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,51 @@
+"""How the command behaves in a shell."""
+
+import json
+import sys
+
+import pytest
+
+from augment.cli import COMMANDS, main
+from augment.console import EXAMPLES
+
+
+def call(monkeypatch, capsys, *args):
+    monkeypatch.setattr(sys, "argv", ["latent-augment", *map(str, args)])
+    code = 0
+    try:
+        main()
+    except SystemExit as stop:
+        code = stop.code or 0
+    return code, *capsys.readouterr()
+
+
+@pytest.mark.parametrize("args", [("--help",), ("-h",)])
+def test_the_overview_has_every_command_and_a_start(monkeypatch, capsys, args):
+    code, out, _ = call(monkeypatch, capsys, *args)
+    assert code == 0 and all(f"\n  {name} " in out for name in COMMANDS)
+    assert "latent-augment invert photos --bank mine/bank" in out
+
+
+def test_examples_are_of_commands_that_exist_and_stand_below_the_help(monkeypatch, capsys):
+    assert set(EXAMPLES) <= set(COMMANDS)
+    code, out, _ = call(monkeypatch, capsys, "verify", "--help")
+    assert code == 0 and out.rstrip().endswith("latent-augment verify mine/synthetic --discard")
+
+
+def test_the_first_option_needs_no_name(monkeypatch, capsys, bank):
+    named = call(monkeypatch, capsys, "inspect", "--path", bank.path)
+    assert call(monkeypatch, capsys, "inspect", bank.path) == named and named[0] == 0
+
+
+def test_json_is_one_line_and_quiet_is_none(monkeypatch, capsys, bank):
+    code, out, err = call(monkeypatch, capsys, "--json", "verify", bank.path)
+    assert code == 0 and out.count("\n") == 1 and not err
+    assert json.loads(out) == {"path": str(bank.path), "findings": 0}
+    record = json.loads(call(monkeypatch, capsys, "evaluate", bank.path, "--json")[1])
+    assert {row["class"] for row in record["classes"]} == set(bank.classes)
+    assert call(monkeypatch, capsys, "--quiet", "inspect", bank.path) == (0, "", "")
+
+
+def test_a_mistake_is_told_whatever_is_silent(monkeypatch, capsys, tmp_path):
+    code, out, err = call(monkeypatch, capsys, "--quiet", "inspect", tmp_path)
+    assert code == 2 and not out and err.startswith("latent-augment: expected a bank")
