@@ -123,7 +123,8 @@ class Bench:
     def __init__(self, args: argparse.Namespace) -> None:
         self.args, self.out = args, args.out / args.data
         grey = args.data == "fashion"
-        self.backbone = load_backbone("tiny" if grey else args.backbone, device="cpu")
+        name, lora = "tiny" if grey else args.backbone, {"lora": args.lora} if args.lora else {}
+        self.backbone = load_backbone(name, device="cpu", **lora)
         self.channels = self.backbone.channels
         self.pool, self.test = self.fashion() if grey else self.cifar()
         words = COARSE if grey else {}
@@ -278,11 +279,14 @@ def main() -> None:
     parser.add_argument("--backbone", default="tiny-cifar")
     parser.add_argument("--shots", type=int, nargs="+", default=list(SHOTS))
     parser.add_argument("--tune", action="store_true")
+    parser.add_argument("--lora", type=Path, help="smooth the backbone; takes an --out of its own")
+    parser.add_argument("--rows", nargs="+", help="some of the table's; classical is always there")
     parser.add_argument("--out", type=Path, default=Path("runs/few-shot"))
     args = parser.parse_args()
     if args.tune:
         args.out = args.out / "tune"
     bench, rows = Bench(args), TUNED if args.tune else ROWS
+    rows = tuple(r for r in rows if not args.rows or r.name in (BASE, *args.rows))
     jobs = [(row, n, seed) for seed in range(SEEDS) for n in args.shots for row in rows]
     found = {}
     for row, n, seed in tqdm(jobs, "runs", unit="run", mininterval=5):
