@@ -8,7 +8,8 @@ process keeps refilling (`ReplayPool`), webdataset shards (`write_shards`, `open
 Lightning trainer (`training`) takes from there. Filling a bank and writing shards are jobs
 (`augment.jobs`): units of work that may be killed, moved and shared by processes or a cluster.
 `augment.measure` says what a bank's latents are like and what a rule will make of their bias;
-`walk` goes from one latent to another. Each stage is one module of that name; a folder is a place
+`augment.refine` brings a centroid nearer to its class, `augment.report` and `augment.explore` show
+all of it; `walk` goes from one latent to another. Each stage is one module of that name; a folder is a place
 to add a file: `augment.centroid` rules, `augment.diffusion` backbones, `augment.inversion`
 inversions, `augment.sources` where labelled images come from, `augment.filters` which synthetic
 images to keep.
