@@ -9,10 +9,11 @@ Lightning trainer (`training`) takes from there. Filling a bank and writing shar
 (`augment.jobs`): units of work that may be killed, moved and shared by processes or a cluster.
 `augment.measure` says what a bank's latents are like and what a rule will make of their bias;
 `augment.refine` brings a centroid nearer to its class, `augment.report` and `augment.explore` show
-all of it; `walk` goes from one latent to another. Each stage is one module of that name; a folder is a place
-to add a file: `augment.centroid` rules, `augment.diffusion` backbones, `augment.inversion`
-inversions, `augment.sources` where labelled images come from, `augment.filters` which synthetic
-images to keep.
+all of it; `walk` goes from one latent to another. Each stage is one module of that name; a folder
+is a place to add a file: `augment.centroid` rules, `augment.diffusion` backbones,
+`augment.inversion` inversions, `augment.sources` where labelled images come from,
+`augment.networks` what images are seen by, `augment.filters` which synthetic images to keep,
+`augment.commands` what may be typed.
 """
 
 from augment.bank import LatentBank
