@@ -271,7 +271,7 @@ def test_what_is_not_there_or_does_not_fit_is_refused(folder, tmp_path):
     assert "'colour'" in names and "lora_scale" in names and "spacing" in names
     assert "'t5'" in said(folder, t5=True)
     assert "'lora'" in said(dit(tmp_path / "dit"), lora="x")
-    assert "'lora'" in said("tiny", lora="x")
+    assert "'resolution'" in said("tiny", resolution=64)
     assert "sd35-large" in said("sd42") and list(BACKBONES) == ["tiny", *HUB]
 
 
