@@ -214,7 +214,7 @@ def test_a_killed_driver_leaves_units_and_no_worker(tmp_path: Path, sign: signal
         os.killpg(driver.pid, sign)  # as from a terminal
     else:
         driver.send_signal(sign)
-    assert driver.wait(10)
+    assert driver.wait(40)  # Ray takes its time on a busy machine
     bury(str(tmp_path))
     assert 4 <= sum(map(bool, map(job.committed, range(40)))) < 40
     assert run(replace(job, nap=0.0))
