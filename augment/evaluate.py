@@ -196,7 +196,7 @@ def reconstruct(
             "give the folder or source that was inverted"
         )
     label, form = bank.classes.index(name), (backbone.channels, backbone.resolution)
-    plans = [Plan(label, name, (i,), (1.0,), 0.0, 0, 0, k) for k, i in enumerate(ids)]
+    plans = [Plan.equal(label, name, [i], k) for k, i in enumerate(ids)]
     images = torch.stack([real.load(i, *form) for i in ids])
     made = {
         "back": Synthesizer(backbone, bank, "lin/0").images(plans).cpu(),

@@ -45,6 +45,12 @@ class Plan:
     index: int
     classes: tuple[str, ...] = ()
 
+    @classmethod
+    def equal(cls, label: int, class_name: str, members: Sequence[str], index: int = 0) -> "Plan":
+        """Members of one class in equal parts; of one member, that image alone."""
+        shares = (1 / len(members),) * len(members)
+        return cls(label, class_name, tuple(members), shares, 0.0, 0, 0, index)
+
     @property
     def member_classes(self) -> tuple[str, ...]:
         """The class of each member."""

@@ -20,7 +20,6 @@ import torch
 from fashion_mnist import CLASSES, load_split
 from torch import Tensor
 from tqdm import tqdm
-from train_tiny import COARSE
 
 from augment import Rule, load_backbone, sample
 from augment.diffusion.gaussian import GaussianBackbone
@@ -32,6 +31,7 @@ from augment.measure.features import frechet_distance
 from augment.networks import in_batches
 from augment.networks.fashion import fashion_net
 from augment.seeds import normal, rng
+from augment.sources.fashion import COARSE
 
 PER_CLASS, DRAWS, COUNTS, REFERENCE = 24, 16, (2, 8, 16), 200
 ROWS: list[tuple[str, dict[str, Any]]] = [

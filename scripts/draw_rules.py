@@ -29,8 +29,8 @@ def main() -> None:
     rows = {}
     for name in args.classes:
         ids = bank.members[name]
-        alone = [Plan(0, name, (i,), (1.0,), 0.0, 0, 0, 0) for i in ids[:SHOWN]]
-        whole = Plan(0, name, ids, (1 / len(ids),) * len(ids), 0.0, 0, 0, 0)
+        alone = [Plan.equal(0, name, [i]) for i in ids[:SHOWN]]
+        whole = Plan.equal(0, name, ids)
         rows[name] = list(Synthesizer(backbone, bank, "lin/0").images(alone))
         for rule in RULES:
             rows[name] += list(Synthesizer(backbone, bank, rule).images([whole]))

@@ -26,7 +26,7 @@ from fashion_mnist import CLASSES, load_split
 from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
-from train_tiny import COARSE, VEHICLES
+from train_tiny import VEHICLES
 
 from augment import LatentBank, Planner, SyntheticDataset, fill_bank, load_backbone, sample
 from augment.centroid.residuals import mix
@@ -35,7 +35,7 @@ from augment.files import write_json
 from augment.images import save_image
 from augment.seeds import normal, rng
 from augment.sources import FewShot, Folder, Slice, Source
-from augment.sources.fashion import write_fashion
+from augment.sources.fashion import COARSE, write_fashion
 from training.classifier import Classifier
 from training.data import ImageData
 from training.demo import quiet_trainer

@@ -29,12 +29,8 @@ from augment.diffusion.tiny import PROMPTS, WEIGHTS, build_network, haar
 from augment.files import sha256
 from augment.images import prepare
 from augment.sources import Folder
+from augment.sources.fashion import COARSE
 
-COARSE = dict.fromkeys(CLASSES, "top") | {
-    "Trouser": "trousers",
-    "Bag": "bag",
-    **dict.fromkeys(("Sandal", "Sneaker", "Ankle boot"), "footwear"),
-}
 VEHICLES = ("airplane", "automobile", "ship", "truck")
 KEPT = slice(100, 4000)  # of each class of CIFAR-10
 PROMPT_DROPOUT = 0.5

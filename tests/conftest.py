@@ -1,5 +1,6 @@
 """What several test files share: small pictures, an exact backbone, banks."""
 
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 from PIL import Image
 
 from augment.bank import LatentBank
+from augment.cli import main
 from augment.diffusion import Backbone, load_backbone
 from augment.diffusion.gaussian import GaussianBackbone
 from augment.fill import fill_bank
@@ -24,6 +26,17 @@ def paint(root: Path, counts: dict[str, int] = COUNTS, size: int = 8, seed: int 
             pixels = dice.integers(0, 256, (size, size), dtype=np.uint8)
             Image.fromarray(pixels).save(root / name / f"{number}.png")
     return root
+
+
+def call(monkeypatch, capsys, *args):
+    """Exit code, standard output and standard error of a command."""
+    monkeypatch.setattr(sys, "argv", ["latent-augment", *map(str, args)])
+    code = 0
+    try:
+        main()
+    except SystemExit as stop:
+        code = stop.code or 0
+    return code, *capsys.readouterr()
 
 
 def snapshot(root: Path) -> dict[str, bytes]:

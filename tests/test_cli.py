@@ -7,26 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import paint, snapshot
+from conftest import call, paint, snapshot
 from safetensors.torch import save_file
 
 from augment import LatentBank
-from augment.cli import COMMANDS, main, underscored
+from augment.cli import COMMANDS, underscored
 from augment.shards import open_shards
 from augment.sources.fashion import write_fashion
 
 COUNTS = {"Bag": 2, "Coat": 1}
-
-
-def call(monkeypatch, capsys, *args):
-    """Exit code, standard output and standard error of a command."""
-    monkeypatch.setattr(sys, "argv", ["latent-augment", *map(str, args)])
-    try:
-        main()
-        code = 0
-    except SystemExit as stop:
-        code = stop.code
-    return code, *capsys.readouterr()
 
 
 @pytest.fixture(scope="module")

@@ -1,22 +1,12 @@
 """How the command behaves in a shell."""
 
 import json
-import sys
 
 import pytest
+from conftest import call
 
-from augment.cli import COMMANDS, main
+from augment.cli import COMMANDS
 from augment.console import EXAMPLES
-
-
-def call(monkeypatch, capsys, *args):
-    monkeypatch.setattr(sys, "argv", ["latent-augment", *map(str, args)])
-    code = 0
-    try:
-        main()
-    except SystemExit as stop:
-        code = stop.code or 0
-    return code, *capsys.readouterr()
 
 
 @pytest.mark.parametrize("args", [("--help",), ("-h",)])

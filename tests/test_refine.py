@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import sys
 from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
@@ -11,12 +10,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
-from conftest import snapshot
+from conftest import call, snapshot
 from test_filters import save_clip, save_network
 
 import augment.refine
 from augment import LatentBank, Planner, Synthesizer, UserError, open_shards, sample
-from augment.cli import main
 from augment.diffusion.backbone import denoiser
 from augment.diffusion.gaussian import GaussianBackbone
 from augment.diffusion.process import Flow, VariancePreserving
@@ -245,16 +243,6 @@ def test_a_slope_that_overflows_is_had_at_a_smaller_scale(tiny, goals, monkeypat
         monkeypatch.setattr(augment.refine, "SCALES", scales)
         found.append(SeedSelect(1)(tiny, noise(1), goals[:1], "", "ddim", 3).latents)
     assert torch.equal(*found)
-
-
-def call(monkeypatch, capsys, *args):
-    monkeypatch.setattr(sys, "argv", ["latent-augment", *map(str, args)])
-    try:
-        main()
-        code = 0
-    except SystemExit as stop:
-        code = stop.code
-    return code, *capsys.readouterr()
 
 
 def test_synthesize_refines_goes_on_and_makes_any_image_again(

@@ -180,18 +180,23 @@ def log_of(root: Path, subcommand: str) -> CSVLogger:
     return CSVLogger(root, name="", version="")
 
 
-def main(args: list[str]) -> TrainCLI:
-    """Run ``latent-augment train ARGS``."""
+def hush() -> None:
+    """Keep from the screen what Lightning says of every run, until warnings are reset."""
     # without TensorBoard Lightning logs to CSV, which is what we want, and warns
     warnings.filterwarnings("ignore", ".*tensorboardX.*")
-    # the arguments stay where they are too, for ranks are started with them
-    warnings.filterwarnings("ignore", ".*LightningCLI's args parameter.*")
     warnings.filterwarnings("ignore", ".*Checkpoint directory .* exists and is not empty.*")
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
     warnings.filterwarnings("ignore", ".*Experiment logs directory.*")
     warnings.filterwarnings("ignore", ".*LeafSpec.*")
     for chatter in ("lightning_fabric", "pytorch_lightning.utilities.rank_zero"):
         logging.getLogger(chatter).setLevel(logging.WARNING)  # "Seed set to 0", tips
+
+
+def main(args: list[str]) -> TrainCLI:
+    """Run ``latent-augment train ARGS``."""
+    hush()
+    # the arguments stay where they are too, for ranks are started with them
+    warnings.filterwarnings("ignore", ".*LightningCLI's args parameter.*")
     overwrite = {"overwrite": True}  # of the config beside the run's own logs
     try:
         return TrainCLI(

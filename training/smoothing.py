@@ -6,7 +6,6 @@ interrupted ends with the same bits; on a GPU some kernels add in any order.
 """
 
 import json
-import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,7 +23,7 @@ from augment.diffusion.lora import LORA
 from augment.errors import UserError
 from augment.files import check_folder, remember, sha256, write_bytes
 from augment.sources import Source
-from training.cli import SafeCheckpoints, log_of
+from training.cli import SafeCheckpoints, hush, log_of
 from training.data import brief
 from training.noising import NoisingData, Noisings
 from training.smooth_diffusion import PROJECTIONS, SmoothDiffusion
@@ -150,14 +149,8 @@ def make_trainer(
 @contextmanager
 def calm() -> Iterator[None]:
     """Lightning without its tips; an interrupt is one."""
-    for chatter in ("lightning_fabric", "pytorch_lightning.utilities.rank_zero"):
-        logging.getLogger(chatter).setLevel(logging.WARNING)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*tensorboardX.*")
-        warnings.filterwarnings("ignore", ".*Checkpoint directory .* exists and is not empty.*")
-        warnings.filterwarnings("ignore", ".*does not have many workers.*")
-        warnings.filterwarnings("ignore", ".*Experiment logs directory.*")
-        warnings.filterwarnings("ignore", ".*LeafSpec.*")
+        hush()
         # there is no dropout to be had, and the backbone is used in this mode
         warnings.filterwarnings("ignore", ".*in eval mode at the start of training.*")
         try:

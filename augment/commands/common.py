@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from augment.errors import UserError, lookup
+from augment.sources import Source
 
 Record = dict[str, Any]
 """What came of a command, for ``--json``."""
@@ -81,6 +82,15 @@ def recipe_of(bank: Any, backbone: str | None = None) -> dict[str, Any]:
             "is with --backbone"
         )
     return recipe
+
+
+def prompts_of(source: Source, prompt: str, prompts: dict[str, str] | None) -> dict[str, str]:
+    """The prompt of each class that has one, by name: its own, else the template's."""
+    from augment.prompts import class_prompts
+
+    texts = {str(k): v for k, v in (prompts or {}).items()}
+    rest = [name for name in source.classes if name not in texts]
+    return texts | (class_prompts(rest, prompt) if prompt else {})
 
 
 def refuse(options: dict[str, Any], *names: str) -> None:

@@ -8,6 +8,7 @@ from augment.commands.common import (
     Record,
     parse_dtype,
     planning_device,
+    prompts_of,
     recipe_of,
     refuse,
     tell_of_bank,
@@ -68,7 +69,6 @@ def invert(
     from augment.diffusion import load_backbone
     from augment.fill import Inversion
     from augment.inversion import inverter
-    from augment.prompts import class_prompts
 
     if links and not isinstance(images, str):
         raise UserError(
@@ -76,9 +76,7 @@ def invert(
             "or give it to a Folder therein"
         )
     source = Folder(images, links) if isinstance(images, str) else images
-    texts = {str(k): v for k, v in (prompts or {}).items()}
-    if prompt:
-        texts |= class_prompts([name for name in source.classes if name not in texts], prompt)
+    texts = prompts_of(source, prompt, prompts)
     settings, options = inversion_options or {}, backbone_options or {}
     refuse(settings, "steps", "guidance", "batch_size")
     refuse(options, "name_or_path", "device", "dtype")

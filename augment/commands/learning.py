@@ -2,7 +2,7 @@
 
 from typing import Any, Literal
 
-from augment.commands.common import Record, planning_device, refuse
+from augment.commands.common import Record, planning_device, prompts_of, refuse
 from augment.sources import Source
 
 
@@ -70,15 +70,12 @@ def smooth(
     import torch
 
     from augment.diffusion import load_backbone
-    from augment.prompts import class_prompts
     from training.noising import open_source, read_captions
     from training.smooth_diffusion import PROJECTIONS
     from training.smoothing import smooth_backbone
 
     source = open_source(images)
-    texts = {str(k): v for k, v in (prompts or {}).items()}
-    if prompt:
-        texts |= class_prompts([name for name in source.classes if name not in texts], prompt)
+    texts = prompts_of(source, prompt, prompts)
     told = None if captions is None else read_captions(captions, source)
     options = backbone_options or {}
     refuse(options, "name_or_path", "device", "dtype")

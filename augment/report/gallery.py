@@ -102,7 +102,7 @@ class Gallery:
         exact = Synthesizer(self.backbone, bank, "lin/0", **batch)  # type: ignore[arg-type]
         labels = [names.index(c.name) for c in classes]
         alone = [
-            Plan(label, names[label], (image_id,), (1.0,), 0.0, 0, 0, row)
+            Plan.equal(label, names[label], [image_id], row)
             for label in labels
             for row, image_id in enumerate(bank.members[names[label]][:BACK])
         ]

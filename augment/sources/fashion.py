@@ -21,6 +21,13 @@ CLASSES = (
     "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
 )  # fmt: skip
 
+COARSE = dict.fromkeys(CLASSES, "top") | {
+    "Trouser": "trousers",
+    "Bag": "bag",
+    **dict.fromkeys(("Sandal", "Sneaker", "Ankle boot"), "footwear"),
+}
+"""The prompt that ``tiny`` knows each class by."""
+
 
 def few_shots(seed: int, shots: int) -> list[int]:
     """Which of the 32 images a draw of ``shots`` takes: the seed's first ones."""

@@ -27,12 +27,9 @@ from augment.fill import fill_bank
 from augment.measure.reconstruction import lpips, reconstruction
 from augment.plan import Plan
 from augment.prompts import class_prompts
+from augment.sources.fashion import COARSE
 from augment.synthesis import Synthesizer
 
-COARSE = {"T-shirt": "top", "Pullover": "top", "Dress": "top", "Coat": "top", "Shirt": "top",
-          "Trouser": "trousers", "Sandal": "footwear", "Sneaker": "footwear",
-          "Ankle boot": "footwear", "Bag": "bag"}  # fmt: skip
-"""What ``tiny`` was trained with."""
 RULES = ("fix/0", "fix/chm")
 
 
@@ -41,8 +38,7 @@ def plans(bank: LatentBank, whole: bool) -> list[Plan]:
     found: list[Plan] = []
     for label, (name, ids) in enumerate(bank.members.items()):
         for members in [tuple(ids)] if whole else [(i,) for i in ids]:
-            shares = (1 / len(members),) * len(members)
-            found.append(Plan(label, name, members, shares, 0.0, 0, 0, len(found)))
+            found.append(Plan.equal(label, name, members, len(found)))
     return found
 
 

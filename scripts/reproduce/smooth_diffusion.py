@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from claims import claim, conclude, once, options
 from eyes import Eyes, better, open_eyes, pictures, show, told
-from inversions import COARSE
 from matplotlib.figure import Figure
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -37,6 +36,7 @@ from augment.plan import Planner
 from augment.prompts import class_prompts
 from augment.seeds import normal, rng
 from augment.sources import Folder, Items, Source
+from augment.sources.fashion import COARSE
 from augment.synthesis import Synthesizer
 from training.smoothing import smooth_backbone
 
