@@ -9,6 +9,8 @@ import torch
 from augment import Rule, UserError
 from augment.centroid import MEANS, NORMS
 from augment.centroid.means import low_pass, split_named
+from augment.centroid.norms import GAINS
+from augment.centroid.residuals import Residuals
 from augment.prior import log_chi, nominal_norm
 
 SHAPE = (4, 4, 4)
@@ -435,6 +437,64 @@ def test_a_large_bias_costs_few_digits(norm):
     rule = Rule(norm, "chm")
     expected = rule(points.double(), weights.double()).float()
     torch.testing.assert_close(rule(points + 100, weights) - 100, expected, rtol=0, atol=2e-3)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("mean", ["m", "chm"])
+@pytest.mark.parametrize("bias", [0.9, 2.0, 30.0, 1000.0])
+def test_a_bias_of_many_standard_deviations_is_no_part_of_a_length(norm, mean, bias):
+    """Neither in one point nor in all, nor does it touch the rows beside."""
+    points, weights = draw(2, torch.float32, batch=4, shape=(4, 16, 16))
+    points[1] += bias
+    points[2, 1] += bias
+    rule = Rule(norm, mean)
+    found, expected = rule(points, weights), rule(points.double(), weights.double()).float()
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 + 3e-7 * bias)
+    rest = rule(points[::3], weights[::3])
+    torch.testing.assert_close(found[::3], rest, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("mean", ["m", "chm", "lp"])
+def test_latents_that_differ_in_their_last_digits_only_stay_where_they_are(norm, mean):
+    points, _ = draw(1, torch.float32, shape=(4, 16, 16))
+    apart = draw(2, torch.float32, shape=(4, 16, 16), seed=1)[0] * 1e-6
+    found = Rule(norm, mean)(points + apart, torch.full((3, 2), 0.5))
+    alone = Rule(norm, mean)(points, torch.ones(3, 1)) if norm != "circle" else points[:, 0]
+    tolerance = 2e-5 if norm not in ("fade", "vp") else math.inf  # they look at the weights alone
+    torch.testing.assert_close(found, alone, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("norm", GAINS)
+@every_mean
+def test_a_row_of_a_stretched_mixture_is_the_same_bits_in_any_block(norm, mean):
+    """Others need inner products, whose last bits depend on the block where threads share it."""
+    points, weights = draw(4, torch.float32, batch=150, shape=(4, 32, 32))
+    points[::7] += 5
+    found = Rule(norm, mean)(points, weights)
+    for rows in (slice(3), slice(69, 75), slice(149, None)):
+        assert torch.equal(found[rows], Rule(norm, mean)(points[rows], weights[rows]))
+
+
+@every_mean
+def test_it_does_not_matter_what_a_rule_asks_for_first(mean):
+    points, weights = draw(5)
+    answers = []
+    for names in (("norms", "length", "mixed"), ("mixed", "length", "norms")):
+        residuals = Residuals(points, weights, MEANS_OF[mean], out=torch.empty_like(points[:, 0]))
+        found = {name: getattr(residuals, name) for name in names}
+        answers.append([found["norms"], found["length"], *found["mixed"]])
+    for first, second in zip(*answers, strict=True):
+        assert_near(first, second)
+
+
+@every_norm
+def test_weights_and_the_fixed_mean_have_a_gradient(norm):
+    points, weights = draw(2, batch=2)
+    mu = draw(1, seed=9)[0][0, 0].requires_grad_()
+    centroid = Rule(norm, "mu")(points, weights.requires_grad_(), mu)
+    gradients = torch.autograd.grad(centroid.sum(), [weights, mu], allow_unused=True)
+    assert all(x is None or x.isfinite().all() for x in gradients)
 
 
 @every_rule

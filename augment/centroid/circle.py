@@ -19,14 +19,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from augment.centroid.residuals import Residuals
+from augment.centroid.angles import Angles
 from augment.errors import UserError
 
 FLAT = 5e-4
 """Half angles nearer to 0 or π/2 span no circle: what has no direction is left out."""
 
 
-def circle(residuals: Residuals) -> Float[Tensor, "b k"]:
+def circle(residuals: Angles) -> Float[Tensor, "b k"]:
     """A place on the great circle of two points; coefficients in float64, never half precision.
 
     Raises:
@@ -41,6 +41,7 @@ def circle(residuals: Residuals) -> Float[Tensor, "b k"]:
     turn = 2 * math.pi * (residuals.weights[:, 1].double() - 0.5)
     along = turn.cos() / half.cos() / 2
     across = turn.sin() / half.sin() / 2
-    along = torch.where(half < math.pi / 2 - FLAT, along, 0)
-    across = torch.where(half > FLAT, across, 0)
+    # so written that NaN is passed on
+    along = torch.where(half >= math.pi / 2 - FLAT, 0, along)
+    across = torch.where(half <= FLAT, 0, across)
     return torch.stack([along - across, along + across], 1).to(residuals.weights)

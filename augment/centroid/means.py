@@ -26,7 +26,7 @@ it keeps every channel's mean, and for σ → ∞ nothing but that mean is left.
 
 import math
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 
 import torch
 from jaxtyping import Float
@@ -38,6 +38,7 @@ Latents = Float[Tensor, "*b c h w"]
 Means = Float[Tensor, "*b #c #h #w"]
 Split = Callable[[Latents], Means]
 LOW_PASS_SIGMA = 2.0
+CPU = torch.device("cpu")
 
 
 def nothing(latents: Latents) -> Means:
@@ -52,17 +53,22 @@ def channel_mean(latents: Latents) -> Means:
     return latents.mean((-2, -1), keepdim=True)
 
 
-def blur(size: int, sigma: float) -> Float[Tensor, "n n"]:
-    """The matrix of a Gaussian blur of ``size`` pixels in a row, float64."""
-    frequency = torch.arange(size, dtype=torch.float64) * (math.pi / size)
-    cosines = torch.cos(frequency[:, None] * (torch.arange(size) + 0.5))
-    cosines = cosines / torch.linalg.vector_norm(cosines, dim=1, keepdim=True)
-    return cosines.mT @ (torch.exp(-(sigma**2) * frequency.square() / 2)[:, None] * cosines)
+@lru_cache(maxsize=32)
+def blur(
+    size: int, sigma: float, dtype: torch.dtype = torch.float64, device: torch.device = CPU
+) -> Float[Tensor, "n n"]:
+    """The matrix of a Gaussian blur of ``size`` pixels in a row, computed in float64."""
+    with torch.inference_mode(False):  # it is kept, and may be wanted for a gradient
+        frequency = torch.arange(size, dtype=torch.float64) * (math.pi / size)
+        cosines = torch.cos(frequency[:, None] * (torch.arange(size) + 0.5))
+        cosines = cosines / torch.linalg.vector_norm(cosines, dim=1, keepdim=True)
+        gain = torch.exp(-(sigma**2) * frequency.square() / 2)
+        return (cosines.mT @ (gain[:, None] * cosines)).to(device, dtype)
 
 
 def low_pass(latents: Latents, sigma: float = LOW_PASS_SIGMA) -> Latents:
     """A separable Gaussian blur of unit DC gain; see the module's docstring."""
-    height, width = (blur(n, sigma).to(latents) for n in latents.shape[-2:])
+    height, width = (blur(n, sigma, latents.dtype, latents.device) for n in latents.shape[-2:])
     return height @ latents @ width
 
 
@@ -74,6 +80,8 @@ MEANS: dict[str, Split] = {
     "mu": nothing,
 }
 """Mean splits by name; ``lp`` followed by a number is a name too. μ is the rule's to know."""
+PROJECTIONS = (latent_mean, channel_mean)
+"""Splits onto few dimensions at a right angle to the rest, so that ‖e‖² = ‖z‖² − ‖d‖²."""
 
 
 def split_named(name: str) -> Split:

@@ -39,7 +39,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from augment.centroid.residuals import Residuals
+from augment.centroid.angles import Angles
 from augment.centroid.spherical import SAME, geometric_median
 from augment.prior import log_chi, modal_norm
 
@@ -74,14 +74,14 @@ def cheapest_norm(
     return radii.gather(-1, costs.argmin(-1, keepdim=True))
 
 
-def nao(residuals: Residuals) -> Float[Tensor, "b k"]:
+def nao(residuals: Angles) -> Float[Tensor, "b k"]:
     """The centroid of Samuel et al., arXiv 2306.08687, sec. 4.2; see the module's docstring.
 
     K w_n is read as w_n / Σ w², which is the same for equal weights and does not count points
     without weight.
     """
     weights, cosines, dim = residuals.weights.double(), residuals.cosines, residuals.dim
-    norms = residuals.norms.double()
+    norms = residuals.norms
     a = geometric_median(cosines, weights, weights * norms)
     heavy = a.argmax(-1, keepdim=True)
     alone = a.gather(-1, heavy) > 1 - 1e-9

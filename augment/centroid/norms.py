@@ -30,7 +30,8 @@ prior where many are mixed. The others have files of their own.
 Where all residuals are zero up to rounding, so is the result, under every rule.
 
 To add a rule: write the function here (or in a file of its own) and enter it in `GAINS` or
-`COEFFICIENTS`; the laws of ``tests/test_centroid_laws.py`` then run over it.
+`COEFFICIENTS`; the laws of ``tests/test_centroid_laws.py`` then run over it. A NaN among the
+lengths must come out as NaN.
 """
 
 from collections import ChainMap
@@ -39,6 +40,7 @@ from collections.abc import Callable
 from jaxtyping import Float
 from torch import Tensor
 
+from augment.centroid.angles import Angles
 from augment.centroid.circle import circle
 from augment.centroid.nao import nao
 from augment.centroid.residuals import Residuals
@@ -93,12 +95,12 @@ GAINS: dict[str, Callable[[Residuals], Gain]] = {
 }
 """Norm rules that lengthen the mixture, by name."""
 
-COEFFICIENTS: dict[str, Callable[[Residuals], Float[Tensor, "b k"]]] = {
+COEFFICIENTS: dict[str, Callable[[Angles], Float[Tensor, "b k"]]] = {
     "slerp": slerp,
     "nao": nao,
     "circle": circle,
 }
 """Norm rules that mix in other shares than the weights, by name."""
 
-NORMS = ChainMap(COEFFICIENTS, GAINS)
+NORMS = ChainMap[str, Callable[..., Tensor]](COEFFICIENTS, GAINS)
 """All norm rules by name: a view of both tables."""

@@ -16,7 +16,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from augment.centroid.means import split_named
+from augment.centroid.angles import Angles
+from augment.centroid.means import Split, split_named
 from augment.centroid.norms import COEFFICIENTS, GAINS, NORMS
 from augment.centroid.residuals import Residuals, blocks
 from augment.errors import UserError, lookup
@@ -78,20 +79,35 @@ class Rule:
             points = points.float()
         weights, split = weights.to(points), split_named(self.mean)
         mu = None if mu is None or self.mean != "mu" else mu.to(points)
-        if self.norm in GAINS:
-            centroid = torch.empty_like(points[:, 0])
-            for rows in blocks(len(points), points[:1, 0].numel()):
-                residuals = Residuals(points[rows], weights[rows], split, mu)
-                mixture, mean = residuals.mixed
-                gain = GAINS[self.norm](residuals)[:, :, None, None]
-                centroid[rows] = torch.addcmul(mean, mixture, gain)
-        else:
-            residuals = Residuals(points, weights, split, mu)
-            total, mean = residuals.combine(COEFFICIENTS[self.norm](residuals))
-            centroid = total + (residuals.combine(weights)[1] - mean)
-        # one sum sees every NaN and infinity, at a tenth of the cost of looking at each point
-        if not centroid.sum().isfinite():
-            refuse(points)
+        if self.norm == "lin":  # of a gain of 1 it does not matter on what
+            split, mu = split_named("0"), None
+        # a NaN for want of digits would spoil gradients: there, be exact at once
+        given = (points, weights) if mu is None else (points, weights, mu)
+        exact = torch.is_grad_enabled() and any(x.requires_grad for x in given)
+        centroid = self._centroids(points, weights, split, mu, exact)
+        # one sum a row sees every NaN and infinity
+        finite = centroid.flatten(1).sum(1).isfinite()
+        if not finite.all():
+            again = ~finite
+            centroid[again] = self._centroids(points[again], weights[again], split, mu, exact=True)
+            if not centroid.sum().isfinite():
+                refuse(points)
+        return centroid
+
+    def _centroids(
+        self, points: Tensor, weights: Tensor, split: Split, mu: Tensor | None, exact: bool
+    ) -> Float[Tensor, "b c h w"]:
+        """The centroids; not finite where a point is not, or lengths need be ``exact``."""
+        if self.norm in COEFFICIENTS:
+            angles = Angles(points, weights, split, mu, exact)
+            return angles.combined(COEFFICIENTS[self.norm](angles))
+        centroid = torch.empty_like(points[:, 0])
+        for rows in blocks(centroid):
+            out = None if exact else centroid[rows]
+            residuals = Residuals(points[rows], weights[rows], split, mu, exact, out)
+            gain = GAINS[self.norm](residuals)[:, :, None, None]  # first: it may mix in passing
+            mixture, mean = residuals.mixed
+            centroid[rows] = torch.mul(mixture, gain, out=out).add_(mean)
         return centroid
 
 

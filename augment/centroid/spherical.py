@@ -27,7 +27,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from augment.centroid.residuals import TINY, Residuals
+from augment.centroid.angles import Angles
+from augment.centroid.residuals import TINY
 
 Cosines = Float[Tensor, "b k k"]
 Coefficients = Float[Tensor, "b k"]
@@ -48,23 +49,29 @@ def normalised(cosines: Cosines, a: Coefficients) -> tuple[Coefficients, Coeffic
 
 def settle(
     cosines: Cosines,
+    weights: Coefficients,
     start: Coefficients,
-    step: Callable[[Coefficients, Coefficients], Coefficients],
-    moving: Bool[Tensor, "b 1"] | None = None,
+    step: Callable[[Coefficients, Coefficients, Coefficients], Coefficients],
+    moving: Bool[Tensor, " b"] | None = None,
 ) -> Coefficients:
-    """Iterate a ← step(a, its cosines), normalised, until no coefficient moves by more than 1e-10.
+    """Iterate a ← step(a, its cosines, weights), normalised, until none moves by more than 1e-10.
 
     A row that has come to rest stays as it is, and so do those not ``moving`` from the start.
     """
     a, cosine = normalised(cosines, start)
-    moving = torch.ones_like(a[:, :1], dtype=torch.bool) if moving is None else moving
+    found, rows = a, torch.arange(len(a), device=a.device)
+    still = rows if moving is None else moving.nonzero()[:, 0]
     for _ in range(300):
-        if not moving.any():
+        if len(still) < len(rows):  # go on with fewer
+            rows, cosines, weights, a, cosine = (
+                x[still] for x in (rows, cosines, weights, a, cosine)
+            )
+        if not len(rows):
             break
-        (after, turned), before = normalised(cosines, step(a, cosine)), a
-        a, cosine = torch.where(moving, after, a), torch.where(moving, turned, cosine)
-        moving = (a - before).abs().amax(-1, keepdim=True) > 1e-10
-    return a
+        before, (a, cosine) = a, normalised(cosines, step(a, cosine, weights))
+        found = found.index_copy(0, rows, a)
+        still = ((a - before).abs().amax(-1) > 1e-10).nonzero()[:, 0]
+    return found
 
 
 def frechet_mean(cosines: Cosines, weights: Coefficients, start: Coefficients) -> Coefficients:
@@ -76,14 +83,14 @@ def frechet_mean(cosines: Cosines, weights: Coefficients, start: Coefficients) -
         start: coefficients of a direction.
     """
 
-    def step(a: Coefficients, cosine: Coefficients) -> Coefficients:
+    def step(a: Coefficients, cosine: Coefficients, weights: Coefficients) -> Coefficients:
         sine = (1 - cosine.square()).sqrt().clamp_min(SHORT)
         pull = weights * torch.where(sine > SHORT, cosine.acos() / sine, 1.0)
         stretch = (pull * cosine).sum(-1, keepdim=True)
         # no step may be longer than the flattest direction allows, nor turn around
         return a + (pull - stretch * a) / stretch.clamp(0.55, 1)
 
-    return settle(cosines, start, step)
+    return settle(cosines, weights, start, step)
 
 
 def geometric_median(cosines: Cosines, weights: Coefficients, start: Coefficients) -> Coefficients:
@@ -105,20 +112,20 @@ def geometric_median(cosines: Cosines, weights: Coefficients, start: Coefficient
     # what lies opposite pulls whichever way one goes
     force = force.clamp_min(0).sqrt() + (weights * (cosine < -SAME)).sum(-1)
     held = (weights * (cosine > SAME)).sum(-1)
-    stuck = (force < held * (1 - 1e-9))[:, None]
+    stuck = force < held * (1 - 1e-9)
 
-    def step(a: Coefficients, cosine: Coefficients) -> Coefficients:
+    def step(a: Coefficients, cosine: Coefficients, weights: Coefficients) -> Coefficients:
         return weights / (1 - cosine.square()).clamp_min(SHORT**2).sqrt()
 
-    return settle(cosines, torch.where(stuck, vertex, start), step, ~stuck)
+    return settle(cosines, weights, torch.where(stuck[:, None], vertex, start), step, ~stuck)
 
 
-def slerp(residuals: Residuals) -> Float[Tensor, "b k"]:
+def slerp(residuals: Angles) -> Float[Tensor, "b k"]:
     """Spherical interpolation of K points: the Fréchet mean, of norm Σ w_n ‖e_n‖.
 
     For two points it is the slerp of Shoemake, *Animating rotation with quaternion curves*,
     SIGGRAPH 1985, at a constant angular speed.
     """
-    norms, weights = residuals.norms.double(), residuals.weights.double()
+    norms, weights = residuals.norms, residuals.weights.double()
     a = frechet_mean(residuals.cosines, weights, weights * norms)
     return residuals.from_units((weights * norms).sum(-1, keepdim=True) * a)
