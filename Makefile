@@ -18,11 +18,7 @@ lint: .venv/dev
 	.venv/bin/pyright
 
 bench: .venv/dev
-	$(PY) scripts/benchmark.py centroids
-	$(PY) scripts/benchmark.py nao
-	$(PY) scripts/benchmark.py sampling
-	$(PY) scripts/benchmark.py storage
-	$(PY) scripts/benchmark_replay.py
+	$(PY) scripts/benchmark.py all
 
 reproduce: .venv/dev
 	for name in $(REPRODUCTIONS); do \

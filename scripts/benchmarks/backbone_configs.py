@@ -1,4 +1,4 @@
-"""The models that `benchmark_backbones` times: configurations of the public ones, and small ones.
+"""The models that `benchmarks.backbones` times: configurations of the public ones, and small ones.
 
 Weights are random, so that nothing is downloaded. Text encoders are small stand-ins of the right
 width, off the hot path: ours keeps what they said, the pipeline asks once a batch.
@@ -12,10 +12,11 @@ from typing import Any
 import diffusers
 import torch
 import transformers
+from torch.utils.flop_counter import FlopCounterMode
 
 from augment.diffusion.hub import quiet
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
 import checkpoints
 
 CROSS, PLAIN = "CrossAttn{}Block2D", "{}Block2D"
@@ -171,6 +172,39 @@ def network(model: Model) -> Any:
     """The untrained network of a model."""
     kind = diffusers.SD3Transformer2DModel if model.kind == "sd3" else None
     return (kind or diffusers.UNet2DConditionModel)(**model.network)
+
+
+def operations(model: Model, resolution: int) -> dict[str, float]:
+    """TFLOP of the network, the encoder and the decoder for one image, counted without computing.
+
+    A multiplication and an addition are two operations. The network's parameters are counted too.
+    """
+    with torch.device("meta"):
+        net, vae = network(model), diffusers.AutoencoderKL(**model.vae)
+        millions = sum(weight.numel() for weight in net.parameters()) / 1e6
+        if model.millions and abs(millions - model.millions) > 0.1:
+            raise SystemExit(f"expected {model.millions} M parameters, got {millions:.1f} M")
+        side = resolution // 2 ** (len(model.vae["block_out_channels"]) - 1)
+        latent = torch.empty(1, model.vae["latent_channels"], side, side)
+        told: dict[str, Any] = {"encoder_hidden_states": torch.empty(1, 77, model.widths[0])}
+        if model.kind == "sdxl":
+            text, pooled = torch.empty(1, 77, sum(model.widths)), torch.empty(1, model.widths[1])
+            told = {"encoder_hidden_states": text}
+            told["added_cond_kwargs"] = {"text_embeds": pooled, "time_ids": torch.empty(1, 6)}
+        if model.kind == "sd3":
+            told = {"encoder_hidden_states": torch.empty(1, 77 + 256, model.widths[2])}
+            told["pooled_projections"] = torch.empty(1, sum(model.widths[:2]))
+        calls = {
+            "network": lambda: net(latent, timestep=torch.empty(1), **told),
+            "encoder": lambda: vae.encode(torch.empty(1, 3, resolution, resolution)),
+            "decoder": lambda: vae.decode(latent),
+        }
+        counts = {"millions": millions}
+        for name, call in calls.items():
+            with FlopCounterMode(display=False) as counter, torch.no_grad():
+                call()
+            counts[name] = counter.get_total_flops() / 1e12
+    return counts
 
 
 def build(model: Model, folder: Path, device: str, dtype: torch.dtype) -> Path:

@@ -1,0 +1,21 @@
+"""The suites of ``scripts/benchmark.py``, a file each.
+
+A suite has ``suite(args)``, which yields a `benchmarks.duel.Duel` for every row of its table, and
+may have ``arguments(parser)`` for options of its own. It may hold files or processes open while it
+yields, for a row is timed before the next is asked for. One that compares nothing yields dicts with
+a ``name``, which go into the JSON as they are, and has ``table(rows)``, the lines of its Markdown.
+To add one: a file here and a line below.
+"""
+
+SUITES = {
+    "centroids": "every rule against one weighted sum and one norm",
+    "nao": "the NAO centroid against the published optimiser",
+    "inversion": "DDIM and null-text inversion against diffusers and the published loop",
+    "sampling": "the sampler against diffusers' pipeline loop",
+    "storage": "banks and shards against safetensors, image folders and webdataset",
+    "growth": "how costs grow with classes, images and shards",
+    "training": "a step with synthetic images, and with our data, against plain ones",
+    "startup": "imports and commands against the import of torch",
+    "backbones": "Stable Diffusion and its like against diffusers' pipelines; not part of all",
+}
+"""The suites by the name of their file."""

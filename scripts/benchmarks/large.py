@@ -1,0 +1,122 @@
+"""Banks, shards and folders of any size, of images that are not there.
+
+Manifests and records are as jobs write them; latents are real but of 4 numbers each, and tars are
+holes. So reading them costs what it costs of real ones, but for the bytes of latents and images.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import save
+
+from augment import LatentBank, Planner
+from augment.diffusion.gaussian import GaussianBackbone
+from augment.extend import extended
+from augment.files import sha256, write_json
+from augment.fill import Inversion
+from augment.generate import Synthesis
+from augment.inversion import inverter
+from augment.records import file_of, stems
+from augment.shards import BLOCK, shard_path
+from augment.sources.source import Source
+from augment.synthesis import Synthesizer
+
+SHAPE = (1, 2, 2)
+PER_SHARD = 1000
+SIZE = 2**31  # bytes of an image that is not there: so large that digests are not compared
+
+
+class Nowhere(Source):
+    """Images by name and size only, of classes with so many."""
+
+    def __init__(self, counts: list[int]) -> None:
+        self.root = Path("/nowhere")
+        names = [f"n{label:08d}" for label in range(len(counts))]
+        self.ids = {
+            name: [f"{name}/{name}_{k:05d}.JPEG" for k in range(count)]
+            for name, count in zip(names, counts, strict=True)
+        }
+
+    def size(self, image_id: str) -> int:
+        """The same of all."""
+        return SIZE
+
+
+def long_tail(images: int, classes: int) -> list[int]:
+    """Images of each class: so many in all, as ImageNet-LT has 5 to 1280 of 1000 classes."""
+    mean = images / classes
+    least, most = max(round(mean * 5 / 115.846), 1), mean * 1280 / 115.846
+    power = (most - least) / max(mean - least, 1e-9) - 1  # of a curve with that mean
+    curve = np.cumsum([(1 - k / classes) ** power for k in range(classes)])
+    ends = np.round(curve / curve[-1] * (images - least * classes)).astype(int)
+    return (least + np.diff(ends, prepend=0)).tolist()
+
+
+def job(folder: Path, counts: list[int]) -> Inversion:
+    """The job that fills a bank of images that are not there."""
+    backbone = GaussianBackbone(latent_shape=SHAPE)
+    return Inversion(folder, Nowhere(counts), backbone, inverter("ddim", steps=1), keeps=())
+
+
+def bank_of(folder: Path, counts: list[int]) -> None:
+    """A bank that is complete, without waiting for the disk."""
+    making = job(folder, counts)
+    classes = extended(folder, [], making.source, {}, 256)
+    assert making.backbone is not None
+    manifest = {**making.described(making.backbone), "classes": classes}
+    dice = torch.Generator().manual_seed(0)
+    for known in classes:
+        (folder / known["folder"]).mkdir(parents=True)
+        for stem, plan in stems(folder, known):
+            latents = torch.randn(len(plan["ids"]), *SHAPE, generator=dice)
+            content = save({"latents": latents.half(), "norms": latents.flatten(1).norm(dim=1)})
+            file = {"bytes": len(content), "sha256": sha256(content), "holds": ["latents", "norms"]}
+            images = [
+                {"id": i, "bytes": SIZE, "sha256": sha256(i.encode()), "side": 500}
+                for i in plan["ids"]
+            ]
+            record = {"files": {"latents": file}, "images": images, "rejects": []}
+            record["statistics"] = {"norm": 1.0, "channel_means": latents.mean((0, 2, 3)).tolist()}
+            file_of(stem, "latents").write_bytes(content)
+            text = json.dumps(record, indent=1) + "\n"
+            stem.with_suffix(".json").write_text(text)
+    write_json(folder / "manifest.json", manifest)
+
+
+def synthesis(bank: Path, out: Path, per_class: int = 10) -> Synthesis:
+    """The job that makes shards of a bank."""
+    opened = LatentBank.open(bank)
+    made = Synthesizer(GaussianBackbone(latent_shape=SHAPE), opened, steps=1)
+    return Synthesis(out, made, Planner(opened.members), per_class, shard_size=PER_SHARD)
+
+
+def shards_of(folder: Path, count: int) -> None:
+    """Shards of 1000 images of 1000 classes that are not there: their tars are holes."""
+    bank_of(folder.with_name(f"{folder.name}-bank"), [2] * 1000)
+    making = synthesis(folder.with_name(f"{folder.name}-bank"), folder, count)
+    folder.mkdir()
+    making.plan()
+    for number in range(count):
+        step = 40 * BLOCK
+        rows = [
+            [key, key % 1000, k * step + BLOCK, 35 * BLOCK - key % BLOCK]
+            for k, key in enumerate(making.indices(number))
+        ]
+        size = PER_SHARD * step + 2 * BLOCK
+        path = shard_path(folder, number)
+        record = {"schema": 1, "shard": path.stem, "bytes": size, "sha256": "0" * 64}
+        record |= {"samples": rows, "settings": making.digest, "wanted": PER_SHARD, "dropped": {}}
+        with path.open("wb") as file:
+            file.truncate(size)
+        path.with_suffix(".json").write_text(json.dumps(record, separators=(",", ":")) + "\n")
+
+
+def folder_of(folder: Path, count: int) -> None:
+    """Empty files in up to 1000 class folders."""
+    classes = min(count, 1000)
+    for label in range(classes):
+        (folder / f"{label:04d}").mkdir(parents=True)
+    for number in range(count):
+        (folder / f"{number % classes:04d}" / f"{number:06d}.jpg").touch()
