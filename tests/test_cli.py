@@ -11,7 +11,8 @@ from conftest import call, paint, snapshot
 from safetensors.torch import save_file
 
 from augment import LatentBank
-from augment.cli import COMMANDS, underscored
+from augment.cli import underscored
+from augment.commands import COMMANDS
 from augment.shards import open_shards
 from augment.sources.fashion import write_fashion
 
@@ -295,7 +296,7 @@ OPTIONS = {
     "too many steps": (["synthesize", "--steps", "1001"], "at most 1000"),
     "a prompt that cannot be sampled": (["synthesize", "--prompt", "a {name}"], "trousers"),
     "an unknown dtype": (["invert", "--dtype", "int8"], "bfloat16"),
-    "an option that tiny has not": (["invert", "--backbone-options", "{compile: true}"], "lora"),
+    "an option that tiny has not": (["invert", "--backbone-options", "{tiny_vae: a}"], "lora"),
     "null-text of nothing": (["invert", "--inversion", "null_text"], "prompt"),
     "an unknown prompt": (["invert", "--prompts", "{Bag: dog}"], "trousers"),
     "no steps": (["invert", "--steps", "0"], "solver step"),

@@ -9,7 +9,7 @@ from safetensors.torch import save
 
 from augment import Rule, UserError, invert, load_backbone, sample
 from augment.diffusion import Backbone
-from augment.diffusion.tiny import HAAR, PROMPTS, WEIGHTS, haar, inverse_haar
+from augment.diffusion.tiny import HAAR, PROMPTS, ROWS, WEIGHTS, haar, inverse_haar
 from augment.seeds import normal, rng
 from augment.sources import Folder
 from augment.sources.fashion import CLASSES, write_fashion
@@ -205,3 +205,20 @@ def test_weights_are_told_apart_by_their_bytes(tiny, tmp_path: Path):
 def test_a_device_that_is_not_there_is_refused():
     with pytest.raises(UserError, match="banana"):
         load_backbone("tiny", device="banana")
+
+
+@pytest.mark.slow
+def test_a_compiled_network_answers_the_same_whatever_the_batch(tiny):
+    compiled = load_backbone("tiny", device="cpu", compile=True)
+    assert compiled.fingerprint == tiny.fingerprint
+    latents = normal(rng(1, "noise"), 2 * ROWS + 5, 4, 16, 16)
+    condition = tiny.condition(["top"] * len(latents))
+    with torch.no_grad():
+        for count in (5, ROWS, len(latents)):
+            told = latents[:count], 700, {"text": condition["text"][:count]}
+            torch.testing.assert_close(
+                compiled.network(*told), tiny.network(*told), rtol=0, atol=1e-5
+            )
+    text = condition["text"][:ROWS].requires_grad_()
+    answer = compiled.network(latents[:ROWS], 700, {"text": text})
+    assert torch.autograd.grad(answer.sum(), text)[0].abs().max() > 0
