@@ -14,6 +14,7 @@ from PIL import Image
 
 from augment import UserError, cli
 from augment.images import to_pil
+from augment.seeds import rng
 from training import demo
 from training.classifier import Classifier
 from training.data import ImageData
@@ -148,9 +149,12 @@ def test_shifts_and_mirror_images():
         classical = Augmentation(flip=flip)
         fixed, random = classical.fixed(1, 32), classical.random(32)
         columns, mirrored = set(), 0
-        for _ in range(60):
-            changed = random(fixed(image))
-            assert changed.shape == image.shape
+        dice = [rng(0, "augment", 0, place) for place in range(60)]
+        made = random([fixed(image)] * 60, dice)
+        assert made.shape == (60, *image.shape)
+        again = random([fixed(image)], [rng(0, "augment", 0, 59)])[0]
+        assert torch.equal(made[59], again), "an image's dice are its own"
+        for changed in made:
             assert changed.sum() == pytest.approx(32 + 8 * 127 / 255), "it is shifted, not cut"
             full = [c for c in range(32) if (changed[0, :, c] == 1).any()]
             half = [c for c in range(32) if ((changed[0, :, c] - 0.5).abs() < 0.01).any()]
@@ -173,8 +177,8 @@ def test_shifts_and_mirror_images():
 def test_any_image_becomes_the_networks(channels, augment, mode):
     wide = torch.rand(3, 40, 57)
     image = wide if mode == "tensor" else to_pil(wide if mode == "RGB" else wide[:1])
-    for _ in range(3):
-        made = augment.random(32)(augment.fixed(channels, 32)(image))
+    dice = [rng(0, "augment", 0, place) for place in range(3)]
+    for made in augment.random(32)([augment.fixed(channels, 32)(image)] * 3, dice):
         assert made.shape == (channels, 32, 32) and made.dtype == torch.float32
         assert 0 <= made.min() <= made.max() <= 1
 

@@ -40,8 +40,8 @@ class Pair(Dataset[Item]):
         real: the real images.
         synthetic: a map-style dataset of (image, label), or None. Soft labels of its are given with
             one-hot labels of the real images.
-        fixed, random: what is done to an image without dice and, after it, with torch's global
-            generator.
+        fixed, random: what is done to an image without dice and, after it, to a batch with them;
+            see `training.transforms.Augmentation`.
         seed: of the dice.
         keep: keep what ``fixed`` gives in memory, of images that stay the same.
     """
@@ -65,16 +65,16 @@ class Pair(Dataset[Item]):
 
     def __getitems__(self, draws: Sequence[Draw]) -> list[Item]:
         """The items of a batch; the synthetic dataset is asked at most once."""
-        count, epoch, items = len(self.real), draws[0].epoch, []
+        count, epoch = len(self.real), draws[0].epoch
         if getattr(self.synthetic, "epoch", epoch) != epoch:
             self.synthetic.set_epoch(epoch)
         found = self._fixed([draw.row for draw in draws])
-        with torch.random.fork_rng(devices=[]):
-            for draw, (pixels, label) in zip(draws, found, strict=True):
-                dice = rng(self.seed, "augment", draw.epoch, draw.place)
-                torch.random.default_generator.manual_seed(int(dice.integers(2**63)))
-                items.append((self.random(pixels), label, draw.row >= count))
-        return items
+        dice = [rng(self.seed, "augment", draw.epoch, draw.place) for draw in draws]
+        images = self.random([pixels for pixels, _ in found], dice)
+        return [
+            (image, label, draw.row >= count)
+            for image, (_, label), draw in zip(images, found, draws, strict=True)
+        ]
 
     def _fixed(self, rows: list[int]) -> list[tuple[Tensor, Any]]:
         """(pixels, label) of some rows, from memory or from where they are."""

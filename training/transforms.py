@@ -1,15 +1,19 @@
 """What is done to an image before the network sees it, real or synthetic."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from jaxtyping import UInt8
 from torch import Tensor
 from torchvision.transforms import v2
 
 from augment.errors import UserError
 from augment.images import prepare
+
+Dice = np.random.Generator
 
 
 @dataclass(frozen=True)
@@ -53,22 +57,65 @@ class Augmentation:
         steps = [Decoded(channels), *([Fitted(resolution)] if self.whole else [])]
         return v2.Compose(steps)
 
-    def random(self, resolution: int) -> Callable[[Tensor], Tensor]:
-        """What `fixed` gives to float32 (channels, resolution, resolution) in [0, 1]."""
+    def random(self, resolution: int) -> Callable[[Sequence[Tensor], Sequence[Dice]], Tensor]:
+        """What `fixed` gives of a batch, and each image's dice, to float32 (n, C, R, R) in [0, 1].
+
+        R is the resolution. Shifting and mirroring are done here for the whole batch: image by
+        image in torchvision they cost a small network a fifth of its step.
+        """
+        shift = resolution // 8 if self.crop == "shift" else 0
         steps: list[Any] = []
         if self.crop == "resized":
             steps.append(v2.RandomResizedCrop(resolution, antialias=True))
-        if self.crop == "shift":
-            steps.append(v2.RandomCrop(resolution, padding=resolution // 8))
-        if self.flip:
-            steps.append(v2.RandomHorizontalFlip())
+            steps += [v2.RandomHorizontalFlip()] if self.flip else []
         if self.rotation:
             steps.append(v2.RandomRotation([-self.rotation, self.rotation]))
         if self.jitter:
             steps.append(v2.ColorJitter(self.jitter, self.jitter, self.jitter))
         if self.randaugment:
             steps.append(v2.RandAugment(self.randaugment, self.magnitude))
-        return v2.Compose([*steps, v2.ToDtype(torch.float32, scale=True)])
+
+        def run(images: Sequence[Tensor], dice: Sequence[Dice]) -> Tensor:
+            if self.whole:
+                images = list(moved(torch.stack(list(images)), dice, shift, self.flip))
+            if steps:
+                images = each(v2.Compose(steps), images, dice)
+            return v2.functional.to_dtype(torch.stack(list(images)), torch.float32, scale=True)
+
+        return run
+
+
+def moved(
+    images: UInt8[Tensor, "n c h w"], dice: Sequence[Dice], shift: int, flip: bool
+) -> UInt8[Tensor, "n c h w"]:
+    """Images moved by up to ``shift`` pixels each way, black following, and half of them mirrored.
+
+    Args:
+        images: a batch.
+        dice: of each image.
+        shift: pixels.
+        flip: whether any are mirrored.
+    """
+    height, width = images.shape[-2:]
+    padded = torch.nn.functional.pad(images, (shift,) * 4) if shift else images
+    thrown = [(*d.integers(0, 2 * shift + 1, 2).tolist(), d.random() < 0.5) for d in dice]
+    cut = [x[:, t : t + height, s : s + width] for x, (t, s, _) in zip(padded, thrown, strict=True)]
+    images = torch.stack(cut)
+    mirrored = torch.tensor([flip and turned for _, _, turned in thrown])
+    images[mirrored] = images[mirrored].flip(-1)
+    return images
+
+
+def each(
+    transform: Callable[[Tensor], Tensor], images: Sequence[Tensor], dice: Sequence[Dice]
+) -> list[Tensor]:
+    """Images transformed one by one by what takes its dice from torch's global generator."""
+    made = []
+    with torch.random.fork_rng(devices=[]):
+        for image, own in zip(images, dice, strict=True):
+            torch.random.default_generator.manual_seed(int(own.integers(2**63)))
+            made.append(transform(image))
+    return made
 
 
 def evaluation(channels: int, resolution: int, crop: float = 1.0) -> Callable[[Any], Tensor]:
