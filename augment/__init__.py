@@ -16,22 +16,63 @@ is a place to add a file: `augment.centroid` rules, `augment.diffusion` backbone
 `augment.commands` what may be typed.
 """
 
-from augment.bank import LatentBank
-from augment.centroid import Rule, walk
-from augment.dataset import MixedDataset, SyntheticDataset
-from augment.diffusion import load_backbone
-from augment.diffusion.solver import sample
-from augment.errors import BankMismatch, ImageRejected, UserError
-from augment.export import to_webdataset
-from augment.fill import fill_bank
-from augment.generate import write_shards
-from augment.inversion import invert
-from augment.plan import Plan, Planner
-from augment.replay import ReplayPool
-from augment.shards import Shards, open_shards
-from augment.synthesis import Synthesizer
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from augment.bank import LatentBank
+    from augment.centroid import Rule, walk
+    from augment.dataset import MixedDataset, SyntheticDataset
+    from augment.diffusion import load_backbone
+    from augment.diffusion.solver import sample
+    from augment.errors import BankMismatch, ImageRejected, UserError
+    from augment.export import to_webdataset
+    from augment.fill import fill_bank
+    from augment.generate import write_shards
+    from augment.inversion import invert
+    from augment.plan import Plan, Planner
+    from augment.replay import ReplayPool
+    from augment.shards import Shards, open_shards
+    from augment.synthesis import Synthesizer
 
 __version__ = "0.1.0"
+
+HOMES = {
+    "LatentBank": "bank",
+    "Rule": "centroid",
+    "walk": "centroid",
+    "MixedDataset": "dataset",
+    "SyntheticDataset": "dataset",
+    "load_backbone": "diffusion",
+    "sample": "diffusion.solver",
+    "BankMismatch": "errors",
+    "ImageRejected": "errors",
+    "UserError": "errors",
+    "to_webdataset": "export",
+    "fill_bank": "fill",
+    "write_shards": "generate",
+    "invert": "inversion",
+    "Plan": "plan",
+    "Planner": "plan",
+    "ReplayPool": "replay",
+    "Shards": "shards",
+    "open_shards": "shards",
+    "Synthesizer": "synthesis",
+}
+"""The modules of the public names."""
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is asked for.
+
+    So the command is there before torch is, and may tell torch's threads how to wait.
+    """
+    if name not in HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
 
 __all__ = [
     "BankMismatch",

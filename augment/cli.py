@@ -1,6 +1,10 @@
-"""The command ``latent-augment``: what is typed becomes a call of one of `augment.commands`."""
+"""The command ``latent-augment``: what is typed becomes a call of one of `augment.commands`.
+
+They, and torch with them, are imported when `main` has told threads how to wait.
+"""
 
 import json
+import os
 import sys
 import warnings
 from argparse import ArgumentError
@@ -9,7 +13,6 @@ from contextlib import contextmanager
 from inspect import signature
 from typing import Any
 
-from augment.commands import COMMANDS
 from augment.console import examples, overview, silence
 from augment.errors import AugmentWarning, UserError
 
@@ -33,6 +36,8 @@ def run(args: list[str]) -> Any:
 
     What follows a command without a name is its first option's value.
     """
+    from augment.commands import COMMANDS
+
     if args[:1] in (["-h"], ["--help"]):
         print(overview({name: (f.__doc__ or "").splitlines()[0] for name, f in COMMANDS.items()}))
         return None
@@ -94,7 +99,12 @@ def show_warning(message: Warning | str, category: type[Warning], *where: Any) -
 
 
 def main() -> None:
-    """Entry point. A user's mistake ends with one sentence and exit code 2."""
+    """Entry point. A user's mistake ends with one sentence and exit code 2.
+
+    Threads that wait for each other sleep. By default they spin, and where other programs want the
+    cores too, that keeps the one that is waited for from running: BENCHMARKS.md has the figures.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     warnings.showwarning = show_warning
     given = sys.argv[1:]
     args = [argument for argument in given if argument not in ("--quiet", "--json")]

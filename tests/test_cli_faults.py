@@ -14,6 +14,7 @@ from conftest import paint, snapshot
 from safetensors.torch import save_file
 
 from augment import cli
+from augment.commands import COMMANDS
 from augment.diffusion.tiny import WEIGHTS
 
 COUNTS = {"ant": 2, "bee": 1}
@@ -64,7 +65,7 @@ def test_alpha_may_be_infinite_as_the_library_has_it(run, place):
     assert run(f"{SYNTHESIZE} --alpha inf")[0] == 0
 
 
-@pytest.mark.parametrize("line", ["--help", *(f"{command} --help" for command in cli.COMMANDS)])
+@pytest.mark.parametrize("line", ["--help", *(f"{command} --help" for command in COMMANDS)])
 def test_help_is_given_for_every_command(run, line):
     code, out, err = run(line)
     assert (code, err) == (0, "")

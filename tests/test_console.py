@@ -5,7 +5,7 @@ import json
 import pytest
 from conftest import call
 
-from augment.cli import COMMANDS
+from augment.commands import COMMANDS
 from augment.console import EXAMPLES
 
 
