@@ -9,23 +9,24 @@ mapped would kill the reader; their digests are checked the first time a process
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from augment.chunks import Chunk, Members, pack
 from augment.diffusion.backbone import Backbone
 from augment.errors import UserError
 from augment.features import read_vectors
-from augment.plan import Plan
+from augment.plan import Images, Plan
 from augment.records import (
-    Chunk,
     check_file,
     damaged,
     read_manifest,
@@ -43,7 +44,7 @@ class LatentBank:
 
     Args:
         path: the folder.
-        manifest: its manifest.
+        manifest: its manifest, without the chunks of its classes.
         chunks: the committed chunks of each class, in label order.
         members: the image ids of each class that this view shows, in label order.
         device: where latents are given: ``cpu``, unless it was moved by `to`.
@@ -52,7 +53,7 @@ class LatentBank:
     path: Path
     manifest: dict[str, Any]
     chunks: dict[str, list[Chunk]]
-    members: dict[str, tuple[str, ...]]
+    members: Images
     device: torch.device = CPU
     _resident: dict[Path, Tensor] = field(default_factory=dict, repr=False, compare=False)
     _checked: set[Path] = field(default_factory=set, repr=False, compare=False)
@@ -68,9 +69,9 @@ class LatentBank:
         manifest = read_manifest(path)
         chunks: dict[str, list[Chunk]] = {}
         missing = 0
-        for record in manifest["classes"]:
-            chunks[record["name"]] = []
-            for stem, plan in stems(path, record):
+        for known in manifest["classes"]:
+            chunks[known["name"]] = []
+            for stem, plan in stems(path, known):
                 done = read_record(stem, plan)
                 means = len(done["statistics"].get("channel_means", [])) if done else 0
                 if means not in (0, manifest["latent_shape"][0]):
@@ -78,22 +79,22 @@ class LatentBank:
                 if done is None:
                     missing += len(plan["ids"])
                 else:
-                    chunks[record["name"]].append(Chunk(stem, done))
+                    chunks[known["name"]].append(Chunk.of(stem, done))
+            del known["chunks"]  # their ids are in the chunks now
         if missing:
             raise UserError(
                 f"expected a complete bank at {path}, got one that lacks {missing} images; "
                 "run the same latent-augment invert command again to finish it"
             )
-        members = {name: tuple(i for c in parts for i in c.ids) for name, parts in chunks.items()}
-        every = [image_id for ids in members.values() for image_id in ids]
-        if len(set(every)) < len(every):
+        if repeated(chunks.values()):
             raise UserError(f"expected each image once in {path}, got some twice; invert again")
-        for name, ids in members.items():
-            if not ids:
+        for name, parts in chunks.items():
+            if not filled(parts):
                 raise UserError(
                     f"expected a latent of each class in {path}, got none of {name!r}: all its "
                     "images are in rejects.jsonl; mend them or remove the class, and invert again"
                 )
+        members = Members({name: tuple(c.packed for c in parts) for name, parts in chunks.items()})
         return cls(path, manifest, chunks, members)
 
     @property
@@ -134,8 +135,8 @@ class LatentBank:
             UserError: they do not fit.
         """
         device = torch.device(device)
-        chunks = [chunk for parts in self.chunks.values() for chunk in parts if chunk.ids]
-        size = sum(chunk.record["files"]["latents"]["bytes"] for chunk in chunks)
+        chunks = [chunk for parts in self.chunks.values() for chunk in filled(parts)]
+        size = sum(chunk.files["latents"]["bytes"] for chunk in chunks)
         room = free_memory(device)
         if size > room:
             raise UserError(
@@ -166,7 +167,7 @@ class LatentBank:
         make = torch.empty if full else torch.zeros
         points = make(len(plans) * count, *shape, device=self.device)
         weights = torch.zeros(len(plans), count, dtype=torch.float64)
-        wanted: dict[Path, tuple[Chunk, list[tuple[int, int]]]] = {}
+        spots: dict[str, dict[str, list[int]]] = {}
         for b, plan in enumerate(plans):
             if not 0 < len(plan.members) == len(plan.weights) == len(plan.member_classes):
                 raise UserError(
@@ -177,11 +178,12 @@ class LatentBank:
             weights[b, : len(plan.weights)] = torch.tensor(plan.weights, dtype=torch.float64)
             homes = zip(plan.member_classes, plan.members, strict=True)
             for k, (name, image_id) in enumerate(homes):
-                chunk, row = self.place(name, image_id)
-                wanted.setdefault(chunk.stem, (chunk, []))[1].append((b * count + k, row))
-        for chunk, spots in wanted.values():
-            places, rows = torch.tensor(spots, device=self.device).T
-            points.index_copy_(0, places, self._latents(chunk)[rows].float())
+                spots.setdefault(name, {}).setdefault(image_id, []).append(b * count + k)
+        for name, mine in spots.items():
+            for chunk, rows in self._places(name, mine):
+                pairs = [(spot, row) for i, row in rows.items() for spot in mine[i]]
+                places, rows = torch.tensor(pairs, device=self.device).T
+                points.index_copy_(0, places, self._latents(chunk)[rows].float())
         return points.view(len(plans), count, *shape), weights.float().to(self.device)
 
     def place(self, class_name: str, image_id: str) -> tuple[Chunk, int]:
@@ -190,22 +192,24 @@ class LatentBank:
         Raises:
             UserError: the bank has no such image in the class.
         """
-        found = self._places.get(class_name, {}).get(image_id)
-        if found is None:
+        chunk, rows = self._places(class_name, [image_id])[0]
+        return chunk, rows[image_id]
+
+    def _places(self, class_name: str, ids: Iterable[str]) -> list[tuple[Chunk, dict[str, int]]]:
+        """By chunk, the rows of some members of a class."""
+        wanted = set(ids)
+        shown = wanted.intersection(self.members.get(class_name, ()))
+        if shown < wanted:
+            missing = next(image_id for image_id in ids if image_id not in shown)
             raise UserError(
                 f"expected the plan's images in class {class_name!r} of {self.path}, got no "
-                f"{image_id} there; use the bank that the plan was made for"
+                f"{missing} there; use the bank that the plan was made for"
             )
-        return found
-
-    @cached_property
-    def _places(self) -> dict[str, dict[str, tuple[Chunk, int]]]:
-        """By class and id, where the members are."""
-        places = {}
-        for name, ids in self.members.items():
-            all_ = {i: (c, row) for c in self.chunks[name] for row, i in enumerate(c.ids)}
-            places[name] = {image_id: all_[image_id] for image_id in ids}
-        return places
+        parts = []
+        for chunk in self.chunks[class_name]:
+            if mine := {i: chunk.rows[i] for i in wanted & chunk.rows.keys()}:
+                parts.append((chunk, mine))
+        return parts
 
     def digests(self, class_name: str) -> dict[str, str]:
         """SHA-256 of the image files of a class, by id, in the order of ``members``.
@@ -213,7 +217,8 @@ class LatentBank:
         Raises:
             UserError: no such class.
         """
-        known = {i["id"]: i["sha256"] for c in self._chunks(class_name) for i in c.record["images"]}
+        records = (chunk.record for chunk in self._chunks(class_name))
+        known = {image["id"]: image["sha256"] for r in records for image in r["images"]}
         return {image_id: known[image_id] for image_id in self.members[class_name]}
 
     def latents(self, class_name: str) -> Float[Tensor, "n c h w"]:
@@ -250,7 +255,7 @@ class LatentBank:
         for chunk in filled(self._chunks(class_name)):
             part, places = self._read(chunk, "nulls", "nulls", "null_rows")
             nulls.append(part)
-            rows |= zip(chunk.ids, (places + offset).tolist(), strict=True)
+            rows |= zip(chunk.rows, (places + offset).tolist(), strict=True)
             offset += len(part)
         return torch.cat(nulls), torch.tensor([rows[i] for i in self.members[class_name]])
 
@@ -273,9 +278,9 @@ class LatentBank:
 
     def largest_mean(self, class_name: str) -> float:
         """The largest |channel mean| of a class's latents, from their records."""
-        records = [chunk.record for chunk in filled(self._chunks(class_name))]
-        rows = torch.tensor([record["statistics"]["channel_means"] for record in records])
-        counts = torch.tensor([len(record["images"]) for record in records])
+        chunks = filled(self._chunks(class_name))
+        rows = torch.tensor([chunk.means for chunk in chunks])
+        counts = torch.tensor([len(chunk.rows) for chunk in chunks])
         return ((counts[:, None] * rows).sum(0) / counts.sum()).abs().max().item()
 
     def subset(self, keep: Callable[[str], bool]) -> "LatentBank":
@@ -284,13 +289,15 @@ class LatentBank:
         Raises:
             UserError: a class would be left without an image.
         """
-        members = {name: tuple(filter(keep, ids)) for name, ids in self.members.items()}
-        for name, ids in members.items():
-            if not ids:
+        kept: dict[str, tuple[str, ...]] = {}
+        for name, ids in self.members.items():
+            shown = [image_id for image_id in ids if keep(image_id)]
+            if not shown:
                 raise UserError(
                     f"expected at least one image of class {name!r}, got none; keep one"
                 )
-        return replace(self, members=members)
+            kept[name] = (pack(shown),)
+        return replace(self, members=Members(kept))
 
     def check(self, backbone: Backbone) -> None:
         """Refuse a backbone the latents were not made with.
@@ -305,11 +312,13 @@ class LatentBank:
     @cached_property
     def digest(self) -> str:
         """Of all that images depend on: latents and embeddings, ids and prompts of every class."""
-        content = []
-        for name, chunks in self.chunks.items():
-            files = [[c.record["files"].get(k) for k in ("latents", "nulls")] for c in chunks]
-            content.append([name, self.prompt(name), [c.ids for c in chunks], files])
-        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+        digest = hashlib.sha256(b"[")  # of a JSON list, which is never whole in memory
+        for number, (name, chunks) in enumerate(self.chunks.items()):
+            files = [[c.files.get(k) for k in ("latents", "nulls")] for c in chunks]
+            content = json.dumps([name, self.prompt(name), [c.ids for c in chunks], files])
+            digest.update((", " if number else "").encode() + content.encode())
+        digest.update(b"]")
+        return digest.hexdigest()
 
     def _chunks(self, class_name: str) -> list[Chunk]:
         if class_name not in self.chunks:
@@ -321,11 +330,13 @@ class LatentBank:
     def _rows(self, class_name: str, read: Callable[[Chunk], Tensor]) -> Tensor:
         """A class's rows of a kind, in the order of its members."""
         chunks = filled(self._chunks(class_name))
-        rows = {i: row for row, i in enumerate(i for c in chunks for i in c.ids)}
-        places = [rows[image_id] for image_id in self.members[class_name]]
+        ids, members = tuple(i for c in chunks for i in c.rows), self.members[class_name]
         parts = [read(chunk) for chunk in chunks]
         stored = parts[0] if len(parts) == 1 else torch.cat(parts)
-        return stored if places == list(range(len(stored))) else stored[places]
+        if ids == members:
+            return stored
+        rows = {image_id: row for row, image_id in enumerate(ids)}
+        return stored[[rows[image_id] for image_id in members]]
 
     def _latents(self, chunk: Chunk) -> Tensor:
         """A chunk's latents as they are stored, from where they are nearest."""
@@ -334,7 +345,7 @@ class LatentBank:
 
     def _read(self, chunk: Chunk, kind: str, *keys: str) -> list[Tensor]:
         """Tensors of one of a chunk's files."""
-        path, known = chunk.file(kind), chunk.record["files"].get(kind)
+        path, known = chunk.file(kind), chunk.files.get(kind)
         if known is None or not set(keys) <= set(known["holds"]):
             raise UserError(
                 f"expected a bank that keeps {keys[0]} at {self.path}, got one of "
@@ -362,14 +373,24 @@ class LatentBank:
         """Raise OSError if a file has not a row, of the right shape, for each image."""
         shape = self.manifest["latent_shape"]
         for key in set(file.keys()) & {"latents", "clean", "errors", "null_rows"}:
-            wanted = [len(chunk.ids), *(shape if key in ("latents", "clean") else [])]
+            wanted = [len(chunk.rows), *(shape if key in ("latents", "clean") else [])]
             if file.get_slice(key).get_shape() != wanted:
                 raise OSError(f"{key} of shape {file.get_slice(key).get_shape()}, not {wanted}")
 
 
 def filled(chunks: list[Chunk]) -> list[Chunk]:
     """Those of which not all images were rejected."""
-    return [chunk for chunk in chunks if chunk.ids]
+    return [chunk for chunk in chunks if "latents" in chunk.files]
+
+
+def repeated(classes: Iterable[list[Chunk]]) -> bool:
+    """Whether an image is there twice."""
+    parts = [chunk.packed for chunks in classes for chunk in chunks]
+    hashes = np.fromiter((hash(i) for part in parts for i in json.loads(part)), np.int64)
+    if len(np.unique(hashes)) == len(hashes):
+        return False
+    ids = [image_id for part in parts for image_id in json.loads(part)]
+    return len(set(ids)) < len(ids)
 
 
 def free_memory(device: torch.device) -> int:

@@ -4,6 +4,9 @@ That is decided before it is inverted, and what is committed never moves: images
 the source become further chunks, and so do those that were left out and have been mended since.
 """
 
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,31 @@ FULL = 2**30
 """Bytes of images up to which a job that goes on compares digests, and not sizes alone."""
 
 
+@dataclass
+class Settled:
+    """What the commit records of a bank say, gathered while their images are gone through.
+
+    So one record is in memory at a time, however large the bank is.
+
+    Attributes:
+        ids: the images that have a latent.
+        rejects: those that were left out, by chunk; a chunk that is not here is not committed.
+    """
+
+    ids: set[str] = field(default_factory=set)
+    rejects: dict[Path, list[dict[str, Any]]] = field(default_factory=dict)
+
+    def images(self, chunks: Iterable[tuple[Path, dict[str, Any]]]) -> Iterator[dict[str, Any]]:
+        """What is recorded of each image that has a latent."""
+        for stem, plan in chunks:
+            record = intact(stem, plan)
+            if record is not None:
+                self.rejects[stem] = record["rejects"]
+                out = {reject["id"] for reject in record["rejects"]}
+                self.ids.update(i for i in plan["ids"] if i not in out)
+                yield from record["images"]
+
+
 def extended(
     path: Path, old: list[dict[str, Any]], source: Source, prompts: dict[str, str], size: int
 ) -> list[dict[str, Any]]:
@@ -25,13 +53,11 @@ def extended(
         UserError: the bank holds an image that the source lacks or has changed, or other prompts.
     """
     chunks_of = {known["name"]: list(stems(path, known)) for known in old}
-    records = {stem: intact(stem, c) for chunks in chunks_of.values() for stem, c in chunks}
-    done = [record for record in records.values() if record]
-    check_kept(path, [image for record in done for image in record["images"]], source)
-    settled = {image["id"] for record in done for image in record["images"]}
     ids = {image_id for members in source.ids.values() for image_id in members}
-    rejects = [reject for record in done for reject in record["rejects"] if reject["id"] in ids]
-    refused = {reject["id"] for reject in rejects if same_file(source, reject)}
+    settled = Settled()
+    check_kept(path, settled.images(chain.from_iterable(chunks_of.values())), source, ids)
+    rejects = chain.from_iterable(settled.rejects.values())
+    refused = {r["id"] for r in rejects if r["id"] in ids and same_file(source, r)}
     classes, by_name = [], {known["name"]: known for known in old}
     free = 1 + max((int(known["folder"]) for known in old), default=-1)
     unit = 1 + max((chunk["unit"] for known in old for chunk in known["chunks"]), default=-1)
@@ -48,15 +74,15 @@ def extended(
             )
         chunks = []
         for stem, chunk in chunks_of.get(name, []):
-            if record := records[stem]:  # a rejected image that was mended, or is gone, leaves it
-                out = {reject["id"] for reject in record["rejects"]} - refused
+            if stem in settled.rejects:  # a rejected image that was mended, or is gone, leaves it
+                out = {reject["id"] for reject in settled.rejects[stem]} - refused
                 chunk = {**chunk, "ids": [i for i in chunk["ids"] if i not in out]}
             elif not set(chunk["ids"]) <= set(members):
                 continue  # it was never made, and now lacks an image
             if chunk["ids"]:
                 chunks.append(chunk)
         planned = {i for chunk in chunks for i in chunk["ids"]}
-        fresh = [i for i in members if i not in settled and i not in planned]
+        fresh = [i for i in members if i not in settled.ids and i not in planned]
         number = 1 + max((chunk["number"] for chunk in known["chunks"]), default=-1)
         while fresh:
             chunks.append({"number": number, "unit": unit, "ids": fresh[:room]})
@@ -89,17 +115,27 @@ def same_file(source: Source, known: dict[str, Any], read: bool = True) -> bool:
         return not known["sha256"]  # as it was then
 
 
-def check_kept(path: Path, kept: list[dict[str, Any]], source: Source) -> None:
+def check_kept(path: Path, kept: Iterator[dict[str, Any]], source: Source, ids: set[str]) -> None:
     """Refuse a source that lacks or has changed an image that a bank holds.
+
+    Args:
+        path: of the bank.
+        kept: what it says of its images, gone through once.
+        source: the images as they are.
+        ids: of the source.
 
     Raises:
         UserError: the first such image is named.
     """
-    ids = {image_id for members in source.ids.values() for image_id in members}
-    read = sum(image["bytes"] for image in kept) <= FULL
+    few, total = [], 0
     for image in kept:
+        few.append(image)
+        total += image["bytes"]
+        if total > FULL:
+            break
+    for image in chain(few, kept):
         name = image["id"]
-        if name not in ids or not same_file(source, image, read):
+        if name not in ids or not same_file(source, image, total <= FULL):
             raise UserError(
                 f"expected all images that the bank {path} holds, and perhaps more, got others: "
                 f"{name} is {'changed' if name in ids else 'gone'}; use a new folder"

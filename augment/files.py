@@ -11,6 +11,7 @@ import secrets
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -176,18 +177,32 @@ def fits(value: Any, shape: Any) -> bool:
     >>> fits({"n": 1, "of": ["a"]}, {"n": int, "of": [str]}), fits({"n": -1}, {"n": int})
     (True, False)
     """
+    return all_fit([value], shape)
+
+
+def all_fit(values: list[Any], shape: Any) -> bool:
+    """Whether each of some values has a shape; lists of many are looked at all at once."""
+    kinds = set(map(type, values))
+    if not kinds:
+        return True
     if isinstance(shape, dict):
-        return isinstance(value, dict) and all(
-            fits(value[name], inner) if (name := key.rstrip("?")) in value else key[-1] == "?"
-            for key, inner in shape.items()
-        )
+        return kinds == {dict} and all(has_all(values, *field) for field in shape.items())
     if isinstance(shape, list):
-        return isinstance(value, list) and all(fits(item, shape[0]) for item in value)
+        return kinds == {list} and all_fit(list(chain.from_iterable(values)), shape[0])
+    if isinstance(shape, tuple):
+        return all(issubclass(kind, shape) for kind in kinds)
+    if kinds != {shape}:
+        return False
     if shape is int:
-        return type(value) is int and value >= 0
-    if shape is float:
-        return type(value) is float and abs(value) < 1e30
-    return isinstance(value, shape)
+        return min(values) >= 0
+    return shape is not float or all(abs(value) < 1e30 for value in values)
+
+
+def has_all(records: list[dict[str, Any]], key: str, shape: Any) -> bool:
+    """Whether each of some records has a key, unless it ends in ``?``, and there a shape."""
+    name = key.rstrip("?")
+    column = [record[name] for record in records if name in record]
+    return (len(column) == len(records) or name != key) and all_fit(column, shape)
 
 
 def sha256(content: bytes) -> str:

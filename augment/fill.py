@@ -259,8 +259,7 @@ class Inversion:
             if record is None:
                 return 0
             for kind, known in record["files"].items():
-                file = file_of(stem, kind)
-                if not file.exists() or file.stat().st_size != known["bytes"]:
+                if size_of(file_of(stem, kind)) != known["bytes"]:
                     return 0  # harmed since; it is made again
                 total += known["bytes"]
             total += stem.with_suffix(".json").stat().st_size
@@ -329,27 +328,39 @@ class Inversion:
 
     def finish(self) -> None:
         """List the images that were left out, and tell of those that were enlarged much."""
-        parts = [part for parts in self.units for part in parts]
-        records = [(record, part.plan) for part in parts if (record := self.record(part))]
-        rejects = [reject for record, plan in records for reject in still(record, plan)]
+        rejects, seen, small, least = [], 0, 0, (math.inf, "")
+        assert self.backbone is not None
+        side = self.backbone.resolution
+        for part in (part for parts in self.units for part in parts):
+            record = self.record(part) or {"images": [], "rejects": []}
+            rejects += still(record, part.plan)
+            enlarged = [
+                (i["side"], i["id"]) for i in record["images"] if i["side"] * ENLARGED < side
+            ]
+            seen, small = seen + len(record["images"]), small + len(enlarged)
+            least = min([least, *enlarged], key=lambda found: found[0])
         file = self.path / "rejects.jsonl"
         if rejects:
             lines = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rejects)
             write_bytes(file, lines.encode("utf-8", "surrogatepass"))
         else:
             file.unlink(missing_ok=True)
-        assert self.backbone is not None
-        sides = {i["id"]: i["side"] for record, _ in records for i in record["images"]}
-        small = [i for i in sides if sides[i] * ENLARGED < self.backbone.resolution]
         if small:
-            least = min(small, key=lambda i: sides[i])
             warnings.warn(
-                f"expected images of about {self.backbone.resolution} pixels, got {len(small)} of "
-                f"{len(sides)} that are enlarged more than {ENLARGED}-fold ({least}: "
-                f"{sides[least]}); their latents are of blurred images",
+                f"expected images of about {side} pixels, got {small} of {seen} that are enlarged "
+                f"more than {ENLARGED}-fold ({least[1]}: {least[0]}); their latents are of blurred "
+                "images",
                 EnlargedWarning,
                 stacklevel=4,
             )
+
+
+def size_of(file: Path) -> int:
+    """Bytes of a file; −1 if there is none."""
+    try:
+        return file.stat().st_size
+    except OSError:
+        return -1
 
 
 def picture(source: Source, backbone: Backbone, image_id: str) -> Picture:

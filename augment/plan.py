@@ -7,18 +7,25 @@ batch, on any worker, today or in a year.
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Real
 from torch import Tensor
 
 from augment.errors import UserError, lookup
 from augment.seeds import rng
 from augment.weights import concentrations, dirichlet, effective_count
+
+Images = Mapping[str, tuple[str, ...]]
+"""The image ids of each class, in label order; of a bank they are unpacked when asked for."""
+
+
+NEAR = 2**17  # numbers that a CPU holds in its caches
 
 
 @dataclass(frozen=True)
@@ -139,14 +146,16 @@ def round_robin(per_class: int | dict[str, int], classes: Sequence[str]) -> list
     [0, 1, 1, 1]
     """
     given = dict.fromkeys(classes, per_class) if isinstance(per_class, int) else per_class
+    known = dict.fromkeys(classes)
     for name in given:
-        lookup(dict.fromkeys(classes), name, "class")
+        lookup(known, name, "class")
     counts = np.array([given.get(name, 0) for name in classes], dtype=np.int64)
     if not len(counts) or counts.min() < 0 or not counts.any():
         raise UserError(f"expected at least 1 image a class, or of some, got {per_class}")
     labels = np.repeat(np.arange(len(counts)), counts)
     rounds = np.arange(len(labels)) - np.repeat(np.cumsum(counts) - counts, counts)
-    return labels[np.argsort(rounds, kind="stable")].tolist()
+    order = labels[np.argsort(rounds, kind="stable")]
+    return np.arange(len(counts)).astype(object)[order].tolist()  # one integer object a class
 
 
 @dataclass(frozen=True)
@@ -176,7 +185,7 @@ class Planner:
             fewer members; or the features do not fit the images.
     """
 
-    images: dict[str, tuple[str, ...]]
+    images: Images
     seed: int = 0
     alpha: float | Sequence[float] = 1.0
     members: int | None = None
@@ -239,38 +248,55 @@ class Planner:
     def __call__(self, epoch: int, index: int, label: int | None = None) -> Plan:
         """The plan of a sample of an epoch: of class ``index`` modulo their number, or another."""
         dice = rng(self.seed, "plan", epoch, index)
-        names = list(self.images)
+        names = self._names
         label = index % len(names) if label is None else label
-        home = names.pop(label)
+        home = names[label]
         mixed = [home]
         if self.classes > 1:  # else nothing is thrown, and the plans of one class stay as they were
-            mixed += [names[i] for i in dice.permutation(len(names))[: self.classes - 1]]
-        chosen = self._nearest(dice, mixed) if self.features else self._drawn(dice, mixed)
-        members = tuple(self.images[name][row] for name, row in chosen)
+            others = dice.permutation(len(names) - 1)[: self.classes - 1].tolist()
+            mixed += [names[other + (other >= label % len(names))] for other in others]
+        images = {name: self.images[name] for name in mixed}
+        chosen = self._nearest(dice, images) if self.features else self._drawn(dice, images)
+        members = tuple(images[name][row] for name, row in chosen)
         weights = tuple(dirichlet(dice, self.alpha, len(members)).tolist())
         classes = tuple(name for name, _ in chosen) if self.classes > 1 else ()
         return Plan(label, home, members, weights, self.noise, self.seed, epoch, index, classes)
 
-    def _drawn(self, dice: np.random.Generator, names: list[str]) -> list[tuple[str, int]]:
+    @cached_property
+    def _names(self) -> tuple[str, ...]:
+        """The classes, in label order."""
+        return tuple(self.images)
+
+    def _drawn(self, dice: np.random.Generator, images: Images) -> list[tuple[str, int]]:
         """(class, row) of the members drawn from each class, in the class's order."""
         chosen = []
-        for name in names:
-            count = len(self.images[name])
-            rows = range(count)
-            if self.members is not None and self.members < count:
-                rows = sorted(dice.permutation(count)[: self.members].tolist())
+        for name, ids in images.items():
+            rows = range(len(ids))
+            if self.members is not None and self.members < len(ids):
+                rows = sorted(dice.permutation(len(ids))[: self.members].tolist())
             chosen += [(name, row) for row in rows]
         return chosen
 
-    def _nearest(self, dice: np.random.Generator, names: list[str]) -> list[tuple[str, int]]:
+    def _nearest(self, dice: np.random.Generator, images: Images) -> list[tuple[str, int]]:
         """(class, row) of the images of each class nearest to an anchor in the first."""
         assert self.features is not None
-        anchor = dice.integers(len(self.images[names[0]]))
-        point, chosen = self.features[names[0]][anchor], []
-        for name in names:
-            away = (self.features[name] - point).double().norm(dim=1)
-            if name == names[0]:
+        home = next(iter(images))
+        anchor = dice.integers(len(images[home]))
+        point, chosen = self.features[home][anchor], []
+        for name in images:
+            away = distances(self.features[name], point)
+            if name == home:
                 away[anchor] = -1  # before its duplicates
             rows = away.argsort(stable=True)[: self.members].tolist()
             chosen += [(name, row) for row in rows]
         return chosen
+
+
+def distances(rows: Real[Tensor, "n f"], point: Real[Tensor, " f"]) -> Float[Tensor, " n"]:
+    """Euclidean distances of rows to a point, float64; of a few rows at a time, which stay near.
+
+    >>> distances(torch.eye(2), torch.zeros(2))
+    tensor([1., 1.], dtype=torch.float64)
+    """
+    parts = rows.split(max(NEAR // max(rows.shape[1], 1), 1))
+    return torch.cat([(part - point).double().norm(dim=1) for part in parts])

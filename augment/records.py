@@ -29,7 +29,6 @@ may fill a bank, be killed and go on, and `LatentBank.open` refuses one that is 
 
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -65,23 +64,6 @@ RECORD = {
     "statistics": {"norm?": float, "channel_means?": [float], "error?": float},
 }
 KINDS = ("latents", "clean", "nulls")
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """A committed chunk: the path of its files without suffix, and its record."""
-
-    stem: Path
-    record: dict[str, Any]
-
-    def file(self, kind: str) -> Path:
-        """The path of its file of a kind."""
-        return file_of(self.stem, kind)
-
-    @property
-    def ids(self) -> list[str]:
-        """The images it holds, row by row."""
-        return [image["id"] for image in self.record["images"]]
 
 
 def file_of(stem: Path, kind: str) -> Path:
@@ -126,7 +108,7 @@ def require_same(path: Path, have: dict[str, Any], want: dict[str, Any]) -> None
 def stems(root: Path, record: dict[str, Any]) -> Iterator[tuple[Path, dict[str, Any]]]:
     """Path without suffix, and plan, of each chunk of a class."""
     for plan in record["chunks"]:
-        yield root / record["folder"] / f"chunk-{plan['number']:04d}", plan
+        yield root / f"{record['folder']}/chunk-{plan['number']:04d}", plan
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
@@ -174,6 +156,18 @@ def read_record(stem: Path, plan: dict[str, Any]) -> dict[str, Any] | None:
     Raises:
         UserError: it is damaged, or of another chunk.
     """
+    record = record_at(stem)
+    if record is not None and not made_of(record, plan):
+        raise damaged(stem)
+    return record
+
+
+def record_at(stem: Path) -> dict[str, Any] | None:
+    """The commit record of some chunk; None if there is none.
+
+    Raises:
+        UserError: it is damaged.
+    """
     path = stem.with_suffix(".json")
     if not path.exists():
         return None
@@ -181,10 +175,10 @@ def read_record(stem: Path, plan: dict[str, Any]) -> dict[str, Any] | None:
     known = {"bytes": int, "sha256": str, "holds": [str]}
     if (
         not fits(record, RECORD)
-        or not all(kind in KINDS and fits(file, known) for kind, file in record["files"].items())
+        or not record["files"].keys() <= set(KINDS)
+        or not fits(list(record["files"].values()), [known])
         or bool(record["images"]) != ("latents" in record["files"])
         or bool(record["images"]) != bool(record["statistics"].get("channel_means"))
-        or not made_of(record, plan)
     ):
         raise damaged(stem)
     return record

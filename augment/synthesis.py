@@ -117,7 +117,7 @@ class Synthesizer:
                 f"{self.bank.inversion['steps']} steps, or invert with spacing trailing"
             )
         for name in self.prompts or {}:
-            lookup(dict.fromkeys(self.bank.classes), name, "class to prompt")
+            lookup(self.bank.chunks, name, "class to prompt")
         if self.refine:
             check_sampling(self.steps)
             self.refine = self.refine.of(self.backbone)

@@ -15,10 +15,10 @@ from typing import Any, NamedTuple
 from tqdm import tqdm
 
 from augment.bank import LatentBank
+from augment.chunks import Chunk
 from augment.errors import UserError
 from augment.files import TEMPORARY, check_folder, fits, locked, sha256, write_bytes, write_json
 from augment.records import (
-    Chunk,
     check_file,
     file_of,
     read_manifest,
@@ -322,7 +322,8 @@ def copy(chunk: Chunk, stem: Path) -> None:
     Raises:
         UserError: it is damaged.
     """
-    for kind, known in chunk.record["files"].items():
+    record = chunk.record
+    for kind, known in record["files"].items():
         try:
             check_file(chunk.file(kind), known)
         except OSError as error:
@@ -331,4 +332,4 @@ def copy(chunk: Chunk, stem: Path) -> None:
                 "see latent-augment verify"
             ) from None
         write_bytes(file_of(stem, kind), chunk.file(kind).read_bytes())
-    write_json(stem.with_suffix(".json"), {**chunk.record, "rejects": []})
+    write_json(stem.with_suffix(".json"), {**record, "rejects": []})

@@ -3,9 +3,12 @@
 import ast
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
+
+import augment
 
 ROOT = Path(__file__).parent.parent
 LAYERS = (
@@ -13,7 +16,7 @@ LAYERS = (
     | {"augment.cluster", "augment.console", "augment.features"},
     {"augment.weights", "augment.prior", "augment.centroid"},
     {"augment.sources", "augment.diffusion", "augment.inversion"},
-    {"augment.plan", "augment.measure", "augment.records", "augment.networks"},
+    {"augment.plan", "augment.measure", "augment.records", "augment.networks"} | {"augment.chunks"},
     {"augment.bank", "augment.refine"},
     {"augment.synthesis", "augment.filters", "augment.shards", "augment.jobs"} | {"augment.extend"},
     {"augment.fill", "augment.generate", "augment.upkeep", "augment.dataset"}
@@ -106,9 +109,27 @@ def test_the_check_can_fail(name, source):
     assert list(faults(name, source)) != []
 
 
+def imported(code, names):
+    """Which of some modules are there after code."""
+    code = f"import sys\n{code}\nprint(*sorted(set(sys.modules) & set({names.split()})))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
 def test_importing_augment_is_light():
     heavy = "diffusers pytorch_lightning timm torchvision torchmetrics transformers jsonargparse"
-    heavy += " webdataset ray datasets"
-    code = f"import sys, augment, augment.cli; print(*set(sys.modules) & set({heavy.split()}))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == ""
+    assert (
+        imported("from augment import *; import augment.commands", heavy + " webdataset ray") == ""
+    )
+
+
+def test_the_command_is_there_before_torch():
+    assert imported("import augment, augment.cli", "torch numpy") == ""
+
+
+def test_public_names_are_where_the_table_says():
+    assert list(augment.HOMES) and set(augment.HOMES) == set(augment.__all__)
+    for name, home in augment.HOMES.items():
+        assert getattr(augment, name) is getattr(import_module(f"augment.{home}"), name)
+    with pytest.raises(AttributeError, match="nonsense"):
+        augment.nonsense  # noqa: B018

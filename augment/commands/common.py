@@ -53,7 +53,7 @@ def tell_of_bank(path: Path) -> Record:
     bank = LatentBank.open(path)
     count = sum(map(len, bank.members.values()))
     print(f"{path}: {count} latents of {len(bank.classes)} classes")
-    rejects = sum(len(c.record["rejects"]) for chunks in bank.chunks.values() for c in chunks)
+    rejects = sum(chunk.rejected for chunks in bank.chunks.values() for chunk in chunks)
     if rejects:
         print(f"{rejects} images are left out: see {path / 'rejects.jsonl'}")
     worst = max(bank.classes, key=bank.largest_mean)

@@ -167,9 +167,11 @@ class Tiny:
         """The answer for at most `ROWS` latents, compiled if they are so many."""
         if len(told[0]) < ROWS:
             return self.unet(*told, return_dict=False)[0]
+        from torch._dynamo.exc import BackendCompilerFailed
+
         try:
             return self.compiled(*told, return_dict=False)[0]  # type: ignore[misc]
-        except torch._dynamo.exc.BackendCompilerFailed as error:
+        except BackendCompilerFailed as error:
             raise UserError(
                 "expected to compile the network, for which a C++ compiler has to be there, got "
                 f"{str(error).splitlines()[0]}; leave compile out"

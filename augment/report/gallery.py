@@ -214,7 +214,7 @@ def side_of(
     bank: LatentBank, backbone: Backbone | None, classes: int, painted: int, rules: int
 ) -> int:
     """Pixels a side of tiles, a multiple of 16: as many as images have, or `PIXELS` allow."""
-    records = [c.record for chunks in bank.chunks.values() for c in chunks]
+    records = (c.record for chunks in bank.chunks.values() for c in chunks)
     sides = [image["side"] for record in records for image in record["images"]]
     most = backbone.resolution if backbone else max(sides)
     real = sum(min(len(ids), REAL) for ids in bank.members.values())

@@ -1,5 +1,6 @@
 """What every source is: labelled images with names and bytes, and a torch Dataset of them."""
 
+import os
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
@@ -69,7 +70,8 @@ class Source(Dataset[tuple[Any, Any]]):
     def size(self, image_id: str) -> int:
         """How many they are, found without reading them; 0 if that cannot be told."""
         try:
-            return (self.root / image_id).stat().st_size
+            place = os.path.join(self.root, image_id)  # noqa: PTH118, half the time of a Path
+            return os.stat(place).st_size  # noqa: PTH116
         except OSError:
             return 0
 
