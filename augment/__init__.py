@@ -63,10 +63,7 @@ HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public name when it is asked for.
-
-    So the command is there before torch is, and may tell torch's threads how to wait.
-    """
+    """Import a public name when it is asked for, so that the command is there before torch is."""
     if name not in HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(import_module(f"{__name__}.{HOMES[name]}"), name)

@@ -1,10 +1,9 @@
 """The command ``latent-augment``: what is typed becomes a call of one of `augment.commands`.
 
-They, and torch with them, are imported when `main` has told threads how to wait.
+They, and torch with them, are imported when `main` is there to tell of an interruption.
 """
 
 import json
-import os
 import sys
 import warnings
 from argparse import ArgumentError
@@ -99,12 +98,7 @@ def show_warning(message: Warning | str, category: type[Warning], *where: Any) -
 
 
 def main() -> None:
-    """Entry point. A user's mistake ends with one sentence and exit code 2.
-
-    Threads that wait for each other sleep. By default they spin, and where other programs want the
-    cores too, that keeps the one that is waited for from running: BENCHMARKS.md has the figures.
-    """
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    """Entry point. A user's mistake ends with one sentence and exit code 2."""
     warnings.showwarning = show_warning
     given = sys.argv[1:]
     args = [argument for argument in given if argument not in ("--quiet", "--json")]

@@ -2,7 +2,7 @@
 
 Both walk the same levels with the same weights from the same latents, so the images are to be
 equal but for the last bits. The last row is what another program on the same cores does to us,
-with and without threads that spin while they wait (`augment.cli.main`).
+with threads that sleep or spin while they wait (docs/jobs.md).
 """
 
 import argparse
