@@ -13,7 +13,8 @@ asks at the level it goes to.
 Mokady et al. (arXiv 2211.09794, eq. 3) and diffusers' ``DDIMInverseScheduler`` tell the network the
 level they go *to* in every step. It then takes clean signal for noise: on ``tiny`` the mean
 inverted latent of a class keeps nearly twice as much of the mean clean one, the very bias that
-centroids amplify, and images come back 2.7 dB worse (RESULTS.md).
+centroids amplify, and images come back 2.7 dB worse (RESULTS.md). diffusers' own splits the
+network's v by the level it leaves, too: 8 dB worse (BENCHMARKS.md).
 """
 
 from collections.abc import Callable, Sequence
