@@ -222,3 +222,7 @@ def test_a_compiled_network_answers_the_same_whatever_the_batch(tiny):
     text = condition["text"][:ROWS].requires_grad_()
     answer = compiled.network(latents[:ROWS], 700, {"text": text})
     assert torch.autograd.grad(answer.sum(), text)[0].abs().max() > 0
+    for weight in compiled.trainable().parameters():
+        weight.zero_()
+    with torch.no_grad():
+        assert not compiled.network(latents[:ROWS], 700, {"text": text}).any(), "not the old ones"

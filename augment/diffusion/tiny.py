@@ -84,7 +84,7 @@ class Tiny:
         lora: low-rank weights to add: a safetensors file, or a folder.
         lora_scale: how much of them.
         compile: compile the network, weights and all, at the first `ROWS` latents: a minute or two
-            of a CPU, less where inductor's cache knows it, for answers in three quarters of the
+            of a CPU, less where inductor's cache knows it, for answers in four fifths of the
             time. Gradients, and rows beyond a multiple of `ROWS`, take the network as it is.
 
     Raises:
@@ -178,7 +178,8 @@ class Tiny:
             ) from None
 
     def trainable(self) -> nn.Module:
-        """The network, to be trained further."""
+        """The network, to be trained further; compiled it has the weights of before."""
+        self.compiled = None
         return self.unet
 
     def save(self, folder: Path) -> Path:
