@@ -1,6 +1,6 @@
 """What is done to an image before the network sees it, real or synthetic."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,12 +75,15 @@ class Augmentation:
         if self.randaugment:
             steps.append(v2.RandAugment(self.randaugment, self.magnitude))
 
+        one = v2.Compose(steps) if steps else None  # there is one where images differ in size
+
         def run(images: Sequence[Tensor], dice: Sequence[Dice]) -> Tensor:
+            batch: Any = images
             if self.whole:
-                images = list(moved(torch.stack(list(images)), dice, shift, self.flip))
-            if steps:
-                images = each(v2.Compose(steps), images, dice)
-            return v2.functional.to_dtype(torch.stack(list(images)), torch.float32, scale=True)
+                batch = moved(torch.stack(list(images)), dice, shift, self.flip)
+            if one:
+                batch = torch.stack(each(one, batch, dice))
+            return v2.functional.to_dtype(batch, torch.float32, scale=True)
 
         return run
 
@@ -107,7 +110,7 @@ def moved(
 
 
 def each(
-    transform: Callable[[Tensor], Tensor], images: Sequence[Tensor], dice: Sequence[Dice]
+    transform: Callable[[Tensor], Tensor], images: Iterable[Tensor], dice: Sequence[Dice]
 ) -> list[Tensor]:
     """Images transformed one by one by what takes its dice from torch's global generator."""
     made = []
