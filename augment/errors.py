@@ -22,6 +22,18 @@ class ImageRejected(UserError):
     """An image file that cannot be read; the message names it."""
 
 
+class Missing(UserError):
+    """A file that is not there."""
+
+
+class Damaged(UserError):
+    """A file that was read, or need not be, and is not what was written.
+
+    A file that cannot be read now (no permission, too many open files, a disk that fails) is a
+    plain `UserError`: nothing is known of what is in it, so nothing may be removed because of it.
+    """
+
+
 class AugmentWarning(UserWarning):
     """Something that a user should know; the command line prints it in one line."""
 

@@ -8,6 +8,7 @@ import json
 import os
 import re
 import secrets
+import stat
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -15,7 +16,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from augment.errors import UserError
+from augment.errors import Damaged, Missing, UserError
 
 
 def check_folder(path: Path) -> None:
@@ -155,18 +156,63 @@ def locked(path: Path, shared: bool = False) -> Iterator[Lock]:
                 path.rmdir()  # nothing came of it
 
 
+LARGEST_RECORD = 2**28
+"""Bytes of a record. The manifest of a bank of seven million images has so many."""
+
+
+def read_file(path: Path, what: str, limit: int = LARGEST_RECORD) -> bytes:
+    """Read a regular file of a bounded size; a pipe or a device is never opened.
+
+    Raises:
+        Missing: there is none.
+        Damaged: there is something else, or it is larger.
+        UserError: it cannot be read now.
+    """
+    got = f"expected {what} at {path.parent}, got"
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):  # noqa: PTH116, half the time of Path.stat
+            raise Damaged(f"{got} {path.name} that is no regular file; remove it")
+        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:  # noqa: PTH123
+            size = os.fstat(file.fileno()).st_size
+            if size > limit:
+                raise Damaged(f"{got} {path.name} of {size:,} bytes; remove it")
+            return file.read(size)
+    except (FileNotFoundError, NotADirectoryError):
+        raise Missing(f"{got} no {path.name} there; check the path") from None
+    except OSError as error:
+        raise UserError(
+            f"expected to read {path}, got {error.strerror or error}; make that possible and run "
+            "the same command again: nothing is known to be wrong with the file"
+        ) from None
+
+
 def read_json(path: Path, what: str) -> Any:
     """Read a JSON record.
 
     Raises:
-        UserError: the file is missing or is not JSON.
+        UserError: see `read_file`; `Damaged` also if the file is not JSON.
+    """
+    return parse_json(read_file(path, what), path, what)
+
+
+def parse_json(content: bytes, path: Path, what: str) -> Any:
+    """Parse the content of a JSON file, in UTF-8, without NaN and infinity.
+
+    Raises:
+        Damaged: it is something else.
     """
     try:
-        return json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise UserError(f"expected {what} at {path.parent}, got no {path.name} there") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"expected {what} at {path.parent}, got {path.name}: {error}") from None
+        return json.loads(content.decode("utf-8", "surrogatepass"), parse_constant=no_constant)
+    except (ValueError, RecursionError) as error:
+        raise Damaged(
+            f"expected {what} at {path.parent}, got {path.name} that is no JSON ({error}); copy "
+            "it anew, or remove it"
+        ) from None
+
+
+def no_constant(name: str) -> None:
+    """Refuse NaN and infinity, which JSON has not."""
+    raise ValueError(f"{name} is no number")
 
 
 def fits(value: Any, shape: Any) -> bool:

@@ -13,7 +13,7 @@ import augment
 ROOT = Path(__file__).parent.parent
 LAYERS = (
     {"augment.errors", "augment.seeds", "augment.files", "augment.images", "augment.prompts"}
-    | {"augment.cluster", "augment.console", "augment.features"},
+    | {"augment.cluster", "augment.console", "augment.features", "augment.schema"},
     {"augment.weights", "augment.prior", "augment.centroid"},
     {"augment.sources", "augment.diffusion", "augment.inversion"},
     {"augment.plan", "augment.measure", "augment.records", "augment.networks"} | {"augment.chunks"},

@@ -1,0 +1,225 @@
+"""Records on disk: a frozen dataclass is a JSON object in a file that ends with its own digest.
+
+The last line of a record is ``"digest"``, the SHA-256 in hexadecimal of all bytes before the comma
+in front of it. So no bit of a record changes unseen. Records of older versions have none.
+
+`read` compares the digest and checks every value by the annotations of the dataclass: an ``int`` is
+no bool, not negative and below 2^63, a ``float`` is an integer or a finite number, a key is known,
+and one without a default is there. What fields have to do with each other a class checks itself, in
+``__post_init__``, which raises `ValueError` with a few words of what it found.
+"""
+
+import json
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import MISSING, Field, fields, is_dataclass
+from functools import cache
+from itertools import chain, islice
+from pathlib import Path
+from types import UnionType
+from typing import Any, ClassVar, TypeVar, get_args, get_origin, get_type_hints
+
+from augment.errors import Damaged, UserError
+from augment.files import LARGEST_RECORD, parse_json, read_file, sha256, write_bytes
+
+T = TypeVar("T", bound="Record")
+
+TAIL = re.compile(rb',\n "digest": "([0-9a-f]{64})"\n\}\n\Z')
+TAIL_BYTES = len(',\n "digest": ""\n}\n') + 64
+
+
+class Record:
+    """Base of a record's dataclass, which has a field ``schema``.
+
+    Attributes:
+        WHAT: what the record is, for errors.
+        CURE: what to do if it is damaged.
+        SCHEMA: the schema that is written.
+        OLDEST: the oldest schema that is read; a record without a schema is of that.
+    """
+
+    WHAT: ClassVar[str]
+    CURE: ClassVar[str]
+    SCHEMA: ClassVar[int]
+    OLDEST: ClassVar[int]
+
+
+def sealed(record: Any, indent: int | None = 1) -> bytes:
+    """Return the bytes of a record, a dataclass or a dictionary, with its digest at the end.
+
+    Args:
+        record: what is written.
+        indent: of JSON; None is one line, but for the digest.
+    """
+    separators = None if indent else (",", ":")
+    options: Any = {"indent": indent, "separators": separators, "default": as_object}
+    text = json.dumps(record, ensure_ascii=False, allow_nan=False, **options)
+    body = text[:-1].rstrip().encode("utf-8", "surrogatepass")  # file names may not be UTF-8
+    return body + f',\n "digest": "{sha256(body)}"\n}}\n'.encode()
+
+
+def as_object(value: Any) -> dict[str, Any]:
+    """Return the fields of a dataclass; those that are None are left out."""
+    named = {field.name: getattr(value, field.name) for field in fields(value)}
+    return {name: inner for name, inner in named.items() if inner is not None}
+
+
+def write(path: Path, record: Any, indent: int | None = 1) -> None:
+    """Write a record, a dataclass or a dictionary, with its digest, whole or not at all.
+
+    Raises:
+        UserError: it is too large to be read again, or the disk is full or the like.
+    """
+    content = sealed(record, indent)
+    if len(content) > LARGEST_RECORD:
+        raise UserError(
+            f"expected at most {LARGEST_RECORD:,} bytes for {path}, got {len(content):,}; make "
+            "several folders of fewer images"
+        )
+    write_bytes(path, content)
+
+
+def load(path: Path, what: str, since: int, cure: str) -> dict[str, Any]:
+    """Read a record as a dictionary, without its digest, which is compared.
+
+    Args:
+        path: the file.
+        what: what it is to be, for errors.
+        since: the schema from which on a record has a digest.
+        cure: what to do if it is damaged.
+
+    Raises:
+        UserError: see `augment.files.read_file`.
+        Damaged: it is no JSON object, or its digest is missing or that of other bytes.
+    """
+    content = read_file(path, what)
+    record = parse_json(content, path, what)
+    if not isinstance(record, dict):
+        raise damaged(path, what, "no JSON object", cure)
+    tail, number = TAIL.search(content, max(0, len(content) - TAIL_BYTES)), record.get("schema", 0)
+    if tail is None:
+        if "digest" in record or not isinstance(number, int) or number >= since:
+            raise damaged(path, what, "no digest at its end", cure)
+    elif sha256(content[: tail.start()]) != record.pop("digest"):
+        raise damaged(path, what, "other bytes than were written", cure)
+    return record
+
+
+def read(kind: type[T], path: Path) -> T:
+    """Read a record of a type.
+
+    Raises:
+        UserError: see `load`, or it is of a schema that this version does not read.
+        Damaged: see `load`, or a value is none that was ever written.
+    """
+    record = load(path, kind.WHAT, kind.SCHEMA, kind.CURE)
+    number = record.get("schema", kind.OLDEST)
+    if type(number) is int and not kind.OLDEST <= number <= kind.SCHEMA:
+        known = " or ".join(map(str, range(kind.OLDEST, kind.SCHEMA + 1)))
+        raise UserError(
+            f"expected {kind.WHAT} of schema {known} at {path.parent}, got schema {number} of "
+            "another version of latent-augment; use that version, or make a new folder"
+        )
+    try:
+        return build(kind, record)
+    except ValueError as flaw:
+        raise damaged(path, kind.WHAT, str(flaw), kind.CURE) from None
+
+
+def damaged(path: Path, what: str, flaw: str, cure: str) -> Damaged:
+    """Build the error for a record that is not what was written."""
+    return Damaged(f"expected {what} in {path}, got {flaw}; {cure}")
+
+
+def build(kind: Any, value: Any) -> Any:
+    """Build the value of an annotation from JSON.
+
+    Raises:
+        ValueError: it is of another form.
+
+    >>> build(list[int], [1, 2]), build(dict[str, float], {"a": 0.5})
+    ([1, 2], {'a': 0.5})
+    """
+    return converted(kind, [value], "")[0]
+
+
+def converted(kind: Any, values: list[Any], name: str) -> list[Any]:
+    """Build the values of an annotation, all at once: a record of many images is quickly read."""
+    origin, kinds = get_origin(kind), set(map(type, values))
+    if kind is Any:
+        return values
+    if origin is UnionType:  # of a type and None
+        inner = next(part for part in get_args(kind) if part is not type(None))
+        given = iter(converted(inner, [v for v in values if v is not None], name))
+        return [None if value is None else next(given) for value in values]
+    if is_dataclass(kind):
+        require(kinds <= {dict}, name, "an object")
+        return objects(kind, values, name)
+    if origin is list:
+        require(kinds <= {list}, name, "a list")
+        inner = list(chain.from_iterable(values))
+        given = converted(get_args(kind)[0], inner, name)
+        return values if given is inner else split(given, map(len, values))
+    if origin is dict:
+        require(kinds <= {dict}, name, "an object")
+        inner = [item for value in values for item in value.values()]
+        given = iter(converted(get_args(kind)[1], inner, name))
+        return [{key: next(given) for key in value} for value in values]
+    allowed, words, good = PLAIN[kind]
+    require(kinds <= allowed and (not values or good(values)), name, words)
+    return values
+
+
+PLAIN: dict[Any, tuple[set[type], str, Callable[[list[Any]], bool]]] = {
+    str: ({str}, "text", lambda values: True),
+    bool: ({bool}, "true or false", lambda values: True),
+    int: ({int}, "an integer ≥ 0", lambda values: min(values) >= 0 and max(values) < 2**63),
+    float: ({int, float}, "a number", lambda values: max(map(abs, values)) < 1e30),
+}
+"""Of a plain type the types of its values, its name, and a check of several values."""
+
+
+def split(items: list[Any], lengths: Iterable[int]) -> list[list[Any]]:
+    """Cut a list into parts of some lengths."""
+    given = iter(items)
+    return [list(islice(given, length)) for length in lengths]
+
+
+def require(good: bool, name: str, words: str) -> None:
+    """Raise `ValueError` with the name of a key whose value is of another form."""
+    if not good:
+        raise ValueError(f"{name or 'a value'} that is not {words}")
+
+
+def objects(kind: Any, values: list[dict[str, Any]], name: str) -> list[Any]:
+    """Build dataclasses of JSON objects."""
+    columns, count = [], 0
+    for field, hint, make in known_fields(kind):
+        place = f"{name}.{field}".lstrip(".")
+        here = [value[field] for value in values if field in value]
+        count += len(here)
+        column = converted(hint, here, place)
+        if len(here) < len(values):
+            if make is None:
+                raise ValueError(f"no {place}")
+            given = iter(column)
+            column = [next(given) if field in value else make() for value in values]
+        columns.append(column)
+    if count < sum(map(len, values)):
+        strange = {key for value in values for key in value} - {f for f, *_ in known_fields(kind)}
+        raise ValueError(f"an unknown key {min(strange)[:60]!r}" + (f" in {name}" if name else ""))
+    return [kind(*row) for row in zip(*columns, strict=True)]
+
+
+@cache
+def known_fields(kind: Any) -> list[tuple[str, Any, Callable[[], Any] | None]]:
+    """Return name, annotation and maker of the default, if there is one, of each field."""
+    hints = get_type_hints(kind)
+    return [(field.name, hints[field.name], maker(field)) for field in fields(kind)]
+
+
+def maker(field: Field[Any]) -> Callable[[], Any] | None:
+    """Return what makes the default of a field; None if it has none."""
+    if field.default is not MISSING:
+        return lambda: field.default
+    return None if field.default_factory is MISSING else field.default_factory
