@@ -1,0 +1,263 @@
+"""Train tiny-cifar: a backbone that knows CIFAR-FS's 64 base classes, and no other.
+
+    OMP_NUM_THREADS=1 nice -n 19 python scripts/train_tiny_cifar.py CIFAR100 --run RUN
+
+``CIFAR100`` holds CIFAR-100's training images in class folders. Stop it when you like: the same
+command goes on from the checkpoint in ``RUN``, which it writes every ten minutes. There are also
+``log.csv`` (loss against hours), ``ema.safetensors`` (the averaged weights in half precision, for
+`load_backbone`) and one more such file for every few hours of training.
+
+The model is a rectified flow on Haar latents. Its condition is one vector: nothing, the image's
+superclass or its class; and, with ``--features``, nothing or the superclass and beside it a
+projection of the mean feature of one to five *other* images of the class, weighted at random. So a
+class that has no name here can be described by the features of a few images. The features come
+from ``scripts/train_resnet12.py``, which saw base classes only.
+"""
+
+import argparse
+import copy
+import csv
+import json
+import math
+import signal
+import sys
+import time
+from pathlib import Path
+from types import FrameType
+
+import torch
+from cifar_fs import SUPERCLASSES, classes_of, load_part
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from augment.diffusion.process import Flow
+from augment.diffusion.tiny import build_network, haar
+from augment.files import sha256, write_bytes
+
+FEATURES = 320
+UNET = {
+    "sample_size": 16,
+    "in_channels": 12,
+    "out_channels": 12,
+    "layers_per_block": 1,
+    "block_out_channels": (64, 128, 192),
+    "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"),
+    "up_block_types": ("AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+    "norm_num_groups": 16,
+    "attention_head_dim": 32,
+    "resnet_time_scale_shift": "scale_shift",
+}
+PROMPTS = ("", *SUPERCLASSES, *classes_of("base"))
+KINDS = {"null": 0.12, "superclass": 0.13, "class": 0.35, "feature": 0.25, "both": 0.15}
+"""How often the condition is what; without features, those two are the class."""
+SAVE_EVERY, LOG_EVERY, KEEP_EVERY = 600.0, 100, 2.0  # seconds, steps, hours of a core
+MIRROR = torch.tensor([1.0, -1.0, 1.0, -1.0]).repeat(3).view(-1, 1, 1)
+
+
+class Network(nn.Module):
+    """The UNet and what its condition is made of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.unet = build_network(UNET | {"num_class_embeds": len(PROMPTS)})
+        self.texts = self.unet.class_embedding
+        self.unet.class_embedding = nn.Identity()
+        self.feature = nn.Linear(FEATURES, self.texts.weight.shape[1])
+        nn.init.zeros_(self.feature.weight)
+        nn.init.zeros_(self.feature.bias)
+
+    def forward(self, z: Tensor, times: Tensor, prompts: Tensor, features: Tensor) -> Tensor:
+        """Predict noise less clean; a row of zeros is no feature."""
+        there = (features != 0).any(1, keepdim=True)
+        vector = self.texts(prompts) + torch.where(there, self.feature(features), 0)
+        return self.unet(z, times, vector, return_dict=False)[0]
+
+
+class Data:
+    """The base classes' latents, classes, superclasses and, perhaps, standardised features."""
+
+    def __init__(self, root: Path, features: Path | None) -> None:
+        images, self.labels = load_part(root, "base")
+        clean = haar(images - 0.5)
+        self.scale = 1 / clean.std().item()
+        self.clean = clean * self.scale
+        self.per_class = len(images) // len(classes_of("base"))
+        coarse = [PROMPTS.index(name) for name in classes_of("base").values()]
+        self.coarse = torch.tensor(coarse)[self.labels]
+        self.fine = 1 + len(SUPERCLASSES) + self.labels
+        self.mean, self.deviation, self.features = torch.zeros(FEATURES), torch.ones(()), None
+        if features:
+            rows = load_file(features)["base"]
+            self.mean, self.deviation = rows.mean(0), (rows - rows.mean(0)).std()
+            self.features = (rows - self.mean) / self.deviation
+
+    def describe(self, rows: Tensor, dice: torch.Generator) -> Tensor:
+        """Mix the features of one to five other images of each row's class."""
+        assert self.features is not None
+        steps = torch.randint(1, self.per_class, (len(rows), 5), generator=dice)
+        others = (rows[:, None] % self.per_class + steps) % self.per_class
+        others += rows[:, None] - rows[:, None] % self.per_class
+        weights = -torch.rand(len(rows), 5, generator=dice).clamp(1e-6).log()
+        counts = torch.randint(1, 6, (len(rows), 1), generator=dice)
+        weights *= torch.arange(5) < counts
+        weights /= weights.sum(1, keepdim=True)
+        return torch.einsum("nk,nkf->nf", weights, self.features[others])
+
+
+class Run:
+    """Network, its running average, optimiser and clocks: what a checkpoint holds."""
+
+    def __init__(self, args: argparse.Namespace, data: Data) -> None:
+        torch.manual_seed(args.seed)
+        self.args, self.data = args, data
+        self.clocks = {"step": 0, "hours": 0.0, "core_hours": 0.0}
+        self.network = Network()
+        self.average = copy.deepcopy(self.network).requires_grad_(False)
+        self.optimizer = torch.optim.AdamW(
+            self.network.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=1e-2
+        )
+        self.parts = ("network", "average", "optimizer")
+        self.checkpoint = args.run / "last.pt"
+        if self.checkpoint.exists():
+            state = torch.load(self.checkpoint, weights_only=True)
+            for part in self.parts:
+                getattr(self, part).load_state_dict(state[part])
+            self.clocks = state["clocks"]
+
+    def rate(self) -> float:
+        """Warm up over 500 steps, decay as 1/√step from 20 000 on, cool in the last tenth."""
+        step, steps = self.clocks["step"], self.args.steps
+        cool = min(1.0, (steps - step) / (0.1 * steps))
+        return self.args.lr * min(1.0, (step + 1) / 500) * min(1.0, (2e4 / (step + 1)) ** 0.5) * cool
+
+    def update(self, loss: Tensor) -> None:
+        """Make one step of the optimiser, and one of the running average.
+
+        The average's window is a tenth of all steps so far (Karras et al., *Analyzing and Improving
+        the Training Dynamics of Diffusion Models*, arXiv 2312.02696).
+        """
+        self.optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
+        self.optimizer.param_groups[0]["lr"] = self.rate()
+        self.optimizer.step()
+        self.clocks["step"] += 1
+        kept = (1 - 1 / self.clocks["step"]) ** 7.94
+        with torch.no_grad():
+            pairs = [list(net.parameters()) for net in (self.average, self.network)]
+            torch._foreach_lerp_(*pairs, 1 - kept)
+
+    def loss(self, network: nn.Module) -> Tensor:
+        """Draw the step's batch, a function of seed and step, and measure the flow's error."""
+        count, data = self.args.batch, self.data
+        dice = torch.Generator().manual_seed(self.args.seed * 1_000_003 + self.clocks["step"])
+        rows = torch.randint(len(data.clean), (count,), generator=dice)
+        places = (torch.arange(count) + torch.rand(count, generator=dice)) / count
+        normal = torch.special.ndtri(places.clamp(1e-6, 1 - 1e-6))
+        plain = torch.rand(count, generator=dice) < 0.1
+        sigma = torch.where(plain, torch.rand(count, generator=dice), (1.2 * normal - 0.3).sigmoid())
+        noise = torch.randn(count, *data.clean.shape[1:], generator=dice)
+        flip = torch.rand(count, generator=dice) < 0.5
+        clean = data.clean[rows]
+        clean = torch.where(flip.view(-1, 1, 1, 1), clean.flip(-1) * MIRROR, clean)
+        edges = torch.tensor(list(KINDS.values())).cumsum(0)[:-1]
+        kind = torch.bucketize(torch.rand(count, generator=dice), edges)
+        features = torch.zeros(count, FEATURES)
+        if data.features is None:
+            kind = kind.clamp(max=2)
+        else:
+            features = torch.where(kind.view(-1, 1) > 2, data.describe(rows, dice), features)
+        prompts = torch.where((kind == 1) | (kind == 4), data.coarse[rows], 0)
+        prompts = torch.where(kind == 2, data.fine[rows], prompts)
+        level = sigma.view(-1, 1, 1, 1)
+        out = network((1 - level) * clean + level * noise, 1000 * sigma, prompts, features)
+        return (out - (noise - clean)).square().mean()
+
+    def save(self) -> None:
+        """Write the checkpoint, and the averaged weights in half precision."""
+        state = {part: getattr(self, part).state_dict() for part in self.parts}
+        temporary = self.checkpoint.with_suffix(".tmp")
+        torch.save({**state, "clocks": self.clocks}, temporary)
+        temporary.replace(self.checkpoint)
+        average, data = self.average, self.data
+        weights = average.unet.state_dict() | {"class_embedding.weight": average.texts.weight}
+        if data.features is not None:  # for features as they come: the standardisation is in it
+            weights["feature.weight"] = average.feature.weight / data.deviation
+            weights["feature.bias"] = average.feature.bias - weights["feature.weight"] @ data.mean
+        about = {"scale": data.scale, "white": 0.5, "prompts": PROMPTS, "process": {"shift": 1.0}}
+        settings = {key: getattr(self.args, key) for key in ("batch", "lr", "seed")}
+        features = sha256(self.args.features.read_bytes()) if self.args.features else None
+        unet = UNET | {"num_class_embeds": len(PROMPTS)}
+        config = {"unet": unet, **about, **settings, "features": features, **self.clocks}
+        weights = {k: v.half().contiguous() for k, v in weights.items()}
+        file = save(weights, {"config": json.dumps(config)})
+        write_bytes(self.args.run / "ema.safetensors", file)
+        kept = math.floor(self.clocks["core_hours"] / KEEP_EVERY) * KEEP_EVERY
+        path = self.args.run / f"ema-{kept:03.0f}h.safetensors"
+        if kept and not path.exists():
+            write_bytes(path, file)
+
+
+def train(run: Run) -> None:
+    """Train to the last step, or until a signal."""
+    halted: list[int] = []
+
+    def halt(number: int, _: FrameType | None) -> None:
+        halted.append(number)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, halt)
+    network = torch.compile(run.network, dynamic=False) if run.args.compile else run.network
+    log = run.args.run / "log.csv"
+    if not log.exists():
+        log.write_text("step,images,hours,core_hours,loss,images_per_s\n")
+    saved = start = time.monotonic()
+    core, losses, clocks = time.process_time(), [], run.clocks
+    with tqdm(total=run.args.steps, initial=clocks["step"], mininterval=10, unit="step") as bar:
+        while clocks["step"] < run.args.steps and not halted:
+            loss = run.loss(network)
+            run.update(loss)
+            losses.append(loss.item())
+            bar.update()
+            if clocks["step"] % LOG_EVERY == 0:
+                now, busy = time.monotonic(), time.process_time()
+                clocks["hours"] += (now - start) / 3600
+                clocks["core_hours"] += (busy - core) / 3600
+                pace = len(losses) * run.args.batch / (now - start)
+                mean = sum(losses) / len(losses)
+                start, core, losses = now, busy, []
+                images = clocks["step"] * run.args.batch
+                with log.open("a", newline="") as file:
+                    hours = [f"{clocks[key]:.4f}" for key in ("hours", "core_hours")]
+                    csv.writer(file).writerow(
+                        [clocks["step"], images, *hours, f"{mean:.5f}", f"{pace:.1f}"]
+                    )
+                bar.set_postfix(loss=f"{mean:.4f}", images_per_s=f"{pace:.0f}")
+            if time.monotonic() - saved > SAVE_EVERY:
+                run.save()
+                saved = time.monotonic()
+    run.save()
+    if halted:
+        sys.exit(f"stopped at step {clocks['step']}; the same command goes on")
+
+
+def main() -> None:
+    """Read the arguments and train."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("images", type=Path, help="CIFAR-100's training images in class folders")
+    parser.add_argument("--run", type=Path, default=Path("runs/tiny-cifar"))
+    parser.add_argument("--features", type=Path, help="what train_resnet12.py wrote")
+    parser.add_argument("--steps", type=int, default=150_000)
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--lr", type=float, default=6e-4)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--compile", action="store_true")
+    args = parser.parse_args()
+    args.run.mkdir(parents=True, exist_ok=True)
+    assert Flow().timestep(0.5) == 500.0  # what the network is told of a level
+    train(Run(args, Data(args.images, args.features)))
+
+
+if __name__ == "__main__":
+    main()
