@@ -31,7 +31,6 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from augment.diffusion.process import Flow
 from augment.diffusion.tiny import build_network, haar
 from augment.files import sha256, write_bytes
 
@@ -92,14 +91,14 @@ class Data:
             self.mean, self.deviation = rows.mean(0), (rows - rows.mean(0)).std()
             self.features = (rows - self.mean) / self.deviation
 
-    def describe(self, rows: Tensor, dice: torch.Generator) -> Tensor:
+    def describe(self, rows: Tensor, generator: torch.Generator) -> Tensor:
         """Mix the features of one to five other images of each row's class."""
         assert self.features is not None
-        steps = torch.randint(1, self.per_class, (len(rows), 5), generator=dice)
+        steps = torch.randint(1, self.per_class, (len(rows), 5), generator=generator)
         others = (rows[:, None] % self.per_class + steps) % self.per_class
         others += rows[:, None] - rows[:, None] % self.per_class
-        weights = -torch.rand(len(rows), 5, generator=dice).clamp(1e-6).log()
-        counts = torch.randint(1, 6, (len(rows), 1), generator=dice)
+        weights = -torch.rand(len(rows), 5, generator=generator).clamp(1e-6).log()
+        counts = torch.randint(1, 6, (len(rows), 1), generator=generator)
         weights *= torch.arange(5) < counts
         weights /= weights.sum(1, keepdim=True)
         return torch.einsum("nk,nkf->nf", weights, self.features[others])
@@ -128,8 +127,9 @@ class Run:
     def rate(self) -> float:
         """Warm up over 500 steps, decay as 1/√step from 20 000 on, cool in the last tenth."""
         step, steps = self.clocks["step"], self.args.steps
+        decay = min(1.0, (2e4 / (step + 1)) ** 0.5)
         cool = min(1.0, (steps - step) / (0.1 * steps))
-        return self.args.lr * min(1.0, (step + 1) / 500) * min(1.0, (2e4 / (step + 1)) ** 0.5) * cool
+        return self.args.lr * min(1.0, (step + 1) / 500) * decay * cool
 
     def update(self, loss: Tensor) -> None:
         """Make one step of the optimiser, and one of the running average.
@@ -151,26 +151,28 @@ class Run:
     def loss(self, network: nn.Module) -> Tensor:
         """Draw the step's batch, a function of seed and step, and measure the flow's error."""
         count, data = self.args.batch, self.data
-        dice = torch.Generator().manual_seed(self.args.seed * 1_000_003 + self.clocks["step"])
-        rows = torch.randint(len(data.clean), (count,), generator=dice)
-        places = (torch.arange(count) + torch.rand(count, generator=dice)) / count
+        generator = torch.Generator().manual_seed(self.args.seed * 1_000_003 + self.clocks["step"])
+        rows = torch.randint(len(data.clean), (count,), generator=generator)
+        places = (torch.arange(count) + torch.rand(count, generator=generator)) / count
         normal = torch.special.ndtri(places.clamp(1e-6, 1 - 1e-6))
-        plain = torch.rand(count, generator=dice) < 0.1
-        sigma = torch.where(plain, torch.rand(count, generator=dice), (1.2 * normal - 0.3).sigmoid())
-        noise = torch.randn(count, *data.clean.shape[1:], generator=dice)
-        flip = torch.rand(count, generator=dice) < 0.5
+        plain = torch.rand(count, generator=generator) < 0.1
+        flat = torch.rand(count, generator=generator)
+        sigma = torch.where(plain, flat, (1.2 * normal - 0.3).sigmoid())
+        noise = torch.randn(count, *data.clean.shape[1:], generator=generator)
+        flip = torch.rand(count, generator=generator) < 0.5
         clean = data.clean[rows]
         clean = torch.where(flip.view(-1, 1, 1, 1), clean.flip(-1) * MIRROR, clean)
         edges = torch.tensor(list(KINDS.values())).cumsum(0)[:-1]
-        kind = torch.bucketize(torch.rand(count, generator=dice), edges)
+        kind = torch.bucketize(torch.rand(count, generator=generator), edges)
         features = torch.zeros(count, FEATURES)
         if data.features is None:
             kind = kind.clamp(max=2)
         else:
-            features = torch.where(kind.view(-1, 1) > 2, data.describe(rows, dice), features)
+            features = torch.where(kind.view(-1, 1) > 2, data.describe(rows, generator), features)
         prompts = torch.where((kind == 1) | (kind == 4), data.coarse[rows], 0)
         prompts = torch.where(kind == 2, data.fine[rows], prompts)
         level = sigma.view(-1, 1, 1, 1)
+        # the timestep of `Flow`: 1000 σ
         out = network((1 - level) * clean + level * noise, 1000 * sigma, prompts, features)
         return (out - (noise - clean)).square().mean()
 
@@ -185,7 +187,7 @@ class Run:
         if data.features is not None:  # for features as they come: the standardisation is in it
             weights["feature.weight"] = average.feature.weight / data.deviation
             weights["feature.bias"] = average.feature.bias - weights["feature.weight"] @ data.mean
-        about = {"scale": data.scale, "white": 0.5, "prompts": PROMPTS, "process": {"shift": 1.0}}
+        about = {"scale": data.scale, "white": 0.5, "prompts": PROMPTS, "process": ("flow", {})}
         settings = {key: getattr(self.args, key) for key in ("batch", "lr", "seed")}
         features = sha256(self.args.features.read_bytes()) if self.args.features else None
         unet = UNET | {"num_class_embeds": len(PROMPTS)}
@@ -210,8 +212,9 @@ def train(run: Run) -> None:
         signal.signal(number, halt)
     network = torch.compile(run.network, dynamic=False) if run.args.compile else run.network
     log = run.args.run / "log.csv"
-    if not log.exists():
-        log.write_text("step,images,hours,core_hours,loss,images_per_s\n")
+    lines = log.read_text().splitlines()[1:] if log.exists() else []
+    lines = [line for line in lines if int(line.split(",")[0]) <= run.clocks["step"]]
+    log.write_text("\n".join(["step,images,hours,core_hours,loss,images_per_s", *lines, ""]))
     saved = start = time.monotonic()
     core, losses, clocks = time.process_time(), [], run.clocks
     with tqdm(total=run.args.steps, initial=clocks["step"], mininterval=10, unit="step") as bar:
@@ -255,7 +258,6 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true")
     args = parser.parse_args()
     args.run.mkdir(parents=True, exist_ok=True)
-    assert Flow().timestep(0.5) == 500.0  # what the network is told of a level
     train(Run(args, Data(args.images, args.features)))
 
 

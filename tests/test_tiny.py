@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save
+from safetensors.torch import load_file, save
 
 from augment import Rule, UserError, invert, load_backbone, sample
 from augment.diffusion import Backbone
+from augment.diffusion.process import Flow, VariancePreserving
 from augment.diffusion.tiny import HAAR, PROMPTS, ROWS, WEIGHTS, haar, inverse_haar
 from augment.seeds import normal, rng
 from augment.sources import Folder
@@ -200,6 +201,35 @@ def test_weights_are_told_apart_by_their_bytes(tiny, tmp_path: Path):
     changed[-1] ^= 1
     copy.write_bytes(changed)
     assert load_backbone(copy, device="cpu").fingerprint != tiny.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("named", "process"),
+    [
+        (["flow", {"shift": 2.0}], Flow(shift=2.0)),
+        (
+            ["diffusion", {"prediction": "v", "zero_terminal_snr": True}],
+            VariancePreserving("v", zero_terminal_snr=True),
+        ),
+    ],
+    ids=["flow", "no signal at the end"],
+)
+def test_weights_say_which_process_they_learnt(tiny, tmp_path: Path, named, process):
+    path = tmp_path / "other.safetensors"
+    state = load_file(WEIGHTS)
+    path.write_bytes(save(state, {"config": json.dumps(tiny.config | {"process": named})}))
+    other = load_backbone(path, device="cpu")
+    assert other.process == process
+    assert other.fingerprint["process"] == repr(process)
+    again = load_backbone(other.save(tmp_path / "again"), device="cpu")
+    assert again.process == process
+    pure = sample(other, LATENTS[:1], solver="ddim", steps=1)  # from nothing but noise
+    answer = other.network(LATENTS[:1], process.timestep(1.0), other.condition([""]))
+    clean = LATENTS[:1] - answer if isinstance(process, Flow) else -answer
+    torch.testing.assert_close(pure, other.decode(clean), rtol=0, atol=1e-5)
+    path.write_bytes(save(state, {"config": json.dumps(tiny.config | {"process": ["hat", {}]})}))
+    with pytest.raises(UserError, match=r"other\.safetensors.*'hat'"):
+        load_backbone(path, device="cpu")
 
 
 def test_a_device_that_is_not_there_is_refused():

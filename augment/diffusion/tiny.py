@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from augment.diffusion.backbone import Condition, Timestep, as_times
 from augment.diffusion.lora import find_lora, fuse_lora, lora_print
-from augment.diffusion.process import Process, VariancePreserving
+from augment.diffusion.process import Flow, Process, VariancePreserving
 from augment.errors import UserError
 from augment.files import write_bytes
 
@@ -38,6 +38,8 @@ WEIGHTS = Path(__file__).parent / "weights" / "tiny.safetensors"
 BAD_WEIGHTS = (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError)
 PROMPTS = ("", "top", "trousers", "footwear", "bag")
 """What the network understands; the empty prompt is the unconditional model."""
+PROCESSES: dict[str, Callable[..., Process]] = {"flow": Flow, "diffusion": VariancePreserving}
+"""Noising processes by the name that the weights' config has for them."""
 
 HAAR = 0.5 * torch.tensor(
     [[1, 1, 1, 1], [1, -1, 1, -1], [1, 1, -1, -1], [1, -1, -1, 1]], dtype=torch.float32
@@ -78,7 +80,8 @@ class Tiny:
     """The embedded backbone, or another of its kind; see `augment.diffusion.backbone.Backbone`.
 
     Args:
-        weights: a safetensors file written by ``scripts/train_tiny.py``.
+        weights: a safetensors file that ``scripts/train_tiny.py`` or its like wrote; its config
+            says which prompts there are, and which noising process.
         device: where the network runs.
         dtype: the network's precision; latents and solver stay in float32.
         lora: low-rank weights to add: a safetensors file, or a folder.
@@ -93,7 +96,6 @@ class Tiny:
 
     part = "unet"
     resolution = 32
-    process: Process = VariancePreserving(prediction="v")
 
     def __init__(
         self,
@@ -115,6 +117,8 @@ class Tiny:
             self.channels: int = config["unet"]["in_channels"] // 4
             self.latent_shape: tuple[int, int, int] = (4 * self.channels, 16, 16)
             self.prompts = tuple(config.get("prompts", PROMPTS))
+            kind, options = config.get("process", ("diffusion", {"prediction": "v"}))
+            self.process: Process = PROCESSES[kind](**options)
             self.unet = build_network(config["unet"])
             self.unet.load_state_dict(state)
             # the prompts' embeddings are looked up by us, so that null-text can optimise them
@@ -156,7 +160,7 @@ class Tiny:
     def network(
         self, latent: Float[Tensor, "n C 16 16"], timestep: Timestep, condition: Condition
     ) -> Float[Tensor, "n C 16 16"]:
-        """v-prediction of the UNet."""
+        """The UNet's answer: what the process predicts."""
         told = latent.to(self.dtype), as_times(timestep, latent), condition["text"].to(self.dtype)
         if self.compiled is None or torch.is_grad_enabled():
             return self.unet(*told, return_dict=False)[0].float()
