@@ -4,6 +4,7 @@ They, and torch with them, are imported when `main` is there to tell of an inter
 """
 
 import json
+import os
 import sys
 import warnings
 from argparse import ArgumentError
@@ -97,8 +98,20 @@ def show_warning(message: Warning | str, category: type[Warning], *where: Any) -
         SHOW(message, category, *where)
 
 
+def limit_spinning() -> None:
+    """Let idle OpenMP threads sleep after a short spin; must run before torch is imported.
+
+    By default GNU OpenMP's idle threads spin for milliseconds. On a machine where other programs
+    run, they take the cores from the thread they wait for (BENCHMARKS.md, neighbours). The limit
+    of 1000 spins applies unless the user set GOMP_SPINCOUNT or OMP_WAIT_POLICY.
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
+
 def main() -> None:
     """Entry point. A user's mistake ends with one sentence and exit code 2."""
+    limit_spinning()
     warnings.showwarning = show_warning
     given = sys.argv[1:]
     args = [argument for argument in given if argument not in ("--quiet", "--json")]

@@ -15,6 +15,7 @@ SUITES = {
     "storage": "banks and shards against safetensors, image folders and webdataset",
     "growth": "how costs grow with classes, images and shards",
     "training": "a step with synthetic images, and with our data, against plain ones",
+    "neighbours": "idle threads that sleep against threads that spin, beside busy programs",
     "startup": "imports and commands against the import of torch",
     "backbones": "Stable Diffusion and its like against diffusers' pipelines; not part of all",
 }
