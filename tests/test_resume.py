@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from conftest import paint
+from conftest import call, paint
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.callbacks import EMAWeightAveraging
 
@@ -32,7 +32,8 @@ class Watched(Callback):
         self.seen, self.stop = seen, stop
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
-        self.seen.append((trainer.current_epoch, batch[0].sum().item(), batch[1].tolist()))
+        step = trainer.fit_loop.epoch_loop._batches_that_stepped  # as the log has it
+        self.seen.append((trainer.current_epoch, step, batch[0].sum().item(), batch[1].tolist()))
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
         if self.stop is not None and trainer.global_step == self.stop:
@@ -57,7 +58,19 @@ def synthetic(root, tiny, how):
     return {"real": None, "shards": str(root / "shards"), "folder": str(root / "val")}[how]
 
 
-def train(root, out, fakes, stop=None, start=None, mix=None, every=1, workers=0, val=True, **more):
+def train(
+    root,
+    out,
+    fakes,
+    stop=None,
+    start=None,
+    mix=None,
+    every=1,
+    workers=0,
+    val=True,
+    keep=None,
+    **more,
+):
     """The batches that were seen, and the weights; checkpoints every so many steps."""
     seen: list = []
     torch.manual_seed(0)
@@ -67,10 +80,11 @@ def train(root, out, fakes, stop=None, start=None, mix=None, every=1, workers=0,
     )  # fmt: skip
     model = Classifier(data.counts, channels=1, mixup=0.5, optimizer="sgd", lr=0.05)
     keep = command.ModelCheckpoint(
-        out, "last", every_n_train_steps=every, enable_version_counter=False
+        out, "last", **(keep or {"every_n_train_steps": every}), enable_version_counter=False
     )
+    more = {"max_steps": LENGTH} | more
     trainer = Trainer(
-        max_steps=LENGTH, accelerator="cpu", logger=False, enable_progress_bar=False,
+        accelerator="cpu", logger=False, enable_progress_bar=False,
         enable_model_summary=False, num_sanity_val_steps=0, use_distributed_sampler=False,
         callbacks=[Watched(seen, stop), EMAWeightAveraging(decay=0.9), keep],
         plugins=[command.SafeCheckpoints()], **more,
@@ -110,6 +124,69 @@ def test_it_goes_on_between_validations_and_with_gathered_gradients(root, tmp_pa
     assert after == batches[len(batches) - len(after) :]
     assert len(after) == (LENGTH - stop) * more.get("accumulate_grad_batches", 1)
     assert all(torch.equal(weights[name], end[name]) for name in weights)
+
+
+KEPT = {
+    "a batch's end": {"every_n_train_steps": 1},
+    "an epoch's end": {"save_on_train_epoch_end": True},
+    "an epoch's end, after a validation": {"monitor": "val/accuracy", "mode": "max"},
+    "a validation's end": {"save_on_train_epoch_end": False},
+    "an error": {"save_on_exception": True},
+}
+LIMITS = {
+    "max_steps": {"max_steps": LENGTH, "max_epochs": None},
+    "max_steps first": {"max_steps": LENGTH, "max_epochs": 1000},
+    "max_epochs": {"max_steps": -1, "max_epochs": 3},
+    "max_epochs first": {"max_steps": 1000, "max_epochs": 3},
+}
+
+
+@pytest.mark.parametrize("limits", LIMITS)
+@pytest.mark.parametrize("kept", KEPT)
+def test_it_goes_on_from_every_kind_of_checkpoint_with_every_limit(root, tmp_path, kept, limits):
+    fakes, last = str(root / "shards"), tmp_path / "cut" / "last.ckpt"
+    options = {"keep": KEPT[kept], **LIMITS[limits]}
+    batches, weights = train(root, tmp_path / "whole", fakes, **options)
+    assert len(batches) == (12 if limits.startswith("max_epochs") else LENGTH)
+    for stop in (5, 6, 7, 9, None):
+        start = last if last.exists() else None
+        done = torch.load(last, weights_only=True)["global_step"] if start else 0
+        new, end = train(root, tmp_path / "cut", fakes, stop, start, **options)
+        assert new == batches[done:stop]
+    assert all(torch.equal(weights[name], end[name]) for name in weights)
+
+
+def test_a_training_that_ended_within_an_epoch_may_be_made_longer(root, tmp_path):
+    """The epoch that max_steps cut short is not counted as one that is over."""
+    limits = {"keep": {"save_on_train_epoch_end": True}, "max_epochs": 5}
+    batches, _ = train(root, tmp_path / "whole", None, **limits, max_steps=20)
+    train(root, tmp_path / "cut", None, **limits, max_steps=LENGTH)
+    last = tmp_path / "cut" / "last.ckpt"
+    after, _ = train(root, tmp_path / "cut", None, start=last, **limits, max_steps=20)
+    assert after == batches[LENGTH:]
+
+
+def test_a_training_that_ends_early_is_an_error(root, tmp_path, monkeypatch, capsys):
+    """Whatever makes Lightning stop before the last step, the result is not taken for whole."""
+    monkeypatch.setattr("training.classifier.prepare_resume", lambda checkpoint: None)
+    step = Classifier.training_step
+
+    def stopping(self, batch, batch_idx):
+        if self.global_step == 5 and not (tmp_path / "stopped").exists():
+            (tmp_path / "stopped").touch()
+            raise KeyboardInterrupt
+        return step(self, batch, batch_idx)
+
+    monkeypatch.setattr(Classifier, "training_step", stopping)
+    line = (
+        f"train fit --data.train {root}/real --data.test {root}/val --data.channels 1 "
+        f"--data.batch_size 4 --data.steps_per_epoch 4 --trainer.max_steps 8 "
+        f"--trainer.default_root_dir {tmp_path}/run --trainer.accelerator cpu"
+    )
+    assert call(monkeypatch, capsys, *line.split())[0] == 130
+    code, _, err = call(monkeypatch, capsys, *line.split())
+    assert code == 2 and "expected 8 steps" in err and "got 5" in err
+    assert not (tmp_path / "run" / "test.json").exists()
 
 
 def test_it_goes_on_twice_from_checkpoints_that_are_rare(root, tiny, tmp_path):

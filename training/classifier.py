@@ -162,6 +162,10 @@ class Classifier(pl.LightningModule):
         mean, std = (images.new_tensor(values).view(-1, 1, 1) for values in (self.mean, self.std))
         return ((images - mean) / std).contiguous(memory_format=torch.channels_last)
 
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Let a training resume after an epoch's end with the next epoch's first batch."""
+        prepare_resume(checkpoint)
+
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Throw this step's dice, whatever came before; keep what is frozen as it is."""
         hp: Any = self.hparams
@@ -335,6 +339,38 @@ class Classifier(pl.LightningModule):
                 "--trainer.max_steps"
             )
         return min(ends)
+
+
+def prepare_resume(checkpoint: dict[str, Any]) -> None:
+    """Correct the loop counters of a checkpoint that was not written after a batch within an epoch.
+
+    Lightning 2.6 resumes correctly only there. After an epoch's end it takes one batch of
+    the next epoch for the whole epoch, so that a training with ``max_epochs`` ends too early.
+    """
+    loops = checkpoint.get("loops", {}).get("fit_loop")
+    if not loops or not loops["epoch_loop.batch_progress"]["current"]["ready"]:
+        return
+    epoch, batch = loops["epoch_progress"], loops["epoch_loop.batch_progress"]
+    if batch["current"]["processed"] < batch["current"]["ready"]:  # an error came within a batch
+        batch["is_last_batch"] = False
+        for count in (batch["total"], batch["current"]):
+            count["ready"] = count["started"] = count["processed"]
+    ready, complete = batch["current"]["ready"], batch["current"]["completed"]
+    if not batch["is_last_batch"]:
+        if complete == ready and epoch["total"]["processed"] == epoch["total"]["ready"]:
+            for count in (epoch["total"], epoch["current"]):  # max_steps cut this epoch short
+                count["processed"] = count["completed"] = count["ready"] - 1
+        return
+    epochs = batch["total"]["ready"] // ready
+    if complete == ready and epoch["total"]["processed"] < epochs:
+        return  # written after the validation: the epoch's end is still to come
+    if complete == ready:
+        loops["epoch_loop.state_dict"]["_batches_that_stepped"] -= 1
+    for count in (batch["total"], batch["current"]):
+        count["completed"] = count["ready"] - 1
+    batch["is_last_batch"] = False
+    for count in (epoch["total"], epoch["current"]):
+        count.update(ready=epochs + 1, started=epochs, processed=epochs, completed=epochs)
 
 
 def normalization(network: nn.Module, pretrained: bool) -> tuple[Sequence[float], Sequence[float]]:

@@ -134,7 +134,17 @@ class TrainCLI(LightningCLI):
         return {**same, "trainer": trainer}
 
     def after_fit(self) -> None:
-        """Test with the last weights, if there are images to test on."""
+        """Test with the last weights, if there are images to test on.
+
+        Raises:
+            UserError: the training ended before its last step, and nothing asked it to.
+        """
+        steps, done = self.model.total_steps(), self.trainer.global_step
+        if done < steps and not self.trainer.should_stop:
+            raise UserError(
+                f"expected {steps} steps of training in {self.root}, got {done}; train in another "
+                "--trainer.default_root_dir"
+            )
         if "test" in self.datamodule.held_out:
             self.trainer.test(self.model, datamodule=self.datamodule)
             self.after_test()
