@@ -5,7 +5,8 @@
 ``CIFAR100`` holds CIFAR-100's training images in class folders. Stop it when you like: the same
 command goes on from the checkpoint in ``RUN``, which it writes every ten minutes. There are also
 ``log.csv`` (loss against hours), ``ema.safetensors`` (the averaged weights in half precision, for
-`load_backbone`) and one more such file for every few hours of training.
+`load_backbone`) and one more such file for every two hours of a core. ``--report WEIGHTS``, of
+``scripts/train_resnet12.py``, samples from all of these and judges the samples.
 
 The model is a rectified flow on Haar latents. Its condition is one vector: nothing, the image's
 superclass or its class; and, with ``--features``, nothing or the superclass and beside it a
@@ -18,21 +19,23 @@ import argparse
 import copy
 import csv
 import json
-import math
-import signal
-import sys
-import time
 from pathlib import Path
-from types import FrameType
 
 import torch
 from cifar_fs import SUPERCLASSES, classes_of, load_part
+from long_run import LongRun, half_precision
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
-from tqdm import tqdm
+from torchvision.utils import save_image
+from train_resnet12 import HELD_OUT, load_network, normalised
 
-from augment.diffusion.tiny import build_network, haar
+from augment.diffusion import load_backbone
+from augment.diffusion.solver import sample
+from augment.diffusion.tiny import Tiny, build_network, haar
 from augment.files import sha256, write_bytes
+from augment.measure.features import frechet_distance
+from augment.networks import in_batches
+from augment.seeds import normal, rng
 
 FEATURES = 320
 UNET = {
@@ -50,7 +53,7 @@ UNET = {
 PROMPTS = ("", *SUPERCLASSES, *classes_of("base"))
 KINDS = {"null": 0.12, "superclass": 0.13, "class": 0.35, "feature": 0.25, "both": 0.15}
 """How often the condition is what; without features, those two are the class."""
-SAVE_EVERY, LOG_EVERY, KEEP_EVERY = 600.0, 100, 2.0  # seconds, steps, hours of a core
+KEEP_EVERY = 2.0  # hours of a core
 MIRROR = torch.tensor([1.0, -1.0, 1.0, -1.0]).repeat(3).view(-1, 1, 1)
 
 
@@ -104,32 +107,29 @@ class Data:
         return torch.einsum("nk,nkf->nf", weights, self.features[others])
 
 
-class Run:
-    """Network, its running average, optimiser and clocks: what a checkpoint holds."""
+class Run(LongRun):
+    """The network, its running average and its optimiser."""
 
     def __init__(self, args: argparse.Namespace, data: Data) -> None:
         torch.manual_seed(args.seed)
         self.args, self.data = args, data
-        self.clocks = {"step": 0, "hours": 0.0, "core_hours": 0.0}
         self.network = Network()
         self.average = copy.deepcopy(self.network).requires_grad_(False)
         self.optimizer = torch.optim.AdamW(
             self.network.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=1e-2
         )
-        self.parts = ("network", "average", "optimizer")
-        self.checkpoint = args.run / "last.pt"
-        if self.checkpoint.exists():
-            state = torch.load(self.checkpoint, weights_only=True)
-            for part in self.parts:
-                getattr(self, part).load_state_dict(state[part])
-            self.clocks = state["clocks"]
+        names = ("network", "average", "optimizer")
+        super().__init__(
+            args.run, args.steps, args.batch, **{name: getattr(self, name) for name in names}
+        )
+        compiled = torch.compile(self.network, dynamic=False) if args.compile else None
+        self.predict = compiled or self.network
 
     def rate(self) -> float:
         """Warm up over 500 steps, decay as 1/√step from 20 000 on, cool in the last tenth."""
-        step, steps = self.clocks["step"], self.args.steps
-        decay = min(1.0, (2e4 / (step + 1)) ** 0.5)
-        cool = min(1.0, (steps - step) / (0.1 * steps))
-        return self.args.lr * min(1.0, (step + 1) / 500) * decay * cool
+        step, steps = self.step + 1, self.steps
+        decay, cool = min(1.0, (2e4 / step) ** 0.5), min(1.0, (steps - step + 1) / (0.1 * steps))
+        return self.args.lr * min(1.0, step / 500) * decay * cool
 
     def update(self, loss: Tensor) -> None:
         """Make one step of the optimiser, and one of the running average.
@@ -142,16 +142,15 @@ class Run:
         nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
         self.optimizer.param_groups[0]["lr"] = self.rate()
         self.optimizer.step()
-        self.clocks["step"] += 1
-        kept = (1 - 1 / self.clocks["step"]) ** 7.94
+        kept = (1 - 1 / (self.step + 1)) ** 7.94
         with torch.no_grad():
             pairs = [list(net.parameters()) for net in (self.average, self.network)]
             torch._foreach_lerp_(*pairs, 1 - kept)
 
-    def loss(self, network: nn.Module) -> Tensor:
+    def loss(self) -> Tensor:
         """Draw the step's batch, a function of seed and step, and measure the flow's error."""
-        count, data = self.args.batch, self.data
-        generator = torch.Generator().manual_seed(self.args.seed * 1_000_003 + self.clocks["step"])
+        count, data = self.batch, self.data
+        generator = torch.Generator().manual_seed(self.args.seed * 1_000_003 + self.step)
         rows = torch.randint(len(data.clean), (count,), generator=generator)
         places = (torch.arange(count) + torch.rand(count, generator=generator)) / count
         normal = torch.special.ndtri(places.clamp(1e-6, 1 - 1e-6))
@@ -173,15 +172,11 @@ class Run:
         prompts = torch.where(kind == 2, data.fine[rows], prompts)
         level = sigma.view(-1, 1, 1, 1)
         # the timestep of `Flow`: 1000 σ
-        out = network((1 - level) * clean + level * noise, 1000 * sigma, prompts, features)
+        out = self.predict((1 - level) * clean + level * noise, 1000 * sigma, prompts, features)
         return (out - (noise - clean)).square().mean()
 
-    def save(self) -> None:
-        """Write the checkpoint, and the averaged weights in half precision."""
-        state = {part: getattr(self, part).state_dict() for part in self.parts}
-        temporary = self.checkpoint.with_suffix(".tmp")
-        torch.save({**state, "clocks": self.clocks}, temporary)
-        temporary.replace(self.checkpoint)
+    def write(self) -> None:
+        """Write the averaged weights in half precision, and keep them every few hours."""
         average, data = self.average, self.data
         weights = average.unet.state_dict() | {"class_embedding.weight": average.texts.weight}
         if data.features is not None:  # for features as they come: the standardisation is in it
@@ -192,57 +187,56 @@ class Run:
         features = sha256(self.args.features.read_bytes()) if self.args.features else None
         unet = UNET | {"num_class_embeds": len(PROMPTS)}
         config = {"unet": unet, **about, **settings, "features": features, **self.clocks}
-        weights = {k: v.half().contiguous() for k, v in weights.items()}
-        file = save(weights, {"config": json.dumps(config)})
-        write_bytes(self.args.run / "ema.safetensors", file)
-        kept = math.floor(self.clocks["core_hours"] / KEEP_EVERY) * KEEP_EVERY
-        path = self.args.run / f"ema-{kept:03.0f}h.safetensors"
-        if kept and not path.exists():
-            write_bytes(path, file)
+        file = save(half_precision(weights), {"config": json.dumps(config)})
+        write_bytes(self.folder / "ema.safetensors", file)
+        kept = self.folder / f"ema-{self.core_hours // KEEP_EVERY * KEEP_EVERY:03.0f}h.safetensors"
+        if self.core_hours >= KEEP_EVERY and not kept.exists():
+            write_bytes(kept, file)
 
 
-def train(run: Run) -> None:
-    """Train to the last step, or until a signal."""
-    halted: list[int] = []
+def report(args: argparse.Namespace) -> None:
+    """Write what every kept file's samples are like: ``report.csv``, and a picture of each.
 
-    def halt(number: int, _: FrameType | None) -> None:
-        halted.append(number)
+    A row has the loss near its step, and of samples of each base class the accuracy by the judge
+    and the Fréchet distance, in the judge's features, to images that the judge did not learn from.
+    The row *real* has both of as many other such images.
+    """
+    judge = load_network(args.report)
+    trunk, count = judge[:-1], args.per_class
 
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, halt)
-    network = torch.compile(run.network, dynamic=False) if run.args.compile else run.network
-    log = run.args.run / "log.csv"
-    lines = log.read_text().splitlines()[1:] if log.exists() else []
-    lines = [line for line in lines if int(line.split(",")[0]) <= run.clocks["step"]]
-    log.write_text("\n".join(["step,images,hours,core_hours,loss,images_per_s", *lines, ""]))
-    saved = start = time.monotonic()
-    core, losses, clocks = time.process_time(), [], run.clocks
-    with tqdm(total=run.args.steps, initial=clocks["step"], mininterval=10, unit="step") as bar:
-        while clocks["step"] < run.args.steps and not halted:
-            loss = run.loss(network)
-            run.update(loss)
-            losses.append(loss.item())
-            bar.update()
-            if clocks["step"] % LOG_EVERY == 0:
-                now, busy = time.monotonic(), time.process_time()
-                clocks["hours"] += (now - start) / 3600
-                clocks["core_hours"] += (busy - core) / 3600
-                pace = len(losses) * run.args.batch / (now - start)
-                mean = sum(losses) / len(losses)
-                start, core, losses = now, busy, []
-                images = clocks["step"] * run.args.batch
-                with log.open("a", newline="") as file:
-                    hours = [f"{clocks[key]:.4f}" for key in ("hours", "core_hours")]
-                    csv.writer(file).writerow(
-                        [clocks["step"], images, *hours, f"{mean:.5f}", f"{pace:.1f}"]
-                    )
-                bar.set_postfix(loss=f"{mean:.4f}", images_per_s=f"{pace:.0f}")
-            if time.monotonic() - saved > SAVE_EVERY:
-                run.save()
-                saved = time.monotonic()
-    run.save()
-    if halted:
-        sys.exit(f"stopped at step {clocks['step']}; the same command goes on")
+    def see(images: Tensor) -> tuple[Tensor, float]:
+        features = in_batches(lambda x: trunk(normalised(x)), images)
+        answer = judge[-1](features.float()).argmax(1)
+        truth = torch.arange(len(images)) // (len(images) // len(classes_of("base")))
+        return features, (answer == truth).double().mean().item()
+
+    images, _ = load_part(args.images, "base")
+    kept = images.unflatten(0, (len(classes_of("base")), -1))[:, -HELD_OUT:]
+    reference, _ = see(kept[:, count:].flatten(0, 1))
+    features, accuracy = see(kept[:, :count].flatten(0, 1))
+    distance = frechet_distance(features, reference)
+    rows = [["real", "", "", "", "", f"{accuracy:.4f}", f"{distance:.2f}"]]
+    with (args.run / "log.csv").open(newline="") as file:
+        losses = [(int(row["step"]), float(row["loss"])) for row in csv.DictReader(file)]
+    names = [name for name in classes_of("base") for _ in range(count)]
+    noise = normal(rng(args.seed, "report"), len(names), 12, 16, 16)
+    for path in sorted(args.run.glob("ema*.safetensors")):
+        backbone = load_backbone(path)
+        assert isinstance(backbone, Tiny)
+        step = backbone.config["step"]
+        near = [loss for at, loss in losses if step - 1000 < at <= step]
+        about = [f"{backbone.config['core_hours']:.2f}", step * backbone.config["batch"]]
+        for guidance in (1.0, 2.0):
+            images = sample(backbone, noise, names, guidance=guidance)
+            features, accuracy = see(images)
+            distance = frechet_distance(features, reference)
+            loss = f"{sum(near) / len(near):.4f}" if near else ""
+            rows.append([path.stem, *about, loss, guidance, f"{accuracy:.4f}", f"{distance:.2f}"])
+            save_image(images, args.run / f"{path.stem}-{guidance:g}.png", 2 * count, 1)
+        with (args.run / "report.csv").open("w", newline="") as file:
+            header = ["weights", "core_hours", "images", "loss", "guidance", "accuracy", "fid"]
+            csv.writer(file, lineterminator="\n").writerows([header, *rows])
+    print((args.run / "report.csv").read_text())
 
 
 def main() -> None:
@@ -256,9 +250,14 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=6e-4)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--report", type=Path, help="do not train; judge by this ResNet-12")
+    parser.add_argument("--per-class", type=int, default=10, help="samples of the report")
     args = parser.parse_args()
     args.run.mkdir(parents=True, exist_ok=True)
-    train(Run(args, Data(args.images, args.features)))
+    if args.report:
+        report(args)
+    else:
+        Run(args, Data(args.images, args.features)).train()
 
 
 if __name__ == "__main__":

@@ -96,6 +96,41 @@ def resnet32(channels: int, num_classes: int) -> nn.Sequential:
     return network
 
 
+class Pooled(nn.Module):
+    """Three 3×3 convolutions beside a 1×1 one, and a maximum of 2×2."""
+
+    def __init__(self, narrow: int, wide: int) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for size in (narrow, wide, wide):
+            conv = nn.Conv2d(size, wide, 3, padding=1, bias=False)
+            layers += [conv, nn.BatchNorm2d(wide), nn.LeakyReLU(0.1)]
+        self.residual = nn.Sequential(*layers[:-1])
+        self.shortcut = nn.Sequential(nn.Conv2d(narrow, wide, 1, bias=False), nn.BatchNorm2d(wide))
+
+    def forward(self, x: Images) -> Float[Tensor, "n wide h2 w2"]:
+        """Residual and shortcut."""
+        return F.max_pool2d(F.leaky_relu(self.residual(x) + self.shortcut(x), 0.1), 2)
+
+
+def resnet12(channels: int, num_classes: int, width: int = 64) -> nn.Sequential:
+    """ResNet-12, the network of CIFAR-FS; Lee et al., arXiv 1904.03758: 12.4 M parameters.
+
+    Four blocks, 1, 2.5, 5 and 10 times ``width`` wide, and the mean of what is left.
+    """
+    widths = [channels, width, 5 * width // 2, 5 * width, 10 * width]
+    network = Chain(
+        *(Pooled(*pair) for pair in pairwise(widths)),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(10 * width, num_classes),
+    )
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, 0.1, "fan_out", "leaky_relu")
+    return network
+
+
 def resnet10(channels: int, num_classes: int) -> nn.Module:
     """ResNet-10, one basic block a stage: the small network of ImageNet-LT.
 
@@ -107,6 +142,7 @@ def resnet10(channels: int, num_classes: int) -> nn.Module:
 NETWORKS: dict[str, Callable[[int, int], nn.Module]] = {
     "small_cnn": small_cnn,
     "resnet32": resnet32,
+    "resnet12": resnet12,
     "resnet10": resnet10,
 }
 """Our networks by name, made of channels and number of classes."""
