@@ -98,6 +98,14 @@ def test_resnet32_is_that_of_the_literature():
         assert layer.weight.std().item() == pytest.approx((2 / fan_in) ** 0.5, rel=0.05)
 
 
+def test_resnet12_is_that_of_cifar_fs():
+    network = build_network("resnet12", 3, 64)
+    assert sum(p.numel() for p in network[:-1].parameters()) == 12_424_320
+    assert len([m for m in network.modules() if isinstance(m, nn.Conv2d)]) == 12 + 4
+    assert network[:4](torch.rand(1, 3, 32, 32)).shape == (1, 640, 2, 2)
+    assert network[:-1](torch.rand(2, 3, 84, 84)).shape == (2, 640)
+
+
 def test_a_shortcut_is_the_strided_image_between_zeros():
     block = build_network("resnet32", 3, 10)[8].eval()
     nn.init.zeros_(block.bn2.weight)

@@ -119,6 +119,8 @@ class Tiny:
             self.prompts = tuple(config.get("prompts", PROMPTS))
             kind, options = config.get("process", ("diffusion", {"prediction": "v"}))
             self.process: Process = PROCESSES[kind](**options)
+            names = ("feature.weight", "feature.bias")
+            self.feature = {key: state.pop(key) for key in names if key in state}
             self.unet = build_network(config["unet"])
             self.unet.load_state_dict(state)
             # the prompts' embeddings are looked up by us, so that null-text can optimise them
@@ -157,6 +159,25 @@ class Tiny:
         numbers = [self.prompts.index(prompt) for prompt in prompts]
         return {"text": self.texts[torch.tensor(numbers, dtype=torch.long, device=self.device)]}
 
+    def describe(self, prompts: Sequence[str], features: Float[Tensor, "n f"]) -> Condition:
+        """The conditions of prompts and, beside them, of features of images of the class.
+
+        Args:
+            prompts: one a row; those of the training had none or a superclass here.
+            features: of length 1, by the network that the weights' card names, or their means.
+
+        Raises:
+            UserError: the weights did not learn from features, or from others.
+        """
+        weight = self.feature.get("feature.weight", torch.empty(0, 0)).to(features)
+        if features.shape[1] != weight.shape[1]:
+            raise UserError(
+                f"expected {weight.shape[1] or 'no'} features for these weights of the tiny "
+                f"backbone, got {features.shape[1]}; take the network of their card"
+            )
+        more = features @ weight.T + self.feature["feature.bias"].to(features)
+        return {"text": self.condition(prompts)["text"] + more.to(self.texts)}
+
     def network(
         self, latent: Float[Tensor, "n C 16 16"], timestep: Timestep, condition: Condition
     ) -> Float[Tensor, "n C 16 16"]:
@@ -188,7 +209,7 @@ class Tiny:
 
     def save(self, folder: Path) -> Path:
         """Write the weights below a folder; the place is what `load_backbone` takes."""
-        state = self.unet.state_dict() | {"class_embedding.weight": self.texts}
+        state = self.unet.state_dict() | {"class_embedding.weight": self.texts} | self.feature
         state = {key: value.cpu().contiguous() for key, value in state.items()}
         path = folder / "tiny.safetensors"
         write_bytes(path, save(state, {"config": json.dumps(self.config)}))

@@ -1,0 +1,163 @@
+"""Trainings of days: what is stopped goes on as if it had not been; what they write is loaded."""
+
+import argparse
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from augment import UserError, load_backbone
+from augment.diffusion.process import Flow
+
+SCRIPTS = Path(__file__).parent.parent / "scripts"
+STEPS = 7
+
+
+@pytest.fixture
+def scripts(monkeypatch):
+    """The folder of the scripts, importable; signals are handled as before afterwards."""
+    monkeypatch.syspath_prepend(SCRIPTS)
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def small_run(folder: Path, stop: int | None = None):
+    """A run of a linear layer that is sent SIGTERM before a step, if there is one to stop at."""
+    import long_run
+
+    class Run(long_run.LongRun):
+        def __init__(self) -> None:
+            torch.manual_seed(0)
+            self.layer = nn.Linear(3, 1)
+            self.adam = torch.optim.Adam(self.layer.parameters(), 0.1)
+            super().__init__(folder, STEPS, 5, layer=self.layer, adam=self.adam)
+
+        def loss(self):
+            if self.step == stop:
+                os.kill(os.getpid(), signal.SIGTERM)
+            points = torch.randn(5, 3, generator=torch.Generator().manual_seed(self.step))
+            return (self.layer(points) - points.sum(1, keepdim=True)).square().mean()
+
+        def update(self, loss):
+            self.adam.zero_grad()
+            loss.backward()
+            self.adam.step()
+
+        def write(self):
+            (folder / "written").write_text(str(self.step))
+
+    folder.mkdir(exist_ok=True)
+    return Run()
+
+
+def test_a_run_that_is_stopped_goes_on_as_if_it_was_not(scripts, tmp_path, monkeypatch):
+    import long_run
+
+    monkeypatch.setattr(long_run, "LOG_EVERY", 1)
+    whole = small_run(tmp_path / "whole")
+    whole.train()
+    first = small_run(tmp_path / "parts", stop=2)
+    with pytest.raises(SystemExit, match="stopped at step 3; the same command goes on"):
+        first.train()
+    assert (tmp_path / "parts" / "written").read_text() == "3"
+    lines = (tmp_path / "parts" / "log.csv").read_text()
+    (tmp_path / "parts" / "log.csv").write_text(lines + "4,20,1,1,9,9\n")  # lost with its step
+    second = small_run(tmp_path / "parts")
+    assert second.step == 3
+    second.train()
+    assert torch.equal(second.layer.weight, whole.layer.weight)
+    rows = [
+        [line.split(",")[i] for i in (0, 1, 4)]
+        for line in (tmp_path / "parts" / "log.csv").read_text().splitlines()
+    ]
+    assert rows[0] == ["step", "images", "loss"]
+    assert [int(row[0]) for row in rows[1:]] == list(range(1, STEPS + 1))
+    assert rows[4][2] != "9"
+    assert second.core_hours > first.core_hours > 0
+
+
+def test_the_split_is_of_a_hundred_classes(scripts):
+    import cifar_fs
+
+    parts = [cifar_fs.classes_of(part) for part in cifar_fs.PARTS]
+    assert [len(part) for part in parts] == [64, 16, 20]
+    assert len({name for part in parts for name in part}) == 100
+    assert set(parts[0].values()) == set(cifar_fs.SUPERCLASSES)
+
+
+@pytest.fixture
+def run(scripts, tmp_path, monkeypatch):
+    """A run of tiny-cifar with three grey pictures of each class, and features of them."""
+    import train_tiny_cifar as script
+
+    names = script.classes_of("base")
+    labels = torch.arange(len(names)).repeat_interleave(3)
+    images = torch.rand(len(labels), 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr(script, "load_part", lambda root, part: (images, labels))
+    features = nn.functional.normalize(torch.rand(len(labels), script.FEATURES), dim=1)
+    save_file({"base": features}, tmp_path / "features.safetensors")
+    args = argparse.Namespace(
+        **{"run": tmp_path, "features": tmp_path / "features.safetensors", "steps": 2, "batch": 16},
+        **{"lr": 1e-3, "seed": 0, "compile": False},
+    )
+    return script.Run(args, script.Data(tmp_path, args.features))
+
+
+def test_what_a_class_is_described_by_are_other_images_of_it(run):
+    rows = torch.arange(0, len(run.data.labels), 5)
+    run.data.features = nn.functional.one_hot(torch.arange(len(run.data.labels))).float()
+    mixed = run.data.describe(rows, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(mixed.sum(1), torch.ones(len(rows)))
+    own = run.data.labels[rows][:, None] == run.data.labels
+    assert not mixed[~own].any()
+    assert not mixed[torch.arange(len(rows)), rows].any()
+    assert (mixed > 0).sum(1).unique().tolist() == [1, 2]
+
+
+def test_the_averaged_weights_are_a_flow_that_hears_prompts_and_features(run):
+    torch.nn.init.normal_(run.network.unet.conv_out.weight)
+    torch.nn.init.normal_(run.network.feature.weight)
+    run.average.load_state_dict(run.network.state_dict())
+    run.train()
+    backbone = load_backbone(run.folder / "ema.safetensors", device="cpu")
+    assert backbone.process == Flow()
+    assert backbone.latent_shape == (12, 16, 16)
+    assert backbone.prompts[:2] == ("", "aquatic_mammals") and "wolf" in backbone.prompts
+    z = torch.randn(2, 12, 16, 16, generator=torch.Generator().manual_seed(1))
+    none = torch.zeros(2, run.average.feature.in_features)
+    prompts = torch.tensor([backbone.prompts.index(name) for name in ("wolf", "fish")])
+    times = torch.full((2,), 300.0)
+    features = torch.rand(2, none.shape[1])
+    told = (features - run.data.mean) / run.data.deviation
+    with torch.no_grad():
+        for condition, more in (
+            (backbone.condition(["wolf", "fish"]), none),
+            (backbone.describe(["wolf", "fish"], features), told),
+        ):
+            answer = backbone.network(z, 300.0, condition)
+            expected = run.average(z, times, prompts, more)
+            assert (answer - expected).norm() < 0.02 * expected.norm()
+        plain = backbone.network(z, 300.0, backbone.condition(["wolf", "fish"]))
+        assert (answer - plain).norm() > 0.1 * plain.norm(), "features are heard"
+    again = load_backbone(backbone.save(run.folder / "again"), device="cpu")
+    texts = [net.describe([""] * 2, features)["text"] for net in (backbone, again)]
+    assert torch.equal(*texts)
+    with pytest.raises(UserError, match=r"expected 320 features .* got 3;"):
+        backbone.describe(["", ""], features[:, :3])
+    with pytest.raises(UserError, match="expected no features"):
+        load_backbone("tiny", device="cpu").describe(["", ""], features)
+
+
+def test_the_steps_of_a_batch_are_spread_over_all_levels(run):
+    told = []
+    run.predict = lambda z, times, *rest: told.append(times) or z
+    run.loss()
+    run.loss()
+    assert torch.equal(*told), "a step's batch is a function of its number"
+    assert told[0].min() < 150 and told[0].max() > 850
