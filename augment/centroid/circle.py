@@ -7,10 +7,10 @@ a ~ U(0, 2π/θ). Written from the middle of the arc, at φ = 2π (w_2 − ½) f
 .. math:: z = \frac{\cos\varphi}{\cos\frac\theta2} \cdot \frac{x + y}2
           + \frac{\sin\varphi}{\sin\frac\theta2} \cdot \frac{y - x}2,
 
-which does not care for the order of the points and loses no digits at small angles. Weights from
-Dir(1, 1) are uniform on the circle; equal weights are the middle of the arc, and at a vertex stands
-the point opposite to it: three quarters of the circle of two latents at a right angle lie outside
-the arc between them. Latents of unequal norms span an ellipse through both.
+which does not depend on the order of the points and loses no digits at small angles. Weights from
+Dir(1, 1) are uniform on the circle. Equal weights give the middle of the arc, a vertex gives the
+point opposite to that middle: three quarters of the circle of two latents at a right angle lie
+outside the arc between them. Latents of unequal norms span an ellipse through both.
 """
 
 import math
@@ -19,15 +19,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from augment.centroid.angles import Angles
+from augment.centroid.residuals import Residuals
 from augment.errors import UserError
 
-FLAT = 5e-4
-"""Half angles nearer to 0 or π/2 span no circle: what has no direction is left out."""
+MIN_HALF_ANGLE = 5e-4
+"""Half angles nearer than this to 0 or π/2 span no circle; the vanishing direction is left out."""
 
 
-def circle(residuals: Angles) -> Float[Tensor, "b k"]:
-    """A place on the great circle of two points; coefficients in float64, never half precision.
+def circle(residuals: Residuals) -> Float[Tensor, "b k"]:
+    """Return the coefficients of a place on the great circle of two points.
 
     Raises:
         UserError: there are not two points.
@@ -41,7 +41,7 @@ def circle(residuals: Angles) -> Float[Tensor, "b k"]:
     turn = 2 * math.pi * (residuals.weights[:, 1].double() - 0.5)
     along = turn.cos() / half.cos() / 2
     across = turn.sin() / half.sin() / 2
-    # so written that NaN is passed on
-    along = torch.where(half >= math.pi / 2 - FLAT, 0, along)
-    across = torch.where(half <= FLAT, 0, across)
+    # so written that NaN reaches the centroid, which is then refused
+    along = torch.where(half >= math.pi / 2 - MIN_HALF_ANGLE, 0, along)
+    across = torch.where(half <= MIN_HALF_ANGLE, 0, across)
     return torch.stack([along - across, along + across], 1).to(residuals.weights)

@@ -1,9 +1,9 @@
 r"""Mean splits: which part of a latent is averaged plainly and kept out of the norm rule.
 
-Inverted latents share a small bias (their channel means are not zero). A norm rule that lengthens
+Inverted latents share a small bias: their channel means are not zero. A norm rule that lengthens
 the average of N latents √N-fold lengthens that bias too, until the images degenerate. A split
-z = d + e takes the bias d out; only the residual e is rescaled. (Landolsi & Kahl, *Mean-adjusted
-interpolation*, arXiv 2505.07481, sec. 4.)
+z = d + e takes the bias d out, and only the residual e is rescaled (Landolsi & Kahl, *Addressing
+degeneracies in latent interpolation for diffusion models*, arXiv 2505.07481, sec. 5).
 
 Each split is a *linear* map (\*b, C, H, W) → d of a shape that broadcasts to it, so that the split
 of a mixture is the mixture of the splits:
@@ -57,8 +57,8 @@ def channel_mean(latents: Latents) -> Means:
 def blur(
     size: int, sigma: float, dtype: torch.dtype = torch.float64, device: torch.device = CPU
 ) -> Float[Tensor, "n n"]:
-    """The matrix of a Gaussian blur of ``size`` pixels in a row, computed in float64."""
-    with torch.inference_mode(False):  # it is kept, and may be wanted for a gradient
+    """Return the matrix of a Gaussian blur of ``size`` pixels in a row, computed in float64."""
+    with torch.inference_mode(False):  # the cached matrix may be used where gradients are wanted
         frequency = torch.arange(size, dtype=torch.float64) * (math.pi / size)
         cosines = torch.cos(frequency[:, None] * (torch.arange(size) + 0.5))
         cosines = cosines / torch.linalg.vector_norm(cosines, dim=1, keepdim=True)
@@ -67,7 +67,12 @@ def blur(
 
 
 def low_pass(latents: Latents, sigma: float = LOW_PASS_SIGMA) -> Latents:
-    """A separable Gaussian blur of unit DC gain; see the module's docstring."""
+    r"""Blur by a separable Gaussian of unit DC gain, with reflecting borders.
+
+    Args:
+        latents: (\*b, C, H, W).
+        sigma: standard deviation in latent pixels.
+    """
     height, width = (blur(n, sigma, latents.dtype, latents.device) for n in latents.shape[-2:])
     return height @ latents @ width
 
@@ -79,16 +84,14 @@ MEANS: dict[str, Split] = {
     "lp": low_pass,
     "mu": nothing,
 }
-"""Mean splits by name; ``lp`` followed by a number is a name too. μ is the rule's to know."""
-PROJECTIONS = (latent_mean, channel_mean)
-"""Splits onto few dimensions at a right angle to the rest, so that ‖e‖² = ‖z‖² − ‖d‖²."""
+"""Mean splits by name; ``lp`` followed by a number is a name too. The rule handles ``mu``."""
 
 
 def split_named(name: str) -> Split:
-    """The split of a name.
+    """Look a mean split up by its name.
 
     Raises:
-        UserError: there is none of that name, or the σ of ``lpσ`` is not positive.
+        UserError: the name is unknown, or the σ of ``lpσ`` is not positive.
     """
     if name not in MEANS and name.startswith("lp"):
         try:
@@ -97,7 +100,7 @@ def split_named(name: str) -> Split:
             sigma = math.nan
         if not sigma > 0:
             raise UserError(
-                f"expected lp and a blur of so many latent pixels such as lp2.0 or lp∞, got "
+                f"expected lp and the width of a blur in latent pixels, such as lp2.0 or lp∞, got "
                 f"{name!r}; plain lp is lp{LOW_PASS_SIGMA}"
             )
         return channel_mean if math.isinf(sigma) else partial(low_pass, sigma=sigma)

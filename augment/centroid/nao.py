@@ -1,7 +1,7 @@
-r"""Norm-aware optimisation (NAO): centroids that are short ways from every point, in closed form.
+r"""Norm-aware optimisation (NAO): the centroid nearest to all points by likely paths, solved.
 
 Samuel et al., *Norm-guided latent space exploration for text-to-image generation*, arXiv
-2306.08687, measure a path γ between latents by how unlikely the norms on it are,
+2306.08687, measure a path γ between latents by how unlikely the norms along it are,
 
 .. math:: \int \rho(\|\gamma\|)\, \|\gamma'\|\, ds, \qquad
           \rho(r) = -\log\chi_D(r) \approx 0.57 + (r - r_0)^2, \quad r_0 = \sqrt{D - 1},
@@ -31,7 +31,7 @@ directions** (`augment.centroid.spherical`) at the norm r_0. Three things follow
   it stays at a norm between that point's own and r_0, whichever is cheapest. (Here the ways are
   taken along the radius, ∫ρ for A: longer by at most 0.42.)
 
-The published polyline objective is no other problem, only a coarser one: its value at this centroid
+The published polyline objective is the same problem on a coarser grid: its value at this centroid
 (with its own best polylines) is below what Adam reaches; ``scripts/benchmark.py nao`` prints both.
 """
 
@@ -39,13 +39,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from augment.centroid.angles import Angles
-from augment.centroid.spherical import SAME, geometric_median
+from augment.centroid.residuals import Residuals
+from augment.centroid.spherical import SAME_COSINE, geometric_median
 from augment.prior import log_chi, modal_norm
 
 
 def climb(norm: Float[Tensor, "*b"], dim: int) -> Float[Tensor, "*b"]:
-    r"""The way along the radius from a norm to the sphere of norm r_0, :math:`|\int\rho|`."""
+    r"""Return the length :math:`|\int\rho|` of the radial path from a norm to the norm r_0."""
     middle = modal_norm(dim)
     # Simpson's rule is exact for the parabola that ρ is near r_0, and ρ is smooth beyond
     places = torch.linspace(0, 1, 17, dtype=norm.dtype, device=norm.device)
@@ -57,10 +57,10 @@ def climb(norm: Float[Tensor, "*b"], dim: int) -> Float[Tensor, "*b"]:
 def cheapest_norm(
     own: Float[Tensor, "b 1"], held: Float[Tensor, "b 1"], count: Float[Tensor, "b 1"], dim: int
 ) -> Float[Tensor, "b 1"]:
-    """The norm of a centroid in the direction of a point, between the point's own and r_0.
+    """Return the norm of a centroid in the direction of a point, between the point's own and r_0.
 
-    The point comes there along the radius, the others by way of the sphere: the least of
-    count·(held·(climb(own) − climb(r)) + (1 − held)·climb(r)) + ρ(r), on a grid.
+    The point reaches the centroid along the radius, the others by way of the sphere. The norm r
+    minimises count·(held·(climb(own) − climb(r)) + (1 − held)·climb(r)) + ρ(r), on a grid.
 
     Args:
         own: the point's norm.
@@ -74,18 +74,18 @@ def cheapest_norm(
     return radii.gather(-1, costs.argmin(-1, keepdim=True))
 
 
-def nao(residuals: Angles) -> Float[Tensor, "b k"]:
-    """The centroid of Samuel et al., arXiv 2306.08687, sec. 4.2; see the module's docstring.
+def nao(residuals: Residuals) -> Float[Tensor, "b k"]:
+    """Return the coefficients of the NAO centroid (Samuel et al., arXiv 2306.08687, sec. 4.2).
 
-    K w_n is read as w_n / Σ w², which is the same for equal weights and does not count points
-    without weight.
+    The paper's centroid has no weights; ours multiplies the distance of point n by w_n / Σ w²,
+    which is 1 for equal weights and does not count points without weight.
     """
     weights, cosines, dim = residuals.weights.double(), residuals.cosines, residuals.dim
-    norms = residuals.norms
+    norms = residuals.norms.double()
     a = geometric_median(cosines, weights, weights * norms)
     heavy = a.argmax(-1, keepdim=True)
     alone = a.gather(-1, heavy) > 1 - 1e-9
-    beside = cosines.gather(1, heavy[..., None].expand(-1, 1, weights.shape[1]))[:, 0] > SAME
+    beside = cosines.gather(1, heavy[..., None].expand(-1, 1, weights.shape[1]))[:, 0] > SAME_COSINE
     held = (weights * beside).sum(-1, keepdim=True)
     count = 1 / weights.square().sum(-1, keepdim=True)
     own = cheapest_norm(norms.gather(-1, heavy), held, count, dim)

@@ -1,4 +1,4 @@
-r"""Norm rules: what becomes of the residuals that a mean split leaves.
+r"""Norm rules: how the residuals that a mean split leaves are mixed.
 
 Averaging shrinks: for N independent latents of norm √D and equal weights the mixture
 :math:`s = \sum_n w_n e_n` has the norm √(D/N), far from any the backbone was trained on. A rule is
@@ -19,19 +19,19 @@ rule        gain g, or what the result is                      norm of the resul
 ``circle``  a place on the great circle of two                 that of the two, where it is one
 ==========  =================================================  ==================================
 
-``lin``, ``fix`` and ``nin`` are those of Landolsi & Kahl, *Mean-adjusted interpolation*, arXiv
-2505.07481, sec. 3; ``mode`` is the standardised centroid of the chi law (see `augment.prior`);
-``vp`` is the variance-preserving gain of Bodin et al., *Linear combinations of latents in
-generative models*, arXiv 2408.08558: with the split ``mu`` it is their LOL,
-:math:`z = (1 - a/\sqrt b)\mu + \sum_n w_n x_n / \sqrt b`, a = Σ w_n, b = Σ w_n², and so has the
-name ``lol`` too. ``fade`` is ours: it gives back an input exactly where it is alone, and trusts the
-prior where many are mixed. The others have files of their own.
+``lin``, ``fix`` and ``nin`` are those of Landolsi & Kahl, *Addressing degeneracies in latent
+interpolation for diffusion models*, arXiv 2505.07481, sec. 3. ``mode`` is the standardised centroid
+of the chi law (see `augment.prior`). ``vp`` is the variance-preserving gain of Bodin et al.,
+*Linear combinations of latents in generative models*, arXiv 2408.08558; with the split ``mu``, it
+is their LOL, :math:`z = (1 - a/\sqrt b)\mu + \sum_n w_n x_n / \sqrt b`, a = Σ w_n, b = Σ w_n²; the name
+``lol`` stands for it too. ``fade`` is ours: it gives back an input exactly where it is alone, and
+trusts the prior where many are mixed. The others have files of their own.
 
 Where all residuals are zero up to rounding, so is the result, under every rule.
 
 To add a rule: write the function here (or in a file of its own) and enter it in `GAINS` or
-`COEFFICIENTS`; the laws of ``tests/test_centroid_laws.py`` then run over it. A NaN among the
-lengths must come out as NaN.
+`COEFFICIENTS`; the laws of ``tests/test_centroid_laws.py`` then run over it. NaN in must give NaN
+out.
 """
 
 from collections import ChainMap
@@ -40,7 +40,6 @@ from collections.abc import Callable
 from jaxtyping import Float
 from torch import Tensor
 
-from augment.centroid.angles import Angles
 from augment.centroid.circle import circle
 from augment.centroid.nao import nao
 from augment.centroid.residuals import Residuals
@@ -51,12 +50,12 @@ Gain = Float[Tensor, "b 1"]
 
 
 def mean_norm(residuals: Residuals) -> Gain:
-    """Σ_n w_n ‖e_n‖."""
+    """Return Σ_n w_n ‖e_n‖."""
     return (residuals.weights * residuals.norms).sum(-1, keepdim=True)
 
 
 def concentration(weights: Float[Tensor, "b k"]) -> Gain:
-    """Q = Σ_n w_n²: 1 at a vertex, 1/N in the middle of N."""
+    """Return q = Σ_n w_n²: 1 at a vertex, 1/N for N equal weights."""
     return weights.square().sum(-1, keepdim=True)
 
 
@@ -93,14 +92,14 @@ GAINS: dict[str, Callable[[Residuals], Gain]] = {
     "vp": vp,
     "fade": fade,
 }
-"""Norm rules that lengthen the mixture, by name."""
+"""Norm rules that multiply the mixture by a gain, by name."""
 
-COEFFICIENTS: dict[str, Callable[[Angles], Float[Tensor, "b k"]]] = {
+COEFFICIENTS: dict[str, Callable[[Residuals], Float[Tensor, "b k"]]] = {
     "slerp": slerp,
     "nao": nao,
     "circle": circle,
 }
-"""Norm rules that mix in other shares than the weights, by name."""
+"""Norm rules that mix by coefficients other than the weights, by name."""
 
 NORMS = ChainMap[str, Callable[..., Tensor]](COEFFICIENTS, GAINS)
 """All norm rules by name: a view of both tables."""

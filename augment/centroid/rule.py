@@ -16,10 +16,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from augment.centroid.angles import Angles
-from augment.centroid.means import Split, split_named
+from augment.centroid.means import split_named
 from augment.centroid.norms import COEFFICIENTS, GAINS, NORMS
-from augment.centroid.residuals import Residuals, blocks
+from augment.centroid.residuals import Residuals
 from augment.errors import UserError, lookup
 
 ALIASES = {"lol": "vp/mu"}
@@ -51,7 +50,7 @@ class Rule:
 
     @classmethod
     def parse(cls, name: str) -> "Rule":
-        """The rule of a name such as ``nin/chm``; ``nin`` alone means ``nin/0``."""
+        """Parse a name such as ``nin/chm``; ``nin`` alone means ``nin/0``."""
         norm, _, mean = ALIASES.get(name, name).partition("/")
         return cls(norm, mean or "0")
 
@@ -64,7 +63,7 @@ class Rule:
         weights: Float[Tensor, "b k"],
         mu: Float[Tensor, "c h w"] | None = None,
     ) -> Float[Tensor, "b c h w"]:
-        """The centroids, one a row, in float32 (float64 stays float64).
+        """Mix points to one centroid a row, in float32 (float64 stays float64).
 
         Args:
             points: latents, finite.
@@ -79,40 +78,19 @@ class Rule:
             points = points.float()
         weights, split = weights.to(points), split_named(self.mean)
         mu = None if mu is None or self.mean != "mu" else mu.to(points)
-        if self.norm == "lin":  # of a gain of 1 it does not matter on what
-            split, mu = split_named("0"), None
-        # a NaN for want of digits would spoil gradients: there, be exact at once
-        given = (points, weights) if mu is None else (points, weights, mu)
-        exact = torch.is_grad_enabled() and any(x.requires_grad for x in given)
-        centroid = self._centroids(points, weights, split, mu, exact)
-        # one sum a row sees every NaN and infinity
-        finite = centroid.flatten(1).sum(1).isfinite()
-        if not finite.all():
-            again = ~finite
-            centroid[again] = self._centroids(points[again], weights[again], split, mu, exact=True)
-            if not centroid.sum().isfinite():
-                refuse(points)
-        return centroid
-
-    def _centroids(
-        self, points: Tensor, weights: Tensor, split: Split, mu: Tensor | None, exact: bool
-    ) -> Float[Tensor, "b c h w"]:
-        """The centroids; not finite where a point is not, or lengths need be ``exact``."""
+        residuals = Residuals(points, weights, split, mu)
         if self.norm in COEFFICIENTS:
-            angles = Angles(points, weights, split, mu, exact)
-            return angles.combined(COEFFICIENTS[self.norm](angles))
-        centroid = torch.empty_like(points[:, 0])
-        for rows in blocks(centroid):
-            out = None if exact else centroid[rows]
-            residuals = Residuals(points[rows], weights[rows], split, mu, exact, out)
-            gain = GAINS[self.norm](residuals)[:, :, None, None]  # first: it may mix in passing
-            mixture, mean = residuals.mixed
-            centroid[rows] = torch.mul(mixture, gain, out=out).add_(mean)
+            centroid = residuals.combine(COEFFICIENTS[self.norm](residuals))
+        else:
+            gain = GAINS[self.norm](residuals)[:, :, None, None]
+            centroid = residuals.mixture * gain + residuals.mean
+        if not centroid.sum().isfinite():
+            refuse(points)
         return centroid
 
 
 def refuse(points: Float[Tensor, "b k c h w"]) -> None:
-    """Say why a centroid is not finite, and name the first point that is at fault.
+    """Raise an error that says why a centroid is not finite and names the first bad point.
 
     Raises:
         UserError: always.

@@ -15,10 +15,10 @@ dimension once C is there, and a whole batch is solved at once, in float64.
   upper bound of the sum (arccos is concave there), so it never rises. Not always unique: for two
   points of equal weight the whole arc is optimal, and the start decides.
 
-For points more than 90° apart both start at the direction of the weighted mean and give the
-stationary point they reach from there; towards a point opposite to the iterate, where the way has
-no direction, the pull is bounded. Exactly opposite points of equal weights have no mean direction:
-the result is zero, as under every rule.
+For points more than 90° apart both start at the direction of the weighted mean and return the
+stationary point that they reach from there. The pull of a point opposite to the iterate has no
+direction and is bounded. Exactly opposite points of equal weights have no mean direction: the
+result is zero, as under every rule.
 """
 
 from collections.abc import Callable
@@ -27,19 +27,18 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from augment.centroid.angles import Angles
-from augment.centroid.residuals import TINY
+from augment.centroid.residuals import TINY, Residuals
 
 Cosines = Float[Tensor, "b k k"]
 Coefficients = Float[Tensor, "b k"]
-SHORT = 1e-6
-"""Sines below this are rounding, and are held up to it."""
-SAME = 1 - 5e-7
-"""Directions of a larger cosine, within 1e-3, count as one: float32 tells no better."""
+MIN_SINE = 1e-6
+"""Sines below this are rounding and are raised to it."""
+SAME_COSINE = 1 - 5e-7
+"""Directions of a larger cosine (within 1e-3 radian) count as one; float32 resolves no less."""
 
 
 def normalised(cosines: Cosines, a: Coefficients) -> tuple[Coefficients, Coefficients]:
-    """The unit vector along Σ a_n u_n, and its cosines to the points."""
+    """Return the unit vector along Σ a_n u_n, and its cosines to the points."""
     product = (cosines @ a[..., None])[..., 0]
     square = (a * product).sum(-1, keepdim=True)
     rounding = square <= 1e-14 * a.square().sum(-1, keepdim=True)
@@ -54,9 +53,9 @@ def settle(
     step: Callable[[Coefficients, Coefficients, Coefficients], Coefficients],
     moving: Bool[Tensor, " b"] | None = None,
 ) -> Coefficients:
-    """Iterate a ← step(a, its cosines, weights), normalised, until none moves by more than 1e-10.
+    """Iterate a ← step(a, its cosines, weights), normalised, until no row moves by more than 1e-10.
 
-    A row that has come to rest stays as it is, and so do those not ``moving`` from the start.
+    A row that has converged stays as it is; rows that are not ``moving`` are never iterated.
     """
     a, cosine = normalised(cosines, start)
     found, rows = a, torch.arange(len(a), device=a.device)
@@ -75,17 +74,17 @@ def settle(
 
 
 def frechet_mean(cosines: Cosines, weights: Coefficients, start: Coefficients) -> Coefficients:
-    """Coefficients on the unit vectors of their weighted Fréchet mean, from a starting direction.
+    """Find the weighted Fréchet mean of unit vectors, as coefficients on them.
 
     Args:
-        cosines: C, float64.
+        cosines: the matrix C of the vectors' cosines, float64.
         weights: on the simplex, float64.
-        start: coefficients of a direction.
+        start: coefficients of the direction to start from.
     """
 
     def step(a: Coefficients, cosine: Coefficients, weights: Coefficients) -> Coefficients:
-        sine = (1 - cosine.square()).sqrt().clamp_min(SHORT)
-        pull = weights * torch.where(sine > SHORT, cosine.acos() / sine, 1.0)
+        sine = (1 - cosine.square()).sqrt().clamp_min(MIN_SINE)
+        pull = weights * torch.where(sine > MIN_SINE, cosine.acos() / sine, 1.0)
         stretch = (pull * cosine).sum(-1, keepdim=True)
         # no step may be longer than the flattest direction allows, nor turn around
         return a + (pull - stretch * a) / stretch.clamp(0.55, 1)
@@ -94,38 +93,38 @@ def frechet_mean(cosines: Cosines, weights: Coefficients, start: Coefficients) -
 
 
 def geometric_median(cosines: Cosines, weights: Coefficients, start: Coefficients) -> Coefficients:
-    """Coefficients on the unit vectors of their weighted geometric median; see `frechet_mean`.
+    """Find the weighted geometric median of unit vectors, as coefficients; see `frechet_mean`.
 
     Where one point has more weight than the pulls of all others together, the median *is* that
     point: of two points the heavier one, of K at right angles the first as soon as
-    w_1² > Σ_{n>1} w_n². The iteration would only creep there, so the likeliest point, the one of
-    least cost, is tried first. Near the threshold 300 steps may end 0.1 radian away, at a cost
-    within 1e-4 of the least.
+    w_1² > Σ_{n>1} w_n². The iteration would converge slowly there, so the point of least cost is
+    tried first. Near the threshold 300 steps may end 0.1 radian away, at a cost within 1e-4 of
+    the least.
     """
     cost = (cosines.acos() @ weights[..., None])[..., 0].masked_fill(weights == 0, torch.inf)
     vertex = torch.nn.functional.one_hot(cost.argmin(-1), weights.shape[-1]).to(weights)
     cosine = (cosines @ vertex[..., None])[..., 0]
-    pulls = weights / (1 - cosine.square()).clamp_min(1 - SAME**2).sqrt()
-    pulls = torch.where(cosine.abs() > SAME, 0, pulls)
+    pulls = weights / (1 - cosine.square()).clamp_min(1 - SAME_COSINE**2).sqrt()
+    pulls = torch.where(cosine.abs() > SAME_COSINE, 0, pulls)
     along = (pulls * cosine).sum(-1)
     force = ((cosines @ pulls[..., None])[..., 0] * pulls).sum(-1) - along.square()
-    # what lies opposite pulls whichever way one goes
-    force = force.clamp_min(0).sqrt() + (weights * (cosine < -SAME)).sum(-1)
-    held = (weights * (cosine > SAME)).sum(-1)
+    # a point opposite to the vertex pulls with its whole weight, in every direction
+    force = force.clamp_min(0).sqrt() + (weights * (cosine < -SAME_COSINE)).sum(-1)
+    held = (weights * (cosine > SAME_COSINE)).sum(-1)
     stuck = force < held * (1 - 1e-9)
 
     def step(a: Coefficients, cosine: Coefficients, weights: Coefficients) -> Coefficients:
-        return weights / (1 - cosine.square()).clamp_min(SHORT**2).sqrt()
+        return weights / (1 - cosine.square()).clamp_min(MIN_SINE**2).sqrt()
 
     return settle(cosines, weights, torch.where(stuck[:, None], vertex, start), step, ~stuck)
 
 
-def slerp(residuals: Angles) -> Float[Tensor, "b k"]:
-    """Spherical interpolation of K points: the Fréchet mean, of norm Σ w_n ‖e_n‖.
+def slerp(residuals: Residuals) -> Float[Tensor, "b k"]:
+    """Return the coefficients of the Fréchet mean of K directions at the norm Σ w_n ‖e_n‖.
 
-    For two points it is the slerp of Shoemake, *Animating rotation with quaternion curves*,
+    For two points this is the slerp of Shoemake, *Animating rotation with quaternion curves*,
     SIGGRAPH 1985, at a constant angular speed.
     """
-    norms, weights = residuals.norms, residuals.weights.double()
+    norms, weights = residuals.norms.double(), residuals.weights.double()
     a = frechet_mean(residuals.cosines, weights, weights * norms)
     return residuals.from_units((weights * norms).sum(-1, keepdim=True) * a)
