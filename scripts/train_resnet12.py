@@ -55,7 +55,7 @@ class Run(LongRun):
         self.images = normalised(self.images)
         self.test = [x[:, -HELD_OUT:].flatten(0, 1) for x in (images, labels)]
         self.network = resnet12(3, len(classes_of("base")), args.width)
-        self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        nn.Module.to(self.network, args.device, memory_format=torch.channels_last)
         self.optimizer = torch.optim.SGD(
             self.network.parameters(), args.lr, 0.9, weight_decay=5e-4, nesterov=True
         )
@@ -79,7 +79,8 @@ class Run(LongRun):
         padded = F.pad(images, (SHIFT,) * 4)
         which = torch.arange(self.batch).view(-1, 1, 1)
         images = padded[which, :, down[:, :, None], across[:, None]].permute(0, 3, 1, 2)
-        return F.cross_entropy(self.network.train()(images), self.labels[rows])
+        images, labels = (x.to(self.args.device) for x in (images, self.labels[rows]))
+        return F.cross_entropy(self.network.train()(images), labels)
 
     def update(self, loss: Tensor) -> None:
         """Make a step, at a rate that rises in the first twentieth and falls as a half cosine."""
@@ -110,7 +111,7 @@ def load_network(path: Path) -> nn.Sequential:
 
 def report(run: Run) -> None:
     """Print accuracies, and write the features."""
-    network = run.network.eval()
+    network = run.network.cpu().eval()
     trunk = nn.Sequential(*list(network)[:-1])
     seen = [normalised(run.test[0]), run.images[:: len(run.images) // len(run.test[0])]]
     seen_labels = [run.test[1], run.labels[:: len(run.images) // len(run.test[0])]]
@@ -154,6 +155,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=0.05)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--episodes", type=int, default=600)
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--report", action="store_true", help="do not train")
     args = parser.parse_args()
     args.run.mkdir(parents=True, exist_ok=True)

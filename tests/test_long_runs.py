@@ -104,9 +104,9 @@ def run(scripts, tmp_path, monkeypatch):
     save_file({"base": features}, tmp_path / "features.safetensors")
     args = argparse.Namespace(
         **{"run": tmp_path, "features": tmp_path / "features.safetensors", "steps": 2, "batch": 16},
-        **{"lr": 1e-3, "seed": 0, "compile": False},
+        **{"lr": 1e-3, "seed": 0},
     )
-    return script.Run(args, script.Data(tmp_path, args.features))
+    return script.Run(args, script.Data(tmp_path, args.features, "cpu"))
 
 
 def test_what_a_class_is_described_by_are_other_images_of_it(run):
@@ -156,7 +156,7 @@ def test_the_averaged_weights_are_a_flow_that_hears_prompts_and_features(run):
 
 def test_the_steps_of_a_batch_are_spread_over_all_levels(run):
     told = []
-    run.predict = lambda z, times, *rest: told.append(times) or z
+    run.network.forward = lambda z, times, *rest: told.append(times) or z
     run.loss()
     run.loss()
     assert torch.equal(*told), "a step's batch is a function of its number"
