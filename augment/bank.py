@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -25,15 +25,18 @@ from augment.chunks import Chunk, Members, pack
 from augment.diffusion.backbone import Backbone
 from augment.errors import UserError
 from augment.features import read_vectors
+from augment.files import unreadable
 from augment.plan import Images, Plan
 from augment.records import (
+    Manifest,
+    changed,
     check_file,
-    damaged,
+    parts_of,
     read_manifest,
     read_record,
     require_same,
-    stems,
 )
+from augment.schema import as_object, damaged
 
 CPU = torch.device("cpu")
 
@@ -51,7 +54,7 @@ class LatentBank:
     """
 
     path: Path
-    manifest: dict[str, Any]
+    manifest: Manifest
     chunks: dict[str, list[Chunk]]
     members: Images
     device: torch.device = CPU
@@ -67,34 +70,33 @@ class LatentBank:
         """
         path = Path(path)
         manifest = read_manifest(path)
-        chunks: dict[str, list[Chunk]] = {}
+        chunks: dict[str, list[Chunk]] = {known.name: [] for known in manifest.classes}
         missing = 0
-        for known in manifest["classes"]:
-            chunks[known["name"]] = []
-            for stem, plan in stems(path, known):
-                done = read_record(stem, plan)
-                means = len(done["statistics"].get("channel_means", [])) if done else 0
-                if means not in (0, manifest["latent_shape"][0]):
-                    raise damaged(stem)
-                if done is None:
-                    missing += len(plan["ids"])
-                else:
-                    chunks[known["name"]].append(Chunk.of(stem, done))
-            del known["chunks"]  # their ids are in the chunks now
+        for part in parts_of(path, manifest):
+            done = read_record(part)
+            if done is None:
+                missing += len(part.ids)
+                continue
+            means = done.statistics.channel_means
+            if means and len(means) != manifest.latent_shape[0]:
+                place = part.stem.with_suffix(".json")
+                raise damaged(place, done.WHAT, "means of other channels", done.CURE)
+            chunks[part.home.name].append(Chunk.of(part.stem, done))
+        manifest = replace(manifest, classes=[replace(c, chunks=[]) for c in manifest.classes])
         if missing:
             raise UserError(
                 f"expected a complete bank at {path}, got one that lacks {missing} images; "
-                "run the same latent-augment invert command again to finish it"
+                "run the command that made it again to finish it"
             )
         if repeated(chunks.values()):
             raise UserError(f"expected each image once in {path}, got some twice; invert again")
-        for name, parts in chunks.items():
-            if not filled(parts):
+        for name, own in chunks.items():
+            if not filled(own):
                 raise UserError(
                     f"expected a latent of each class in {path}, got none of {name!r}: all its "
                     "images are in rejects.jsonl; mend them or remove the class, and invert again"
                 )
-        members = Members({name: tuple(c.packed for c in parts) for name, parts in chunks.items()})
+        members = Members({name: tuple(c.packed for c in own) for name, own in chunks.items()})
         return cls(path, manifest, chunks, members)
 
     @property
@@ -105,7 +107,7 @@ class LatentBank:
     @property
     def fingerprint(self) -> dict[str, Any]:
         """How the latents were made; see the module's docstring."""
-        return self.manifest["fingerprint"]
+        return asdict(self.manifest.fingerprint)
 
     def prompt(self, class_name: str) -> str:
         """The prompt a class was inverted with; empty if none."""
@@ -114,17 +116,17 @@ class LatentBank:
 
     @cached_property
     def _prompts(self) -> dict[str, str]:
-        return {known["name"]: known["prompt"] for known in self.manifest["classes"]}
+        return {known.name: known.prompt for known in self.manifest.classes}
 
     @property
     def inversion(self) -> dict[str, Any]:
         """Method, steps, guidance and settings of the inversion."""
-        return self.fingerprint["inversion"]
+        return self.manifest.fingerprint.inversion
 
     @property
     def recipe(self) -> dict[str, Any]:
         """The arguments of `load_backbone` that made the backbone; by its name if unknown."""
-        return self.manifest["recipe"] or {"name_or_path": self.fingerprint["backbone"]["name"]}
+        return self.manifest.recipe or {"name_or_path": self.manifest.fingerprint.backbone["name"]}
 
     def to(self, device: torch.device | str) -> "LatentBank":
         """The same bank with all its latents, float16, in a device's memory.
@@ -135,8 +137,8 @@ class LatentBank:
             UserError: they do not fit.
         """
         device = torch.device(device)
-        chunks = [chunk for parts in self.chunks.values() for chunk in filled(parts)]
-        size = sum(chunk.files["latents"]["bytes"] for chunk in chunks)
+        chunks = [chunk for own in self.chunks.values() for chunk in filled(own)]
+        size = sum(chunk.files["latents"].bytes for chunk in chunks)
         room = free_memory(device)
         if size > room:
             raise UserError(
@@ -162,7 +164,7 @@ class LatentBank:
                 is missing or damaged.
         """
         count = max((len(plan.members) for plan in plans), default=0)
-        shape = self.manifest["latent_shape"]
+        shape = self.manifest.latent_shape
         full = all(len(plan.members) == count for plan in plans)
         make = torch.empty if full else torch.zeros
         points = make(len(plans) * count, *shape, device=self.device)
@@ -218,7 +220,7 @@ class LatentBank:
             UserError: no such class.
         """
         records = (chunk.record for chunk in self._chunks(class_name))
-        known = {image["id"]: image["sha256"] for r in records for image in r["images"]}
+        known = {image.id: image.sha256 for record in records for image in record.images}
         return {image_id: known[image_id] for image_id in self.members[class_name]}
 
     def latents(self, class_name: str) -> Float[Tensor, "n c h w"]:
@@ -305,8 +307,8 @@ class LatentBank:
         Raises:
             BankMismatch: the first field that differs is named.
         """
-        require_same(self.path, self.fingerprint["backbone"], backbone.fingerprint)
-        have, want = self.manifest["latent_shape"], list(backbone.latent_shape)
+        require_same(self.path, self.manifest.fingerprint.backbone, backbone.fingerprint)
+        have, want = self.manifest.latent_shape, list(backbone.latent_shape)
         require_same(self.path, {"latent shape": have}, {"latent shape": want})
 
     @cached_property
@@ -315,7 +317,8 @@ class LatentBank:
         digest = hashlib.sha256(b"[")  # of a JSON list, which is never whole in memory
         for number, (name, chunks) in enumerate(self.chunks.items()):
             files = [[c.files.get(k) for k in ("latents", "nulls")] for c in chunks]
-            content = json.dumps([name, self.prompt(name), [c.ids for c in chunks], files])
+            facts = [name, self.prompt(name), [c.ids for c in chunks], files]
+            content = json.dumps(facts, default=as_object)
             digest.update((", " if number else "").encode() + content.encode())
         digest.update(b"]")
         return digest.hexdigest()
@@ -346,7 +349,7 @@ class LatentBank:
     def _read(self, chunk: Chunk, kind: str, *keys: str) -> list[Tensor]:
         """Tensors of one of a chunk's files."""
         path, known = chunk.file(kind), chunk.files.get(kind)
-        if known is None or not set(keys) <= set(known["holds"]):
+        if known is None or not set(keys) <= set(known.holds):
             raise UserError(
                 f"expected a bank that keeps {keys[0]} at {self.path}, got one of "
                 f"{self.inversion['method']} that does not; invert again "
@@ -356,26 +359,25 @@ class LatentBank:
             if path not in self._checked:
                 check_file(path, known)
                 with safe_open(path, framework="pt") as file:
-                    self._check_shape(chunk, file)
+                    self._check_shape(chunk, path, file)
                 self._checked.add(path)
-            elif os.stat(path).st_size != known["bytes"]:  # noqa: PTH116, a microsecond less
-                raise OSError("a file of another size")
+            elif os.stat(path).st_size != known.bytes:  # noqa: PTH116, a microsecond less
+                raise changed(path, "a file of another size")
             with safe_open(path, framework="pt") as file:
                 return [file.get_tensor(key) for key in keys]
-        except (OSError, SafetensorError) as error:
-            raise UserError(
-                f"expected {path} as it was written, got {error}; latent-augment verify --path "
-                f"{self.path} --discard takes what is damaged out, and the same latent-augment "
-                "invert command makes it again"
-            ) from None
+        except SafetensorError as error:
+            raise changed(path, str(error)) from None
+        except OSError as error:
+            raise unreadable(path, "a file of a bank", error) from None
 
-    def _check_shape(self, chunk: Chunk, file: Any) -> None:
-        """Raise OSError if a file has not a row, of the right shape, for each image."""
-        shape = self.manifest["latent_shape"]
+    def _check_shape(self, chunk: Chunk, path: Path, file: Any) -> None:
+        """Refuse a file that has not a row, of the right shape, for each image."""
+        shape = self.manifest.latent_shape
         for key in set(file.keys()) & {"latents", "clean", "errors", "null_rows"}:
             wanted = [len(chunk.rows), *(shape if key in ("latents", "clean") else [])]
             if file.get_slice(key).get_shape() != wanted:
-                raise OSError(f"{key} of shape {file.get_slice(key).get_shape()}, not {wanted}")
+                flaw = f"{key} of shape {file.get_slice(key).get_shape()}, not {wanted}"
+                raise changed(path, flaw)
 
 
 def filled(chunks: list[Chunk]) -> list[Chunk]:

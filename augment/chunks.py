@@ -11,10 +11,9 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
 from augment.errors import UserError
-from augment.records import file_of, record_at
+from augment.records import ChunkRecord, FileRecord, file_of, record_at
 
 UNPACKED = 256
 """Chunks whose ids are kept unpacked after they were used, in a process."""
@@ -27,22 +26,22 @@ class Chunk:
     Args:
         stem: the path of its files without suffix.
         packed: the ids of the images that it holds, row by row; see `pack`.
-        files: bytes, SHA-256 and the names of the tensors of its files, by kind.
+        files: what is recorded of its files, by kind.
         means: of each channel of its latents; empty if all images were left out.
         rejected: how many those are.
     """
 
     stem: Path
     packed: str
-    files: dict[str, dict[str, Any]]
+    files: dict[str, FileRecord]
     means: tuple[float, ...]
     rejected: int
 
     @classmethod
-    def of(cls, stem: Path, record: dict[str, Any]) -> "Chunk":
+    def of(cls, stem: Path, record: ChunkRecord) -> "Chunk":
         """The chunk of a commit record."""
-        packed, means = packed_ids(record), record["statistics"].get("channel_means", ())
-        return cls(stem, packed, record["files"], tuple(means), len(record["rejects"]))
+        means = tuple(record.statistics.channel_means or ())
+        return cls(stem, packed_ids(record), record.files, means, len(record.rejects))
 
     def file(self, kind: str) -> Path:
         """The path of its file of a kind."""
@@ -59,14 +58,14 @@ class Chunk:
         return list(self.rows)
 
     @property
-    def record(self) -> dict[str, Any]:
+    def record(self) -> ChunkRecord:
         """Its commit record, read again.
 
         Raises:
             UserError: it is no longer the one that the bank was opened with.
         """
         record = record_at(self.stem)
-        if record is None or (record["files"], packed_ids(record)) != (self.files, self.packed):
+        if record is None or (record.files, packed_ids(record)) != (self.files, self.packed):
             raise UserError(
                 f"expected the commit record at {self.stem.with_suffix('.json')} as it was when "
                 "the bank was opened, got another; open the bank again, or see latent-augment "
@@ -106,9 +105,9 @@ def pack(ids: Iterable[str]) -> str:
     return json.dumps(list(ids))
 
 
-def packed_ids(record: dict[str, Any]) -> str:
+def packed_ids(record: ChunkRecord) -> str:
     """The ids of the images of a commit record, packed."""
-    return pack(image["id"] for image in record["images"])
+    return pack(image.id for image in record.images)
 
 
 @lru_cache(UNPACKED)

@@ -153,7 +153,7 @@ def evaluate_bank(
     found: dict[str, LatentStatistics] = {}
     for name in tqdm(bank.classes, "classes", unit="class", delay=2):
         found[name] = latent_statistics(bank.latents(name))
-    kept = "errors" in bank.manifest["keeps"]
+    kept = "errors" in bank.manifest.keeps
     rows = []
     for name, s in found.items():
         row: Row = {"class": name, "latents": s.count, "bias": s.largest[0], "biased": s.biased}

@@ -5,14 +5,24 @@ the source become further chunks, and so do those that were left out and have be
 """
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
-from augment.errors import UserError
-from augment.files import sha256
-from augment.records import read_record, stems
+from augment.errors import Damaged, UserError
+from augment.files import sha256, unreadable
+from augment.records import (
+    ChunkPlan,
+    ChunkRecord,
+    ClassPlan,
+    ImageRecord,
+    Manifest,
+    Part,
+    Reject,
+    file_of,
+    parts_of,
+    read_record,
+)
 from augment.sources import Source
 
 FULL = 2**30
@@ -31,91 +41,118 @@ class Settled:
     """
 
     ids: set[str] = field(default_factory=set)
-    rejects: dict[Path, list[dict[str, Any]]] = field(default_factory=dict)
+    rejects: dict[Path, list[Reject]] = field(default_factory=dict)
 
-    def images(self, chunks: Iterable[tuple[Path, dict[str, Any]]]) -> Iterator[dict[str, Any]]:
+    def images(self, parts: Iterable[Part]) -> Iterator[ImageRecord]:
         """What is recorded of each image that has a latent."""
-        for stem, plan in chunks:
-            record = intact(stem, plan)
+        for part in parts:
+            record = intact(part)
             if record is not None:
-                self.rejects[stem] = record["rejects"]
-                out = {reject["id"] for reject in record["rejects"]}
-                self.ids.update(i for i in plan["ids"] if i not in out)
-                yield from record["images"]
+                self.rejects[part.stem] = record.rejects
+                out = {reject.id for reject in record.rejects}
+                self.ids.update(i for i in part.ids if i not in out)
+                yield from record.images
 
 
 def extended(
-    path: Path, old: list[dict[str, Any]], source: Source, prompts: dict[str, str], size: int
-) -> list[dict[str, Any]]:
+    path: Path, old: Manifest | None, source: Source, prompts: dict[str, str], size: int
+) -> list[ClassPlan]:
     """The classes of a manifest: chunks there are, and units of ``size`` of the images beside.
 
     Raises:
         UserError: the bank holds an image that the source lacks or has changed, or other prompts.
     """
-    chunks_of = {known["name"]: list(stems(path, known)) for known in old}
+    had = old.classes if old else []
+    parts = list(parts_of(path, old)) if old else []
+    stems = {(part.home.name, part.home.number): part.stem for part in parts}
     ids = {image_id for members in source.ids.values() for image_id in members}
     settled = Settled()
-    check_kept(path, settled.images(chain.from_iterable(chunks_of.values())), source, ids)
+    check_kept(path, settled.images(parts), source, ids)
     rejects = chain.from_iterable(settled.rejects.values())
-    refused = {r["id"] for r in rejects if r["id"] in ids and same_file(source, r)}
-    classes, by_name = [], {known["name"]: known for known in old}
-    free = 1 + max((int(known["folder"]) for known in old), default=-1)
-    unit = 1 + max((chunk["unit"] for known in old for chunk in known["chunks"]), default=-1)
+    refused = {r.id for r in rejects if r.id in ids and same_file(source, r)}
+    classes, by_name = [], {known.name: known for known in had}
+    free = 1 + max((int(known.folder) for known in had), default=-1)
+    unit = 1 + max((chunk.unit for known in had for chunk in known.chunks), default=-1)
     room = size
     for name, members in source.ids.items():
         prompt = prompts.get(name, "")
         known = by_name.get(name)
         if known is None:
-            known, free = {"folder": f"{free:04d}", "prompt": prompt, "chunks": []}, free + 1
-        if known["prompt"] != prompt:
+            known, free = ClassPlan(name, f"{free:04d}", prompt, []), free + 1
+        if known.prompt != prompt:
             raise UserError(
-                f"expected the prompts of the bank {path}, {known['prompt']!r} for class {name!r}, "
+                f"expected the prompts of the bank {path}, {known.prompt!r} for class {name!r}, "
                 f"got {prompt!r}; use that, or a new folder"
             )
         chunks = []
-        for stem, chunk in chunks_of.get(name, []):
+        for chunk in known.chunks:
+            left = chunk.ids
+            stem = stems[name, chunk.number]
             if stem in settled.rejects:  # a rejected image that was mended, or is gone, leaves it
-                out = {reject["id"] for reject in settled.rejects[stem]} - refused
-                chunk = {**chunk, "ids": [i for i in chunk["ids"] if i not in out]}
-            elif not set(chunk["ids"]) <= set(members):
+                out = {reject.id for reject in settled.rejects[stem]} - refused
+                left = [i for i in left if i not in out]
+            elif not set(left) <= set(members):
                 continue  # it was never made, and now lacks an image
-            if chunk["ids"]:
-                chunks.append(chunk)
-        planned = {i for chunk in chunks for i in chunk["ids"]}
+            if left:
+                chunks.append(replace(chunk, ids=left))
+        planned = {i for chunk in chunks for i in chunk.ids}
         fresh = [i for i in members if i not in settled.ids and i not in planned]
-        number = 1 + max((chunk["number"] for chunk in known["chunks"]), default=-1)
+        number = 1 + max((chunk.number for chunk in known.chunks), default=-1)
         while fresh:
-            chunks.append({"number": number, "unit": unit, "ids": fresh[:room]})
+            chunks.append(ChunkPlan(number, unit, fresh[:room]))
             number, fresh, room = number + 1, fresh[room:], room - len(fresh[:room])
             unit, room = (unit, room) if room else (unit + 1, size)
-        classes.append({"name": name, **known, "chunks": chunks})
+        classes.append(replace(known, chunks=chunks))
     return classes
 
 
-def intact(stem: Path, plan: dict[str, Any]) -> dict[str, Any] | None:
-    """The record of a chunk; None if it is not committed, or its record is damaged."""
+def intact(part: Part) -> ChunkRecord | None:
+    """The record of a chunk; None if it is not committed, or its record is damaged.
+
+    Raises:
+        UserError: the record cannot be read now.
+    """
     try:
-        return read_record(stem, plan)
-    except UserError:
+        return read_record(part)
+    except Damaged:
         return None
 
 
-def still(record: dict[str, Any], plan: dict[str, Any]) -> list[dict[str, Any]]:
+def size_of(part: Part, record: ChunkRecord | None) -> int:
+    """Return the bytes of a chunk's files, its record among them; 0 if it is not whole.
+
+    Raises:
+        UserError: that cannot be found out now.
+    """
+    if record is None:
+        return 0
+    sizes = {file_of(part.stem, kind): known.bytes for kind, known in record.files.items()}
+    try:
+        if any(file.stat().st_size != size for file, size in sizes.items()):
+            return 0
+        return sum(sizes.values()) + part.stem.with_suffix(".json").stat().st_size
+    except (FileNotFoundError, NotADirectoryError):
+        return 0
+    except OSError as error:
+        raise unreadable(part.stem, "the files of a chunk", error) from None
+
+
+def still(record: ChunkRecord, part: Part) -> list[Reject]:
     """The rejects of a chunk that were not mended since."""
-    return [reject for reject in record["rejects"] if reject["id"] in plan["ids"]]
+    return [reject for reject in record.rejects if reject.id in part.ids]
 
 
-def same_file(source: Source, known: dict[str, Any], read: bool = True) -> bool:
+def same_file(source: Source, known: ImageRecord | Reject, read: bool = True) -> bool:
     """Whether an image's file is what a record says of it; by its size alone, or its digest too."""
-    if source.size(known["id"]) != known["bytes"]:
+    if source.size(known.id) != known.bytes:
         return False
     try:
-        return not read or sha256(source.read(known["id"])) == known["sha256"]
+        return not read or sha256(source.read(known.id)) == known.sha256
     except OSError:
-        return not known["sha256"]  # as it was then
+        return not known.sha256  # as it was then
 
 
-def check_kept(path: Path, kept: Iterator[dict[str, Any]], source: Source, ids: set[str]) -> None:
+def check_kept(path: Path, kept: Iterator[ImageRecord], source: Source, ids: set[str]) -> None:
     """Refuse a source that lacks or has changed an image that a bank holds.
 
     Args:
@@ -130,11 +167,11 @@ def check_kept(path: Path, kept: Iterator[dict[str, Any]], source: Source, ids: 
     few, total = [], 0
     for image in kept:
         few.append(image)
-        total += image["bytes"]
+        total += image.bytes
         if total > FULL:
             break
     for image in chain(few, kept):
-        name = image["id"]
+        name = image.id
         if name not in ids or not same_file(source, image, total <= FULL):
             raise UserError(
                 f"expected all images that the bank {path} holds, and perhaps more, got others: "

@@ -87,7 +87,7 @@ def write_table(path: Path, rows: Iterable[Sequence[Any]]) -> None:
 
 
 TEMPORARY = re.compile(r"\..+\.\d+\.[0-9a-f]{8}\.tmp")
-PATIENCE_S = 5.0  # for a rank that takes a shared folder for itself to sweep it
+PATIENCE_S = 5.0  # for a rank that looks whether it is alone in a shared folder
 
 
 def in_use(folder: Path) -> bool:
@@ -95,24 +95,33 @@ def in_use(folder: Path) -> bool:
     return any(not TEMPORARY.fullmatch(path.name) for path in folder.iterdir())
 
 
-class Lock:
-    """The lock of a folder that is held; see `locked`."""
+def leftovers(folder: Path) -> list[Path]:
+    """Return the files in a folder that are, or were, being written."""
+    with suppress(OSError):
+        found = [path for path in folder.rglob(".*.tmp") if TEMPORARY.fullmatch(path.name)]
+        return [path for path in found if path.is_file()]
+    return []
 
-    def __init__(self, path: Path, handle: int, shared: bool) -> None:
-        self.path, self.handle, self.shared = path, handle, shared
+
+class Lock:
+    """The lock of a folder; see `locked`.
+
+    It is never changed while it is held: to ask the kernel for more would be to let go first.
+
+    Args:
+        path: the folder.
+        alone: whether nobody else can be at work there while it is held.
+        dead: what killed writers had left when it was taken.
+    """
+
+    def __init__(self, path: Path, alone: bool, dead: Sequence[Path] = ()) -> None:
+        self.path, self.alone, self.dead = path, alone, dead
 
     def sweep(self) -> None:
-        """Remove what killed writers left, if nobody else is at work in the folder."""
-        try:
-            fcntl.flock(self.handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            return
-        with suppress(OSError):
-            for path in self.path.rglob(".*.tmp"):
-                if TEMPORARY.fullmatch(path.name) and path.is_file():
-                    path.unlink()
-        if self.shared:
-            fcntl.flock(self.handle, fcntl.LOCK_SH)
+        """Remove what killed writers left; beside others only what was there before all of them."""
+        for path in leftovers(self.path) if self.alone else self.dead:
+            with suppress(OSError):
+                path.unlink()
 
 
 @contextmanager
@@ -126,8 +135,8 @@ def locked(path: Path, shared: bool = False) -> Iterator[Lock]:
     Raises:
         UserError: another run holds it.
     """
-    new, how = not path.exists(), fcntl.LOCK_SH if shared else fcntl.LOCK_EX
     try:
+        new = not path.exists()
         path.mkdir(parents=True, exist_ok=True)
         handle = os.open(path, os.O_RDONLY)
     except OSError as error:
@@ -135,20 +144,16 @@ def locked(path: Path, shared: bool = False) -> Iterator[Lock]:
             f"expected a folder to write to at {path}, got {error.strerror}; choose another place"
         ) from None
     try:
-        end = time.monotonic() + PATIENCE_S * shared
-        with suppress(OSError):
-            while True:
-                try:
-                    fcntl.flock(handle, how | fcntl.LOCK_NB)
-                    break
-                except BlockingIOError:
-                    if time.monotonic() > end:
-                        raise UserError(
-                            f"expected {path} for this run alone, got one that another run is at "
-                            "work on; wait for it or stop it, or start both as ranks of one job"
-                        ) from None
-                    time.sleep(0.1)
-        yield Lock(path, handle, shared)
+        try:
+            lock = take(path, handle, shared)
+        except BlockingIOError:
+            raise UserError(
+                f"expected {path} for this run alone, got one that another run is at "
+                "work on; wait for it or stop it, or start both as ranks of one job"
+            ) from None
+        except OSError:  # there are no locks here
+            lock = Lock(path, alone=False)
+        yield lock
     finally:
         os.close(handle)
         if new:
@@ -156,34 +161,78 @@ def locked(path: Path, shared: bool = False) -> Iterator[Lock]:
                 path.rmdir()  # nothing came of it
 
 
+def take(path: Path, handle: int, shared: bool) -> Lock:
+    """Lock an open folder for one run, or for several.
+
+    A rank tries to be alone first, to see what was left by writers that are dead. To share the
+    folder it then lets go for a moment; it has not begun to work, so nothing is lost if another
+    comes first: it tries again.
+
+    Raises:
+        BlockingIOError: another run holds it.
+        OSError: the file system has no locks.
+    """
+    if not shared:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return Lock(path, alone=True)
+    end = time.monotonic() + PATIENCE_S
+    while True:
+        dead: list[Path] = []
+        try:
+            with suppress(BlockingIOError):
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                dead = leftovers(path)
+            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            return Lock(path, alone=False, dead=dead)
+        except BlockingIOError:
+            if time.monotonic() > end:
+                raise
+        time.sleep(0.1)
+
+
 LARGEST_RECORD = 2**28
 """Bytes of a record. The manifest of a bank of seven million images has so many."""
 
 
-def read_file(path: Path, what: str, limit: int = LARGEST_RECORD) -> bytes:
-    """Read a regular file of a bounded size; a pipe or a device is never opened.
+@contextmanager
+def reading(path: Path, what: str) -> Iterator[io.BufferedReader]:
+    """Open a regular file to read; a pipe or a device is never opened.
 
     Raises:
         Missing: there is none.
-        Damaged: there is something else, or it is larger.
+        Damaged: there is something else.
         UserError: it cannot be read now.
     """
-    got = f"expected {what} at {path.parent}, got"
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):  # noqa: PTH116, half the time of Path.stat
-            raise Damaged(f"{got} {path.name} that is no regular file; remove it")
+            raise Damaged(f"expected {what} at {path}, got no regular file; remove it")
         with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:  # noqa: PTH123
-            size = os.fstat(file.fileno()).st_size
-            if size > limit:
-                raise Damaged(f"{got} {path.name} of {size:,} bytes; remove it")
-            return file.read(size)
-    except (FileNotFoundError, NotADirectoryError):
-        raise Missing(f"{got} no {path.name} there; check the path") from None
+            yield file
     except OSError as error:
-        raise UserError(
-            f"expected to read {path}, got {error.strerror or error}; make that possible and run "
-            "the same command again: nothing is known to be wrong with the file"
-        ) from None
+        raise unreadable(path, what, error) from None
+
+
+def unreadable(path: Path, what: str, error: OSError) -> UserError:
+    """Build the error for a file that is missing, or that cannot be read now."""
+    if isinstance(error, FileNotFoundError | NotADirectoryError):
+        return Missing(f"expected {what} at {path}, got none; check the path")
+    return UserError(
+        f"expected to read {path}, got {error.strerror or error}; make that possible and run the "
+        "same command again: nothing is known to be wrong with the file"
+    )
+
+
+def read_file(path: Path, what: str) -> bytes:
+    """Read a regular file of at most `LARGEST_RECORD` bytes.
+
+    Raises:
+        UserError: see `reading`; `Damaged` also if it is larger.
+    """
+    with reading(path, what) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > LARGEST_RECORD:
+            raise Damaged(f"expected {what} at {path}, got {size:,} bytes; remove it")
+        return file.read(size)
 
 
 def read_json(path: Path, what: str) -> Any:

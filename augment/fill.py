@@ -8,15 +8,18 @@ is left out and listed with the reason, and too many of them stop the job.
 """
 
 import dataclasses
+import errno
 import json
 import math
+import re
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from safetensors.torch import save
@@ -26,22 +29,30 @@ from augment.bank import LatentBank
 from augment.diffusion import load_backbone
 from augment.diffusion.backbone import Backbone, check_batch
 from augment.diffusion.solver import sample
-from augment.errors import EnlargedWarning, ImageRejected, UserError
-from augment.extend import extended, intact, still
-from augment.files import check_folder, in_use, sha256, write_bytes, write_json
+from augment.errors import EnlargedWarning, ImageRejected, Missing, UserError
+from augment.extend import extended, intact, size_of, still
+from augment.files import check_folder, in_use, sha256, unreadable, write_bytes
 from augment.images import decode_image, shorter_side
 from augment.inversion import INVERTERS, Inverter, check_guidance, inverted, inverter
 from augment.jobs import run
 from augment.prior import nominal_norm
 from augment.records import (
     CHUNK,
-    KINDS,
-    SCHEMA,
+    BankSettings,
+    ChunkRecord,
+    FileRecord,
+    Fingerprint,
+    ImageRecord,
+    Manifest,
+    Part,
+    Reject,
+    Statistics,
     file_of,
+    parts_of,
     read_manifest,
     require_same_making,
-    stems,
 )
+from augment.schema import write
 from augment.sources import Source
 
 ENLARGED = 1.5
@@ -50,20 +61,12 @@ ENLARGED = 1.5
 PIXELS = 2**26
 """How many pixels, of all channels, a unit holds in memory."""
 
+CHUNK_FILE = re.compile(r"chunk-[0-9]{4,}(\.clean|\.nulls)?\.(safetensors|json)")
+
+REJECTED = ("id", "bytes", "sha256", "reason")
+"""What rejects.jsonl tells of an image."""
+
 PREPROCESSING = "shorter side by antialiased bilinear, centre crop"
-
-
-class Part(NamedTuple):
-    """A chunk of a unit: where it goes, its class's prompt, and what the manifest says of it."""
-
-    stem: Path
-    prompt: str
-    plan: dict[str, Any]
-
-    @property
-    def ids(self) -> list[str]:
-        """The images."""
-        return self.plan["ids"]
 
 
 @dataclass
@@ -77,7 +80,7 @@ class Picture:
         row: where its latent is among those of the unit.
     """
 
-    about: dict[str, Any]
+    about: ImageRecord
     pixels: Tensor | None = None
     reason: str = ""
     row: int = 0
@@ -152,7 +155,7 @@ class Inversion:
     max_rejects: float = 0.05
     where: dict[str, Any] = field(default_factory=dict)
     title: str = field(default="invert", init=False)
-    manifest: dict[str, Any] = field(default_factory=dict, init=False)
+    manifest: Manifest | None = field(default=None, init=False)
     units: list[list[Part]] = field(default_factory=list, init=False)
     rejected: dict[Path, int] = field(default_factory=dict, init=False)
 
@@ -188,108 +191,90 @@ class Inversion:
 
     def __getstate__(self) -> dict[str, Any]:
         """What is sent to a worker elsewhere: how to load the backbone, where that is known."""
-        sendable = None if self.manifest.get("recipe") else self.backbone
+        sendable = None if self.manifest and self.manifest.recipe else self.backbone
         return {**self.__dict__, "backbone": sendable}
 
-    def described(self, backbone: Backbone) -> dict[str, Any]:
-        """The manifest but for the classes: how the latents are made."""
-        return {
-            "schema": SCHEMA,
-            "latent_shape": list(backbone.latent_shape),
-            "fingerprint": {
-                "backbone": backbone.fingerprint,
-                "inversion": {
-                    "method": next(k for k, v in INVERTERS.items() if type(self.method) is v),
-                    "solver": self.method.solver,
-                    "guidance": self.guidance,
-                    **dataclasses.asdict(self.method),  # type: ignore[call-overload]
-                },
-                "preprocessing": PREPROCESSING,
-            },
-            "recipe": backbone.recipe,
-            "source": str(self.source.root.absolute()),
-            "keeps": list(self.keeps),
-            "made_with": {name: version(name) for name in ("torch", "diffusers", "safetensors")}
-            | {"device": backbone.device.type},
+    def described(self, backbone: Backbone) -> BankSettings:
+        """How the latents are made."""
+        method = {
+            "method": next(k for k, v in INVERTERS.items() if type(self.method) is v),
+            "solver": self.method.solver,
+            "guidance": self.guidance,
+            **dataclasses.asdict(self.method),  # type: ignore[call-overload]
         }
+        versions = {name: version(name) for name in ("torch", "diffusers", "safetensors")}
+        return BankSettings(
+            list(backbone.latent_shape),
+            Fingerprint(backbone.fingerprint, method, PREPROCESSING),
+            backbone.recipe,
+            str(self.source.root.absolute()),
+            list(self.keeps),
+            versions | {"device": backbone.device.type},
+        )
 
     def plan(self) -> list[int]:
         """The images of each unit; the manifest is written, or checked and extended."""
         backbone = self.backbone
         assert backbone is not None
-        new = self.described(backbone)
-        old: dict[str, Any] = {}
-        if (self.path / "manifest.json").exists():
-            old = read_manifest(self.path)
+        new, old = self.described(backbone), self._known()
+        if old is not None:
             require_same_making(self.path, old, new)
-            new |= {key: old[key] for key in ("recipe", "made_with")}
-        elif in_use(self.path) and not (self.path / "manifest.json").exists():
-            raise UserError(
-                f"expected {self.path} to be new, empty or a bank, got a folder in use; use a new "
-                "one"
-            )
+            new = replace(new, recipe=old.recipe, made_with=old.made_with)
         most = 16 if self.method.away == "nulls" else CHUNK  # embeddings are large
         size = max(min(most, CHUNK, PIXELS // (backbone.channels * backbone.resolution**2)), 1)
-        classes = extended(self.path, old.get("classes", []), self.source, self.prompts, size)
-        self.manifest = {**new, "classes": classes}
+        classes = extended(self.path, old, self.source, self.prompts, size)
+        self.manifest = Manifest(**vars(new), schema=Manifest.SCHEMA, classes=classes)
         if self.manifest != old:
-            write_json(self.path / "manifest.json", self.manifest)
-        now = {stem for known in classes for stem, _ in stems(self.path, known)}
-        for stem in (s for k in old.get("classes", []) for s, _ in stems(self.path, k)):
-            if stem not in now:  # of images that are gone; another chunk may get the name
-                for file in (stem.with_suffix(".json"), *(file_of(stem, k) for k in KINDS)):
-                    file.unlink(missing_ok=True)
+            write(self.path / "manifest.json", self.manifest)
         units: dict[int, list[Part]] = {}
-        for known in classes:
-            for stem, chunk in stems(self.path, known):
-                part = Part(stem, known["prompt"], chunk)
-                units.setdefault(chunk["unit"], []).append(part)
+        for part in parts_of(self.path, self.manifest):
+            units.setdefault(part.home.unit, []).append(part)
+        remove_strays(self.path, [part.stem for parts in units.values() for part in parts])
         self.units = [units[number] for number in sorted(units)]
         return [sum(len(part.ids) for part in parts) for parts in self.units]
 
-    def record(self, part: Part) -> dict[str, Any] | None:
-        """The record of a chunk; None if it is not committed, or its record was harmed since."""
-        return intact(part.stem, part.plan)
+    def _known(self) -> Manifest | None:
+        """The manifest that is there; None in a new folder."""
+        with suppress(Missing):
+            return read_manifest(self.path)
+        # another rank may have begun since
+        if in_use(self.path) and not (self.path / "manifest.json").exists():
+            raise UserError(
+                f"expected {self.path} to be new, empty or a bank, got a folder in use without a "
+                "manifest.json; use a new one, or latent-augment verify --repair if it is a bank"
+            )
+        return None
 
     def committed(self, unit: int) -> int:
         """The bytes of a unit's files, its records among them; 0 if it is not finished."""
-        total = 0
-        for part in self.units[unit]:
-            stem, record = part.stem, self.record(part)
-            if record is None:
-                return 0
-            for kind, known in record["files"].items():
-                if size_of(file_of(stem, kind)) != known["bytes"]:
-                    return 0  # harmed since; it is made again
-                total += known["bytes"]
-            total += stem.with_suffix(".json").stat().st_size
-        return total
+        sizes = [size_of(part, intact(part)) for part in self.units[unit]]
+        return sum(sizes) if all(sizes) else 0
 
     def start(self) -> Callable[[int], None]:
         """Load the backbone, unless it is here."""
-        return partial(
-            self.work, self.backbone or load_backbone(**self.manifest["recipe"], **self.where)
-        )
+        assert self.manifest is not None
+        loaded = self.backbone or load_backbone(**self.manifest.recipe, **self.where)
+        return partial(self.work, loaded)
 
     def work(self, backbone: Backbone, unit: int) -> None:
         """Read, invert and commit the images of a unit."""
         parts = self.units[unit]
         read = [[picture(self.source, backbone, i) for i in part.ids] for part in parts]
         pairs = list(zip(parts, read, strict=True))
-        seen = [(p, part.prompt) for part, row in pairs for p in row if p.pixels is not None]
+        seen = [(p, part.home.prompt) for part, row in pairs for p in row if p.pixels is not None]
         made = self.make(backbone, *map(list, zip(*seen, strict=True))) if seen else {}
         for row, (p, _) in enumerate(seen):
             p.row, p.reason = row, useless(made, row)
         self._check_rejects(unit, [p for row in read for p in row if p.reason])
         for part, row in pairs:
-            commit(part.stem, made, row)
+            commit(part, made, row)
 
     def make(
         self, backbone: Backbone, pictures: list[Picture], texts: list[str]
     ) -> dict[str, Tensor]:
         """All that is kept of some images, on the CPU."""
         images = torch.stack([p.pixels for p in pictures if p.pixels is not None])
-        seeds = [int(p.about["sha256"][:8], 16) for p in pictures]
+        seeds = [int(p.about.sha256[:8], 16) for p in pictures]
         scale = self.guidance or 0.0
         made = inverted(self.method, backbone, images, texts, scale, self.batch_size, seeds)
         for key in {"latents", "nulls"} & made.keys():
@@ -316,13 +301,13 @@ class Inversion:
             return
         planned = sum(len(part.ids) for parts in self.units for part in parts)
         for part in (p for k, parts in enumerate(self.units) for p in parts if k != unit):
-            if part.stem not in self.rejected and (record := self.record(part)):
-                self.rejected[part.stem] = len(still(record, part.plan))
+            if part.stem not in self.rejected and (record := intact(part)):
+                self.rejected[part.stem] = len(still(record, part))
         count = len(mine) + sum(self.rejected.values())
         if count > self.max_rejects * planned:
             raise ImageRejected(
                 f"expected no more than {self.max_rejects:.1%} of {planned} images to be of no "
-                f"use, got {count}, such as {mine[0].about['id']} ({mine[0].reason}); mend or "
+                f"use, got {count}, such as {mine[0].about.id} ({mine[0].reason}); mend or "
                 "remove them, or allow a larger share of rejects"
             )
 
@@ -332,16 +317,17 @@ class Inversion:
         assert self.backbone is not None
         side = self.backbone.resolution
         for part in (part for parts in self.units for part in parts):
-            record = self.record(part) or {"images": [], "rejects": []}
-            rejects += still(record, part.plan)
-            enlarged = [
-                (i["side"], i["id"]) for i in record["images"] if i["side"] * ENLARGED < side
-            ]
-            seen, small = seen + len(record["images"]), small + len(enlarged)
+            record = intact(part)
+            if record is None:
+                continue
+            rejects += still(record, part)
+            enlarged = [(i.side, i.id) for i in record.images if i.side * ENLARGED < side]
+            seen, small = seen + len(record.images), small + len(enlarged)
             least = min([least, *enlarged], key=lambda found: found[0])
         file = self.path / "rejects.jsonl"
         if rejects:
-            lines = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rejects)
+            facts = ({key: getattr(r, key) for key in REJECTED} for r in rejects)
+            lines = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in facts)
             write_bytes(file, lines.encode("utf-8", "surrogatepass"))
         else:
             file.unlink(missing_ok=True)
@@ -355,27 +341,42 @@ class Inversion:
             )
 
 
-def size_of(file: Path) -> int:
-    """Bytes of a file; −1 if there is none."""
-    try:
-        return file.stat().st_size
-    except OSError:
-        return -1
+def remove_strays(root: Path, stems: Iterable[Path]) -> None:
+    """Remove files of chunks that are not planned, as of images that are gone.
+
+    Another chunk may get the name, and must not take them for its own.
+    """
+    planned = set(stems)
+    for folder in (path for path in root.iterdir() if path.name.isdigit() and path.is_dir()):
+        for file in folder.iterdir():
+            if (
+                CHUNK_FILE.fullmatch(file.name)
+                and file.with_name(file.name.split(".")[0]) not in planned
+            ):
+                file.unlink(missing_ok=True)
+        with suppress(OSError):
+            folder.rmdir()  # if it is empty
 
 
 def picture(source: Source, backbone: Backbone, image_id: str) -> Picture:
-    """Read an image."""
-    about: dict[str, Any] = {"id": image_id, "bytes": 0, "sha256": "", "side": 0}
+    """Read an image.
+
+    Raises:
+        UserError: no file can be read now.
+    """
+    about = ImageRecord(image_id, 0, "", 0)
     try:
         content = source.read(image_id)
-        about |= {"bytes": len(content), "sha256": sha256(content)}
+        about = replace(about, bytes=len(content), sha256=sha256(content))
         pixels = decode_image(content, backbone.channels, backbone.resolution)
     except OSError as error:
-        about["bytes"] = source.size(image_id)
+        if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
+            raise unreadable(source.root / image_id, "an image", error) from None
+        about = replace(about, bytes=source.size(image_id))
         return Picture(about, reason=error.strerror or str(error))
     except ImageRejected as error:
         return Picture(about, reason=str(error))
-    return Picture({**about, "side": shorter_side(content)}, pixels)
+    return Picture(replace(about, side=shorter_side(content)), pixels)
 
 
 def useless(made: dict[str, Tensor], row: int) -> str:
@@ -392,9 +393,9 @@ def useless(made: dict[str, Tensor], row: int) -> str:
     return ""
 
 
-def commit(stem: Path, made: dict[str, Tensor], pictures: list[Picture]) -> None:
+def commit(part: Part, made: dict[str, Tensor], pictures: list[Picture]) -> None:
     """Write a chunk's files, and last its record."""
-    files, statistics = {}, {}
+    files, statistics = {}, Statistics()
     rows = [p.row for p in pictures if not p.reason]
     if rows:
         latents = made["latents"][rows].contiguous()
@@ -410,20 +411,18 @@ def commit(stem: Path, made: dict[str, Tensor], pictures: list[Picture]) -> None
             kinds["nulls"] = {"nulls": nulls, "null_rows": places.contiguous()}
         for kind, tensors in kinds.items():
             content = save(tensors)
-            write_bytes(file_of(stem, kind), content)
-            known = {"bytes": len(content), "sha256": sha256(content), "holds": sorted(tensors)}
-            files[kind] = known
-        statistics = {
-            "norm": (norms.mean() / nominal_norm(latents[0].numel())).item(),
-            "channel_means": latents.float().mean((0, 2, 3)).tolist(),
-        }
-        if "errors" in made:
-            statistics["error"] = made["errors"][rows].mean().item()
+            write_bytes(file_of(part.stem, kind), content)
+            files[kind] = FileRecord(len(content), sha256(content), sorted(tensors))
+        statistics = Statistics(
+            (norms.mean() / nominal_norm(latents[0].numel())).item(),
+            latents.float().mean((0, 2, 3)).tolist(),
+            made["errors"][rows].mean().item() if "errors" in made else None,
+        )
     rejects = [
-        {**{key: p.about[key] for key in ("id", "bytes", "sha256")}, "reason": p.reason}
-        for p in pictures
+        Reject(p.about.id, p.about.bytes, p.about.sha256, p.reason, place)
+        for place, p in enumerate(pictures)
         if p.reason
     ]
     images = [p.about for p in pictures if not p.reason]
-    record = {"files": files, "images": images, "rejects": rejects, "statistics": statistics}
-    write_json(stem.with_suffix(".json"), record)
+    facts = files, images, rejects, statistics, part.home, part.settings
+    write(part.stem.with_suffix(".json"), ChunkRecord(*facts, schema=ChunkRecord.SCHEMA))

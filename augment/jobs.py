@@ -16,6 +16,7 @@ To add one: a function (job, units) → the units as they are finished, and an e
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -125,6 +126,8 @@ def run(job: Job, executor: str = "local", ranks: tuple[int, int] = (0, 1)) -> b
         complete = all(job.committed(unit) for unit in range(len(sizes)) if unit not in seen)
         if complete:
             job.finish()
+    if complete:
+        with suppress(UserError), locked(job.path) as lock:  # unless others are still at work
             lock.sweep()
     return complete
 

@@ -21,11 +21,11 @@ from augment.centroid.rule import Rule
 from augment.diffusion.backbone import Backbone, check_batch, check_interval
 from augment.diffusion.solver import SOLVERS, check_steps, sample
 from augment.errors import AugmentWarning, BiasWarning, ImageRejected, UserError, lookup
-from augment.files import sha256
 from augment.images import decode_image
 from augment.inversion import INVERTERS
 from augment.measure import LatentStatistics, bias_warning, latent_statistics
 from augment.plan import Plan
+from augment.records import read_original
 from augment.refine import Goal, SeedSelect, check_sampling
 from augment.seeds import normal, rng
 
@@ -211,21 +211,18 @@ class Synthesizer:
         Raises:
             UserError: they are no longer where they were.
         """
-        root = self.source or Path(self.bank.manifest["source"])
+        root = self.source or Path(self.bank.manifest.source)
         channels, side = self.backbone.channels, self.backbone.resolution
         known = self.bank.digests(class_name)
         images = torch.empty(len(known), channels, side, side)
         for row, (image_id, digest) in enumerate(known.items()):
             try:
-                content = (root / image_id).read_bytes()
-                if sha256(content) != digest:
-                    raise OSError(0, "another image")
+                content = read_original(root, image_id, digest)
                 images[row] = decode_image(content, channels, side)
-            except (OSError, ImageRejected) as error:
+            except ImageRejected as error:
                 raise UserError(
                     f"expected the real images of the bank in {root}, to compare with, got "
-                    f"{getattr(error, 'strerror', None) or error} for {image_id}; say where they "
-                    "are with --images"
+                    f"{error} for {image_id}; say where they are with --images"
                 ) from None
         return images
 

@@ -5,27 +5,40 @@ what is damaged is taken out by removing its record: then the command that made 
 """
 
 import math
+import re
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from augment.bank import LatentBank
+from augment.bank import LatentBank, filled
 from augment.chunks import Chunk
-from augment.errors import UserError
-from augment.files import TEMPORARY, check_folder, fits, locked, sha256, write_bytes, write_json
+from augment.errors import AugmentWarning, Damaged, ImageRejected, Missing, UserError
+from augment.extend import intact, size_of
+from augment.files import check_folder, fits, in_use, locked, unreadable, write_bytes
 from augment.records import (
+    BankSettings,
+    ChunkPlan,
+    ChunkRecord,
+    ClassPlan,
+    Manifest,
+    Part,
     check_file,
     file_of,
+    parts_of,
     read_manifest,
+    read_original,
     read_record,
     require_same_making,
-    stems,
+    stem_of,
 )
+from augment.schema import as_object, build, read, write
 from augment.shards import read_settings, read_sidecar, shard_path, verify_shard
 
 
@@ -54,59 +67,163 @@ def verify(path: str | Path, images: str | Path | None = None) -> list[Finding]:
     path = Path(path)
     if images is not None and not Path(images).is_dir():
         raise UserError(f"expected the folder of images at {images}, got none; check the path")
-    if (path / "synthesis.json").exists():
+    if holds_shards(path):
         return list(shard_findings(path))
     return list(bank_findings(path, None if images is None else Path(images)))
 
 
+def holds_shards(path: Path) -> bool:
+    """Tell whether a folder holds shards, even if their synthesis.json is lost.
+
+    Raises:
+        UserError: the folder cannot be read now.
+    """
+    try:
+        return any(re.match(r"synthesis\.json$|shard-", place.name) for place in path.iterdir())
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as error:
+        raise unreadable(path, "a folder", error) from None
+
+
 def discard(findings: Sequence[Finding]) -> None:
-    """Remove the records of what is damaged, so that the command that made it makes it again."""
-    for finding in findings:
-        if finding.record is not None:
-            finding.record.unlink(missing_ok=True)
+    """Remove the records of what is damaged, so that the command that made it makes it again.
+
+    Raises:
+        UserError: a record cannot be removed.
+    """
+    for record in {finding.record for finding in findings if finding.record is not None}:
+        try:
+            record.unlink(missing_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"expected to remove {record}, got {error.strerror}; make that possible, and run "
+                "the same command again"
+            ) from None
 
 
 def bank_findings(path: Path, images: Path | None) -> Iterator[Finding]:
     """What is wrong with a bank."""
-    manifest = read_manifest(path)
     expected = {path / "manifest.json", path / "rejects.jsonl"}
-    chunks = [chunk for known in manifest["classes"] for chunk in stems(path, known)]
-    for stem, plan in tqdm(chunks, "verify", unit="chunk", delay=2, leave=False):
-        record_path = stem.with_suffix(".json")
-        expected |= {record_path, stem.parent}
+    parts, old = list(parts_of(path, read_manifest(path))), 0
+    for part in tqdm(parts, "verify", unit="chunk", delay=2, leave=False):
+        record_path = part.stem.with_suffix(".json")
+        expected |= {record_path, part.stem.parent}
         try:
-            record = read_record(stem, plan)
+            record = read_record(part)
         except UserError as error:
-            yield Finding(str(error), record_path)
+            yield Finding(str(error), record_path if isinstance(error, Damaged) else None)
             continue
         if record is None:
-            yield Finding(f"{stem.relative_to(path)}: not made yet")
+            yield Finding(f"{part.stem.relative_to(path)}: not made yet")
             continue
-        for kind, known in record["files"].items():
-            file = file_of(stem, kind)
+        old += record.home is None
+        for kind, known in record.files.items():
+            file = file_of(part.stem, kind)
             expected.add(file)
             try:
                 check_file(file, known)
-            except OSError as error:
-                yield Finding(f"{file.relative_to(path)}: {error.strerror or error}", record_path)
+            except (Damaged, Missing) as error:
+                yield Finding(str(error), record_path)
+            except UserError as error:
+                yield Finding(str(error))
         yield from image_findings(images, record)
     for file in sorted(path.rglob("*")):
         if file not in expected:
             yield Finding(f"{file.relative_to(path)}: not of this bank")
+    if old:
+        warnings.warn(
+            f"expected records with a digest of their own in {path}, got {old} of an older version "
+            "without; what they say cannot be compared: merge the bank into a new one to have them",
+            AugmentWarning,
+            stacklevel=3,
+        )
 
 
-def image_findings(images: Path | None, record: dict[str, Any]) -> Iterator[Finding]:
+def image_findings(images: Path | None, record: ChunkRecord) -> Iterator[Finding]:
     """Which images of a chunk are no longer what they were."""
     if images is None:
         return
-    for image in record["images"]:
+    for image in record.images:
         try:
-            same = sha256((images / image["id"]).read_bytes()) == image["sha256"]
-        except OSError as error:
-            yield Finding(f"image {image['id']}: {error.strerror}")
-            continue
-        if not same:
-            yield Finding(f"image {image['id']}: changed since it was inverted")
+            read_original(images, image.id, image.sha256)
+        except ImageRejected as error:
+            yield Finding(f"image {image.id}: {error}")
+
+
+def repair(path: Path) -> str:
+    """Make the manifest of a bank again, if it is lost or damaged, from the records of its chunks.
+
+    Returns:
+        What was done, in a line.
+
+    Raises:
+        UserError: it cannot be read now, or the records do not say enough, or are of several banks.
+    """
+    try:
+        read_manifest(path)
+        return f"{path}: its manifest is as it was written"
+    except (Missing, Damaged) as error:
+        flaw = error
+    records = list(homed(path))
+    if not records:
+        raise UserError(
+            f"expected records of schema {ChunkRecord.SCHEMA} in {path} to make its manifest of, "
+            "got none; those of older versions do not say what class they are of: copy the "
+            "manifest from elsewhere, or make the bank again in a new folder"
+        ) from flaw
+    last = max(records, key=lambda record: record.home.unit)
+    for record in records:
+        require_same_making(path, settings_of(record), settings_of(last))
+    manifest = Manifest(
+        **vars(settings_of(last)), schema=Manifest.SCHEMA, classes=classes_of(records)
+    )
+    write(path / "manifest.json", manifest)
+    return (
+        f"{path}: the manifest is made again from {len(records)} records of "
+        f"{len(manifest.classes)} classes; the command that made the bank makes what is missing"
+    )
+
+
+def homed(path: Path) -> Iterator[Any]:
+    """Give the records of a folder that say where they belong, and are there."""
+    for file in sorted(path.glob("[0-9]*/chunk-*.json")):
+        with suppress(Damaged, Missing):
+            record = read(ChunkRecord, file)
+            if record.home and stem_of(path, record.home) == file.with_suffix(""):
+                yield record
+
+
+def settings_of(record: Any) -> BankSettings:
+    """Return how the latents of a chunk are made."""
+    try:
+        return build(BankSettings, record.settings)
+    except ValueError as flaw:
+        raise UserError(f"expected the settings of a bank in its records, got {flaw}") from None
+
+
+def classes_of(records: list[Any]) -> list[ClassPlan]:
+    """Return the plan that records were made by.
+
+    Labels move when classes are added, so those of older plans are put in order first, and newer
+    ones among them.
+    """
+    there = {image.id for record in records for image in record.images}
+    by_name: dict[str, ClassPlan] = {}
+    classes: list[ClassPlan] = []
+    for record in sorted(records, key=lambda r: (r.home.classes, r.home.label, r.home.number)):
+        home, ids = record.home, [image.id for image in record.images]
+        for reject in record.rejects:
+            if reject.id not in there:  # else it was made good since, and is in a later chunk
+                ids.insert(len(ids) if reject.place is None else reject.place, reject.id)
+        if home.name not in by_name:
+            by_name[home.name] = ClassPlan(home.name, home.folder, home.prompt, [])
+            classes.insert(home.label, by_name[home.name])
+        if ids:
+            by_name[home.name].chunks.append(ChunkPlan(home.number, home.unit, ids))
+    for known in classes:
+        known.chunks.sort(key=lambda chunk: chunk.number)
+    return classes
 
 
 def shard_findings(path: Path) -> Iterator[Finding]:
@@ -138,39 +255,38 @@ def inspect(path: str | Path) -> str:
         UserError: there is neither.
     """
     path = Path(path)
-    return inspect_shards(path) if (path / "synthesis.json").exists() else inspect_bank(path)
+    return inspect_shards(path) if holds_shards(path) else inspect_bank(path)
 
 
 def inspect_bank(path: Path) -> str:
     """What a bank holds, finished or not."""
     manifest = read_manifest(path)
-    made = {known["name"]: 0 for known in manifest["classes"]}
+    made = {known.name: 0 for known in manifest.classes}
     planned, size, rejects = 0, 0, 0
     means: dict[str, list[float]] = {"norm": [], "error": []}
-    for known in manifest["classes"]:
-        for stem, chunk in stems(path, known):
-            planned += len(chunk["ids"])
-            record = read_record(stem, chunk)
-            if record is None:
-                continue
-            count = len(record["images"])
-            made[known["name"]] += count
-            rejects += len(record["rejects"])
-            size += sum(file["bytes"] for file in record["files"].values())
-            for key in means.keys() & record["statistics"].keys():
-                means[key] += [record["statistics"][key]] * count
-    prints, least, most = manifest["fingerprint"], min(made, key=made.get), max(made, key=made.get)  # type: ignore[arg-type]
+    for part in parts_of(path, manifest):
+        planned += len(part.ids)
+        record = read_record(part)
+        if record is None:
+            continue
+        count = len(record.images)
+        made[part.home.name] += count
+        rejects += len(record.rejects)
+        size += sum(file.bytes for file in record.files.values())
+        for key, values in means.items():
+            value = getattr(record.statistics, key)
+            values += [] if value is None else [value] * count
+    least, most = min(made, key=made.get), max(made, key=made.get)  # type: ignore[arg-type]
     lines = [
         f"bank {path}: {sum(made.values())} of {planned} latents of {len(made)} classes, "
         f"{made[least]} ({least}) to {made[most]} ({most}) each; {rejects} images left out; "
         f"{size:,} bytes"
     ]
-    for name, fields in (*prints.items(), ("made with", manifest["made_with"])):
-        told = (
-            fields if isinstance(fields, str) else ", ".join(f"{k} {v}" for k, v in fields.items())
-        )
+    prints = as_object(manifest.fingerprint) | {"made with": manifest.made_with}
+    for name, facts in prints.items():
+        told = facts if isinstance(facts, str) else ", ".join(f"{k} {v}" for k, v in facts.items())
         lines.append(f"{name}: {told}")
-    lines.append(f"images: {manifest['source']}")
+    lines.append(f"images: {manifest.source}")
     if means["norm"]:
         lines.append(f"norm / √D {fmean(means['norm']):.3f} on average")
     if means["error"]:
@@ -252,6 +368,8 @@ def count_shards(path: Path) -> Tally:
 def merge(banks: Sequence[str | Path], out: str | Path) -> LatentBank:
     """One bank of the images of several, of the same settings; classes go by their names.
 
+    A merge that was interrupted goes on.
+
     Raises:
         BankMismatch: their settings differ.
         UserError: an image or a prompt differs, a bank is incomplete or damaged, or ``out`` is in
@@ -263,35 +381,34 @@ def merge(banks: Sequence[str | Path], out: str | Path) -> LatentBank:
 def split(bank: str | Path, classes: Sequence[str], out: str | Path) -> LatentBank:
     """A bank of some classes of another, in the order that they are named in.
 
+    A split that was interrupted goes on.
+
     Raises:
         UserError: no such class, the bank is incomplete or damaged, or ``out`` is in use.
     """
     return assemble([(LatentBank.open(bank), list(classes))], Path(out))
 
 
-def assemble(parts: list[tuple[LatentBank, list[str] | None]], out: Path) -> LatentBank:
-    """Copy classes of banks to a new one; its manifest is written last."""
+def assemble(banks: list[tuple[LatentBank, list[str] | None]], out: Path) -> LatentBank:
+    """Copy classes of banks to a new one: its manifest, then chunk by chunk what is not there."""
     check_folder(out)
-    if not parts or any(wanted == [] for _, wanted in parts):
+    if not banks or any(wanted == [] for _, wanted in banks):
         raise UserError("expected at least one bank and one class, got none; name them")
-    first = parts[0][0]
-    classes: dict[str, dict[str, Any]] = {}
+    first = banks[0][0].manifest
+    classes: dict[str, ClassPlan] = {}
     homes: dict[str, Path] = {}
-    copies: list[tuple[Chunk, Path]] = []
-    unit = 0
-    for bank, wanted in parts:
-        require_same_making(bank.path, bank.manifest, first.manifest)
-        names = list(bank.classes) if wanted is None else wanted
-        for name in dict.fromkeys(names):
+    origins: dict[tuple[str, int], Chunk] = {}
+    for bank, wanted in banks:
+        require_same_making(bank.path, bank.manifest, first)
+        for name in dict.fromkeys(list(bank.classes) if wanted is None else wanted):
             prompt = bank.prompt(name)
-            new = {"name": name, "folder": f"{len(classes):04d}", "prompt": prompt, "chunks": []}
-            known = classes.setdefault(name, new)
-            if known["prompt"] != prompt:
+            known = classes.setdefault(name, ClassPlan(name, f"{len(classes):04d}", prompt, []))
+            if known.prompt != prompt:
                 raise UserError(
-                    f"expected one prompt for class {name!r}, got {known['prompt']!r} and "
+                    f"expected one prompt for class {name!r}, got {known.prompt!r} and "
                     f"{prompt!r}; invert one of the banks again"
                 )
-            for chunk in bank.chunks[name]:
+            for chunk in filled(bank.chunks[name]):
                 twice = next((i for i in chunk.ids if i in homes), None)
                 if twice is not None:
                     raise UserError(
@@ -299,37 +416,50 @@ def assemble(parts: list[tuple[LatentBank, list[str] | None]], out: Path) -> Lat
                         f"{twice} in both; invert one of them without it"
                     )
                 homes |= dict.fromkeys(chunk.ids, bank.path)
-                number = len(known["chunks"])
-                known["chunks"].append({"number": number, "unit": unit, "ids": chunk.ids})
-                copies.append((chunk, out / known["folder"] / f"chunk-{number:04d}"))
-                unit += 1
+                number = len(known.chunks)
+                known.chunks.append(ChunkPlan(number, len(origins), chunk.ids))
+                origins[name, number] = chunk
+    manifest = replace(first, schema=Manifest.SCHEMA, classes=list(classes.values()))
     with locked(out) as lock:
-        parts_ = [path for path in out.iterdir() if not TEMPORARY.fullmatch(path.name)]
-        if any(not path.name.isdigit() for path in parts_):  # else a copy that was interrupted
-            raise UserError(
-                f"expected {out} to be new or empty, got a folder in use; use a new one"
-            )
-        for chunk, stem in tqdm(copies, "copy", unit="chunk", delay=2, leave=False):
-            copy(chunk, stem)
-        write_json(out / "manifest.json", {**first.manifest, "classes": list(classes.values())})
+        claim(out, manifest)
+        lock.sweep()
+        for part in tqdm(list(parts_of(out, manifest)), "copy", unit="chunk", delay=2, leave=False):
+            copy(origins[part.home.name, part.home.number], part)
         lock.sweep()
     return LatentBank.open(out)
 
 
-def copy(chunk: Chunk, stem: Path) -> None:
-    """Copy a chunk, and its record last; what was left out of it stays behind.
+def claim(out: Path, manifest: Manifest) -> None:
+    """Begin a bank in a new folder, or find the same one there, begun or finished.
+
+    Raises:
+        UserError: there is something else.
+    """
+    try:
+        same = read_manifest(out) == manifest
+    except Missing:
+        same = not in_use(out)
+        if same:
+            write(out / "manifest.json", manifest)
+    if not same:
+        raise UserError(
+            f"expected {out} to be new or empty, or the same bank, got a folder in use; use a new "
+            "one"
+        )
+
+
+def copy(chunk: Chunk, part: Part) -> None:
+    """Copy a chunk, unless it is there, and its record last; what was left out stays behind.
 
     Raises:
         UserError: it is damaged.
     """
+    there = intact(part)
+    if there is not None and there.files == chunk.files and size_of(part, there):
+        return
     record = chunk.record
-    for kind, known in record["files"].items():
-        try:
-            check_file(chunk.file(kind), known)
-        except OSError as error:
-            raise UserError(
-                f"expected {chunk.file(kind)} as it was written, got {error.strerror or error}; "
-                "see latent-augment verify"
-            ) from None
-        write_bytes(file_of(stem, kind), chunk.file(kind).read_bytes())
-    write_json(stem.with_suffix(".json"), {**record, "rejects": []})
+    for kind, known in record.files.items():
+        check_file(chunk.file(kind), known)
+        write_bytes(file_of(part.stem, kind), chunk.file(kind).read_bytes())
+    facts = {"home": part.home, "settings": part.settings, "schema": ChunkRecord.SCHEMA}
+    write(part.stem.with_suffix(".json"), replace(record, rejects=[], **facts))

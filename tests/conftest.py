@@ -1,7 +1,10 @@
 """What several test files share: small pictures, an exact backbone, banks."""
 
+import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +15,7 @@ from augment.cli import main
 from augment.diffusion import Backbone, load_backbone
 from augment.diffusion.gaussian import GaussianBackbone
 from augment.fill import fill_bank
+from augment.schema import write
 from augment.sources import Folder
 
 COUNTS = {"ant": 3, "bee": 4, "cat": 1}
@@ -37,6 +41,14 @@ def call(monkeypatch, capsys, *args):
     except SystemExit as stop:
         code = stop.code or 0
     return code, *capsys.readouterr()
+
+
+def amend(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change a record and give it the digest that belongs to it."""
+    record = json.loads(path.read_bytes())
+    record.pop("digest")
+    change(record)
+    write(path, record)
 
 
 def snapshot(root: Path) -> dict[str, bytes]:

@@ -54,7 +54,7 @@ def test_latents_are_those_of_their_images_in_half_precision(bank, gaussian, pic
 
 def test_the_records_name_every_image_and_digest_every_file(bank, pictures):
     manifest = json.loads((bank.path / "manifest.json").read_bytes())
-    assert manifest["schema"] == 2
+    assert manifest["schema"] == 3
     assert manifest["latent_shape"] == [1, 8, 8]
     assert manifest["fingerprint"]["inversion"] == {
         "method": "forward_start", "solver": "fireflow", "steps": 4, "start": 0.04, "guidance": 1,
@@ -154,7 +154,7 @@ def test_an_interrupted_bank_is_refused_until_the_same_command_completes_it(
             fill_bank(tmp_path / "part", gaussian, Folder(pictures), steps=STEPS)
     done = [name for name in chunks(tmp_path / "part") if name.endswith(".json")]
     assert len(done) == [0, 1, 3, 4][calls]
-    with pytest.raises(UserError, match="run the same latent-augment invert command again"):
+    with pytest.raises(UserError, match="run the command that made it again"):
         LatentBank.open(tmp_path / "part")
     early = {
         name: (tmp_path / "part" / name).stat().st_mtime_ns for name in chunks(tmp_path / "part")

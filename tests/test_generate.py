@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import COUNTS, snapshot
+from conftest import COUNTS, amend, snapshot
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -19,6 +19,7 @@ from augment.filters import Reference
 from augment.generate import Synthesis, write_shards
 from augment.inversion import inverter
 from augment.jobs import estimate, run, stripe
+from augment.schema import sealed
 from augment.sources import Folder
 from augment.upkeep import count_shards, inspect, merge, split, verify
 
@@ -185,9 +186,8 @@ def test_a_filter_without_a_minimum_scores_only_and_one_that_fails_all_leaves_no
 def test_filters_ask_for_the_real_images_where_they_are(make, bank, pictures, tmp_path):
     moved = shutil.copytree(pictures, tmp_path / "moved")
     shutil.copytree(bank.path, tmp_path / "bank")
-    manifest = tmp_path / "bank" / "manifest.json"
-    record = json.loads(manifest.read_text())
-    manifest.write_text(json.dumps(record | {"source": str(tmp_path / "gone")}))
+    gone = {"source": str(tmp_path / "gone")}
+    amend(tmp_path / "bank" / "manifest.json", lambda record: record.update(gone))
     job = make(filters={"dark": Dark()})
     job.synthesizer.bank = LatentBank.open(tmp_path / "bank")
     with pytest.raises(UserError, match="--images"):
@@ -371,7 +371,8 @@ def test_any_value_in_any_place_of_a_record_is_one_of_our_errors(hostile, data, 
         inner[last] = data.draw(JSON)
     else:
         del inner[last]
-    (hostile / name).write_text(json.dumps(record))
+    record.pop("digest", None)  # it is hostile, not harmed
+    (hostile / name).write_bytes(sealed(record))
     try:
         read_all(hostile)
     finally:

@@ -11,11 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import amend
 from hypothesis import example, given
 from hypothesis import strategies as st
 
 import augment.extend
-import augment.records
+import augment.schema
 import augment.shards
 from augment import LatentBank, Planner, UserError, open_shards
 from augment.chunks import Chunk, Members, pack, unpack
@@ -49,14 +50,14 @@ def root(large, tmp_path_factory):
 def reads(monkeypatch):
     """How often each file is read as JSON."""
     seen: Counter[Path] = Counter()
-    for module in (augment.records, augment.shards):
-        whole = module.read_json
+    for module, name in ((augment.schema, "read_file"), (augment.shards, "read_json")):
+        whole = getattr(module, name)
 
         def counted(path, what, whole=whole):
             seen[path] += 1
             return whole(path, what)
 
-        monkeypatch.setattr(module, "read_json", counted)
+        monkeypatch.setattr(module, name, counted)
     return seen
 
 
@@ -79,7 +80,7 @@ def test_an_open_bank_keeps_little_more_than_the_names_of_its_images(root):
     size, bank = kept(lambda: LatentBank.open(root))
     assert sum(map(len, bank.members.values())) == 3000
     assert size / 3000 < KEPT
-    assert "chunks" not in json.dumps(bank.manifest)
+    assert not any(known.chunks for known in bank.manifest.classes)
 
 
 def test_no_use_of_a_bank_makes_it_keep_more(root):
@@ -200,8 +201,9 @@ def test_the_digest_of_a_bank_is_what_shards_of_older_versions_say(root):
     bank = LatentBank.open(root)
     content = []
     for name, chunks in bank.chunks.items():
-        files = [[c.record["files"].get(k) for k in ("latents", "nulls")] for c in chunks]
-        ids = [[image["id"] for image in c.record["images"]] for c in chunks]
+        records = [json.loads(c.stem.with_suffix(".json").read_bytes()) for c in chunks]
+        files = [[r["files"].get(k) for k in ("latents", "nulls")] for r in records]
+        ids = [[image["id"] for image in r["images"]] for r in records]
         content.append([name, "", ids, files])
     assert bank.digest == sha256(json.dumps(content).encode())
 
@@ -231,19 +233,22 @@ def test_a_record_that_is_another_than_when_the_bank_was_opened_is_refused(large
 
 
 def test_an_image_that_is_there_twice_is_refused(large, tmp_path):
-    large.bank_of(tmp_path / "b", [3, 2])
-    for name in ("manifest.json", "0001/chunk-0000.json"):
-        path = tmp_path / "b" / name
-        text = path.read_text().replace("n00000001/n00000001_00001", "n00000000/n00000000_00002")
-        path.write_text(text)
-    with pytest.raises(UserError, match="some twice"):
-        LatentBank.open(tmp_path / "b")
-    large.bank_of(tmp_path / "c", [3, 2])
-    for name in ("manifest.json", "0000/chunk-0000.json"):
-        path = tmp_path / "c" / name
-        path.write_text(path.read_text().replace("n00000000_00001", "n00000000_00002"))
-    with pytest.raises(UserError, match="some twice"):
-        LatentBank.open(tmp_path / "c")
+    def again(old, new):
+        def change(record):
+            text = json.dumps(record).replace(old, new)
+            record.clear()
+            record.update(json.loads(text))
+
+        return change
+
+    for bank, folder, new in (("b", "0001", "n00000000_00002"), ("c", "0000", "n00000000_00002")):
+        large.bank_of(tmp_path / bank, [3, 2])
+        name = f"n0000000{folder[-1]}"
+        old = f"{name}/{name}_00001"
+        for file in ("manifest.json", f"{folder}/chunk-0000.json"):
+            amend(tmp_path / bank / file, again(old, f"n00000000/{new}"))
+        with pytest.raises(UserError, match="some twice"):
+            LatentBank.open(tmp_path / bank)
 
 
 def test_members_that_a_view_does_not_show_are_refused(root):
@@ -295,7 +300,7 @@ def test_a_label_is_one_object_however_often_it_is_given():
 def test_a_chunk_knows_what_its_record_says(root):
     bank = LatentBank.open(root)
     chunk = bank.chunks[bank.classes[0]][1]
-    assert chunk.ids == [image["id"] for image in chunk.record["images"]]
+    assert chunk.ids == [image.id for image in chunk.record.images]
     assert list(chunk.rows.values()) == list(range(44)) and chunk.rejected == 0
     assert chunk == Chunk.of(chunk.stem, chunk.record)
     assert np.allclose(chunk.means, bank.latents(bank.classes[0])[256:].mean((0, 2, 3)), atol=1e-3)

@@ -130,7 +130,7 @@ def test_what_is_no_file_is_never_opened_and_what_is_too_large_never_read(tmp_pa
             read_json(tmp_path / name, "a record")
     assert LARGEST_RECORD < 2**30
     for path in (tmp_path / "none", tmp_path / "sparse" / "none"):
-        with pytest.raises(Missing, match="no none there"):
+        with pytest.raises(Missing, match="none, got none"):
             read_json(path, "a record")
 
 

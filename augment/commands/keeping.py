@@ -1,5 +1,6 @@
 """Banks and shards kept: ``inspect``, ``verify``, ``merge``, ``split``, ``export``."""
 
+from contextlib import nullcontext
 from pathlib import Path
 
 from augment.commands.common import Record, tell_of_bank
@@ -19,22 +20,27 @@ def inspect(path: str) -> Record:
     return {"path": path, "told": told.splitlines()}
 
 
-def verify(path: str, images: str | None = None, discard: bool = False) -> Record:
+def verify(
+    path: str, images: str | None = None, discard: bool = False, repair: bool = False
+) -> Record:
     """Compare every file of a bank or of shards with what was recorded when it was written.
 
     Args:
         path: the folder.
         images: of a bank, the folder of images, to be compared too.
         discard: take out what is damaged; the command that made it then makes it again.
+        repair: make a lost or damaged manifest.json again from the records of the chunks.
     """
     from augment import upkeep
     from augment.files import locked
 
-    findings = upkeep.verify(path, images)
-    for finding in findings:
-        print(finding.what)
-    if discard:
-        with locked(Path(path)):  # not while a job is at work there
+    with locked(Path(path)) if discard or repair else nullcontext():  # not beside a job
+        if repair:
+            print(upkeep.repair(Path(path)))
+        findings = upkeep.verify(path, images)
+        for finding in findings:
+            print(finding.what)
+        if discard:
             upkeep.discard(findings)
     if findings:
         damaged = sum(finding.record is not None for finding in findings)

@@ -21,12 +21,13 @@ from augment.centroid import walk
 from augment.diffusion.backbone import Backbone
 from augment.diffusion.solver import sample
 from augment.errors import ImageRejected, UserError
-from augment.files import check_folder, sha256
+from augment.files import check_folder
 from augment.generate import reduce
 from augment.images import decode_image, to_pil
 from augment.inversion import INVERTERS
 from augment.plan import Plan, Planner
 from augment.prior import nominal_norm
+from augment.records import read_original
 from augment.synthesis import Synthesizer, solver_of
 
 MOST = 5
@@ -158,15 +159,12 @@ class Explorer:
 
     def _real(self, class_name: str, image_id: str) -> Image.Image | None:
         """A small picture of a real image; None if the file is not there, or is another one."""
-        root = self.source or Path(self.bank.manifest["source"])
+        root = self.source or Path(self.bank.manifest.source)
         try:
-            path = root / image_id
-            content = path.read_bytes() if path.is_file() else b""
             # whatever an id says, only an image that the bank was made from is ever shown
-            if sha256(content) != self.bank.digests(class_name)[image_id]:
-                return None
+            content = read_original(root, image_id, self.bank.digests(class_name)[image_id])
             image = decode_image(content, self.backbone.channels, self.backbone.resolution)
-        except (OSError, ImageRejected):
+        except ImageRejected:
             return None
         return to_pil(reduce(image[None], THUMBNAIL)[0])
 

@@ -227,10 +227,10 @@ def invert_command(bank: LatentBank) -> str:
     """The command that made a bank, as far as its manifest tells."""
     recipe, method = dict(bank.recipe), bank.inversion
     fields = {f.name for f in dataclasses.fields(INVERTERS[method["method"]])} - {"steps"}  # type: ignore[arg-type]
-    prompts = {known["name"]: known["prompt"] for known in bank.manifest["classes"]}
-    keeps = bank.manifest["keeps"]
+    prompts = {known.name: known.prompt for known in bank.manifest.classes}
+    keeps = bank.manifest.keeps
     options = {
-        "images": bank.manifest["source"],
+        "images": bank.manifest.source,
         "bank": str(bank.path),
         "backbone": str(recipe.pop("name_or_path")),
         "backbone_options": recipe or None,

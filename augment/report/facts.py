@@ -10,6 +10,7 @@ import numpy as np
 
 from augment.bank import LatentBank
 from augment.errors import UserError
+from augment.records import Reject
 from augment.report.again import Making, invert_command, synthesize_command
 from augment.report.gallery import Gallery
 from augment.report.health import ClassHealth
@@ -30,7 +31,7 @@ def summary(bank: LatentBank, health: Sequence[ClassHealth]) -> str:
 
 def bank_facts(bank: LatentBank, health: Sequence[ClassHealth]) -> dict[str, str]:
     """Numbers of the bank."""
-    shape, made = bank.manifest["latent_shape"], bank.manifest["made_with"]
+    shape, made = bank.manifest.latent_shape, bank.manifest.made_with
     norms = [norm for c in health for norm in c.norms]
     psnrs = [c.psnr for c in health if c.psnr is not None]
     law, spread = health[0].statistics.norm_law
@@ -108,11 +109,9 @@ def pool_facts(path: Path) -> dict[str, str]:
     return facts
 
 
-def rejects_of(bank: LatentBank) -> list[dict[str, Any]]:
+def rejects_of(bank: LatentBank) -> list[Reject]:
     """The images that were left out."""
-    return [
-        reject for chunks in bank.chunks.values() for c in chunks for reject in c.record["rejects"]
-    ]
+    return [r for chunks in bank.chunks.values() for c in chunks for r in c.record.rejects]
 
 
 def columns(making: Making, health: Sequence[ClassHealth]) -> list[dict[str, Any]]:
@@ -152,7 +151,7 @@ def notes(gallery: Gallery, painted: int, classes: int) -> list[str]:
             "each rule, so that only the rule differs."
         )
     if gallery.missing:
-        where = gallery.root or making.bank.manifest["source"]
+        where = gallery.root or making.bank.manifest.source
         told.append(
             f"{gallery.missing} real images are not in {where} as they were inverted, and have no "
             "picture here; say where they are with --images."
@@ -190,7 +189,7 @@ def shard_notes(gallery: Gallery, painted: int) -> list[str]:
 
 def making_section(making: Making, command: str) -> str:
     """The commands and settings that made everything."""
-    manifest = {k: v for k, v in making.bank.manifest.items() if k != "classes"}
+    manifest = making.bank.manifest.settings
     parts = [code_block("The bank", invert_command(making.bank))]
     if making.job:
         parts.append(code_block("The synthetic images", synthesize_command(making)))

@@ -19,11 +19,11 @@ from tqdm import tqdm
 from augment.bank import LatentBank
 from augment.diffusion.backbone import Backbone
 from augment.errors import BiasWarning, ImageRejected, UserError
-from augment.files import sha256
 from augment.filters import Reference, make_filter
 from augment.generate import score
 from augment.images import open_image, to_pil
 from augment.plan import Plan
+from augment.records import read_original
 from augment.report.again import SAMPLING, Making, throws
 from augment.report.health import ClassHealth
 from augment.report.tiles import Tile, rounded, square, told
@@ -168,15 +168,12 @@ class Gallery:
 
     def _real(self, name: str) -> Any:
         """The first real images of a class; those that are gone are counted as ``missing``."""
-        root = self.root or Path(self.bank.manifest["source"])
+        root = self.root or Path(self.bank.manifest.source)
         digests = self.bank.digests(name)
         for image_id in self.bank.members[name][:REAL]:
             try:
-                content = (root / image_id).read_bytes()
-                if sha256(content) != digests[image_id]:
-                    raise ImageRejected("another image")
-                picture = open_image(content)
-            except (OSError, ImageRejected):
+                picture = open_image(read_original(root, image_id, digests[image_id]))
+            except ImageRejected:
                 self.missing += 1
                 continue
             if self.backbone is not None:
@@ -215,7 +212,7 @@ def side_of(
 ) -> int:
     """Pixels a side of tiles, a multiple of 16: as many as images have, or `PIXELS` allow."""
     records = (c.record for chunks in bank.chunks.values() for c in chunks)
-    sides = [image["side"] for record in records for image in record["images"]]
+    sides = [image.side for record in records for image in record.images]
     most = backbone.resolution if backbone else max(sides)
     real = sum(min(len(ids), REAL) for ids in bank.members.values())
     count = real + classes * KEPT + painted * (BACK + PLANS * rules + REFUSED)

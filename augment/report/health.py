@@ -82,7 +82,7 @@ def measure(bank: LatentBank, name: str) -> ClassHealth:
     latents = bank.latents(name)
     found = latent_statistics(latents)
     norms = latents.flatten(1).norm(dim=1) / nominal_norm(found.dim)
-    kept = "errors" in bank.manifest["keeps"]
+    kept = "errors" in bank.manifest.keeps
     psnrs = tuple(map(psnr, bank.errors(name).tolist())) if kept else None
     return ClassHealth(name, found, tuple(norms.tolist()), psnrs)
 

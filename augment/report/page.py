@@ -14,6 +14,7 @@ from html import escape
 from importlib.resources import files
 from typing import Any
 
+from augment.records import Reject
 from augment.report.health import Finding
 
 REJECTS = 100
@@ -71,13 +72,12 @@ def paragraphs(sentences: Iterable[str]) -> str:
     return "".join(f"<p>{escape(words)}</p>" for words in sentences)
 
 
-def rejects_section(rejects: Sequence[dict[str, Any]]) -> str:
+def rejects_section(rejects: Sequence[Reject]) -> str:
     """The images that were left out of the bank, and why."""
     if not rejects:
         return "<p>None: every image of the source is in the bank.</p>"
     rows = "".join(
-        f"<tr><td>{escape(r['id'])}</td><td>{escape(r['reason'])}</td></tr>"
-        for r in rejects[:REJECTS]
+        f"<tr><td>{escape(r.id)}</td><td>{escape(r.reason)}</td></tr>" for r in rejects[:REJECTS]
     )
     more = len(rejects) - REJECTS
     rest = f"<p>and {more} more, see rejects.jsonl in the bank.</p>" if more > 0 else ""

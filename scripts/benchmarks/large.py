@@ -14,11 +14,20 @@ from safetensors.torch import save
 from augment import LatentBank, Planner
 from augment.diffusion.gaussian import GaussianBackbone
 from augment.extend import extended
-from augment.files import sha256, write_json
+from augment.files import sha256
 from augment.fill import Inversion
 from augment.generate import Synthesis
 from augment.inversion import inverter
-from augment.records import file_of, stems
+from augment.records import (
+    ChunkRecord,
+    FileRecord,
+    ImageRecord,
+    Manifest,
+    Statistics,
+    file_of,
+    parts_of,
+)
+from augment.schema import sealed, write
 from augment.shards import BLOCK, shard_path
 from augment.sources.source import Source
 from augment.synthesis import Synthesizer
@@ -63,26 +72,23 @@ def job(folder: Path, counts: list[int]) -> Inversion:
 def bank_of(folder: Path, counts: list[int]) -> None:
     """A bank that is complete, without waiting for the disk."""
     making = job(folder, counts)
-    classes = extended(folder, [], making.source, {}, 256)
     assert making.backbone is not None
-    manifest = {**making.described(making.backbone), "classes": classes}
+    classes = extended(folder, None, making.source, {}, 256)
+    made = making.described(making.backbone)
+    manifest = Manifest(**vars(made), schema=Manifest.SCHEMA, classes=classes)
     dice = torch.Generator().manual_seed(0)
-    for known in classes:
-        (folder / known["folder"]).mkdir(parents=True)
-        for stem, plan in stems(folder, known):
-            latents = torch.randn(len(plan["ids"]), *SHAPE, generator=dice)
-            content = save({"latents": latents.half(), "norms": latents.flatten(1).norm(dim=1)})
-            file = {"bytes": len(content), "sha256": sha256(content), "holds": ["latents", "norms"]}
-            images = [
-                {"id": i, "bytes": SIZE, "sha256": sha256(i.encode()), "side": 500}
-                for i in plan["ids"]
-            ]
-            record = {"files": {"latents": file}, "images": images, "rejects": []}
-            record["statistics"] = {"norm": 1.0, "channel_means": latents.mean((0, 2, 3)).tolist()}
-            file_of(stem, "latents").write_bytes(content)
-            text = json.dumps(record, indent=1) + "\n"
-            stem.with_suffix(".json").write_text(text)
-    write_json(folder / "manifest.json", manifest)
+    for part in parts_of(folder, manifest):
+        part.stem.parent.mkdir(parents=True, exist_ok=True)
+        latents = torch.randn(len(part.ids), *SHAPE, generator=dice)
+        content = save({"latents": latents.half(), "norms": latents.flatten(1).norm(dim=1)})
+        file = FileRecord(len(content), sha256(content), ["latents", "norms"])
+        images = [ImageRecord(i, SIZE, sha256(i.encode()), 500) for i in part.ids]
+        statistics = Statistics(1.0, latents.mean((0, 2, 3)).tolist())
+        facts = {"latents": file}, images, [], statistics, part.home, part.settings
+        file_of(part.stem, "latents").write_bytes(content)
+        record = ChunkRecord(*facts, schema=ChunkRecord.SCHEMA)
+        part.stem.with_suffix(".json").write_bytes(sealed(record))
+    write(folder / "manifest.json", manifest)
 
 
 def synthesis(bank: Path, out: Path, per_class: int = 10) -> Synthesis:

@@ -23,7 +23,8 @@ from augment import LatentBank, Planner, open_shards
 from augment.export import export_folder
 from augment.files import write_json
 from augment.fill import Picture, commit
-from augment.records import SCHEMA
+from augment.records import ChunkPlan, ClassPlan, Fingerprint, ImageRecord, Manifest, parts_of
+from augment.schema import write
 from augment.shards import Sample, encode, shard_path, write_shard
 from benchmarks.duel import Duel
 
@@ -32,20 +33,21 @@ SHAPE, COUNT = (4, 64, 64), 64
 
 def make_bank(root: Path, classes: int) -> LatentBank:
     """Noise in the place of latents: 64 a class, 2 MiB."""
-    made = []
-    for label in range(classes):
-        name, latents = f"{label:04d}", torch.randn(COUNT, *SHAPE).half()
-        ids = [f"{name}/{k}.png" for k in range(COUNT)]
-        records = [{"id": i, "bytes": 1, "sha256": "", "side": 1} for i in ids]
-        pictures = [Picture(record, row=row) for row, record in enumerate(records)]
-        commit(root / name / "chunk-0000", {"latents": latents}, pictures)
-        chunk = {"number": 0, "unit": label, "ids": ids}
-        made.append({"name": name, "folder": name, "prompt": "", "chunks": [chunk]})
+    names = [f"{label:04d}" for label in range(classes)]
+    ids = {name: [f"{name}/{k}.png" for k in range(COUNT)] for name in names}
+    plans = [
+        ClassPlan(name, name, "", [ChunkPlan(0, label, ids[name])])
+        for label, name in enumerate(names)
+    ]
     inversion = {"method": "ddim", "steps": 1, "guidance": 1}
-    prints = {"backbone": {"name": "none"}, "inversion": inversion, "preprocessing": ""}
-    manifest = {"schema": SCHEMA, "latent_shape": list(SHAPE), "fingerprint": prints, "recipe": {}}
-    manifest |= {"source": "", "keeps": [], "made_with": {}, "classes": made}
-    write_json(root / "manifest.json", manifest)
+    prints = Fingerprint({"name": "none"}, inversion, "")
+    manifest = Manifest(list(SHAPE), prints, {}, "", [], {}, Manifest.SCHEMA, plans)
+    for part in parts_of(root, manifest):
+        latents = torch.randn(COUNT, *SHAPE).half()
+        records = [ImageRecord(i, 1, "", 1) for i in part.ids]
+        pictures = [Picture(record, row=row) for row, record in enumerate(records)]
+        commit(part, {"latents": latents}, pictures)
+    write(root / "manifest.json", manifest)
     return LatentBank.open(root)
 
 
