@@ -25,7 +25,7 @@ from augment.chunks import Chunk, Members, pack
 from augment.diffusion.backbone import Backbone
 from augment.errors import UserError
 from augment.features import read_vectors
-from augment.files import unreadable
+from augment.files import damaged, unreadable
 from augment.plan import Images, Plan
 from augment.records import (
     Manifest,
@@ -36,7 +36,7 @@ from augment.records import (
     read_record,
     require_same,
 )
-from augment.schema import as_object, damaged
+from augment.schema import as_object
 
 CPU = torch.device("cpu")
 

@@ -194,8 +194,11 @@ LARGEST_RECORD = 2**28
 """Bytes of a record. The manifest of a bank of seven million images has so many."""
 
 
+REMOVE = "remove it, or copy it anew"
+
+
 @contextmanager
-def reading(path: Path, what: str) -> Iterator[io.BufferedReader]:
+def reading(path: Path, what: str, cure: str = REMOVE) -> Iterator[io.BufferedReader]:
     """Open a regular file to read; a pipe or a device is never opened.
 
     Raises:
@@ -205,11 +208,16 @@ def reading(path: Path, what: str) -> Iterator[io.BufferedReader]:
     """
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):  # noqa: PTH116, half the time of Path.stat
-            raise Damaged(f"expected {what} at {path}, got no regular file; remove it")
+            raise damaged(path, what, "no regular file", cure)
         with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:  # noqa: PTH123
             yield file
     except OSError as error:
         raise unreadable(path, what, error) from None
+
+
+def damaged(path: Path, what: str, flaw: str, cure: str = REMOVE) -> Damaged:
+    """Build the error for a file that is not what was written."""
+    return Damaged(f"expected {what} in {path}, got {flaw}; {cure}")
 
 
 def unreadable(path: Path, what: str, error: OSError) -> UserError:
@@ -222,16 +230,16 @@ def unreadable(path: Path, what: str, error: OSError) -> UserError:
     )
 
 
-def read_file(path: Path, what: str) -> bytes:
+def read_file(path: Path, what: str, cure: str = REMOVE) -> bytes:
     """Read a regular file of at most `LARGEST_RECORD` bytes.
 
     Raises:
         UserError: see `reading`; `Damaged` also if it is larger.
     """
-    with reading(path, what) as file:
+    with reading(path, what, cure) as file:
         size = os.fstat(file.fileno()).st_size
         if size > LARGEST_RECORD:
-            raise Damaged(f"expected {what} at {path}, got {size:,} bytes; remove it")
+            raise damaged(path, what, f"{size:,} bytes", cure)
         return file.read(size)
 
 
@@ -244,7 +252,7 @@ def read_json(path: Path, what: str) -> Any:
     return parse_json(read_file(path, what), path, what)
 
 
-def parse_json(content: bytes, path: Path, what: str) -> Any:
+def parse_json(content: bytes, path: Path, what: str, cure: str = REMOVE) -> Any:
     """Parse the content of a JSON file, in UTF-8, without NaN and infinity.
 
     Raises:
@@ -253,10 +261,7 @@ def parse_json(content: bytes, path: Path, what: str) -> Any:
     try:
         return json.loads(content.decode("utf-8", "surrogatepass"), parse_constant=no_constant)
     except (ValueError, RecursionError) as error:
-        raise Damaged(
-            f"expected {what} at {path.parent}, got {path.name} that is no JSON ({error}); copy "
-            "it anew, or remove it"
-        ) from None
+        raise damaged(path, what, f"no JSON ({error})", cure) from None
 
 
 def no_constant(name: str) -> None:

@@ -40,12 +40,13 @@ from types import NoneType
 from typing import Any, ClassVar, NamedTuple
 
 from augment.errors import BankMismatch, Damaged, ImageRejected, Missing, UserError
-from augment.files import read_file, reading, sha256
+from augment.files import damaged, read_file, reading, sha256
 from augment.inversion import INVERTERS
-from augment.schema import Record, as_object, build, damaged, read
+from augment.schema import Record, as_object, build, read
 
 CHUNK = 256
 KINDS = ("latents", "clean", "nulls")
+WRITTEN = "a file of a bank as it was written"
 DIGITS = 16
 """Of a SHA-256 in hexadecimal, where images are only told apart."""
 
@@ -310,7 +311,7 @@ def check_file(path: Path, known: FileRecord) -> None:
         Damaged: it is missing, or of another size or digest.
         UserError: it cannot be read now.
     """
-    with reading(path, "a file of a bank") as file:
+    with reading(path, WRITTEN, ChunkRecord.CURE) as file:
         size = os.fstat(file.fileno()).st_size
         if size != known.bytes:
             raise changed(path, f"{size} bytes instead of {known.bytes}")
@@ -320,7 +321,7 @@ def check_file(path: Path, known: FileRecord) -> None:
 
 def changed(path: Path, flaw: str) -> Damaged:
     """Build the error for a chunk's file that is not what its record says."""
-    return damaged(path, "a file of a bank as it was written", flaw, ChunkRecord.CURE)
+    return damaged(path, WRITTEN, flaw, ChunkRecord.CURE)
 
 
 def require_same_making(path: Path, have: BankSettings, want: BankSettings) -> None:

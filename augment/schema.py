@@ -19,8 +19,8 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, ClassVar, TypeVar, get_args, get_origin, get_type_hints
 
-from augment.errors import Damaged, UserError
-from augment.files import LARGEST_RECORD, parse_json, read_file, sha256, write_bytes
+from augment.errors import UserError
+from augment.files import LARGEST_RECORD, damaged, parse_json, read_file, sha256, write_bytes
 
 T = TypeVar("T", bound="Record")
 
@@ -92,8 +92,8 @@ def load(path: Path, what: str, since: int, cure: str) -> dict[str, Any]:
         UserError: see `augment.files.read_file`.
         Damaged: it is no JSON object, or its digest is missing or that of other bytes.
     """
-    content = read_file(path, what)
-    record = parse_json(content, path, what)
+    content = read_file(path, what, cure)
+    record = parse_json(content, path, what, cure)
     if not isinstance(record, dict):
         raise damaged(path, what, "no JSON object", cure)
     tail, number = TAIL.search(content, max(0, len(content) - TAIL_BYTES)), record.get("schema", 0)
@@ -124,11 +124,6 @@ def read(kind: type[T], path: Path) -> T:
         return build(kind, record)
     except ValueError as flaw:
         raise damaged(path, kind.WHAT, str(flaw), kind.CURE) from None
-
-
-def damaged(path: Path, what: str, flaw: str, cure: str) -> Damaged:
-    """Build the error for a record that is not what was written."""
-    return Damaged(f"expected {what} in {path}, got {flaw}; {cure}")
 
 
 def build(kind: Any, value: Any) -> Any:

@@ -13,7 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from tqdm import tqdm
 
@@ -23,10 +23,12 @@ from augment.errors import AugmentWarning, Damaged, ImageRejected, Missing, User
 from augment.extend import intact, size_of
 from augment.files import check_folder, fits, in_use, locked, unreadable, write_bytes
 from augment.records import (
+    KINDS,
     BankSettings,
     ChunkPlan,
     ChunkRecord,
     ClassPlan,
+    Home,
     Manifest,
     Part,
     check_file,
@@ -113,6 +115,7 @@ def bank_findings(path: Path, images: Path | None) -> Iterator[Finding]:
             record = read_record(part)
         except UserError as error:
             yield Finding(str(error), record_path if isinstance(error, Damaged) else None)
+            expected |= {file_of(part.stem, kind) for kind in KINDS}
             continue
         if record is None:
             yield Finding(f"{part.stem.relative_to(path)}: not made yet")
@@ -172,12 +175,12 @@ def repair(path: Path) -> str:
             "got none; those of older versions do not say what class they are of: copy the "
             "manifest from elsewhere, or make the bank again in a new folder"
         ) from flaw
-    last = max(records, key=lambda record: record.home.unit)
-    for record in records:
-        require_same_making(path, settings_of(record), settings_of(last))
-    manifest = Manifest(
-        **vars(settings_of(last)), schema=Manifest.SCHEMA, classes=classes_of(records)
-    )
+    settings = [settings_of(record) for _, record in records]
+    newest = max(range(len(records)), key=lambda k: records[k][0].unit)
+    for other in settings:
+        require_same_making(path, other, settings[newest])
+    facts = vars(settings[newest])
+    manifest = Manifest(**facts, schema=Manifest.SCHEMA, classes=classes_of(path, records))
     write(path / "manifest.json", manifest)
     return (
         f"{path}: the manifest is made again from {len(records)} records of "
@@ -185,42 +188,54 @@ def repair(path: Path) -> str:
     )
 
 
-def homed(path: Path) -> Iterator[Any]:
+def homed(path: Path) -> Iterator[tuple[Home, ChunkRecord]]:
     """Give the records of a folder that say where they belong, and are there."""
     for file in sorted(path.glob("[0-9]*/chunk-*.json")):
         with suppress(Damaged, Missing):
             record = read(ChunkRecord, file)
             if record.home and stem_of(path, record.home) == file.with_suffix(""):
-                yield record
+                yield record.home, record
 
 
-def settings_of(record: Any) -> BankSettings:
+def settings_of(record: ChunkRecord) -> BankSettings:
     """Return how the latents of a chunk are made."""
     try:
         return build(BankSettings, record.settings)
     except ValueError as flaw:
-        raise UserError(f"expected the settings of a bank in its records, got {flaw}") from None
+        raise UserError(
+            f"expected the settings of a bank in its records, got {flaw}; make the bank again"
+        ) from None
 
 
-def classes_of(records: list[Any]) -> list[ClassPlan]:
+def classes_of(path: Path, records: list[tuple[Home, ChunkRecord]]) -> list[ClassPlan]:
     """Return the plan that records were made by.
 
     Labels move when classes are added, so those of older plans are put in order first, and newer
     ones among them.
+
+    Raises:
+        UserError: the records are of several banks.
     """
-    there = {image.id for record in records for image in record.images}
+    there = {image.id for _, record in records for image in record.images}
     by_name: dict[str, ClassPlan] = {}
     classes: list[ClassPlan] = []
-    for record in sorted(records, key=lambda r: (r.home.classes, r.home.label, r.home.number)):
-        home, ids = record.home, [image.id for image in record.images]
-        for reject in record.rejects:
-            if reject.id not in there:  # else it was made good since, and is in a later chunk
-                ids.insert(len(ids) if reject.place is None else reject.place, reject.id)
+    for home, record in sorted(records, key=lambda r: (r[0].classes, r[0].label, r[0].number)):
+        ids = [image.id for image in record.images]
+        for reject in record.rejects:  # in the order of their places
+            ids.insert(len(ids) if reject.place is None else reject.place, reject.id)
+        later = {reject.id for reject in record.rejects} & there  # they were made good since
+        ids = [image_id for image_id in ids if image_id not in later]
         if home.name not in by_name:
             by_name[home.name] = ClassPlan(home.name, home.folder, home.prompt, [])
             classes.insert(home.label, by_name[home.name])
+        known = by_name[home.name]
+        if (known.folder, known.prompt) != (home.folder, home.prompt):
+            raise UserError(
+                f"expected records of one bank in {path}, got two folders or prompts for class "
+                f"{home.name!r}; remove the records that do not belong to it"
+            )
         if ids:
-            by_name[home.name].chunks.append(ChunkPlan(home.number, home.unit, ids))
+            known.chunks.append(ChunkPlan(home.number, home.unit, ids))
     for known in classes:
         known.chunks.sort(key=lambda chunk: chunk.number)
     return classes
