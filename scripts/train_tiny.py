@@ -3,7 +3,10 @@
     python scripts/train_tiny.py            # 10 000 steps, about an hour on 2 cores
     python scripts/train_tiny.py --bf16     # compiled, in bfloat16
     python scripts/train_tiny.py --images CIFAR --run runs/tiny-cifar --out tiny-cifar.safetensors
+    python scripts/train_tiny.py --zero-snr --steps 3000 --lr 3e-4 --start \
+        augment/diffusion/weights/tiny.safetensors --run runs/zero --out tiny-zero.safetensors
 
+The last ends at pure noise, where Stable Diffusion's own schedule leaves 7 % of the latent.
 ``augment/diffusion/weights/*.md`` have the commands of the weights in the package. The images are
 Fashion-MNIST's 60 000 training images, of Debian's package ``dataset-fashion-mnist`` or of
 torchvision's download; or CIFAR-10's in class folders, of which the first 100 of each class are
@@ -20,13 +23,14 @@ from typing import NamedTuple
 
 import torch
 from fashion_mnist import CLASSES, load_split
-from safetensors.torch import load_file, save_file
+from long_run import LongRun, half_precision
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from augment.diffusion.process import VariancePreserving
 from augment.diffusion.tiny import PROMPTS, WEIGHTS, build_network, haar
-from augment.files import sha256
+from augment.files import sha256, write_bytes
 from augment.images import prepare
 from augment.sources import Folder
 from augment.sources.fashion import COARSE
@@ -43,7 +47,6 @@ UNET = {
     "norm_num_groups": 16,
     "attention_head_dim": 32,
 }
-ALPHAS2 = VariancePreserving().alphas_cumprod[1:].float()
 
 
 class Data(NamedTuple):
@@ -84,12 +87,14 @@ def mirrored(clean: Tensor) -> Tensor:
     return clean.flip(-1) * sign.view(-1, 1, 1)
 
 
-class Run:
-    """Network, its running average, optimiser and step: what a checkpoint holds."""
+class Run(LongRun):
+    """The network, its running average, its optimiser and the schedule of its rate."""
 
     def __init__(self, args: argparse.Namespace, data: Data) -> None:
         torch.manual_seed(args.seed)
-        self.args, self.step, self.losses, self.data = args, 0, [], data
+        self.args, self.data = args, data
+        self.process = {"prediction": "v"} | ({"zero_terminal_snr": True} if args.zero_snr else {})
+        self.alphas2 = VariancePreserving(**self.process).alphas_cumprod[1:].float()
         channels = data.clean.shape[1]
         sizes = {"in_channels": channels, "out_channels": channels}
         self.unet = UNET | sizes | {"num_class_embeds": len(data.words)}
@@ -101,18 +106,34 @@ class Run:
             self.network.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=1e-2
         )
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self.rate)
-        self.parts = ("network", "average", "optimizer", "schedule")
-        self.checkpoint = args.run / "last.pt"
-        if self.checkpoint.exists():
-            state = torch.load(self.checkpoint, weights_only=True)
-            for part in self.parts:
-                getattr(self, part).load_state_dict(state[part])
-            self.step, self.losses = state["step"], state["losses"]
+        parts = ("network", "average", "optimizer", "schedule")
+        super().__init__(
+            args.run, args.steps, args.batch, **{name: getattr(self, name) for name in parts}
+        )
+        self.predict = torch.compile(self.network) if args.bf16 else self.network
 
     def rate(self, step: int) -> float:
         """200 steps of warm-up, then a half cosine to 2 %."""
         cosine = 0.5 * (1 + math.cos(math.pi * step / self.args.steps))
         return min(1.0, (step + 1) / 200) * (0.02 + 0.98 * cosine)
+
+    def loss(self) -> Tensor:
+        """v-prediction loss of the step's batch, whose draws are a function of the step."""
+        generator = torch.Generator().manual_seed(self.args.seed * 1_000_003 + self.step)
+        clean, prompts, count = self.data.clean, self.data.prompts, self.batch
+        rows = torch.randint(len(clean), (count,), generator=generator)
+        times = torch.randint(len(self.alphas2), (count,), generator=generator)
+        noise = torch.randn(count, *clean.shape[1:], generator=generator)
+        drop = torch.rand(count, generator=generator) < PROMPT_DROPOUT
+        parts = self.alphas2, 1 - self.alphas2
+        alpha, sigma = (part[times].sqrt().view(-1, 1, 1, 1) for part in parts)
+        z, words = clean[rows], torch.where(drop, 0, prompts[rows])
+        if self.data.mirror:
+            flip = torch.rand(count, generator=generator) < 0.5
+            z = torch.where(flip.view(-1, 1, 1, 1), mirrored(z), z)
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.args.bf16):
+            out = self.predict(alpha * z + sigma * noise, times, words, return_dict=False)[0]
+        return (out.float() - (alpha * noise - sigma * z)).square().mean()
 
     def update(self, loss: Tensor) -> None:
         """One optimiser step, and one of the running average."""
@@ -125,44 +146,21 @@ class Run:
         with torch.no_grad():
             pairs = [list(net.parameters()) for net in (self.average, self.network)]
             torch._foreach_lerp_(*pairs, 1 - decay)
-        self.losses.append(loss.item())
-        self.step += 1
 
-    def save(self) -> None:
-        """Write the checkpoint, and the averaged weights in float16."""
-        state = {part: getattr(self, part).state_dict() for part in self.parts}
-        temporary = self.checkpoint.with_suffix(".tmp")
-        torch.save({**state, "step": self.step, "losses": self.losses}, temporary)
-        temporary.replace(self.checkpoint)
+    def write(self) -> None:
+        """Write the averaged weights in float16."""
         settings = {key: getattr(self.args, key) for key in ("batch", "lr", "seed")}
         settings["start"] = sha256(self.args.start.read_bytes()) if self.args.start else None
         about = {"scale": self.data.scale, "white": self.data.white, "prompts": self.data.words}
+        about["process"] = ("diffusion", self.process)
         config = {"unet": self.unet, **about, "steps": self.step, **settings}
-        weights = {k: v.half().contiguous() for k, v in self.average.state_dict().items()}
         self.args.out.parent.mkdir(parents=True, exist_ok=True)
-        save_file(weights, self.args.out, metadata={"config": json.dumps(config)})
-
-
-def loss_of(network: nn.Module, run: Run) -> Tensor:
-    """v-prediction loss of the step's batch; its dice belong to the step, so runs can resume."""
-    dice = torch.Generator().manual_seed(run.args.seed * 1_000_003 + run.step)
-    clean, prompts = run.data.clean, run.data.prompts
-    rows = torch.randint(len(clean), (run.args.batch,), generator=dice)
-    times = torch.randint(len(ALPHAS2), (run.args.batch,), generator=dice)
-    noise = torch.randn(run.args.batch, *clean.shape[1:], generator=dice)
-    drop = torch.rand(run.args.batch, generator=dice) < PROMPT_DROPOUT
-    alpha, sigma = (a[times].sqrt().view(-1, 1, 1, 1) for a in (ALPHAS2, 1 - ALPHAS2))
-    z, told = clean[rows], torch.where(drop, 0, prompts[rows])
-    if run.data.mirror:
-        flip = torch.rand(run.args.batch, generator=dice) < 0.5
-        z = torch.where(flip.view(-1, 1, 1, 1), mirrored(z), z)
-    with torch.autocast("cpu", torch.bfloat16, enabled=run.args.bf16):
-        out = network(alpha * z + sigma * noise, times, told, return_dict=False)[0]
-    return (out.float() - (alpha * noise - sigma * z)).square().mean()
+        state = half_precision(self.average.state_dict())
+        write_bytes(self.args.out, save(state, {"config": json.dumps(config)}))
 
 
 def main() -> None:
-    """Train, with a checkpoint every 500 steps."""
+    """Read the arguments and train."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=10000)
     parser.add_argument("--batch", type=int, default=64)
@@ -170,21 +168,13 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--images", type=Path, help="CIFAR-10 in class folders")
     parser.add_argument("--start", type=Path, help="weights to go on from")
+    parser.add_argument("--zero-snr", action="store_true", help="a schedule that ends at noise")
     parser.add_argument("--run", type=Path, default=Path("runs/tiny"))
     parser.add_argument("--out", type=Path, default=WEIGHTS)
     parser.add_argument("--bf16", action="store_true")
     args = parser.parse_args()
     args.run.mkdir(parents=True, exist_ok=True)
-    run = Run(args, load_cifar(args.images) if args.images else load_fashion())
-    network = torch.compile(run.network) if args.bf16 else run.network
-    with tqdm(total=args.steps, initial=run.step, mininterval=1) as bar:
-        while run.step < args.steps:
-            run.update(loss_of(network, run))
-            bar.update()
-            if run.step % 50 == 0:
-                bar.set_postfix(loss=f"{sum(run.losses[-200:]) / len(run.losses[-200:]):.4f}")
-            if run.step % 500 == 0 or run.step == args.steps:
-                run.save()
+    Run(args, load_cifar(args.images) if args.images else load_fashion()).train()
 
 
 if __name__ == "__main__":

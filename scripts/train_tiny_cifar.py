@@ -225,7 +225,7 @@ def report(args: argparse.Namespace) -> None:
     with (args.run / "log.csv").open(newline="") as file:
         losses = [(int(row["step"]), float(row["loss"])) for row in csv.DictReader(file)]
     names = [name for name in classes_of("base") for _ in range(count)]
-    noise = normal(rng(args.seed, "report"), len(names), 12, 16, 16)
+    noise = normal(rng(args.seed, "noise"), len(names), 12, 16, 16)
     for path in sorted(args.run.glob("ema*.safetensors")):
         backbone = load_backbone(path)
         assert isinstance(backbone, Tiny)

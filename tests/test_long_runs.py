@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from augment import UserError, load_backbone
-from augment.diffusion.process import Flow
+from augment.diffusion.process import Flow, VariancePreserving
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 STEPS = 7
@@ -161,3 +161,21 @@ def test_the_steps_of_a_batch_are_spread_over_all_levels(run):
     run.loss()
     assert torch.equal(*told), "a step's batch is a function of its number"
     assert told[0].min() < 150 and told[0].max() > 850
+
+
+@pytest.mark.parametrize("zero", [False, True], ids=["as Stable Diffusion", "to pure noise"])
+def test_the_trained_process_is_in_the_weights(scripts, tmp_path, zero):
+    import train_tiny as script
+
+    clean = torch.randn(8, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    data = script.Data(clean, torch.ones(8).long(), script.PROMPTS, 1.0, 1.0, mirror=False)
+    args = argparse.Namespace(
+        **{"run": tmp_path, "out": tmp_path / "out.safetensors", "start": None, "zero_snr": zero},
+        **{"steps": 1, "batch": 8, "lr": 1e-3, "seed": 0, "bf16": False},
+    )
+    run = script.Run(args, data)
+    assert (run.alphas2[-1] == 0) == zero
+    run.train()
+    backbone = load_backbone(args.out, device="cpu")
+    assert backbone.process == VariancePreserving("v", zero_terminal_snr=zero)
+    assert backbone.prompts == script.PROMPTS
