@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from augment.chunks import Chunk, Members, pack
+from augment.diffusion import local_recipe
 from augment.diffusion.backbone import Backbone
 from augment.errors import UserError
 from augment.features import read_vectors
@@ -125,8 +126,12 @@ class LatentBank:
 
     @property
     def recipe(self) -> dict[str, Any]:
-        """The arguments of `load_backbone` that made the backbone; by its name if unknown."""
-        return self.manifest.recipe or {"name_or_path": self.manifest.fingerprint.backbone["name"]}
+        """The arguments of `load_backbone` that made the backbone, by its name if unknown.
+
+        They ask no hub; see `augment.diffusion.local_recipe`.
+        """
+        name = self.manifest.fingerprint.backbone["name"]
+        return local_recipe(self.manifest.recipe or {"name_or_path": name})
 
     def to(self, device: torch.device | str) -> "LatentBank":
         """The same bank with all its latents, float16, in a device's memory.

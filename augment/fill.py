@@ -156,6 +156,7 @@ class Inversion:
     where: dict[str, Any] = field(default_factory=dict)
     title: str = field(default="invert", init=False)
     manifest: Manifest | None = field(default=None, init=False)
+    recipe: dict[str, Any] = field(default_factory=dict, init=False)
     units: list[list[Part]] = field(default_factory=list, init=False)
     rejected: dict[Path, int] = field(default_factory=dict, init=False)
 
@@ -191,7 +192,7 @@ class Inversion:
 
     def __getstate__(self) -> dict[str, Any]:
         """What is sent to a worker elsewhere: how to load the backbone, where that is known."""
-        sendable = None if self.manifest and self.manifest.recipe else self.backbone
+        sendable = None if self.recipe else self.backbone
         return {**self.__dict__, "backbone": sendable}
 
     def described(self, backbone: Backbone) -> BankSettings:
@@ -217,6 +218,7 @@ class Inversion:
         backbone = self.backbone
         assert backbone is not None
         new, old = self.described(backbone), self._known()
+        self.recipe = backbone.recipe  # not that of an older run
         if old is not None:
             require_same_making(self.path, old, new)
             new = replace(new, recipe=old.recipe, made_with=old.made_with)
@@ -252,9 +254,7 @@ class Inversion:
 
     def start(self) -> Callable[[int], None]:
         """Load the backbone, unless it is here."""
-        assert self.manifest is not None
-        loaded = self.backbone or load_backbone(**self.manifest.recipe, **self.where)
-        return partial(self.work, loaded)
+        return partial(self.work, self.backbone or load_backbone(**self.recipe, **self.where))
 
     def work(self, backbone: Backbone, unit: int) -> None:
         """Read, invert and commit the images of a unit."""

@@ -6,13 +6,17 @@ import sys
 
 import pytest
 import torch
-from checkpoints import PROMPT, Hub, dit, sd3, single_file, stable_diffusion
+from checkpoints import PROMPT, UNET, Hub, dit, sd3, single_file, stable_diffusion
+from conftest import call
+from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
-from augment import UserError, load_backbone, sample
-from augment.diffusion import BACKBONES
+from augment import LatentBank, SyntheticDataset, UserError, load_backbone, sample
+from augment.diffusion import BACKBONES, local_recipe
 from augment.diffusion.find import guess_config
 from augment.diffusion.hub import HUB
+from augment.fill import fill_bank
+from augment.sources import Folder
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -190,6 +194,38 @@ def test_the_hub_is_asked_for_the_index_first_and_the_cache_then(hub, folder):
     assert again.fingerprint == backbone.fingerprint and hub.asked == []
 
 
+@pytest.mark.filterwarnings("ignore:expected images of about 32")
+def test_a_bank_asks_the_hub_only_for_what_is_named(hub, pictures, tmp_path, monkeypatch, capsys):
+    path = tmp_path / "bank"
+    fill_bank(path, load("me/model"), Folder(pictures), steps=2)
+    assert LatentBank.open(path).recipe == {"name_or_path": "me/model", "local_files_only": True}
+    load_backbone(**LatentBank.open(path).recipe, device="cpu")  # from the cache
+    shutil.rmtree(constants.HF_HUB_CACHE)
+    hub.asked.clear()
+    shards = ["synthesize", str(path), "--per-class", "1", "--out", str(tmp_path / "shards")]
+    report = ["report", str(path), "--rules", "fix/0", "--out", str(tmp_path / "report.html")]
+    for command in (report, shards):
+        code, _, told = call(monkeypatch, capsys, *command, "--device", "cpu")
+        assert code == 2 and "--backbone" in told
+    with pytest.raises(UserError, match="not on this machine"):
+        SyntheticDataset(LatentBank.open(path))
+    assert hub.asked == []
+    code, *_ = call(monkeypatch, capsys, *shards, "--device", "cpu", "--backbone", "me/model")
+    assert code == 0 and "model_index.json" in " ".join(hub.asked)
+
+
+def test_a_strangers_lora_is_not_downloaded_with_a_backbone_that_is_named(hub, tmp_path):
+    recipe = {"name_or_path": "tiny", "lora": "me/lora"}
+    for named in (False, True):
+        with pytest.raises(UserError, match="not on this machine"):
+            load_backbone(**local_recipe(recipe, named), device="cpu")
+    assert hub.asked == []
+    assert local_recipe({"name_or_path": "tiny"}) == {"name_or_path": "tiny"}
+    assert local_recipe({"name_or_path": "a/b", "local_files_only": True}, named=True) == {
+        "name_or_path": "a/b"
+    }
+
+
 @pytest.mark.parametrize(
     ("name", "words"),
     [
@@ -273,6 +309,210 @@ def test_what_is_not_there_or_does_not_fit_is_refused(folder, tmp_path):
     assert "'lora'" in said(dit(tmp_path / "dit"), lora="x")
     assert "'resolution'" in said("tiny", resolution=64)
     assert "sd35-large" in said("sd42") and list(BACKBONES) == ["tiny", *HUB]
+
+
+def test_a_variant_that_is_there_alone_or_not_at_all_is_hinted_at(copy):
+    assert "got none of any variant; leave variant out" in said(copy, variant="fp16")
+    for path in copy.rglob("*.safetensors"):
+        path.rename(path.with_name(f"{path.stem}.fp16.safetensors"))
+    assert "variant 'fp16'; load them with variant='fp16'" in said(copy)
+    assert "load them with variant='fp16'" in said(copy, variant="bf16")
+    assert load(copy, variant="fp16").resolution == 32
+
+
+def test_what_belongs_to_other_places_is_refused(folder, tmp_path):
+    assert "got 'main' with" in said(folder, revision="main")
+    path = header(tmp_path / "m.safetensors", HEADERS["sd15"])
+    assert "got 'fp16' with" in said(path, variant="fp16", config=folder)
+
+
+def sharded(part, stem="diffusion_pytorch_model", other=None):
+    """Split a part's weights in two files with an index, and name another file in that."""
+    path = part / f"{stem}.safetensors"
+    state = load_file(path)
+    path.unlink()
+    places = {}
+    for number, keys in enumerate((sorted(state)[::2], sorted(state)[1::2]), 1):
+        name = f"{stem}-0000{number}-of-00002.safetensors"
+        save_file({key: state[key] for key in keys}, part / name, {"format": "pt"})
+        places |= dict.fromkeys(keys, name)
+    if other:
+        places[sorted(state)[0]] = other
+    record = {"metadata": {"total_size": 1}, "weight_map": places}
+    (part / f"{stem}.safetensors.index.json").write_text(json.dumps(record))
+    return state
+
+
+@pytest.mark.parametrize("part", ["unet", "text_encoder"])
+def test_an_index_that_names_a_pickle_is_refused_and_nothing_unpickled(part, copy, monkeypatch):
+    def never(*_, **__):
+        raise AssertionError("a pickle was opened")
+
+    monkeypatch.setattr(torch, "load", never)
+    stem = "diffusion_pytorch_model" if part == "unet" else "model"
+    torch.save({"conv_in.weight": torch.zeros(1)}, copy / part / "evil.bin")
+    state = sharded(copy / part, stem, "evil.bin")
+    assert "index of safetensors files beside it, got evil.bin" in said(copy)
+    for other in ("../unet/config.json", "evil.safetensors"):  # another place, not there
+        save_file(state, copy / part / f"{stem}.safetensors", {"format": "pt"})
+        sharded(copy / part, stem, other)
+        assert "index of safetensors files beside it" in said(copy)
+
+
+def test_the_fingerprint_is_of_the_files_that_are_loaded(folder, copy):
+    state = sharded(copy / "unet")
+    plain = load(copy).fingerprint
+    save_file(state, copy / "unet" / "model.safetensors")  # of no name that diffusers takes
+    save_file(state, copy / "unet" / "diffusion_pytorch_model-00003-of-00003.safetensors")
+    assert load(copy).fingerprint == plain != load(folder).fingerprint
+    save_file(state, copy / "unet" / WEIGHTS, {"format": "pt"})
+    assert "one set of weights" in said(copy)
+
+
+def change(folder, part, name="config.json", **changes):
+    path = folder / part / name
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+STRANGE = {
+    "a module that the index names": (
+        "",
+        "model_index.json",
+        {"unet": ["antigravity", "x"]},
+        "unet",
+    ),
+    "a function": ("", "model_index.json", {"scheduler": ["os", "system"]}, "scheduler"),
+    "another class": ("", "model_index.json", {"vae": ["diffusers", "UNet2DModel"]}, "vae"),
+    "a tokenizer of its own": (
+        "",
+        "model_index.json",
+        {"tokenizer": ["transformers", "AutoTokenizer"]},
+        "tokenizer",
+    ),
+    "a number for a part": ("", "model_index.json", {"unet": 5}, "unet"),
+    "no network": ("", "model_index.json", {"unet": None}, "unet"),
+    "no text encoder": ("", "model_index.json", {"text_encoder": [None, None]}, "text_encoder"),
+    "no size": ("unet", "config.json", {"sample_size": "huge"}, "sample_size"),
+    "two sizes": ("unet", "config.json", {"sample_size": [16, 8]}, "sample_size"),
+    "a giant": ("unet", "config.json", {"sample_size": 10**9}, "sample_size"),
+    "a million layers": (
+        "text_encoder",
+        "config.json",
+        {"num_hidden_layers": 10**6},
+        "num_hidden_layers",
+    ),
+    "giant blocks": (
+        "unet",
+        "config.json",
+        {"block_out_channels": [32, 10**7]},
+        "block_out_channels",
+    ),
+    "no blocks": ("vae", "config.json", {"block_out_channels": []}, "whole checkpoint"),
+    "quantised": (
+        "unet",
+        "config.json",
+        {"quantization_config": {"quant_method": "bitsandbytes"}},
+        "quantised",
+    ),
+    "a scale of zero": ("vae", "config.json", {"scaling_factor": 0}, "scaling_factor 0"),
+    "half a normalisation": ("vae", "config.json", {"latents_mean": [0, 0, 0, 0]}, "latents_mean"),
+    "a distilled network": ("unet", "config.json", {"time_cond_proj_dim": 8}, "time_cond_proj_dim"),
+    "a prompt of no length": (
+        "tokenizer",
+        "tokenizer_config.json",
+        {"model_max_length": "x"},
+        "model_max_length",
+    ),
+    "β that is none": (
+        "scheduler",
+        "scheduler_config.json",
+        {"beta_end": 1.5},
+        "beta_end",
+    ),
+    "no steps": (
+        "scheduler",
+        "scheduler_config.json",
+        {"num_train_timesteps": 0},
+        "whole checkpoint",
+    ),
+    "endless steps": (
+        "scheduler",
+        "scheduler_config.json",
+        {"num_train_timesteps": 10**12},
+        "num_train",
+    ),
+    "continuous levels": (
+        "scheduler",
+        "scheduler_config.json",
+        {"timestep_type": "continuous"},
+        "continuous",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", STRANGE)
+def test_a_strange_checkpoint_is_refused_in_a_sentence(name, copy):
+    part, file, changes, words = STRANGE[name]
+    change(copy, part, file, **changes)
+    if words == "continuous":
+        index = json.loads((copy / "model_index.json").read_text())
+        index["scheduler"] = ["diffusers", "EulerDiscreteScheduler"]
+        (copy / "model_index.json").write_text(json.dumps(index))
+    assert words in said(copy)
+
+
+def test_an_index_without_end_is_refused(copy):
+    (copy / "model_index.json").write_text("[" * 200_000)
+    assert "model_index.json" in said(copy)
+
+
+def test_a_flow_of_other_levels_is_refused(tmp_path):
+    assert "num_train_timesteps 500" in said(sd3(tmp_path / "a", num_train_timesteps=500))
+    assert "shift above 0" in said(sd3(tmp_path / "b", shift=-1.0))
+
+
+def test_a_network_of_nine_channels_is_refused_in_a_sentence(folder, copy):
+    from diffusers import UNet2DConditionModel
+
+    UNet2DConditionModel(**{**UNET, "in_channels": 9}).save_pretrained(copy / "unet")
+    assert "network of 4 channels, as the autoencoder's, got unet of 9" in said(copy)
+    tiny = diffusers_tiny(copy.parent / "taesd", latent_channels=16)
+    assert "4 latent channels, as the model's, got 16" in said(folder, tiny_vae=tiny)
+
+
+def diffusers_tiny(path, **changes):
+    from diffusers import AutoencoderTiny
+
+    blocks = {"encoder_block_out_channels": (8, 8), "decoder_block_out_channels": (8, 8)}
+    counts = {"num_encoder_blocks": (1, 1), "num_decoder_blocks": (1, 1)}
+    AutoencoderTiny(**blocks, **counts, **changes).save_pretrained(path)
+    return path
+
+
+@pytest.mark.parametrize("key", ["v_pred", "modelspec"])
+def test_a_single_file_that_says_v_is_not_taken_for_epsilon(key, folder, tmp_path):
+    path = single_file(folder, tmp_path / "model.safetensors")
+    state, about = load_file(path), {}
+    if key == "v_pred":
+        state |= {"v_pred": torch.zeros(1)}
+    else:
+        about = {"modelspec.prediction_type": "v"}
+    save_file(state, path, about)
+    with pytest.raises(UserError, match="predicts v"):
+        guess_config(path)
+    assert "prediction_type v_prediction, as" in said(path, config=folder)
+    config = stable_diffusion(tmp_path / "v", prediction_type="v_prediction")
+    assert load(path, config=config).process.prediction == "v"
+    save_file(state | {"ztsnr": torch.zeros(1)}, path, about)
+    assert "rescale_betas_zero_snr True, as" in said(path, config=config)
+    save_file(state | {"edm_mean": torch.zeros(1)}, path, about)
+    assert "edm_mean, of EDM" in said(path, config=config)
+
+
+def test_an_sdxl_file_that_says_v_is_refused_as_well(tmp_path):
+    path = header(tmp_path / "m.safetensors", HEADERS["sdxl"] | {"v_pred": (1,)})
+    with pytest.raises(UserError, match="predicts v"):
+        guess_config(path)
 
 
 @pytest.mark.parametrize("package", ["transformers", "accelerate"])

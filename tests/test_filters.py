@@ -1,5 +1,6 @@
 """Filters: laws over the table, and what each is for on images with known faults."""
 
+import json
 import sys
 import tarfile
 from pathlib import Path
@@ -414,6 +415,12 @@ def test_clip_wants_prompts_that_fit_and_a_whole_clip(settings, tmp_path, monkey
     state = {k: v for k, v in model.state_dict().items() if "vision_model" not in k}
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match=r"whole CLIP .* damaged in vision_model"):
+        prepare(["a", "b"], model=str(folder))
+    (folder / "model.safetensors").unlink()
+    torch.save({"logit_scale": torch.zeros(1)}, folder / "evil.bin")
+    index = {"metadata": {"total_size": 1}, "weight_map": {"logit_scale": "evil.bin"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match=r"index of safetensors files beside it, got evil\.bin"):
         prepare(["a", "b"], model=str(folder))
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(UserError, match=r"latent-augment\[sd\]"):

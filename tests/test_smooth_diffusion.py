@@ -407,3 +407,33 @@ def test_two_ranks_train_as_one_with_the_doubled_batch(images, tmp_path):
 def test_the_projections_are_diffusers_own():
     names = {name for name, _ in fresh().unet.named_modules()}
     assert all(f"mid_block.attentions.0.{name}" in names for name in PROJECTIONS)
+
+
+@pytest.mark.parametrize("name", ["metadata", "tensor"])
+def test_the_alpha_of_a_lora_is_honoured_for_tiny(name, whole, tmp_path):
+    path, state = tmp_path / "other.safetensors", load_file(whole[0])
+    layer, about = "unet.mid_block.attentions.0.to_q", {}
+    if name == "tensor":
+        state = {key: value for key, value in state.items() if key.startswith(layer)}
+        state[f"{layer}.alpha"] = torch.tensor(12.0)
+    else:
+        config = {"unet.r": 4, "unet.lora_alpha": 12}
+        about = {"lora_adapter_metadata": json.dumps(config)}
+    save_file(state, path, about)
+    rank = len(state[f"{layer}.lora_A.weight"])
+    product = state[f"{layer}.lora_B.weight"] @ state[f"{layer}.lora_A.weight"]
+    found, plain = fresh(lora=path), fresh()
+    weight = f"{layer.removeprefix('unet.')}.weight"
+    change = found.unet.get_parameter(weight) - plain.unet.get_parameter(weight)
+    torch.testing.assert_close(change, 12 / rank * product, rtol=1e-4, atol=1e-6)
+    if name == "metadata":
+        save_file(state, path)
+        assert fresh(lora=path).fingerprint["lora"] != found.fingerprint["lora"]
+
+
+def test_a_lora_of_another_width_is_not_spread_over_tinys_layers(whole, tmp_path):
+    state = load_file(whole[0])
+    key = "unet.mid_block.attentions.0.to_q.lora_B.weight"
+    save_file({**state, key: state[key][:1].clone()}, tmp_path / "other.safetensors")
+    with pytest.raises(UserError, match=r"LoRA for this model.*to_q of \(1, "):
+        fresh(lora=tmp_path / "other.safetensors")

@@ -1,5 +1,6 @@
 """The diffusers backbones against diffusers' own pipelines, on small models with random weights."""
 
+import json
 import warnings
 
 import diffusers
@@ -285,6 +286,131 @@ def test_a_lora_that_is_none_or_of_another_model_is_refused(folders, tmp_path):
         load_backbone(folder, device="cpu", lora=path)
     with pytest.raises(UserError, match="nowhere"):
         load_backbone(folder, device="cpu", lora=tmp_path / "nowhere")
+
+
+def attention(net, width=0):
+    """Low-rank weights of every attention layer, as if trained on a text that is wider."""
+    layers = [name for name, part in net.named_modules() if isinstance(part, torch.nn.Linear)]
+    state = {}
+    for name in (n for n in layers if ".attn" in n and "qkv" not in n and "to_kv" not in n):
+        rows, columns = net.get_submodule(name).weight.shape
+        columns += width * name.endswith(("attn2.to_k", "attn2.to_v"))
+        state[f"unet.{name}.lora_A.weight"] = torch.randn(4, columns)
+        state[f"unet.{name}.lora_B.weight"] = torch.randn(rows, 4)
+    return state
+
+
+def test_a_lora_whose_shapes_do_not_fit_is_refused_as_diffusers_refuses_it(folders, tmp_path):
+    folder, path = folders["stable-diffusion"], tmp_path / "other.safetensors"
+    net = load_backbone(folder, device="cpu").trainable()
+    save_file(attention(net), path)
+    assert "lora" in load_backbone(folder, device="cpu", lora=path).fingerprint
+    save_file(attention(net, width=16), path)
+    with pytest.raises(UserError, match=r"LoRA for this model, got .*attn2"):
+        load_backbone(folder, device="cpu", lora=path)
+    some = attention(net)
+    zero = {key: torch.zeros_like(value) for key, value in some.items()}
+    save_file(zero, path)
+    with pytest.raises(UserError, match="0 of its 32 layers change"):
+        load_backbone(folder, device="cpu", lora=path)
+    one = next(iter(some))
+    save_file({**some, one: torch.full_like(some[one], torch.nan)}, path)
+    with pytest.raises(UserError, match="finite and whole"):
+        load_backbone(folder, device="cpu", lora=path)
+    with pytest.raises(UserError, match="lora_scale, got nan"):
+        load_backbone(folder, device="cpu", lora=path, lora_scale=float("nan"))
+
+
+ODD = {
+    "DoRA of kohya": ("lora_unet_a.dora_scale", (32, 1)),
+    "LoKr": ("lora_unet_a.lokr_w1", (4, 4)),
+    "LoHa": ("lora_unet_a.hada_w1_a", (4, 4)),
+    "Tucker": ("lora_unet_a.lora_mid.weight", (4, 4, 3, 3)),
+    "a bias": (f"unet.{LAYER}.to_q.lora_B.bias", (32,)),
+}
+
+
+@pytest.mark.parametrize("kind", ODD)
+def test_weights_of_another_kind_in_a_lora_are_refused_by_name(kind, folders, tmp_path):
+    path, _ = lora_file(tmp_path / "mixed.safetensors", "peft")
+    key, shape = ODD[kind]
+    save_file(load_file(path) | {key: torch.ones(shape)}, path)
+    for model in (folders["stable-diffusion"], "tiny"):
+        with pytest.raises(UserError, match=f"LoRA for this model.*{key}"):
+            load_backbone(model, device="cpu", lora=path)
+
+
+def trained_lora(folder, place, **config):
+    """diffusers' own way from an adapter to a file, and its UNet with that fused."""
+    from diffusers.training_utils import _collate_lora_metadata
+    from diffusers.utils import convert_state_dict_to_diffusers
+    from peft import LoraConfig
+    from peft.utils import get_peft_model_state_dict
+
+    pipe, fused = (pipeline(folder, safety_checker=None) for _ in range(2))
+    given = {"r": 4, "lora_alpha": 16, "init_lora_weights": False, **config}
+    pipe.unet.add_adapter(LoraConfig(target_modules=["to_q", "to_v"], **given))
+    with torch.no_grad():
+        for key, value in pipe.unet.named_parameters():
+            value += torch.rand_like(value) if "magnitude" in key else 0
+    state = convert_state_dict_to_diffusers(get_peft_model_state_dict(pipe.unet))
+    pipe.save_lora_weights(place, state, **_collate_lora_metadata({"unet": pipe.unet}))
+    fused.load_lora_weights(str(place))
+    fused.fuse_lora()
+    fused.unload_lora_weights()
+    return fused.unet
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {},
+        {"use_rslora": True},
+        {"rank_pattern": {"attn1.to_q": 2}, "alpha_pattern": {"attn1.to_q": 3}},
+        {"use_dora": True},
+    ],
+    ids=["alpha", "rslora", "patterns", "dora"],
+)
+def test_a_lora_that_diffusers_saved_is_fused_as_diffusers_fuses_it(config, folders, tmp_path):
+    torch.manual_seed(0)
+    folder = folders["stable-diffusion"]
+    theirs = trained_lora(folder, tmp_path, **config)
+    ours = load_backbone(folder, device="cpu", lora=tmp_path)
+    plain = load_backbone(folder, device="cpu").trainable().state_dict()
+    found, expected = ours.trainable().state_dict(), theirs.state_dict()
+    torch.testing.assert_close(dict(found), dict(expected))
+    assert (found[f"{LAYER}.to_q.weight"] - plain[f"{LAYER}.to_q.weight"]).norm() > 1
+    assert "alpha" in ours.fingerprint["lora"]
+
+
+def test_a_lora_that_would_change_the_weights_otherwise_is_refused(folders, tmp_path):
+    path, _ = lora_file(tmp_path / "mixed.safetensors", "peft")
+    state = load_file(path)
+    for config in ({"unet.init_lora_weights": "pissa"}, ["no", "settings"]):
+        save_file(state, path, {"lora_adapter_metadata": json.dumps(config)})
+        with pytest.raises(UserError, match=r"pissa|whole checkpoint"):
+            load_backbone(folders["stable-diffusion"], device="cpu", lora=path)
+
+
+def test_each_layers_alpha_of_a_kohya_file_is_its_own(folders, tmp_path):
+    folder, path = folders["stable-diffusion"], tmp_path / "kohya.safetensors"
+    net = load_backbone(folder, device="cpu").trainable()
+    names = [key.removesuffix(".lora_A.weight")[5:] for key in attention(net) if "lora_A" in key]
+    state, expected = {}, {}
+    for alpha, name in enumerate(names, 1):
+        rows, columns = net.get_submodule(name).weight.shape
+        key, down, up = (
+            f"lora_unet_{name.replace('.', '_')}",
+            torch.randn(4, columns),
+            torch.randn(rows, 4),
+        )
+        state |= {f"{key}.lora_down.weight": down, f"{key}.lora_up.weight": up}
+        state[f"{key}.alpha"] = torch.tensor(float(alpha))
+        expected[name] = net.get_submodule(name).weight + alpha / 4 * up @ down
+    save_file(state, path)
+    found = load_backbone(folder, device="cpu", lora=path).trainable()
+    for name, weight in expected.items():
+        torch.testing.assert_close(found.get_submodule(name).weight, weight.detach())
 
 
 @pytest.mark.slow

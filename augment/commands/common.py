@@ -74,7 +74,11 @@ def tell_of_bank(path: Path) -> Record:
 
 def recipe_of(bank: Any, backbone: str | None = None) -> dict[str, Any]:
     """What makes a bank's backbone again, or another one with its options."""
-    recipe = {**bank.recipe, **({"name_or_path": backbone} if backbone else {})}
+    from augment.diffusion import local_recipe
+
+    recipe = bank.recipe
+    if backbone:
+        recipe = local_recipe({**bank.manifest.recipe, "name_or_path": backbone}, named=True)
     place = Path(recipe["name_or_path"])
     if place.is_absolute() and not place.exists():
         raise UserError(

@@ -5,6 +5,7 @@ an entry in `BACKBONES`; or, for a pipeline class of diffusers, in `PIPELINES`.
 """
 
 import inspect
+import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -133,6 +134,27 @@ def load_backbone(
     return backbone
 
 
+def local_recipe(recipe: dict[str, Any], named: bool = False) -> dict[str, Any]:
+    """Return a recipe that asks no hub, for a bank may come from a stranger.
+
+    What it names has to be embedded, on the disk or in the hub's cache.
+
+    >>> local_recipe({"name_or_path": "sd15"})
+    {'name_or_path': 'sd15', 'local_files_only': True}
+
+    Args:
+        recipe: the arguments of `load_backbone`.
+        named: whether the user named the backbone, which may then be downloaded.
+    """
+    name = recipe["name_or_path"]
+    here = named or name == "tiny" or os.path.isdir(name)  # noqa: PTH112, which takes any name
+    others = [str(recipe[key]) for key in PATHS[1:] if recipe.get(key) is not None]
+    recipe = {key: value for key, value in recipe.items() if key != "local_files_only"}
+    if here and all(map(os.path.exists, others)):
+        return recipe
+    return {**recipe, "local_files_only": True}
+
+
 def find_device(device: torch.device | str | None = None) -> torch.device:
     """A device that is there; by default the GPU if there is one.
 
@@ -154,4 +176,12 @@ def rooted(value: str | Path) -> str:
     return str(Path(value).resolve()) if Path(value).exists() else str(value)
 
 
-__all__ = ["BACKBONES", "PIPELINES", "Backbone", "find_device", "load_backbone", "pretrained"]
+__all__ = [
+    "BACKBONES",
+    "PIPELINES",
+    "Backbone",
+    "find_device",
+    "load_backbone",
+    "local_recipe",
+    "pretrained",
+]

@@ -21,9 +21,28 @@ from safetensors import safe_open
 from augment.diffusion.hub import INDEX, damaged, explained, quiet
 from augment.diffusion.process import Flow, Process, VariancePreserving
 from augment.errors import UserError
+from augment.files import read_json
 
-NETWORKS = ("unet", "transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3")
-"""The parts of a pipeline that have weights and matter to us."""
+NETWORKS = {
+    "unet": ("UNet2DConditionModel",),
+    "transformer": ("SD3Transformer2DModel", "DiTTransformer2DModel", "Transformer2DModel"),
+    "vae": ("AutoencoderKL",),
+    "text_encoder": ("CLIPTextModel", "CLIPTextModelWithProjection"),
+    "text_encoder_2": ("CLIPTextModelWithProjection",),
+    "text_encoder_3": ("T5EncoderModel",),
+}
+"""The parts of a pipeline that have weights and matter to us, and the classes that may be."""
+
+OTHERS = {
+    "tokenizer": r"CLIPTokenizer(Fast)?",
+    "tokenizer_2": r"CLIPTokenizer(Fast)?",
+    "tokenizer_3": r"T5Tokenizer(Fast)?",
+    "scheduler": r"\w+Scheduler",
+}
+"""The parts without, and what their classes are called."""
+
+LARGEST = 100_000
+"""No number in a config is larger, but those of a vocabulary and its tokens."""
 
 SAMPLED = 4096
 """Tensors of more values are told apart by `ROWS` of their rows."""
@@ -76,20 +95,68 @@ class Checkpoint:
         return replace(self, folder=Path(folder))
 
     def parts(self, **absent: None) -> list[str]:
-        """Those of `NETWORKS` that the index names, without the ``absent``; of a fetched one."""
-        index = json.loads((self.folder or Path()).joinpath(INDEX).read_text())
-        named = [part for part in NETWORKS if index.get(part, [None])[0] is not None]
-        return [part for part in named if part not in absent]
+        """Return those of `NETWORKS` that the index names, without the ``absent``; once fetched.
+
+        Raises:
+            UserError: the index names a class that is not known for its part. Nothing is imported
+                because an index names it.
+        """
+        index = read_index((self.folder or Path()) / INDEX)
+        known = {part: "|".join(names) for part, names in NETWORKS.items()} | OTHERS
+        found = {part: entry for part, entry in index.items() if part in known.keys() - absent}
+        found = {part: entry for part, entry in found.items() if entry not in (None, [None, None])}
+        for part, entry in found.items():
+            library = "transformers" if part.startswith(("text", "token")) else "diffusers"
+            if not (
+                isinstance(entry, list)
+                and len(entry) == 2
+                and entry[0] == library
+                and re.fullmatch(known[part], str(entry[1]))
+            ):
+                raise UserError(
+                    f"expected {part} of {self.source} to be {known[part]} of {library}, got "
+                    f"{entry} in {INDEX}; take another checkpoint"
+                )
+        return [part for part in NETWORKS if part in found]
+
+    def variants(self, part: str) -> dict[str | None, list[list[Path]]]:
+        """Find the sets of safetensors files that one part could be loaded from, by variant."""
+        stem = "model" if part.startswith("text") else "diffusion_pytorch_model"
+        plain = re.compile(rf"{stem}(?:\.(\w+))?\.safetensors")
+        index = re.compile(rf"{stem}(?:\.(\w+))?\.safetensors(?:\.(\w+))?\.index(?:\.(\w+))?\.json")
+        found: dict[str | None, list[list[Path]]] = {}
+        for path in sorted((self.folder or Path()).joinpath(part).glob("*")):
+            if match := plain.fullmatch(path.name):
+                found.setdefault(match[1], []).append([path])
+            elif match := index.fullmatch(path.name):
+                name = match[1] or match[2] or match[3]
+                found.setdefault(name, []).append(shards(path))
+        return found
 
     def weights(self, part: str) -> list[Path]:
-        """The safetensors files of one part: the variant's if it has them, else the plain ones."""
-        found: dict[str | None, list[Path]] = {}
-        for path in sorted((self.folder or Path()).joinpath(part).glob("*.safetensors")):
-            name = re.sub(r"-\d+-of-\d+", "", path.stem)
-            match = re.fullmatch(r"(?:diffusion_pytorch_)?model(?:\.(.+))?", name)
-            if match:
-                found.setdefault(match[1], []).append(path)
-        return found.get(self.variant) or found.get(None, [])
+        """Return the files that one part is loaded from: the variant's if it has them, else plain.
+
+        Raises:
+            UserError: there are none, or two sets of them.
+        """
+        found, folder = self.variants(part), (self.folder or Path()) / part
+        sets = found.get(self.variant) or found.get(None, [])
+        if len(sets) > 1:
+            names = ", ".join(path.name for path in sets[0])
+            raise UserError(
+                f"expected one set of weights in {folder}, got {names} and an index of others; "
+                "remove one of the two"
+            )
+        if not sets:
+            pickles = [path.name for path in folder.glob("*") if path.suffix in (".bin", ".ckpt")]
+            came = f"{pickles[0]}, a pickle that could run code" if pickles else "none"
+            others = " or ".join(repr(name) for name in found if name)
+            raise UserError(
+                f"expected safetensors weights in {folder}, got {came}"
+                + (f" but those of variant {others}; load them with variant=" if others else "; ")
+                + (others or "take a revision or a copy of the checkpoint that has them")
+            )
+        return sets[0]
 
     def load(self, dtype: torch.dtype, parts: Iterable[str], **options: Any) -> Any:
         """The diffusers pipeline, on the CPU.
@@ -106,9 +173,17 @@ class Checkpoint:
 
         pipeline = getattr(diffusers, self.kind)
         options |= {"dtype": dtype, "local_files_only": True}
+        for part in (*parts, "scheduler"):
+            self.config(part)
         if not self.file:
-            for part in parts:
-                self._check_part(part)
+            found = {part: [*self.variants(part)] for part in parts if self.weights(part)}
+            if self.variant and not any(self.variant in names for names in found.values()):
+                there = sorted({repr(n) for names in found.values() for n in names if n})
+                raise UserError(
+                    f"expected weights of variant {self.variant!r} in {self.folder}, got "
+                    f"{', '.join(there) or 'none of any variant'}; leave variant out, or name one "
+                    "that is there"
+                )
         with quiet(), damaged(self.source):
             if self.file:
                 return pipeline.from_single_file(str(self.file), config=str(self.folder), **options)
@@ -116,23 +191,37 @@ class Checkpoint:
                 str(self.folder), variant=self.variant, use_safetensors=True, **options
             )
 
-    def _check_part(self, part: str) -> None:
-        folder = (self.folder or Path()) / part
-        if not self.weights(part):
-            pickles = [path.name for path in folder.glob("*") if path.suffix in (".bin", ".ckpt")]
-            came = f"{pickles[0]}, a pickle that could run code" if pickles else "none"
-            variant = f" of variant {self.variant!r}" if self.variant else ""
+    def config(self, part: str) -> dict[str, Any]:
+        """Read the config of a part.
+
+        Raises:
+            UserError: there is none, a number in it is out of all proportion, or its weights are
+                quantised.
+        """
+        name = "scheduler_config.json" if part == "scheduler" else "config.json"
+        path = (self.folder or Path()) / part / name
+        config = read_json(path, f"{part} of a checkpoint")
+        if not isinstance(config, dict):
+            raise UserError(f"expected settings by name in {path}, got others; download it again")
+        if "quantization_config" in config:
             raise UserError(
-                f"expected safetensors weights{variant} in {folder}, got {came}; "
-                "take a revision or a copy of the checkpoint that has them"
+                f"expected weights of {part} in {self.source} as they were trained, got quantised "
+                "ones (quantization_config); take another checkpoint"
             )
+        for key, value in config.items():
+            if not key.endswith(("vocab_size", "_id", "_ids")) and largest(value) > LARGEST:
+                raise UserError(
+                    f"expected numbers up to {LARGEST:,} in {path}, got {key} = {str(value)[:60]}; "
+                    "download it again"
+                )
+        return config
 
     def digest(self, parts: Iterable[str]) -> str:
         """sha256 of the parts' configs and of a sample of each of their tensors, as stored."""
         total, files = hashlib.sha256(), [("", self.file)] if self.file else []
         for part in sorted(parts):
-            config = json.loads(((self.folder or Path()) / part / "config.json").read_text())
-            total.update(json.dumps([part, essential(config)], sort_keys=True).encode())
+            config = essential(self.config(part))
+            total.update(json.dumps([part, config], sort_keys=True).encode())
             if not self.file:
                 files += [(part, path) for path in self.weights(part)]
         for part, path in files:
@@ -140,6 +229,54 @@ class Checkpoint:
             for piece in samples(path):
                 total.update(piece)
         return total.hexdigest()
+
+
+def read_index(path: Path) -> dict[str, Any]:
+    """Read a ``model_index.json``.
+
+    Raises:
+        UserError: there is none, or it is damaged.
+    """
+    index = read_json(path, "a diffusers pipeline, as save_pretrained writes it,")
+    if not isinstance(index, dict) or not isinstance(index.get("_class_name"), str):
+        raise UserError(
+            f"expected the name of a pipeline class in {path}, got none; download it again, or "
+            "give the folder that save_pretrained wrote"
+        )
+    return index
+
+
+def shards(index: Path) -> list[Path]:
+    """List the files that an index of weights names.
+
+    Raises:
+        UserError: one is no safetensors file beside the index: pickles could run code.
+    """
+    record = read_json(index, "an index of weights")
+    places = record.get("weight_map") if isinstance(record, dict) else None
+    names = sorted({*map(str, places.values())}) if isinstance(places, dict) else []
+    files = [index.parent / name for name in names]
+    for name, path in zip(names or ["no files"], files or [index], strict=True):
+        if not re.fullmatch(r"\w[\w.-]*\.safetensors", name) or not path.is_file():
+            raise UserError(
+                f"expected an index of safetensors files beside it, got {name} in {index}; "
+                "take a revision or a copy of the checkpoint that has them"
+            )
+    return files
+
+
+def check_indices(folder: Path) -> None:
+    """Refuse a model's folder whose index of weights names a pickle; see `shards`."""
+    for path in folder.glob("*.index*.json"):
+        shards(path)
+
+
+def largest(value: Any) -> float:
+    """Find the largest number in a setting, however deep in lists."""
+    if isinstance(value, list | dict):
+        inner = value.values() if isinstance(value, dict) else value
+        return max(map(largest, inner), default=0)
+    return abs(value) if isinstance(value, int | float) else 0
 
 
 def essential(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -193,8 +330,23 @@ def read_process(
     if name.startswith("FlowMatch"):
         for field in ("use_dynamic_shifting", "invert_sigmas", "shift_terminal"):
             if config.get(field):
-                raise UserError(f"expected a flow with a fixed shift, got {name} with {field}")
-        return Flow(shift=config["shift"], spacing=spacing)
+                raise UserError(
+                    f"expected a flow with a fixed shift, got {name} with {field}; take another "
+                    "checkpoint"
+                )
+        steps = config.get("num_train_timesteps", 1000)
+        if steps != 1000:
+            raise UserError(
+                f"expected a flow of 1000 trained levels, got {name} with num_train_timesteps "
+                f"{steps}; take another checkpoint"
+            )
+        return Flow(shift=config.get("shift", 1.0), spacing=spacing)
+    for field, usual in (("timestep_type", "discrete"), ("use_flow_sigmas", False)):
+        if config.get(field, usual) != usual:
+            raise UserError(
+                f"expected a schedule of discrete β, got {name} with {field} {config[field]}; take "
+                "another checkpoint"
+            )
     prediction = PREDICTIONS.get(config.get("prediction_type", ""))
     if not prediction or "beta_schedule" not in config or config.get("trained_betas") is not None:
         raise UserError(

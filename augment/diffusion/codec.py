@@ -1,5 +1,6 @@
 """The autoencoder of diffusers' latent diffusion models: images to latents and back, in slices."""
 
+import math
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from augment.diffusion.hub import damaged, quiet
+from augment.diffusion.checkpoint import check_indices
+from augment.diffusion.hub import damaged, explained, quiet
 from augment.errors import PrecisionWarning, UserError
 
 PIXELS = 2**22
@@ -32,9 +34,16 @@ class Codec:
     ) -> None:
         self.vae, self.decoder = vae, tiny or vae
         self.factor: int = 2 ** (len(vae.config.block_out_channels) - 1)
+        if self.decoder.config.latent_channels != vae.config.latent_channels:
+            raise UserError(
+                f"expected a tiny autoencoder of {vae.config.latent_channels} latent channels, as "
+                f"the model's, got {self.decoder.config.latent_channels}; take one for this model"
+            )
         for module in (self.vae, self.decoder):
             nn.Module.to(module, device, dtype)
             nn.Module.to(module, memory_format=torch.channels_last)
+        with damaged("the autoencoder"):
+            self.affine, self.affine_back = affine(vae), affine(self.decoder)
 
     def encode(self, images: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n c H W"]:
         """Posterior means, (x − shift)·scale."""
@@ -47,16 +56,17 @@ class Codec:
             2 * images - 1,
             PIXELS // images[0, 0].numel(),
         )
-        return (clean - (config.shift_factor or 0)) * config.scaling_factor
+        shift, scale = self.affine
+        return (clean - shift) * scale
 
     def decode(self, clean: Float[Tensor, "n c h w"]) -> Float[Tensor, "n 3 H W"]:
         """Images, clamped to [0, 1]."""
-        config = self.decoder.config
         if not len(clean):
             return clean.new_zeros(0, 3, *(side * self.factor for side in clean.shape[2:]))
+        shift, scale = self.affine_back
         images = self._run(
             lambda part: self.decoder.decode(part.to(self.decoder.dtype), return_dict=False)[0],
-            clean / config.scaling_factor + (config.shift_factor or 0),
+            clean / scale + shift,
             PIXELS // (clean[0, 0].numel() * self.factor**2),
         )
         return (images / 2 + 0.5).clamp(0, 1)
@@ -86,14 +96,47 @@ class Codec:
         return self._run(call, rows, size)
 
 
+def affine(vae: Any) -> tuple[float | Tensor, float | Tensor]:
+    """Return what to subtract from an autoencoder's latents, and what to multiply them by then.
+
+    A number each; or, by ``latents_mean`` and ``latents_std`` as of SDXL, one a channel.
+
+    Raises:
+        UserError: the config has no such numbers.
+    """
+    config = vae.config
+    shift, scale = config.get("shift_factor") or 0.0, config.scaling_factor
+    mean, std = config.get("latents_mean"), config.get("latents_std")
+    numbers = [1 / scale if scale else math.inf, shift, *(mean or ()), *(1 / s for s in std or ())]
+    if not all(map(math.isfinite, numbers)) or {len(mean or ()), len(std or ())} > {0}:
+        raise UserError(
+            f"expected finite numbers to scale latents by, got scaling_factor {scale}, "
+            f"shift_factor {shift}, latents_mean {mean}, latents_std {std}; download it again"
+        )
+    if mean and std:
+        shift, spread = (
+            torch.tensor(part, device=vae.device)[:, None, None] for part in (mean, std)
+        )
+        scale = scale / spread
+    return shift, scale
+
+
 def load_tiny(source: str | Path | None, local_files_only: bool = False) -> Any:
     """An ``AutoencoderTiny``, or None for none."""
     if source is None:
         return None
     from diffusers import AutoencoderTiny
+    from huggingface_hub import snapshot_download
 
+    folder = str(source)
+    if not Path(folder).is_dir():
+        with explained(folder):
+            folder = snapshot_download(
+                folder,
+                allow_patterns=["config.json", "*.safetensors", "*.safetensors.index*.json"],
+                local_files_only=local_files_only,
+            )
+    check_indices(Path(folder))
     with quiet(), damaged(source):
-        tiny = AutoencoderTiny.from_pretrained(
-            str(source), use_safetensors=True, local_files_only=local_files_only
-        )
+        tiny = AutoencoderTiny.from_pretrained(folder, use_safetensors=True)
     return tiny.eval().requires_grad_(False)

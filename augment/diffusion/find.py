@@ -4,15 +4,18 @@ What it is comes first, from the index or the file's header, so that a wrong kin
 gigabytes.
 """
 
-import json
 import re
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from augment.diffusion.checkpoint import Checkpoint
+from augment.diffusion.checkpoint import Checkpoint, read_index
 from augment.diffusion.hub import HUB, INDEX, brief, explained
 from augment.errors import UserError
+
+PARTS = {"sdxl": "conditioner.embedders.1.", "sd15": "cond_stage_model.transformer."}
+"""How tensors of text encoders begin, by model."""
 
 
 def find_checkpoint(
@@ -36,6 +39,12 @@ def find_checkpoint(
         UserError: nothing there, no network, or none of diffusers' checkpoints.
     """
     source, hub = HUB.get(source, source), (revision, variant, local_files_only)
+    local = Path(source).is_dir() or Path(source).suffix == ".safetensors"
+    if (local and revision) or (Path(source).suffix == ".safetensors" and variant):
+        raise UserError(
+            f"expected a revision of a repository on the hub, or a variant of a folder, got "
+            f"{revision or variant!r} with {source}; leave it out"
+        )
     if Path(source).suffix == ".safetensors":
         return single_file(Path(source), config, local_files_only)
     if config is not None:
@@ -58,18 +67,17 @@ def find_checkpoint(
 
 
 def kind_of(index: Path) -> str:
-    """The pipeline class that a ``model_index.json`` names."""
-    try:
-        return str(json.loads(index.read_text())["_class_name"])
-    except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(
-            f"expected a diffusers pipeline folder with {INDEX}, got {index.parent}, where there "
-            "is none that can be read; give the folder that save_pretrained wrote"
-        ) from None
+    """Return the pipeline class that a ``model_index.json`` names."""
+    return read_index(index)["_class_name"]
 
 
 def single_file(path: Path, config: str | Path | None, local_files_only: bool) -> Checkpoint:
-    """A checkpoint of one file, with a folder of configs and tokenizers but no weights."""
+    """Describe a checkpoint of one file, with a folder of configs and tokenizers but no weights.
+
+    Raises:
+        UserError: the file says of itself what the config's scheduler does not.
+    """
+    says = said(path)
     config = str(config or guess_config(path))
     config = HUB.get(config, config)
     if not Path(config).is_dir():
@@ -81,7 +89,37 @@ def single_file(path: Path, config: str | Path | None, local_files_only: bool) -
                 allow_patterns=["*.json", "*/*.json", "*/*.txt", "*/*.model"],
                 local_files_only=local_files_only,
             )
-    return Checkpoint(str(path), kind_of(Path(config) / INDEX), Path(config), path)
+    made = Checkpoint(str(path), kind_of(Path(config) / INDEX), Path(config), path)
+    scheduler = {"prediction_type": "epsilon", "rescale_betas_zero_snr": False}
+    scheduler |= made.config("scheduler")
+    for key, value in says.items():
+        if scheduler[key] != value:
+            raise UserError(
+                f"expected a config with {key} {value}, as {path} says of itself, got "
+                f"{scheduler[key]} in {config}; give config=, a folder whose scheduler says so too"
+            )
+    return made
+
+
+def said(path: Path) -> dict[str, Any]:
+    """Read what a single file says of its noise schedule, in diffusers' words.
+
+    Finetuned models say it by empty tensors (``v_pred``, ``ztsnr``) or in the header.
+
+    Raises:
+        UserError: an unreadable file, or the schedule of EDM.
+    """
+    about, keys = read_header(path)
+    for key in keys:
+        if key.startswith("edm_"):
+            raise UserError(
+                f"expected a noise schedule of Stable Diffusion, got {path} with {key}, of EDM; "
+                "take another checkpoint"
+            )
+    names = {"epsilon": "epsilon", "v": "v_prediction"}
+    told = "v" if "v_pred" in keys else about.get("modelspec.prediction_type", "")
+    says = {"prediction_type": names[told]} if told in names else {}
+    return says | ({"rescale_betas_zero_snr": True} if "ztsnr" in keys else {})
 
 
 def read_header(path: Path) -> tuple[dict[str, str], dict[str, list[int]]]:
@@ -111,15 +149,14 @@ def guess_config(path: Path) -> str:
     _, keys = read_header(path)
     net = "model.diffusion_model."
     if keys.get(net + "input_blocks.0.0.weight", [0, 0])[1] == 4:
-        if any(key.startswith("conditioner.embedders.1.") for key in keys):
-            if "v_pred" in keys:
-                raise UserError(
-                    f"expected an SDXL file that predicts epsilon, got {path}, which says that it "
-                    "predicts v; give a diffusers folder of it, whose scheduler says how"
-                )
-            return "sdxl"
-        if any(key.startswith("cond_stage_model.transformer.") for key in keys):
-            return "sd15"
+        name = next((n for n, start in PARTS.items() if any(k.startswith(start) for k in keys)), "")
+        if name and said(path).get("prediction_type", "epsilon") != "epsilon":
+            raise UserError(
+                f"expected a config with {path}, which says that it predicts v, got none; give "
+                "config=, a folder of configs whose scheduler says so too"
+            )
+        if name:
+            return name
         if any(key.startswith("cond_stage_model.model.") for key in keys):
             raise UserError(
                 f"expected a config with the Stable Diffusion 2 file {path}, whose tensors do not "

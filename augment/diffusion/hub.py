@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
-from safetensors import SafetensorError
+import torch
 
 from augment.errors import UserError
 
@@ -62,7 +62,8 @@ def explained(source: str) -> Iterator[None]:
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, ConnectionError):
         problem = (
             "which is not on this machine, and the hub could not be reached, or was not to be; "
-            "download it once where there is a network, or give a folder"
+            "download it once where there is a network, give a folder, or name what a bank names "
+            "with --backbone to download it"
         )
     except errors.EntryNotFoundError:
         problem = f"which has no {INDEX}; give a repository in diffusers' format"
@@ -78,12 +79,11 @@ def explained(source: str) -> Iterator[None]:
 @contextmanager
 def damaged(source: str | Path) -> Iterator[None]:
     """One sentence for files that diffusers cannot make models of."""
-    from diffusers.loaders.single_file_utils import SingleFileComponentError
-
-    faults = (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError)
     try:
         yield
-    except (*faults, AttributeError, SingleFileComponentError) as error:
+    except (UserError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # of any type: loaders stumble over hostile files as they like
         raise UserError(
             f"expected a whole checkpoint at {source}, got {brief(error)}; download it again"
         ) from None

@@ -13,10 +13,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from augment.diffusion.backbone import Condition, Timestep, as_times
-from augment.diffusion.checkpoint import Checkpoint, read_process
+from augment.diffusion.checkpoint import LARGEST, Checkpoint, read_process
 from augment.diffusion.codec import Codec, load_tiny
-from augment.diffusion.hub import require
-from augment.diffusion.lora import add_lora, find_lora, lora_print
+from augment.diffusion.hub import damaged, require
+from augment.diffusion.lora import add_lora, find_lora
 from augment.errors import UserError
 
 PROMPTS = 1000
@@ -51,6 +51,8 @@ class LatentDiffusion:
     blocks: tuple[str, ...] = ("BasicTransformerBlock", "ResnetBlock2D")
     cell = 1
     channels = 3
+    needed: tuple[str, ...] = ()
+    plain = ("time_cond_proj_dim", "class_embed_type", "num_class_embeds", "encoder_hid_dim_type")
 
     def __init__(
         self,
@@ -71,20 +73,33 @@ class LatentDiffusion:
         self.dtype = dtype or (self.half if self.device.type == "cuda" else torch.float32)
         checkpoint = checkpoint.fetch(**absent)
         parts = checkpoint.parts(**absent)
+        for name in (self.part, "vae", *self.needed):
+            if name not in parts:
+                raise UserError(
+                    f"expected {name} in {checkpoint.source}, got none; take another checkpoint"
+                )
         self.pipe = checkpoint.load(self.dtype, parts, **absent)
-        self.process = read_process(self.pipe.scheduler.config, **process)
+        self.net = getattr(self.pipe, self.part)
+        self._check_network(checkpoint.source)
+        for name in ("tokenizer", "tokenizer_2"):
+            length = getattr(getattr(self.pipe, name, None), "model_max_length", 77)
+            if type(length) is not int or not 2 < length < LARGEST:
+                raise UserError(
+                    f"expected a model_max_length of {name} in {checkpoint.source}, got "
+                    f"{length!r}; download it again"
+                )
+        with damaged(checkpoint.source):
+            self.process = read_process(self.pipe.scheduler.config, **process)
         self.recipe: dict[str, Any] = {}
         self._known: dict[str, Condition] = {}
         print_of_lora = {}
         if lora:
             file = find_lora(lora, checkpoint.local_files_only)
-            add_lora(self.pipe, file, lora_scale)
-            print_of_lora = lora_print(file, lora_scale)
+            print_of_lora = add_lora(self.pipe, file, lora_scale)
         for name in parts:
             # not diffusers' own ``to``, which warns of half precision that nobody asked for
             module = getattr(self.pipe, name).eval().requires_grad_(False)
             nn.Module.to(module, self.device, self.dtype)
-        self.net = getattr(self.pipe, self.part)
         tiny = load_tiny(tiny_vae, checkpoint.local_files_only)
         self.codec = Codec(self.pipe.vae, self.device, self.vae_dtype(), tiny)
         self._set_size(resolution)
@@ -98,16 +113,35 @@ class LatentDiffusion:
             **print_of_lora,
         }
 
+    def _check_network(self, source: str) -> None:
+        """Refuse a network that takes, or is told, something else than a text-to-image one."""
+        config, latent = self.net.config, self.pipe.vae.config.latent_channels
+        if config.in_channels != latent:
+            raise UserError(
+                f"expected a network of {latent} channels, as the autoencoder's, got {self.part} "
+                f"of {config.in_channels} in {source}, as for inpainting; take another model"
+            )
+        for key in self.plain:
+            if config.get(key) is not None:
+                raise UserError(
+                    f"expected a plain text-to-image network, got {self.part} in {source} with "
+                    f"{key} {config[key]!r}; take another checkpoint"
+                )
+
     def _set_size(self, resolution: int | None) -> None:
         """Resolution and latent shape, by the network's own or the wished size."""
-        factor = self.codec.factor
+        factor, own = self.codec.factor, self.net.config.sample_size
         if not isinstance(resolution, int | None):
             raise UserError(f"expected a resolution in whole pixels, got {resolution!r}")
-        self.resolution: int = resolution or self.net.config.sample_size * factor
+        if resolution is None and (type(own) is not int or own < 1):
+            raise UserError(
+                f"expected a network that says its sample_size, got {own!r}; give resolution"
+            )
+        self.resolution: int = resolution or own * factor
         if self.resolution % (factor * self.cell) or self.resolution < 1:
             raise UserError(
                 f"expected a resolution that is a multiple of {factor * self.cell}, got "
-                f"{resolution}; this model's own is {self.net.config.sample_size * factor}"
+                f"{resolution}; this model's own is {own * factor}"
             )
         size = self.resolution // factor
         most = self.net.config.get("pos_embed_max_size")

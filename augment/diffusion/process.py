@@ -159,6 +159,13 @@ class VariancePreserving(Brief):
 
     def __post_init__(self) -> None:
         lookup(BETAS, self.betas, "noise schedule")
+        lookup(PREDICTIONS, self.prediction, "prediction")
+        start, end, steps = self.beta_start, self.beta_end, self.train_steps
+        if type(steps) is not int or steps < 1 or not 0 < start <= end < 1:
+            raise UserError(
+                f"expected 0 < beta_start ≤ beta_end < 1 and some training steps, got {start!r}, "
+                f"{end!r} and {steps!r}; take the scheduler file of the checkpoint's makers"
+            )
         check_spacing(self.spacing, SPACINGS)
         if self.zero_terminal_snr and self.prediction == "epsilon":
             raise UserError(
@@ -241,6 +248,8 @@ class Flow(Brief):
 
     def __post_init__(self) -> None:
         check_spacing(self.spacing, ("trailing", "linspace"))
+        if not 0 < self.shift < math.inf:
+            raise UserError(f"expected a shift above 0, got {self.shift!r}; 1 is none, 3 SD 3's")
 
     def levels(self, steps: int) -> list[float]:
         if self.spacing == "trailing":

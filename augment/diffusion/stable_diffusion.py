@@ -24,6 +24,8 @@ class StableDiffusion(LatentDiffusion):
     """
 
     name = "stable-diffusion"
+    needed = ("text_encoder",)
+    plain = (*LatentDiffusion.plain, "addition_embed_type")
     absent = {"safety_checker": None, "feature_extractor": None, "image_encoder": None}  # noqa: RUF012
 
     def __init__(
@@ -91,6 +93,8 @@ class StableDiffusionXL(StableDiffusion):
     """
 
     name = "sdxl"
+    needed = ("text_encoder", "text_encoder_2")
+    plain = LatentDiffusion.plain
     absent = {"feature_extractor": None, "image_encoder": None}  # noqa: RUF012
 
     def vae_dtype(self) -> torch.dtype:

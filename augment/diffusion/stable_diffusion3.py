@@ -37,6 +37,7 @@ class StableDiffusion3(LatentDiffusion):
     """
 
     name = "sd3"
+    needed = ("text_encoder", "text_encoder_2")
     part = "transformer"
     half = torch.bfloat16
     blocks = ("JointTransformerBlock",)

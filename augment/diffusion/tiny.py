@@ -24,18 +24,17 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
 from augment.diffusion.backbone import Condition, Timestep, as_times
-from augment.diffusion.lora import find_lora, fuse_lora, lora_print
+from augment.diffusion.lora import find_lora, fuse_lora
 from augment.diffusion.process import Flow, Process, VariancePreserving
 from augment.errors import UserError
 from augment.files import write_bytes
 
 WEIGHTS = Path(__file__).parent / "weights" / "tiny.safetensors"
-BAD_WEIGHTS = (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError)
 PROMPTS = ("", "top", "trousers", "footwear", "bag")
 """What the network understands; the empty prompt is the unconditional model."""
 PROCESSES: dict[str, Callable[..., Process]] = {"flow": Flow, "diffusion": VariancePreserving}
@@ -84,11 +83,12 @@ class Tiny:
             says which prompts there are, and which noising process.
         device: where the network runs.
         dtype: the network's precision; latents and solver stay in float32.
-        lora: low-rank weights to add: a safetensors file, or a folder.
+        lora: low-rank weights to add: a safetensors file, a folder, or ``owner/name``.
         lora_scale: how much of them.
         compile: compile the network, weights and all, at the first `ROWS` latents: a minute or two
             of a CPU, less where inductor's cache knows it, for answers in four fifths of the
             time. Gradients, and rows beyond a multiple of `ROWS`, take the network as it is.
+        local_files_only: take the LoRA from the hub's cache alone, and ask the network nothing.
 
     Raises:
         UserError: the weights file is missing or is not one of ours, or the LoRA of another model.
@@ -106,6 +106,7 @@ class Tiny:
         lora: str | Path | None = None,
         lora_scale: float = 1.0,
         compile: bool = False,
+        local_files_only: bool = False,
     ) -> None:
         self.device, self.dtype = torch.device(device), dtype
         try:
@@ -126,7 +127,7 @@ class Tiny:
             # the prompts' embeddings are looked up by us, so that null-text can optimise them
             self.texts = state["class_embedding.weight"].float().to(self.device)
             self.unet.class_embedding = nn.Identity()
-        except BAD_WEIGHTS as error:
+        except Exception as error:  # of any type: a hostile header is stumbled over anywhere
             raise UserError(
                 f"expected weights of the tiny backbone at {weights}, got "
                 f"{' '.join(str(error).split())[:120] or error!r}; "
@@ -135,9 +136,7 @@ class Tiny:
         digest = hashlib.sha256(Path(weights).read_bytes()).hexdigest()
         self.fingerprint = {"name": "tiny", "weights": digest, "process": repr(self.process)}
         if lora:
-            file = find_lora(lora)
-            fuse_lora(self.unet, file, lora_scale)
-            self.fingerprint |= lora_print(file, lora_scale)
+            self.fingerprint |= fuse_lora(self.unet, find_lora(lora, local_files_only), lora_scale)
         # not diffusers' own ``to``, which warns of half precision that nobody asked for
         nn.Module.to(self.unet, self.device, dtype).eval().requires_grad_(False)
         self.compiled = compiled(self.unet) if compile else None

@@ -5,13 +5,14 @@ arXiv 2103.00020.
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float
-from safetensors import SafetensorError
 from torch import Tensor
 
+from augment.diffusion.checkpoint import check_indices
 from augment.diffusion.hub import brief, explained, quiet
 from augment.errors import UserError
 from augment.networks.frozen import BATCH, in_batches, normalise, unit
@@ -78,12 +79,16 @@ def load_clip(source: str, device: torch.device) -> Clip:
     load: Any = CLIPModel.from_pretrained
     how = {"use_safetensors": True, "dtype": torch.float32, "output_loading_info": True}
     parts: list[Any] = []
+    if Path(source).is_dir():
+        check_indices(Path(source))
     try:
         with explained(source), quiet():
             parts += load(source, **how)
             parts += [kind.from_pretrained(source) for kind in (CLIPTokenizer, CLIPImageProcessor)]
         problem = ", ".join(sorted(parts.pop(1)["missing_keys"])[:1])
-    except (KeyError, RuntimeError, SafetensorError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # of any type: loaders stumble over hostile files as they like
         problem = brief(error)
     if problem:
         raise UserError(

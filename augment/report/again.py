@@ -225,7 +225,8 @@ def command(name: str, options: dict[str, Any]) -> str:
 
 def invert_command(bank: LatentBank) -> str:
     """The command that made a bank, as far as its manifest tells."""
-    recipe, method = dict(bank.recipe), bank.inversion
+    recipe, method = bank.recipe, bank.inversion
+    recipe = {key: value for key, value in recipe.items() if key != "local_files_only"}
     fields = {f.name for f in dataclasses.fields(INVERTERS[method["method"]])} - {"steps"}  # type: ignore[arg-type]
     prompts = {known.name: known.prompt for known in bank.manifest.classes}
     keeps = bank.manifest.keeps
