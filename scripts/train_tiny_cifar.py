@@ -238,7 +238,8 @@ def report(args: argparse.Namespace) -> None:
             distance = frechet_distance(features, reference)
             loss = f"{sum(near) / len(near):.4f}" if near else ""
             rows.append([path.stem, *about, loss, guidance, f"{accuracy:.4f}", f"{distance:.2f}"])
-            save_image(images, args.run / f"{path.stem}-{guidance:g}.png", 2 * count, 1)
+            picture = args.run / f"{path.stem}-{guidance:g}.png"
+            save_image(images, picture, nrow=2 * count, padding=1)
         with (args.run / "report.csv").open("w", newline="") as file:
             header = ["weights", "core_hours", "images", "loss", "guidance", "accuracy", "fid"]
             csv.writer(file, lineterminator="\n").writerows([header, *rows])

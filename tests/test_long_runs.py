@@ -1,13 +1,15 @@
 """Trainings of days: what is stopped goes on as if it had not been; what they write is loaded."""
 
 import argparse
+import csv
+import json
 import os
 import signal
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 from torch import nn
 
 from augment import UserError, load_backbone
@@ -96,6 +98,8 @@ def run(scripts, tmp_path, monkeypatch):
     """A run of tiny-cifar with three grey pictures of each class, and features of them."""
     import train_tiny_cifar as script
 
+    monkeypatch.setitem(script.UNET, "block_out_channels", (16, 32, 32))
+    monkeypatch.setitem(script.UNET, "attention_head_dim", 16)
     names = script.classes_of("base")
     labels = torch.arange(len(names)).repeat_interleave(3)
     images = torch.rand(len(labels), 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -104,7 +108,7 @@ def run(scripts, tmp_path, monkeypatch):
     save_file({"base": features}, tmp_path / "features.safetensors")
     args = argparse.Namespace(
         **{"run": tmp_path, "features": tmp_path / "features.safetensors", "steps": 2, "batch": 16},
-        **{"lr": 1e-3, "seed": 0},
+        **{"lr": 1e-3, "seed": 0, "images": tmp_path, "per_class": 1},
     )
     return script.Run(args, script.Data(tmp_path, args.features, "cpu"))
 
@@ -152,6 +156,28 @@ def test_the_averaged_weights_are_a_flow_that_hears_prompts_and_features(run):
         backbone.describe(["", ""], features[:, :3])
     with pytest.raises(UserError, match="expected no features"):
         load_backbone("tiny", device="cpu").describe(["", ""], features)
+
+
+def test_the_report_judges_the_samples_of_every_file(run, monkeypatch):
+    import train_resnet12
+    import train_tiny_cifar as script
+
+    run.train()
+    judge = train_resnet12.resnet12(3, 64, 2)
+    run.args.report = run.folder / "weights.safetensors"
+    config = json.dumps({"width": 2, "classes": list(script.classes_of("base"))})
+    run.args.report.write_bytes(save(judge.state_dict(), {"config": config}))
+    monkeypatch.setattr(script, "HELD_OUT", 2)
+    script.report(run.args)
+    with (run.folder / "report.csv").open(newline="") as file:
+        real, *rows = csv.DictReader(file)
+    assert real["weights"] == "real" and float(real["fid"]) > 0
+    assert [(row["weights"], row["images"]) for row in rows] == 2 * [("ema", "32")]
+    assert [row["guidance"] for row in rows] == ["1.0", "2.0"]
+    for row in rows:
+        assert 0 <= float(row["accuracy"]) < 0.2, "nothing was learnt"
+        assert float(row["fid"]) > 0
+        assert (run.folder / f"ema-{float(row['guidance']):g}.png").stat().st_size > 10_000
 
 
 def test_the_steps_of_a_batch_are_spread_over_all_levels(run):
