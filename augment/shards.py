@@ -11,7 +11,9 @@ A folder of shards::
 The record (schema 1) holds the name of the ``shard``, the tar's ``bytes`` and ``sha256``, and of
 each of its ``samples`` ``[key, label, offset, size]``, the place of its image; so `open_shards`
 gives any image at once, in an order that no number of workers changes, and knows what it should
-find. webdataset, timm and Hugging Face's datasets read the tars without it.
+find. ``crc32`` holds sixteen hexadecimal digits a sample: the CRC-32 of its image, begun at the
+label, and that of its JSON, begun at the key. `Shards` compares them whenever it reads. webdataset,
+timm and Hugging Face's datasets read the tars without the record.
 
 A tar has one form only: USTAR, three regular members a sample, every field that does not matter
 zero, two blocks of zeros at the end. The same samples make the same bytes, so a shard is checked by
@@ -25,6 +27,8 @@ import json
 import os
 import re
 import tarfile
+import warnings
+import zlib
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -40,7 +44,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from augment.errors import UserError, lookup
+from augment.errors import AugmentWarning, UserError, lookup
 from augment.files import fits, read_json, replacing, write_bytes
 from augment.images import to_pil
 from augment.plan import Plan
@@ -57,6 +61,7 @@ LARGEST = 64 * 2**20  # bytes of a member
 MOST_PIXELS = 2**26  # of an image
 MOST_SHARDS = 10**6  # so many have a number of six digits
 OPEN_FILES = 64  # of one `Shards` in one process
+UNCHECKED, CRC = -1, 2**32 - 1
 AGAIN = "remove that .tar and its .json, and run the same latent-augment synthesize command again"
 
 
@@ -187,7 +192,7 @@ def write_shard(
         UserError: the disk is full or the like, no such extension, or an image is too large.
     """
     lookup(FORMATS, extension, "image format")
-    record, digest, rows = path.with_suffix(".json"), hashlib.sha256(), []
+    record, digest, rows, checks = path.with_suffix(".json"), hashlib.sha256(), [], ""
     end = flushed = 0
     with replacing(path) as file:
         for key, image, label, about in samples:
@@ -199,6 +204,7 @@ def write_shard(
                 )
             rows.append([key, label, end + BLOCK, len(image)])
             text = json.dumps(about).encode()  # in ASCII, which can write any file name
+            checks += f"{zlib.crc32(image, label):08x}{zlib.crc32(text, key):08x}"
             content = packed(key, {extension: image, "cls": b"%d" % label, "json": text})
             file.write(content)
             digest.update(content)
@@ -211,7 +217,7 @@ def write_shard(
         digest.update(END)
         record.unlink(missing_ok=True)  # of the shard whose place this one takes
     facts = {"schema": SCHEMA, "shard": path.stem, "bytes": end + len(END)}
-    facts |= {"sha256": digest.hexdigest(), "samples": rows, **more}
+    facts |= {"sha256": digest.hexdigest(), "samples": rows, "crc32": checks, **more}
     write_bytes(record, (json.dumps(facts, separators=(",", ":")) + "\n").encode())
     return facts
 
@@ -280,17 +286,25 @@ def read_table(path: Path, classes: int) -> tuple[dict[str, Any], np.ndarray]:
 
 
 def table(record: dict[str, Any], classes: int) -> np.ndarray:
-    """The samples of a record as an int64 array (n, 4): key, label, offset, size.
+    """Return the samples of a record as an int64 array (n, 5): key, label, offset, size, check.
+
+    The check is both CRC-32 of a sample; `UNCHECKED` in a record of an older version, without any.
 
     Raises:
-        Flaw: keys do not increase, a label is of no class, or images overlap or pass the end.
+        Flaw: keys do not increase, a label is of no class, images overlap or pass the end, or the
+            checks are of another form.
     """
     samples = record["samples"]
     try:
         if not set(map(len, samples)) <= {4}:
             raise ValueError
         rows = np.fromiter(chain.from_iterable(samples), np.int64).reshape(-1, 4)
-    except (ValueError, OverflowError):
+        checks = np.full(len(rows), UNCHECKED)
+        if "crc32" in record:
+            if len(record["crc32"]) != 16 * len(rows):
+                raise ValueError
+            checks[:] = np.frombuffer(bytes.fromhex(record["crc32"]), ">i8")
+    except (ValueError, OverflowError, TypeError):
         raise Flaw("a record with samples of another form") from None
     keys, labels, offsets, sizes = rows.T
     if (keys[1:] <= keys[:-1]).any() or (labels >= classes).any():
@@ -299,7 +313,7 @@ def table(record: dict[str, Any], classes: int) -> np.ndarray:
         raise Flaw("a record with images that are not in the tar")
     if (np.append(0, offsets + sizes) > np.append(offsets, record["bytes"])).any():
         raise Flaw("a record with images that overlap or pass the end of the tar")
-    return rows
+    return np.column_stack([rows, checks])
 
 
 class Reader(io.FileIO):
@@ -312,7 +326,7 @@ class Reader(io.FileIO):
 class Shards(Dataset[tuple[Any, Any]]):
     """The images of a folder of shards, in the order of shards and keys; see `open_shards`.
 
-    It may be pickled, forked, and shared by threads. It keeps the place of each image (32 bytes)
+    It may be pickled, forked, and shared by threads. It keeps the place of each image (40 bytes)
     and a few open files, nothing else; so a run is resumed by going on at an index.
     """
 
@@ -332,7 +346,7 @@ class Shards(Dataset[tuple[Any, Any]]):
         for part in tables:  # one at a time: ten million rows are not there twice
             rows += part.tobytes()
             self.starts.append(self.starts[-1] + len(part))
-        self.rows = np.frombuffer(rows, np.int64).reshape(-1, 4)
+        self.rows = np.frombuffer(rows, np.int64).reshape(-1, 5)
         self._open = lru_cache(OPEN_FILES)(Reader)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -355,7 +369,7 @@ class Shards(Dataset[tuple[Any, Any]]):
 
     def item(self, source: tuple[int, bytes]) -> tuple[Any, Any]:
         """(image, label) of an index and what `read` gave for it, transformed."""
-        path, (key, label, _, _) = self._place(source[0])
+        path, (key, label, *_) = self._place(source[0])
         with expecting(f"image {key} in {path}"):
             image = decode(source[1], self.extension)
         transform = self.transform or (lambda image: image)
@@ -363,15 +377,18 @@ class Shards(Dataset[tuple[Any, Any]]):
         return transform(image), target(label)
 
     def read(self, index: int) -> bytes:
-        """The file of an image, as it was encoded.
+        """Return the file of an image, as it was encoded.
 
         Raises:
             IndexError: the index is out of range.
-            UserError: the shard changed since it was opened.
+            UserError: the shard is damaged, or was changed since it was opened.
         """
-        path, (key, _, offset, size) = self._place(index)
+        path, (key, label, offset, size, check) = self._place(index)
         with expecting(f"image {key} in {path}"):
-            return self._bytes(path, offset, size)
+            content = self._bytes(path, offset, size)
+            if check != UNCHECKED and zlib.crc32(content, label) != check >> 32 & CRC:
+                raise Flaw("other bytes, or another label, than were written")
+            return content
 
     def about(self, index: int) -> dict[str, Any]:
         """How an image was made: the JSON of its sample.
@@ -389,11 +406,14 @@ class Shards(Dataset[tuple[Any, Any]]):
 
     def text(self, index: int) -> bytes:
         """That JSON unread."""
-        path, (key, _, offset, size) = self._place(index)
+        path, (key, _, offset, size, check) = self._place(index)
         start = offset + size + -size % BLOCK + 2 * BLOCK  # behind the image and the label
         with expecting(f"the JSON of image {key} in {path}"):
             length = declared(self._bytes(path, start, BLOCK), f"{key:08d}.json")
-            return self._bytes(path, start + BLOCK, length)
+            content = self._bytes(path, start + BLOCK, length)
+            if check != UNCHECKED and zlib.crc32(content, key) != check & CRC:
+                raise Flaw("other bytes, or another key, than were written")
+            return content
 
     def plan(self, index: int) -> Plan:
         """The plan of an image; `Synthesizer.images` makes it again.
@@ -412,7 +432,7 @@ class Shards(Dataset[tuple[Any, Any]]):
 
     def metadata(self, index: int) -> dict[str, Any]:
         """Of an image the name of a file, in a folder of its class, its label, and its plan."""
-        _, (key, label, _, _) = self._place(index)
+        _, (key, label, *_) = self._place(index)
         name = f"{self.classes[label]}/{key:08d}.{self.extension}"
         facts = {"file_name": name, "label": label, "class_name": self.classes[label]}
         plan = self.about(index).get("plan")
@@ -453,6 +473,9 @@ def open_shards(
 
     Raises:
         UserError: it is none, or not complete, or a shard is not as its record says.
+
+    Every image is compared with its digest when it is read; shards of older versions have none,
+    which a warning says.
     """
     folder = Path(folder)
     settings = read_settings(folder)
@@ -467,7 +490,15 @@ def open_shards(
         )
     classes = settings["classes"]
     tables = (read_table(path, len(classes))[1] for path in paths)
-    return Shards(paths, tables, classes, settings["extension"], transform, target_transform)
+    shards = Shards(paths, tables, classes, settings["extension"], transform, target_transform)
+    if (shards.rows[:, 4] == UNCHECKED).any():
+        warnings.warn(
+            f"expected the digest of every image in {folder}, got shards that an older version "
+            "wrote without; they are read unchecked, so run latent-augment verify on them",
+            AugmentWarning,
+            stacklevel=2,
+        )
+    return shards
 
 
 def verify_shard(path: Path, classes: int, extension: str) -> str | None:
@@ -485,7 +516,7 @@ def verify_shard(path: Path, classes: int, extension: str) -> str | None:
     try:
         record, rows = read_table(path, classes)
         shard = Shards([path], [rows], [""] * classes, extension)
-        for index, (key, label, _, _) in enumerate(record["samples"]):
+        for index, (key, label, *_) in enumerate(record["samples"]):
             image, text = shard.read(index), shard.text(index)
             shard.item((index, image))
             shard.about(index)

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import pickle
+import random
 import shutil
 import struct
 import tarfile
@@ -29,6 +30,7 @@ from torch.utils.data import DataLoader
 import augment.export
 import augment.shards
 from augment import Plan, UserError
+from augment.errors import AugmentWarning
 from augment.export import export_folder, to_webdataset
 from augment.shards import (
     Sample,
@@ -507,6 +509,74 @@ def test_a_flipped_bit_in_a_header_or_label_is_found_with_a_record_of_it(tmp_pat
             if block == 4:
                 with pytest.raises(UserError, match=r"got something else where 00000000\.json"):
                     open_shards(path.parent).about(0)
+
+
+def test_no_flipped_bit_of_a_tar_is_read_otherwise_in_silence(tmp_path):
+    """What is read is the same, or is refused."""
+    path = shard_path(fill(tmp_path / "s", (2,), "jpg"), 0)
+    content, opened = path.read_bytes(), open_shards(tmp_path / "s")
+
+    def answers() -> list[object]:
+        found: list[object] = []
+        for index in (0, 1):
+            for ask in (opened.read, opened.about):
+                try:
+                    found.append(ask(index))
+                except UserError as error:
+                    assert "shard-000000.tar" in str(error)
+                    found.append(None)
+        return found
+
+    honest, bits = answers(), random.Random(0).sample(range(8 * len(content)), 3000)
+    refused = 0
+    with path.open("r+b", buffering=0) as file:
+        for place, bit in (divmod(number, 8) for number in bits):
+            os.pwrite(file.fileno(), bytes([content[place] ^ 1 << bit]), place)
+            found = answers()
+            os.pwrite(file.fileno(), content[place : place + 1], place)
+            refused += None in found
+            assert all(x in (None, y) for x, y in zip(found, honest, strict=True)), (place, bit)
+    assert refused > 300
+
+
+@pytest.mark.parametrize("place", [0, 1, 2, 3])
+def test_another_number_in_a_record_is_not_read_in_silence(place, tmp_path):
+    """Key, label, offset and size: each is known by the digest of what it leads to."""
+    folder = fill(tmp_path / "s", (2,))
+    rows = read_sidecar(shard_path(folder, 0), 2)["samples"]
+    rows[1][place] += -1 if place in (1, 3) else 1
+    rewrite(shard_path(folder, 0), samples=rows)
+    opened = open_shards(folder)
+    with pytest.raises(UserError, match="shard-000000"):
+        opened[1], opened.about(1)
+    assert opened[0][1] == 0
+
+
+def without_digests(folder: Path) -> Path:
+    """The folder as older versions wrote it."""
+    for path in folder.glob("shard-*.json"):
+        record = json.loads(path.read_bytes())
+        del record["crc32"]
+        path.write_text(json.dumps(record))
+    return folder
+
+
+def test_shards_without_digests_are_read_with_one_warning(tmp_path):
+    folder = without_digests(fill(tmp_path / "s"))
+    with pytest.warns(AugmentWarning, match="older version wrote without") as told:
+        opened = open_shards(folder)
+    assert len(told) == 1
+    assert [label for _, label in opened] == [0, 1, 0, 1, 0]
+    assert opened.plan(3) == plan(3)
+    assert [verify_shard(shard_path(folder, number), 2, "png") for number in (0, 1)] == [None] * 2
+
+
+@pytest.mark.parametrize("digests", ["", "0" * 16, "x" * 48, "0" * 47 + "é", 3, None, [0, 0, 0]])
+def test_digests_of_another_form_are_refused(digests, tmp_path):
+    folder = fill(tmp_path / "s")
+    rewrite(shard_path(folder, 0), crc32=digests)
+    with pytest.raises(UserError, match="samples of another form"):
+        open_shards(folder)
 
 
 def flipped(content: bytes, place: int) -> bytes:

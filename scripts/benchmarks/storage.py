@@ -6,6 +6,7 @@ images are JPEGs of 256 pixels with as much detail as photographs.
 
 import argparse
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -25,7 +26,7 @@ from augment.files import write_json
 from augment.fill import Picture, commit
 from augment.records import ChunkPlan, ClassPlan, Fingerprint, ImageRecord, Manifest, parts_of
 from augment.schema import write
-from augment.shards import Sample, encode, shard_path, write_shard
+from augment.shards import UNCHECKED, Sample, encode, shard_path, write_shard
 from benchmarks.duel import Duel
 
 SHAPE, COUNT = (4, 64, 64), 64
@@ -127,6 +128,33 @@ def shards(root: Path, count: int) -> Iterator[Duel]:
 
     yield Duel(name, written, encoded, "the encoder alone", whole, bar=("time", 1.2), **told)
     yield from reading(root, told)
+    yield checking(root, told)
+    for key, image in enumerate(images):
+        images[key] = F.interpolate(image[None], (64, 64), mode="area")[0]
+    written()
+    yield checking(root, told)
+
+
+def checking(root: Path, told: dict[str, Any]) -> Duel:
+    """All images of a shard, with and without comparing them with their digests."""
+    known, unknown = open_shards(root), open_shards(root)
+    unknown.rows = unknown.rows.copy()
+    unknown.rows[:, 4] = UNCHECKED
+    side = known[0][0].shape[-1]
+
+    def checked() -> list[Any]:
+        return [known[index] for index in range(len(known))]
+
+    def unchecked() -> list[Any]:
+        return [unknown[index] for index in range(len(unknown))]
+
+    def quality() -> str:
+        return f"{known.rows[:, 3].mean() / 1024:.1f} KiB an image"
+
+    return Duel(
+        f"read images of {side} pixels, compared with their digests", checked, unchecked,
+        "the same, not compared", quality, bar=("time", 1.03), clock=time.process_time, **told,
+    )  # fmt: skip
 
 
 def reading(root: Path, told: dict[str, Any]) -> Iterator[Duel]:
