@@ -19,7 +19,7 @@ from augment.centroid.rule import Rule
 from augment.diffusion import load_backbone
 from augment.diffusion.backbone import Backbone
 from augment.errors import UserError
-from augment.plan import Plan, Planner, round_robin
+from augment.plan import Plan, Planner, round_robin, warn_of_copies
 from augment.seeds import rng
 from augment.synthesis import Synthesizer
 
@@ -86,6 +86,7 @@ class SyntheticDataset(Dataset[Sample]):
         self.classes = bank.classes
         self.class_to_idx = {name: label for label, name in enumerate(self.classes)}
         self.targets, self.epoch = round_robin(per_class, self.classes), 0
+        warn_of_copies(self.planner, self.targets)
         """The label of every item; of its home class, where several are mixed."""
         self.transform, self.target_transform = transform, target_transform
         self.kept: dict[int, tuple[Tensor, Any]] | None = {} if keep else None

@@ -5,6 +5,7 @@ webdataset, timm and Hugging Face's datasets also read the tars as they are.
 
 import json
 import re
+import warnings
 from collections.abc import Callable
 from functools import partial
 from itertools import zip_longest
@@ -16,13 +17,12 @@ from torch import Tensor
 from torch.utils.data import IterableDataset
 from tqdm import tqdm
 
-from augment.errors import UserError
+from augment.errors import AugmentWarning, UserError
 from augment.files import locked, replacing, write_bytes, write_json
 from augment.shards import AGAIN, Shards, open_shards, sources_of
+from augment.sources.folder import ORIGINS
 
 METADATA, BEGUN = "metadata.jsonl", ".metadata.jsonl"
-ORIGINS = ".origins.json"
-"""The real images that exported ones come from, as `augment.shards.sources_of` has them."""
 
 
 def to_webdataset(
@@ -69,11 +69,12 @@ def export_folder(folder: str | Path, out: str | Path) -> None:
     hidden name until all images are there; to run the same again goes on. torchvision's
     ``ImageFolder`` reads this, and numbers the classes by the alphabet; ``load_dataset(
     "imagefolder", data_dir=out)`` too, and takes a class named like a split (test, dev) for one,
-    unless it is told ``data_files={"train": "**"}``.
+    unless it is told ``data_files={"train": "**"}``. A class without an image has an empty folder,
+    so that the numbers of the others stay; ``ImageFolder`` reads that with ``allow_empty=True``.
 
     Raises:
-        UserError: the shards do not open, a class name can be no folder, two images have one key,
-            or there is something else at ``out``.
+        UserError: the shards do not open or hold no image, a class name can be no folder, two
+            images have one key, or there is something else at ``out``.
     """
     shards, out = open_shards(folder), Path(out)
     for name in shards.classes:
@@ -83,6 +84,9 @@ def export_folder(folder: str | Path, out: str | Path) -> None:
                 f"expected class names that a folder can have, got {name!r}; read the shards by "
                 "open_shards instead"
             )
+    counts = np.bincount(shards.rows[:, 1], minlength=len(shards.classes))
+    if not counts.any():
+        raise UserError(f"expected images to export in {folder}, got none; synthesize some")
     if len(np.unique(shards.rows[:, 0])) < len(shards):
         raise UserError(f"expected keys that differ in {folder}, got some twice; {AGAIN}")
     if out.resolve().is_relative_to(Path(folder).resolve()):
@@ -90,6 +94,8 @@ def export_folder(folder: str | Path, out: str | Path) -> None:
     with locked(out) as lock:
         claim(out, shards)
         lock.sweep()
+        for name in shards.classes:
+            (out / name).mkdir(exist_ok=True)
         for index in tqdm(range(len(shards)), "export", unit="image", delay=2, leave=False):
             path, content = out / shards.metadata(index)["file_name"], shards.read(index)
             if not path.is_file() or path.read_bytes() != content:
@@ -97,6 +103,16 @@ def export_folder(folder: str | Path, out: str | Path) -> None:
         write_json(out / ORIGINS, sources_of(folder))
         if (out / BEGUN).exists():
             (out / BEGUN).replace(out / METADATA)
+    empty = [repr(shards.classes[label]) for label in np.flatnonzero(counts == 0)]
+    if empty:
+        more = f" and {len(empty) - 5} others" if len(empty) > 5 else ""
+        warnings.warn(
+            f"expected images of every class in {folder}, got none of {', '.join(empty[:5])}"
+            f"{more}, whose folders are empty; give torchvision's ImageFolder allow_empty=True, so "
+            "that it numbers the classes as they are here",
+            AugmentWarning,
+            stacklevel=2,
+        )
 
 
 def claim(out: Path, shards: Shards) -> None:

@@ -10,6 +10,7 @@ import copy
 import json
 import math
 import os
+import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -24,11 +25,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from augment.diffusion import load_backbone
-from augment.errors import UserError, lookup
+from augment.errors import AugmentWarning, UserError, lookup
 from augment.files import check_folder, in_use, read_json, sha256, write_json
 from augment.filters import Filter, Reference
 from augment.jobs import run
-from augment.plan import Plan, Planner, round_robin
+from augment.plan import Plan, Planner, round_robin, warn_of_copies
 from augment.records import DIGITS
 from augment.refine import SeedSelect
 from augment.shards import (
@@ -41,9 +42,11 @@ from augment.shards import (
     open_shards,
     read_sidecar,
     shard_path,
+    write_info,
     write_shard,
 )
 from augment.synthesis import Synthesizer
+from augment.upkeep import Tally, count_shards
 
 
 def write_shards(
@@ -102,6 +105,7 @@ class Synthesis:
     recipe: dict[str, Any] = field(default_factory=dict, init=False)
     digest: str = field(default="", init=False)
     labels: list[int] = field(default_factory=list, init=False, repr=False)
+    tally: Tally = field(default_factory=Tally, init=False, repr=False)
 
     def __post_init__(self) -> None:
         """Refuse what can be refused before anything is written."""
@@ -202,6 +206,7 @@ class Synthesis:
             plans = [self.planner(0, index, self.labels[index]) for index in first]
             self.synthesizer.check(plans)  # before anything is written
             write_json(file, settings)
+        warn_of_copies(self.planner, self.labels)
         self.digest = sha256(json.dumps(settings, sort_keys=True).encode())
         return [len(self.indices(unit)) for unit in range(settings["shards"])]
 
@@ -290,7 +295,45 @@ class Synthesis:
         return Sample(plan.index, data.result(), plan.label, about)
 
     def finish(self) -> None:
-        """Nothing is left to do."""
+        """Compare what there is with what was asked for, and write the file that timm reads.
+
+        Raises:
+            UserError: there is not one image.
+        """
+        self.tally = tally = count_shards(self.path)
+        write_info(self.path, tally.lengths)
+        refused = sum(counts.total() for counts in tally.refused.values())
+        if not tally.written:
+            raise UserError(
+                f"expected {tally.wanted:,} synthetic images in {self.path}, got none: filters "
+                f"refused {refused:,} candidates; use other filters or lower minimums, in a new "
+                "folder"
+            )
+        if self.lacking:
+            some = [f"{name!r} {told}" for name, told in list(self.lacking.items())[:5]]
+            more = f" and {len(self.lacking) - 5} other classes" if len(self.lacking) > 5 else ""
+            warnings.warn(
+                f"expected {tally.wanted:,} different images, got {', '.join(some)}{more}; allow "
+                "more --candidates where filters refused images, and add real images, noise or a "
+                "larger alpha where images are copies",
+                AugmentWarning,
+                stacklevel=2,
+            )
+
+    @property
+    def lacking(self) -> dict[str, str]:
+        """What is wrong with the images of a class, where they are fewer than asked for or copies.
+
+        Copies are less than half as many different files as images.
+        """
+        names, asked = list(self.planner.images), Counter(self.labels)
+        told = {}
+        for label, (name, (count, different)) in enumerate(self.tally.by_class(names).items()):
+            if count < asked[label]:
+                told[name] = f"{count} of {asked[label]}"
+            elif 2 * different < count and different:
+                told[name] = f"{count}, of which {different} differ"
+        return told
 
 
 def contents(judge: Filter | SeedSelect) -> dict[str, Any]:

@@ -7,7 +7,8 @@ batch, on any worker, today or in a year.
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -17,9 +18,9 @@ import torch
 from jaxtyping import Float, Real
 from torch import Tensor
 
-from augment.errors import UserError, lookup
+from augment.errors import AugmentWarning, UserError, lookup
 from augment.seeds import rng
-from augment.weights import concentrations, dirichlet, effective_count
+from augment.weights import concentrations, dirichlet, effective_count, expected_count
 
 Images = Mapping[str, tuple[str, ...]]
 """The image ids of each class, in label order; of a bank they are unpacked when asked for."""
@@ -290,6 +291,36 @@ class Planner:
             rows = away.argsort(stable=True)[: self.members].tolist()
             chosen += [(name, row) for row in rows]
         return chosen
+
+
+COPIES = 1.1
+"""Effective count of points below which a mixture is nearly a copy of one of them."""
+
+
+def warn_of_copies(planner: Planner, labels: Iterable[int]) -> None:
+    """Warn of classes whose synthetic images will nearly be copies of single real ones.
+
+    That is so for a class of one image, and for all classes if alpha is tiny.
+
+    Args:
+        planner: makes the plans.
+        labels: of the images that are asked for.
+    """
+    asked, told = set(labels), []
+    for label, (name, ids) in enumerate(planner.images.items()):
+        count = min(planner.members or len(ids), len(ids)) * planner.classes
+        share = (1 - planner.noise) ** 2 / expected_count(planner.alpha, count)
+        if label in asked and 1 / (share + planner.noise**2) < COPIES:
+            told.append(f"{name!r} ({len(ids)} real)")
+    if told:
+        more = f" and {len(told) - 5} others" if len(told) > 5 else ""
+        warnings.warn(
+            f"expected to mix several images, got classes whose synthetic images will be nearly "
+            f"copies of single real ones: {', '.join(told[:5])}{more}; add real images, noise or a "
+            "larger alpha",
+            AugmentWarning,
+            stacklevel=3,
+        )
 
 
 def distances(rows: Real[Tensor, "n f"], point: Real[Tensor, " f"]) -> Float[Tensor, " n"]:

@@ -7,6 +7,7 @@ A folder of shards::
     shard-000000.tar    of each image 00000123.jpg, 00000123.cls (its label) and 00000123.json
     shard-000000.json   the shard's record, written last: without it the shard does not count
     shard-000001.tar …
+    _info.json          how many images are in each tar, for timm's reader; written at the end
 
 The record (schema 1) holds the name of the ``shard``, the tar's ``bytes`` and ``sha256``, and of
 each of its ``samples`` ``[key, label, offset, size]``, the place of its image; so `open_shards`
@@ -30,7 +31,7 @@ import tarfile
 import warnings
 import zlib
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from itertools import chain
@@ -62,6 +63,7 @@ MOST_PIXELS = 2**26  # of an image
 MOST_SHARDS = 10**6  # so many have a number of six digits
 OPEN_FILES = 64  # of one `Shards` in one process
 UNCHECKED, CRC = -1, 2**32 - 1
+INFO = "_info.json"
 AGAIN = "remove that .tar and its .json, and run the same latent-augment synthesize command again"
 
 
@@ -220,6 +222,27 @@ def write_shard(
     facts |= {"sha256": digest.hexdigest(), "samples": rows, "crc32": checks, **more}
     write_bytes(record, (json.dumps(facts, separators=(",", ":")) + "\n").encode())
     return facts
+
+
+def info(lengths: Sequence[int]) -> bytes:
+    """Return what timm's ``wds/`` reader wants to know of a folder of shards, its ``_info.json``.
+
+    Args:
+        lengths: the number of images in each shard.
+    """
+    names = [shard_path("", number).name for number in range(len(lengths))]
+    split = {"name": "train", "num_samples": sum(lengths)}
+    split |= {"filenames": names, "shard_lengths": list(lengths)}
+    return (json.dumps({"splits": {"train": split}}, indent=1) + "\n").encode()
+
+
+def write_info(folder: Path, lengths: Sequence[int]) -> None:
+    """Write the ``_info.json`` of a folder of shards, if it is not there."""
+    content = info(lengths)
+    with suppress(OSError):
+        if (folder / INFO).read_bytes() == content:
+            return  # a finished folder may be read-only
+    write_bytes(folder / INFO, content)
 
 
 def read_settings(folder: str | Path) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import NamedTuple
 
+import numpy as np
 from tqdm import tqdm
 
 from augment.bank import LatentBank, filled
@@ -41,7 +42,16 @@ from augment.records import (
     stem_of,
 )
 from augment.schema import as_object, build, read, write
-from augment.shards import read_settings, read_sidecar, shard_path, verify_shard
+from augment.shards import (
+    CRC,
+    INFO,
+    UNCHECKED,
+    info,
+    read_settings,
+    read_table,
+    shard_path,
+    verify_shard,
+)
 
 
 class Finding(NamedTuple):
@@ -243,14 +253,15 @@ def classes_of(path: Path, records: list[tuple[Home, ChunkRecord]]) -> list[Clas
 
 def shard_findings(path: Path) -> Iterator[Finding]:
     """What is wrong with a folder of shards."""
-    settings = read_settings(path)
-    expected = {path / "synthesis.json"}
+    settings, whole = read_settings(path), True
+    expected = {path / "synthesis.json", path / INFO}
     for number in tqdm(range(settings["shards"]), "verify", unit="shard", delay=2, leave=False):
         shard = shard_path(path, number)
         record = shard.with_suffix(".json")
         expected |= {shard, record}
         if not record.exists():
             yield Finding(f"{shard.name}: not made yet")
+            whole = False
             continue
         try:
             wrong = verify_shard(shard, len(settings["classes"]), settings["extension"])
@@ -258,6 +269,10 @@ def shard_findings(path: Path) -> Iterator[Finding]:
             wrong = str(error)
         if wrong:
             yield Finding(f"{shard.name}: {wrong}", record)
+            whole = False
+    file = path / INFO
+    if whole and file.exists() and file.read_bytes() != info(count_shards(path).lengths):
+        yield Finding(f"{INFO}: other bytes than were written", file)
     for file in sorted(path.rglob("*")):
         if file not in expected:
             yield Finding(f"{file.relative_to(path)}: not of these shards")
@@ -331,16 +346,33 @@ class Tally:
 
     Attributes:
         shards: how many are there.
-        written, wanted: images in them, and images that were to be.
+        lengths: the number of images in each of them.
+        wanted: number of images that were to be made.
         bytes: of the tars.
         refused: by filter and class, how many candidates it refused.
+        images: for each image its label, times 2^32, plus the digest of its file.
     """
 
     shards: int = 0
-    written: int = 0
+    lengths: list[int] = field(default_factory=list)
     wanted: int = 0
     bytes: int = 0
     refused: dict[str, Counter[str]] = field(default_factory=dict)
+    images: list[np.ndarray] = field(default_factory=list)
+
+    @property
+    def written(self) -> int:
+        """The number of images."""
+        return sum(self.lengths)
+
+    def by_class(self, classes: Sequence[str]) -> dict[str, tuple[int, int]]:
+        """Return the number of images of each class, and of different ones among them."""
+        keys = np.concatenate([np.empty(0, np.int64), *self.images])
+        counts = [
+            np.bincount(part >> 32, minlength=len(classes)).tolist()
+            for part in (keys, np.unique(keys))
+        ]
+        return dict(zip(classes, zip(*counts, strict=True), strict=True))
 
     def refused_lines(self) -> list[str]:
         """A line a filter, with the classes it refused most of."""
@@ -362,7 +394,7 @@ def count_shards(path: Path) -> Tally:
         shard = shard_path(path, number)
         if not shard.with_suffix(".json").exists():
             continue
-        record = read_sidecar(shard, len(settings["classes"]))
+        record, rows = read_table(shard, len(settings["classes"]))
         if not fits(record, {"wanted": int, "dropped": dict}) or not all(
             isinstance(counts, dict) and all(fits(count, int) for count in counts.values())
             for counts in record["dropped"].values()
@@ -372,7 +404,9 @@ def count_shards(path: Path) -> Tally:
                 "latent-augment verify"
             )
         tally.shards += 1
-        tally.written += len(record["samples"])
+        tally.lengths.append(len(rows))
+        known = np.where(rows[:, 4] == UNCHECKED, rows[:, 0], rows[:, 4] >> 32)
+        tally.images.append(rows[:, 1] << 32 | known & CRC)
         tally.wanted += record["wanted"]
         tally.bytes += record["bytes"]
         for name, counts in record["dropped"].items():

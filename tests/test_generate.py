@@ -2,7 +2,9 @@
 
 import json
 import pickle
+import re
 import shutil
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,8 +14,17 @@ from conftest import COUNTS, amend, snapshot
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from augment import BankMismatch, LatentBank, Planner, Synthesizer, UserError, open_shards
+from augment import (
+    BankMismatch,
+    LatentBank,
+    Planner,
+    Synthesizer,
+    SyntheticDataset,
+    UserError,
+    open_shards,
+)
 from augment.diffusion.gaussian import GaussianBackbone
+from augment.errors import AugmentWarning
 from augment.fill import Inversion, fill_bank
 from augment.filters import Reference
 from augment.generate import Synthesis, write_shards
@@ -177,10 +188,75 @@ def test_a_filter_without_a_minimum_scores_only_and_one_that_fails_all_leaves_no
     scored = open_shards(tmp_path / "scored")
     assert len(scored) == 24 and {"dark", "never"} == scored.about(0)["scores"].keys()
     assert scored.about(0)["scores"]["never"] is None, "JSON has no word for what is no number"
-    assert run(make("none", filters={"never": Never()}, candidates=2))
+    for _ in range(2):  # also where nothing is left to do
+        with pytest.raises(UserError, match=r"expected 24 .* got none: filters refused 48"):
+            run(make("none", filters={"never": Never()}, candidates=2))
     assert len(open_shards(tmp_path / "none")) == 0
     assert count_shards(tmp_path / "none").refused["never"].total() == 48
     assert verify(tmp_path / "none") == [] == verify(tmp_path / "scored")
+
+
+@dataclass(frozen=True)
+class NoAnt:
+    """Refuse every image of the first class, and the first image of the second."""
+
+    minimum: float | None = 0.0
+
+    def prepare(self, reference: Reference):
+        seen: list[int] = []
+
+        def score(images, labels):
+            values = [-1.0 if k == 0 or (k == 1 and 1 not in seen) else 1.0 for k in labels]
+            seen.extend(labels)
+            return torch.tensor(values)
+
+        return score
+
+
+def test_fewer_images_than_were_asked_for_are_said_by_class(make, tmp_path):
+    for _ in range(2):
+        with pytest.warns(AugmentWarning, match=r"got 'ant' 0 of 8, 'bee' 7 of 8; allow more --c"):
+            assert run(make(filters={"one": NoAnt()}))
+    opened = open_shards(tmp_path / "out")
+    assert [opened.targets.count(label) for label in range(3)] == [0, 7, 8]
+    assert count_shards(tmp_path / "out").by_class(opened.classes)["ant"] == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("options", "words", "found"),
+    [
+        ({}, r"single real ones: 'cat' \(1 real\);", r"got 'cat' 8, of which 1 differ;"),
+        ({"noise": 0.3}, "", ""),
+        ({"alpha": 1e-6}, r"'ant' \(3 real\), 'bee' \(4 real\), 'cat'", "'ant' 8, of which 3"),
+        ({"alpha": 0.02}, r"'ant' \(3 real\), 'bee' \(4 real\), 'cat'", ""),
+        ({"members": 1}, r"'ant' \(3 real\), 'bee' \(4 real\), 'cat'", "'ant' 8, of which 3"),
+    ],
+    ids=str,
+)
+def test_copies_are_said_before_and_after(options, words, found, bank, gaussian, tmp_path):
+    planner = Planner(bank.members, **options)
+    job = Synthesis(tmp_path / "out", Synthesizer(gaussian, bank, steps=2), planner, 8)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        assert run(job)
+    before = [str(w.message) for w in told if "nearly copies" in str(w.message)]
+    after = [str(w.message) for w in told if "different images" in str(w.message)]
+    assert len(before) == bool(words) and all(re.search(words, text) for text in before)
+    assert bool(after) == ("cat" in before[0] if before else False)
+    assert all(re.search(found, text) for text in after)
+
+
+def test_classes_that_get_no_images_are_not_told_as_copies(bank, gaussian, tmp_path):
+    counts = {"ant": 2, "bee": 2}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        synthesizer = Synthesizer(gaussian, bank, steps=2)
+        write_shards(synthesizer, Planner(bank.members), counts, tmp_path / "out")
+
+
+def test_a_dataset_on_the_fly_says_that_it_gives_copies(bank, gaussian):
+    with pytest.warns(AugmentWarning, match=r"single real ones: 'cat' \(1 real\)"):
+        SyntheticDataset(bank, gaussian)
 
 
 def test_filters_ask_for_the_real_images_where_they_are(make, bank, pictures, tmp_path):

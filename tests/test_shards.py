@@ -41,8 +41,10 @@ from augment.shards import (
     read_sidecar,
     shard_path,
     verify_shard,
+    write_info,
     write_shard,
 )
+from augment.sources import Folder
 
 CLASSES = ["ant", "bee"]
 ODD = "a#b ?%20 {0..3} ü"
@@ -893,6 +895,19 @@ def test_timm_reads_the_same(jpegs):
     agree(list(found), jpegs)
 
 
+@careless
+@pytest.mark.usefixtures("collected")
+def test_timm_finds_what_it_wants_to_know(jpegs, tmp_path):
+    from timm.data import create_dataset
+
+    folder = shutil.copytree(jpegs, tmp_path / "s")
+    write_info(folder, [4, 3, 2])
+    for split, count in (("train", 9), ("shard-{000000..000002}.tar|9", 9)):
+        found = create_dataset("wds/", root=str(folder), split=split, is_training=False)
+        assert len(found) == count
+        agree(list(found), jpegs)
+
+
 def test_our_pipeline_streams_the_same_in_order(jpegs):
     found = list(to_webdataset(jpegs))
     assert [label for _, label in found] == [label for _, label in expected(jpegs)]
@@ -952,6 +967,35 @@ def test_an_export_is_read_by_torchvision_and_datasets(jpegs, tmp_path):
         assert (row["label"], row["class_name"]) == (index % 2, CLASSES[index % 2])
         assert tuple(row["weights"]) == plan(index).weights
         assert tuple(row["members"]) == plan(index).members
+
+
+def test_a_class_without_an_image_keeps_its_folder_and_the_others_their_numbers(tmp_path):
+    from torchvision.datasets import ImageFolder
+
+    folder, classes = fill(tmp_path / "s", (3, 2)), ["aaa", "ant", "bee"]
+    facts = json.loads((folder / "synthesis.json").read_bytes())
+    (folder / "synthesis.json").write_text(json.dumps(facts | {"classes": classes}))
+    samples = [sample(key)._replace(label=1 + key % 2) for key in range(5)]
+    write_shard(shard_path(folder, 0), samples[:3], "png")
+    write_shard(shard_path(folder, 1), samples[3:], "png")
+    for _ in range(2):
+        with pytest.warns(AugmentWarning, match="none of 'aaa', whose .*allow_empty=True"):
+            export_folder(folder, tmp_path / "out")
+    with pytest.raises(FileNotFoundError, match="aaa"):
+        ImageFolder(str(tmp_path / "out"))
+    theirs = ImageFolder(str(tmp_path / "out"), allow_empty=True)
+    ours = Folder(tmp_path / "out")
+    assert theirs.classes == ours.classes == classes
+    assert theirs.targets == ours.targets == [1, 1, 1, 2, 2]
+    (tmp_path / "out" / ".origins.json").unlink()
+    with pytest.raises(UserError, match="aaa, got none"):
+        Folder(tmp_path / "out")
+
+
+def test_shards_without_an_image_are_not_exported(tmp_path):
+    with pytest.raises(UserError, match=r"expected images to export .* got none"):
+        export_folder(fill(tmp_path / "s", (0,)), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_export_holds_the_files_and_the_plans(shards, tmp_path):

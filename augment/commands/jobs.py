@@ -225,9 +225,7 @@ def synthesize(
 
 def tell_of_shards(job: Any) -> Record:
     """What was made, what was refused, and how much is mixed."""
-    from augment.upkeep import count_shards
-
-    tally = count_shards(job.path)
+    tally = job.tally
     some = range(min(tally.wanted, 1000))
     plans = [job.planner(0, index, job.labels[index]) for index in some]
     count = fmean(plan.effective_count for plan in plans)
@@ -238,8 +236,6 @@ def tell_of_shards(job: Any) -> Record:
         "on average (effective count)"
     )
     print("".join(line + "\n" for line in tally.refused_lines()), end="")
-    if tally.written < tally.wanted:
-        print(f"{tally.wanted - tally.written} images were given up; allow more --candidates")
     print(
         f"next: latent-augment train fit --data.train IMAGES --data.synthetic {job.path} "
         "--trainer.max_epochs 20"
@@ -247,4 +243,5 @@ def tell_of_shards(job: Any) -> Record:
     return {
         "complete": True, "shards": str(job.path), "written": tally.written,
         "wanted": tally.wanted, "effective_count": count, "refused": tally.refused,
+        "lacking": job.lacking,
     }  # fmt: skip

@@ -22,8 +22,10 @@ from augment.shards import (
     read_settings,
     read_sidecar,
     shard_path,
+    write_info,
     write_shard,
 )
+from augment.upkeep import count_shards
 
 LINES = """\
 from augment import LatentBank, Plan, Synthesizer, load_backbone
@@ -103,6 +105,7 @@ def export(explorer: Explorer, choices: Sequence[Choice]) -> Path:
         samples = (sample_of(explorer, choice, i) for i, choice in enumerate(choices, key))
         write_shard(path, samples, "png", wanted=len(choices), dropped={})
         write_json(file, {**settings, "shards": number + 1})
+        write_info(out, count_shards(out).lengths)
     return path
 
 

@@ -10,6 +10,9 @@ from augment.errors import AugmentWarning, UserError
 from augment.images import SUFFIXES
 from augment.sources.source import Source
 
+ORIGINS = ".origins.json"
+"""File in a folder of exported images: the real ones that they come from."""
+
 
 class Folder(Source):
     """An image folder: one sub-folder a class, files and folders in alphabetical order.
@@ -23,7 +26,8 @@ class Folder(Source):
         transform, target_transform: applied to the PIL image and to the label of an item.
 
     Raises:
-        UserError: the root is missing, holds no class folder, or a class folder holds no image.
+        UserError: the root is missing, holds no class folder, or a class folder holds no image,
+            unless ``latent-augment export`` left it empty.
     """
 
     def __init__(
@@ -74,7 +78,7 @@ class Folder(Source):
             for p in folder.iterdir()
             if p.suffix.lower() in SUFFIXES and p.name[0] != "." and self._stays(p)
         )
-        if not names:
+        if not names and not (self.root / ORIGINS).exists():
             raise UserError(
                 f"expected images ({', '.join(SUFFIXES)}) in the class folder {folder}, got none; "
                 "add one or remove the folder"
