@@ -37,6 +37,7 @@ from augment.measure.latents import LatentStatistics, latent_statistics
 from augment.measure.reconstruction import lpips, reconstruction
 from augment.networks import BATCH, Network
 from augment.plan import Plan
+from augment.shard_records import holds_shards
 from augment.shards import Shards, open_shards
 from augment.sources import Folder, Source
 from augment.synthesis import Synthesizer
@@ -394,4 +395,4 @@ def open_images(path: str | Path) -> Source | Shards:
     Raises:
         UserError: there are none.
     """
-    return open_shards(path) if (Path(path) / "synthesis.json").exists() else Folder(path)
+    return open_shards(path) if holds_shards(path) else Folder(path)

@@ -19,7 +19,8 @@ from tqdm import tqdm
 
 from augment.errors import AugmentWarning, UserError
 from augment.files import locked, replacing, write_bytes, write_json
-from augment.shards import AGAIN, Shards, open_shards, sources_of
+from augment.shard_records import AGAIN, sources_of
+from augment.shards import Shards, open_shards
 from augment.sources.folder import ORIGINS
 
 METADATA, BEGUN = "metadata.jsonl", ".metadata.jsonl"

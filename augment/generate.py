@@ -14,7 +14,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,28 +25,33 @@ from jaxtyping import Float
 from torch import Tensor
 
 from augment.diffusion import load_backbone
-from augment.errors import AugmentWarning, UserError, lookup
-from augment.files import check_folder, in_use, read_json, sha256, write_json
+from augment.errors import AugmentWarning, Damaged, Missing, UserError, lookup
+from augment.files import check_folder, in_use, sha256
 from augment.filters import Filter, Reference
 from augment.jobs import run
 from augment.plan import Plan, Planner, round_robin, warn_of_copies
 from augment.records import DIGITS
 from augment.refine import SeedSelect
-from augment.shards import (
+from augment.schema import build, write
+from augment.shard_records import (
     FORMATS,
     MOST_SHARDS,
     SCHEMA,
-    Sample,
-    Shards,
-    encode,
-    open_shards,
-    read_sidecar,
+    SETTINGS,
+    ShardSettings,
+    read_settings,
+    read_table,
+    recover_settings,
+    settings_digest,
     shard_path,
     write_info,
-    write_shard,
 )
+from augment.shards import Sample, Shards, encode, open_shards, write_shard
 from augment.synthesis import Synthesizer
 from augment.upkeep import Tally, count_shards
+
+SETTINGS_COPIES = 2
+"""Shards whose records hold the settings too, should the file of these be lost."""
 
 
 def write_shards(
@@ -106,6 +111,7 @@ class Synthesis:
     digest: str = field(default="", init=False)
     labels: list[int] = field(default_factory=list, init=False, repr=False)
     tally: Tally = field(default_factory=Tally, init=False, repr=False)
+    known: ShardSettings | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
         """Refuse what can be refused before anything is written."""
@@ -147,10 +153,10 @@ class Synthesis:
         """The images of a shard."""
         return range(unit * self.shard_size, min((unit + 1) * self.shard_size, self.total))
 
-    def settings(self) -> dict[str, Any]:
-        """All that the shards depend on."""
+    def settings(self) -> ShardSettings:
+        """Return all that the shards depend on."""
         made, dice = self.synthesizer, self.planner
-        return {
+        facts = {
             "schema": SCHEMA,
             "classes": list(dice.images),
             "shards": math.ceil(self.total / self.shard_size),
@@ -170,6 +176,7 @@ class Synthesis:
             "fingerprint": made.bank.fingerprint,
             "dtype": precision(made.backbone),
         }
+        return build(ShardSettings, json.loads(json.dumps(facts)))
 
     def origins(self) -> dict[str, dict[str, str]]:
         """The real images of each class, and the first `DIGITS` digits of their SHA-256.
@@ -185,30 +192,44 @@ class Synthesis:
 
     def plan(self) -> list[int]:
         """The images of each shard; the settings are written, or compared."""
-        settings, file = self.settings(), self.path / "synthesis.json"
-        if file.exists():
-            old = read_json(file, "synthetic images")
+        settings, old = self.settings(), self._known()
+        if old is not None:
+            settings = replace(settings, schema=old.schema)
             if old != settings:
-                other = next(
-                    (k for k in settings if not isinstance(old, dict) or old.get(k) != settings[k]),
-                    "another version's settings",
-                )
+                names = [known.name for known in fields(settings)]
+                other = next(n for n in names if getattr(old, n) != getattr(settings, n))
                 raise UserError(
                     f"expected {self.path} to be new or of the same settings, got images of "
                     f"others ({other}); use a new folder"
                 )
         else:
-            if in_use(self.path) and not file.exists():  # another rank may have begun since
+            if in_use(self.path) and not (self.path / SETTINGS).exists():  # by another rank since
                 raise UserError(
                     f"expected {self.path} to be new or empty, got a folder in use; use a new one"
                 )
             first = range(min(self.total, len(self.planner.images)))
             plans = [self.planner(0, index, self.labels[index]) for index in first]
             self.synthesizer.check(plans)  # before anything is written
-            write_json(file, settings)
+            write(self.path / SETTINGS, settings)
         warn_of_copies(self.planner, self.labels)
-        self.digest = sha256(json.dumps(settings, sort_keys=True).encode())
-        return [len(self.indices(unit)) for unit in range(settings["shards"])]
+        self.digest = settings_digest(self.path)
+        self.known = settings if settings.schema == SCHEMA else None
+        return [len(self.indices(unit)) for unit in range(settings.shards)]
+
+    def _known(self) -> ShardSettings | None:
+        """Return the settings that are in the folder; lost ones are taken from the shards.
+
+        Raises:
+            UserError: they are damaged, and no shard has them.
+        """
+        try:
+            return read_settings(self.path)
+        except Missing:
+            return recover_settings(self.path)
+        except Damaged:
+            if known := recover_settings(self.path):
+                return known
+            raise
 
     def committed(self, unit: int) -> int:
         """The bytes of a shard and its record; 0 if it is not finished, or was harmed since."""
@@ -216,12 +237,12 @@ class Synthesis:
         if not path.with_suffix(".json").exists():
             return 0
         try:
-            record = read_sidecar(path, len(self.planner.images))
-        except UserError:
+            record, _ = read_table(path, len(self.planner.images))
+        except Damaged:
             return 0
-        if record.get("settings") != self.digest:
+        if record.settings != self.digest:
             return 0  # of another job
-        return record["bytes"] + path.with_suffix(".json").stat().st_size
+        return record.bytes + path.with_suffix(".json").stat().st_size
 
     def start(self) -> Callable[[int], None]:
         """Load the backbone, unless it is here, and what the filters need."""
@@ -269,6 +290,7 @@ class Synthesis:
             settings=self.digest,
             wanted=len(self.indices(unit)),
             dropped={name: dict(sorted(counts.items())) for name, counts in dropped.items()},
+            synthesis=self.known if unit < SETTINGS_COPIES else None,
         )
 
     def _batches(self, attempt: int, indices: Sequence[int]) -> Any:

@@ -293,7 +293,7 @@ class Planner:
         return chosen
 
 
-COPIES = 1.1
+COPY_THRESHOLD = 1.1
 """Effective count of points below which a mixture is nearly a copy of one of them."""
 
 
@@ -310,7 +310,7 @@ def warn_of_copies(planner: Planner, labels: Iterable[int]) -> None:
     for label, (name, ids) in enumerate(planner.images.items()):
         count = min(planner.members or len(ids), len(ids)) * planner.classes
         share = (1 - planner.noise) ** 2 / expected_count(planner.alpha, count)
-        if label in asked and 1 / (share + planner.noise**2) < COPIES:
+        if label in asked and 1 / (share + planner.noise**2) < COPY_THRESHOLD:
             told.append(f"{name!r} ({len(ids)} real)")
     if told:
         more = f" and {len(told) - 5} others" if len(told) > 5 else ""

@@ -2,19 +2,15 @@
 
 A folder of shards::
 
-    synthesis.json      ``schema`` 1, ``classes`` in label order, how many ``shards`` there are, the
-                        images' ``extension``, and how they were synthesised
+    synthesis.json      the classes, how many shards there are, and how they were synthesised
     shard-000000.tar    of each image 00000123.jpg, 00000123.cls (its label) and 00000123.json
     shard-000000.json   the shard's record, written last: without it the shard does not count
     shard-000001.tar …
     _info.json          how many images are in each tar, for timm's reader; written at the end
 
-The record (schema 1) holds the name of the ``shard``, the tar's ``bytes`` and ``sha256``, and of
-each of its ``samples`` ``[key, label, offset, size]``, the place of its image; so `open_shards`
-gives any image at once, in an order that no number of workers changes, and knows what it should
-find. ``crc32`` holds sixteen hexadecimal digits a sample: the CRC-32 of its image, begun at the
-label, and that of its JSON, begun at the key. `Shards` compares them whenever it reads. webdataset,
-timm and Hugging Face's datasets read the tars without the record.
+The records are those of `augment.shard_records`. They hold the place and the digests of every
+sample. So `open_shards` gives any image at once, in an order that no number of workers changes, and
+compares what it reads. webdataset, timm and Hugging Face's datasets read the tars without them.
 
 A tar has one form only: USTAR, three regular members a sample, every field that does not matter
 zero, two blocks of zeros at the end. The same samples make the same bytes, so a shard is checked by
@@ -26,15 +22,13 @@ import hashlib
 import io
 import json
 import os
-import re
 import tarfile
 import warnings
 import zlib
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import lru_cache
-from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -45,26 +39,31 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from augment.errors import AugmentWarning, UserError, lookup
-from augment.files import fits, read_json, replacing, write_bytes
+from augment.errors import AugmentWarning, Damaged, UserError, lookup
+from augment.files import replacing
 from augment.images import to_pil
 from augment.plan import Plan
-
-SCHEMA = 1
-FORMATS = {"jpg": "JPEG", "webp": "WEBP", "png": "PNG"}
-"""PIL's name of an image format by the extension of its files."""
+from augment.schema import write
+from augment.shard_records import (
+    AGAIN,
+    CRC,
+    FORMATS,
+    LARGEST,
+    SCHEMA,
+    UNCHECKED,
+    ShardRecord,
+    read_settings,
+    read_table,
+    shard_numbers,
+    shard_path,
+)
 
 BLOCK = 512  # a tar is made of these
 EMPTY = tarfile.TarInfo().tobuf(tarfile.USTAR_FORMAT)  # of a file without name or content
 END = bytes(2 * BLOCK)
 EARLY = 2**20  # bytes after which the disk may begin
-LARGEST = 64 * 2**20  # bytes of a member
 MOST_PIXELS = 2**26  # of an image
-MOST_SHARDS = 10**6  # so many have a number of six digits
 OPEN_FILES = 64  # of one `Shards` in one process
-UNCHECKED, CRC = -1, 2**32 - 1
-INFO = "_info.json"
-AGAIN = "remove that .tar and its .json, and run the same latent-augment synthesize command again"
 
 
 class Flaw(Exception):
@@ -73,11 +72,16 @@ class Flaw(Exception):
 
 @contextmanager
 def expecting(what: str) -> Iterator[None]:
-    """Make a `UserError` of a flaw."""
+    """Turn a flaw into `Damaged`, and a file that cannot be read into a plain `UserError`."""
     try:
         yield
     except Flaw as flaw:
-        raise UserError(f"expected {what}, got {flaw}; {AGAIN}") from flaw
+        raise Damaged(f"expected {what}, got {flaw}; {AGAIN}") from flaw
+    except OSError as error:
+        raise UserError(
+            f"expected to read {what}, got {error.strerror or error}; make that possible: nothing "
+            "is known to be wrong with the file"
+        ) from None
 
 
 class Sample(NamedTuple):
@@ -139,11 +143,6 @@ def decode(content: bytes, extension: str) -> Float[Tensor, "c h w"]:
     return pixels.float().div_(255)
 
 
-def shard_path(folder: str | Path, number: int) -> Path:
-    """The tar file of a shard; its record has the suffix ``.json``."""
-    return Path(folder) / f"shard-{number:06d}.tar"
-
-
 def header(name: str, size: int) -> bytes:
     """The block before a member: USTAR, a regular file, mode 0644, of nobody and no time."""
     block = bytearray(EMPTY)
@@ -176,16 +175,14 @@ def start_writing(file: int, offset: int, size: int) -> None:
         os.posix_fadvise(file, offset, size, os.POSIX_FADV_DONTNEED)
 
 
-def write_shard(
-    path: Path, samples: Iterable[Sample], extension: str, **more: Any
-) -> dict[str, Any]:
+def write_shard(path: Path, samples: Iterable[Sample], extension: str, **more: Any) -> ShardRecord:
     """Write a shard as its samples come, then its record; if they raise, nothing is left.
 
     Args:
         path: of the tar, by `shard_path`.
         samples: with keys that increase.
         extension: of their images, a key of `FORMATS`.
-        more: what else the record is to hold.
+        more: other fields of the record.
 
     Returns:
         The record.
@@ -218,129 +215,16 @@ def write_shard(
         file.write(END)
         digest.update(END)
         record.unlink(missing_ok=True)  # of the shard whose place this one takes
-    facts = {"schema": SCHEMA, "shard": path.stem, "bytes": end + len(END)}
-    facts |= {"sha256": digest.hexdigest(), "samples": rows, "crc32": checks, **more}
-    write_bytes(record, (json.dumps(facts, separators=(",", ":")) + "\n").encode())
+    facts = ShardRecord(SCHEMA, path.stem, end + len(END), digest.hexdigest(), rows, checks, **more)
+    write(record, facts, indent=None)
     return facts
-
-
-def info(lengths: Sequence[int]) -> bytes:
-    """Return what timm's ``wds/`` reader wants to know of a folder of shards, its ``_info.json``.
-
-    Args:
-        lengths: the number of images in each shard.
-    """
-    names = [shard_path("", number).name for number in range(len(lengths))]
-    split = {"name": "train", "num_samples": sum(lengths)}
-    split |= {"filenames": names, "shard_lengths": list(lengths)}
-    return (json.dumps({"splits": {"train": split}}, indent=1) + "\n").encode()
-
-
-def write_info(folder: Path, lengths: Sequence[int]) -> None:
-    """Write the ``_info.json`` of a folder of shards, if it is not there."""
-    content = info(lengths)
-    with suppress(OSError):
-        if (folder / INFO).read_bytes() == content:
-            return  # a finished folder may be read-only
-    write_bytes(folder / INFO, content)
-
-
-def read_settings(folder: str | Path) -> dict[str, Any]:
-    """What a folder of shards is to hold, its ``synthesis.json``.
-
-    Raises:
-        UserError: there is none, or it is of another form.
-    """
-    path = Path(folder) / "synthesis.json"
-    settings = read_json(path, "shards of synthetic images")
-    shape = {"schema": int, "classes": [str], "shards": int, "extension": str}
-    if (
-        not fits(settings, shape)
-        or settings["schema"] != SCHEMA
-        or settings["shards"] > MOST_SHARDS
-        or settings["extension"] not in FORMATS
-        or len(set(settings["classes"])) < len(settings["classes"])
-    ):
-        raise UserError(
-            f"expected the settings of shards, of schema {SCHEMA}, in {path}, got something else; "
-            "open the folder that latent-augment synthesize wrote to"
-        )
-    return settings
-
-
-def sources_of(folder: str | Path) -> dict[str, str]:
-    """The real images that shards come from: ids by the first digits of their files' SHA-256.
-
-    Raises:
-        UserError: there are no shards.
-    """
-    images = read_settings(folder).get("images")
-    classes = images.values() if isinstance(images, dict) else ()
-    known = [ids for ids in classes if isinstance(ids, dict)]  # older versions' were lists
-    return {str(digest): image_id for ids in known for image_id, digest in ids.items()}
-
-
-def read_sidecar(path: Path, classes: int) -> dict[str, Any]:
-    """The record of a shard, checked as `read_table` does."""
-    return read_table(path, classes)[0]
-
-
-def read_table(path: Path, classes: int) -> tuple[dict[str, Any], np.ndarray]:
-    """The record of a shard, and the `table` of its samples.
-
-    Args:
-        path: of the tar, whose size is compared; its content is not, which `verify_shard` does.
-        classes: how many there are, to check the labels by.
-
-    Raises:
-        UserError: it is missing or of another form, or the tar is missing or of another size.
-    """
-    record = read_json(path.with_suffix(".json"), "the record of a shard")
-    with expecting(f"{path} and its record as they were written"):
-        if not fits(record, {"schema": int, "bytes": int, "sha256": str, "samples": [[int]]}):
-            raise Flaw("a record of another form")
-        if record["schema"] != SCHEMA or record.get("shard") != path.stem:
-            raise Flaw("a record of another schema or shard")
-        if not path.is_file():
-            raise Flaw("no tar")
-        if (size := path.stat().st_size) != record["bytes"]:
-            raise Flaw(f"a tar of {size} bytes, which its record does not say")
-        return record, table(record, classes)
-
-
-def table(record: dict[str, Any], classes: int) -> np.ndarray:
-    """Return the samples of a record as an int64 array (n, 5): key, label, offset, size, check.
-
-    The check is both CRC-32 of a sample; `UNCHECKED` in a record of an older version, without any.
-
-    Raises:
-        Flaw: keys do not increase, a label is of no class, images overlap or pass the end, or the
-            checks are of another form.
-    """
-    samples = record["samples"]
-    try:
-        if not set(map(len, samples)) <= {4}:
-            raise ValueError
-        rows = np.fromiter(chain.from_iterable(samples), np.int64).reshape(-1, 4)
-        checks = np.full(len(rows), UNCHECKED)
-        if "crc32" in record:
-            if len(record["crc32"]) != 16 * len(rows):
-                raise ValueError
-            checks[:] = np.frombuffer(bytes.fromhex(record["crc32"]), ">i8")
-    except (ValueError, OverflowError, TypeError):
-        raise Flaw("a record with samples of another form") from None
-    keys, labels, offsets, sizes = rows.T
-    if (keys[1:] <= keys[:-1]).any() or (labels >= classes).any():
-        raise Flaw("a record with keys that do not increase, or labels of no class")
-    if (offsets > record["bytes"]).any() or (sizes > LARGEST).any():
-        raise Flaw("a record with images that are not in the tar")
-    if (np.append(0, offsets + sizes) > np.append(offsets, record["bytes"])).any():
-        raise Flaw("a record with images that overlap or pass the end of the tar")
-    return np.column_stack([rows, checks])
 
 
 class Reader(io.FileIO):
     """A file that is closed with its last reference: no thread reads one that another closed."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))
 
     def __del__(self) -> None:
         self.close()
@@ -473,7 +357,7 @@ class Shards(Dataset[tuple[Any, Any]]):
         try:
             file = self._open(path)  # a name of its own keeps it open until it is read
             content = os.pread(file.fileno(), size, offset)
-        except OSError as error:
+        except FileNotFoundError as error:
             raise Flaw(error.strerror) from None
         if len(content) < size:
             raise Flaw("an early end of the file")
@@ -496,24 +380,23 @@ def open_shards(
 
     Raises:
         UserError: it is none, or not complete, or a shard is not as its record says.
+        Damaged: a record is not what was written, or a shard is not as its record says.
 
     Every image is compared with its digest when it is read; shards of older versions have none,
     which a warning says.
     """
     folder = Path(folder)
     settings = read_settings(folder)
-    names = (re.fullmatch(r"shard-([0-9]{6})\.json", p.name) for p in folder.iterdir())
-    numbers = sorted({int(name[1]) for name in names if name})
-    paths = [shard_path(folder, number) for number in numbers if number < settings["shards"]]
-    if complete and len(paths) < settings["shards"]:
+    paths = [shard_path(folder, n) for n in shard_numbers(folder) if n < settings.shards]
+    if complete and len(paths) < settings.shards:
         raise UserError(
-            f"expected {settings['shards']} shards in {folder}, got {len(paths)}, "
-            f"{settings['shards'] - len(paths)} are missing; run the same latent-augment "
+            f"expected {settings.shards} shards in {folder}, got {len(paths)}, "
+            f"{settings.shards - len(paths)} are missing; run the same latent-augment "
             "synthesize command again to finish it, or open it with complete=False"
         )
-    classes = settings["classes"]
+    classes = settings.classes
     tables = (read_table(path, len(classes))[1] for path in paths)
-    shards = Shards(paths, tables, classes, settings["extension"], transform, target_transform)
+    shards = Shards(paths, tables, classes, settings.extension, transform, target_transform)
     if (shards.rows[:, 4] == UNCHECKED).any():
         warnings.warn(
             f"expected the digest of every image in {folder}, got shards that an older version "
@@ -534,12 +417,15 @@ def verify_shard(path: Path, classes: int, extension: str) -> str | None:
 
     Returns:
         The first thing that is wrong, in a few words; None if all is well.
+
+    Raises:
+        UserError: a file cannot be read now.
     """
     digest, end = hashlib.sha256(), len(END)
     try:
         record, rows = read_table(path, classes)
         shard = Shards([path], [rows], [""] * classes, extension)
-        for index, (key, label, *_) in enumerate(record["samples"]):
+        for index, (key, label, *_) in enumerate(record.samples):
             image, text = shard.read(index), shard.text(index)
             shard.item((index, image))
             shard.about(index)
@@ -547,11 +433,11 @@ def verify_shard(path: Path, classes: int, extension: str) -> str | None:
             digest.update(content)
             end += len(content)
         digest.update(END)
-        if end != record["bytes"] or digest.hexdigest() != record["sha256"]:
+        if end != record.bytes or digest.hexdigest() != record.sha256:
             return "its record is not of its samples"
-        with path.open("rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != record["sha256"]:
+        with expecting(str(path)), Reader(path) as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != record.sha256:
                 return "other bytes than were written"
-    except (UserError, OSError) as error:
+    except Damaged as error:
         return str(error.__cause__ or error)
     return None

@@ -22,7 +22,7 @@ from augment.bank import LatentBank, filled
 from augment.chunks import Chunk
 from augment.errors import AugmentWarning, Damaged, ImageRejected, Missing, UserError
 from augment.extend import intact, size_of
-from augment.files import check_folder, fits, in_use, locked, unreadable, write_bytes
+from augment.files import check_folder, in_use, locked, read_file, write_bytes
 from augment.records import (
     KINDS,
     BankSettings,
@@ -42,16 +42,18 @@ from augment.records import (
     stem_of,
 )
 from augment.schema import as_object, build, read, write
-from augment.shards import (
+from augment.shard_records import (
     CRC,
     INFO,
+    SETTINGS,
     UNCHECKED,
+    holds_shards,
     info,
     read_settings,
     read_table,
     shard_path,
-    verify_shard,
 )
+from augment.shards import verify_shard
 
 
 class Finding(NamedTuple):
@@ -82,20 +84,6 @@ def verify(path: str | Path, images: str | Path | None = None) -> list[Finding]:
     if holds_shards(path):
         return list(shard_findings(path))
     return list(bank_findings(path, None if images is None else Path(images)))
-
-
-def holds_shards(path: Path) -> bool:
-    """Tell whether a folder holds shards, even if their synthesis.json is lost.
-
-    Raises:
-        UserError: the folder cannot be read now.
-    """
-    try:
-        return any(re.match(r"synthesis\.json$|shard-", place.name) for place in path.iterdir())
-    except (FileNotFoundError, NotADirectoryError):
-        return False
-    except OSError as error:
-        raise unreadable(path, "a folder", error) from None
 
 
 def discard(findings: Sequence[Finding]) -> None:
@@ -254,8 +242,8 @@ def classes_of(path: Path, records: list[tuple[Home, ChunkRecord]]) -> list[Clas
 def shard_findings(path: Path) -> Iterator[Finding]:
     """What is wrong with a folder of shards."""
     settings, whole = read_settings(path), True
-    expected = {path / "synthesis.json", path / INFO}
-    for number in tqdm(range(settings["shards"]), "verify", unit="shard", delay=2, leave=False):
+    expected = {path / SETTINGS, path / INFO}
+    for number in tqdm(range(settings.shards), "verify", unit="shard", delay=2, leave=False):
         shard = shard_path(path, number)
         record = shard.with_suffix(".json")
         expected |= {shard, record}
@@ -264,15 +252,18 @@ def shard_findings(path: Path) -> Iterator[Finding]:
             whole = False
             continue
         try:
-            wrong = verify_shard(shard, len(settings["classes"]), settings["extension"])
-        except UserError as error:
-            wrong = str(error)
+            wrong = verify_shard(shard, len(settings.classes), settings.extension)
+        except UserError as error:  # of a file that may be healthy
+            yield Finding(f"{shard.name}: {error}")
+            whole = False
+            continue
         if wrong:
             yield Finding(f"{shard.name}: {wrong}", record)
             whole = False
-    file = path / INFO
-    if whole and file.exists() and file.read_bytes() != info(count_shards(path).lengths):
-        yield Finding(f"{INFO}: other bytes than were written", file)
+    if whole:
+        with suppress(Missing):  # as in folders of older versions
+            if read_file(path / INFO, "a list of shards") != info(count_shards(path).lengths):
+                yield Finding(f"{INFO}: other bytes than were written", path / INFO)
     for file in sorted(path.rglob("*")):
         if file not in expected:
             yield Finding(f"{file.relative_to(path)}: not of these shards")
@@ -334,8 +325,8 @@ def inspect_shards(path: Path) -> str:
     settings = read_settings(path)
     tally = count_shards(path)
     lines = [
-        f"shards {path}: {tally.shards} of {settings['shards']}, {tally.written} of "
-        f"{tally.wanted} images of {len(settings['classes'])} classes, {tally.bytes:,} bytes"
+        f"shards {path}: {tally.shards} of {settings.shards}, {tally.written} of "
+        f"{tally.wanted} images of {len(settings.classes)} classes, {tally.bytes:,} bytes"
     ]
     return "\n".join([*lines, *map(str, tally.refused_lines())])
 
@@ -390,26 +381,18 @@ def count_shards(path: Path) -> Tally:
         UserError: one is damaged.
     """
     settings, tally = read_settings(path), Tally()
-    for number in range(settings["shards"]):
+    for number in range(settings.shards):
         shard = shard_path(path, number)
         if not shard.with_suffix(".json").exists():
             continue
-        record, rows = read_table(shard, len(settings["classes"]))
-        if not fits(record, {"wanted": int, "dropped": dict}) or not all(
-            isinstance(counts, dict) and all(fits(count, int) for count in counts.values())
-            for counts in record["dropped"].values()
-        ):
-            raise UserError(
-                f"expected the record of {shard} as it was written, got another; see "
-                "latent-augment verify"
-            )
+        record, rows = read_table(shard, len(settings.classes))
         tally.shards += 1
         tally.lengths.append(len(rows))
         known = np.where(rows[:, 4] == UNCHECKED, rows[:, 0], rows[:, 4] >> 32)
         tally.images.append(rows[:, 1] << 32 | known & CRC)
-        tally.wanted += record["wanted"]
-        tally.bytes += record["bytes"]
-        for name, counts in record["dropped"].items():
+        tally.wanted += record.wanted
+        tally.bytes += record.bytes
+        for name, counts in record.dropped.items():
             tally.refused.setdefault(name, Counter()).update(counts)
     return tally
 

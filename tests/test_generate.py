@@ -285,7 +285,7 @@ def test_a_shard_of_another_place_or_job_is_made_again(make, tmp_path):
     for suffix in ("tar", "json"):
         shutil.copy(tmp_path / "out" / f"shard-000001.{suffix}",
                     tmp_path / "out" / f"shard-000000.{suffix}")  # fmt: skip
-    with pytest.raises(UserError, match="schema or shard"):
+    with pytest.raises(UserError, match="of another shard"):
         open_shards(tmp_path / "out")
     assert len(verify(tmp_path / "out")) == 1
     assert run(make())

@@ -16,7 +16,8 @@ LAYERS = (
     | {"augment.cluster", "augment.console", "augment.features", "augment.schema"},
     {"augment.weights", "augment.prior", "augment.centroid"},
     {"augment.sources", "augment.diffusion", "augment.inversion"},
-    {"augment.plan", "augment.measure", "augment.records", "augment.networks"} | {"augment.chunks"},
+    {"augment.plan", "augment.measure", "augment.records", "augment.networks"}
+    | {"augment.chunks", "augment.shard_records"},
     {"augment.bank", "augment.refine"},
     {"augment.synthesis", "augment.filters", "augment.shards", "augment.jobs"} | {"augment.extend"},
     {"augment.fill", "augment.generate", "augment.upkeep", "augment.dataset"}

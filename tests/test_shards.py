@@ -30,20 +30,17 @@ from torch.utils.data import DataLoader
 import augment.export
 import augment.shards
 from augment import Plan, UserError
-from augment.errors import AugmentWarning
+from augment.errors import AugmentWarning, Damaged
 from augment.export import export_folder, to_webdataset
-from augment.shards import (
-    Sample,
-    Shards,
-    encode,
-    open_shards,
+from augment.schema import as_object, write
+from augment.shard_records import (
+    ShardSettings,
     read_settings,
-    read_sidecar,
+    read_table,
     shard_path,
-    verify_shard,
     write_info,
-    write_shard,
 )
+from augment.shards import Sample, Shards, encode, open_shards, verify_shard, write_shard
 from augment.sources import Folder
 
 CLASSES = ["ant", "bee"]
@@ -81,7 +78,7 @@ def fill(folder: Path, counts=(3, 2), extension: str = "png", channels: int = 3,
     first = 0
     for number, count in enumerate(counts):
         samples = [sample(key, extension, channels, size) for key in range(first, first + count)]
-        write_shard(shard_path(folder, number), samples, extension, dropped=[])
+        write_shard(shard_path(folder, number), samples, extension, dropped={"dark": {"ant": 2}})
         first += count
     return folder
 
@@ -137,13 +134,17 @@ def test_a_tar_is_plain_ustar_of_nobody_and_no_time(shards):
 def test_a_record_says_where_each_image_lies_and_what_the_tar_is(shards):
     for number, keys in enumerate([[0, 1, 2], [3, 4]]):
         path = shard_path(shards, number)
-        content, record = path.read_bytes(), read_sidecar(path, len(CLASSES))
-        assert record == json.loads(path.with_suffix(".json").read_bytes())
-        assert (record["bytes"], record["dropped"]) == (len(content), [])
-        assert record["sha256"] == hashlib.sha256(content).hexdigest()
-        assert [row[:2] for row in record["samples"]] == [[key, key % 2] for key in keys]
-        for key, _, offset, size in record["samples"]:
+        content, (record, _) = path.read_bytes(), read_table(path, len(CLASSES))
+        facts = json.loads(path.with_suffix(".json").read_bytes())
+        assert as_object(record) == {key: facts[key] for key in facts if key != "digest"}
+        assert (record.bytes, record.dropped) == (len(content), {"dark": {"ant": 2}})
+        assert record.sha256 == hashlib.sha256(content).hexdigest()
+        assert [row[:2] for row in record.samples] == [[key, key % 2] for key in keys]
+        for place, (key, label, offset, size) in enumerate(record.samples):
             assert content[offset : offset + size] == sample(key).image
+            text = json.dumps(sample(key).about).encode()
+            digests = f"{zlib.crc32(sample(key).image, label):08x}{zlib.crc32(text, key):08x}"
+            assert record.crc32[16 * place : 16 * place + 16] == digests
 
 
 def interrupted(error: BaseException):
@@ -170,7 +171,7 @@ def test_a_shard_that_was_killed_before_its_record_does_not_count(number, tmp_pa
     folder = fill(tmp_path / "s", (2, 2, 2))
     shard_path(folder, 2).unlink()
     shard_path(folder, 2).with_suffix(".json").unlink()
-    monkeypatch.setattr(augment.shards, "write_bytes", None)
+    monkeypatch.setattr(augment.shards, "write", None)
     with pytest.raises(TypeError):
         write_shard(shard_path(folder, number), [sample(9)], "png")
     assert shard_path(folder, number).exists()
@@ -299,7 +300,7 @@ def test_an_absurd_number_of_shards_takes_no_time(zeros, tmp_path):
     folder, start = fill(tmp_path / "s"), time.monotonic()
     facts = (folder / "synthesis.json").read_text()
     (folder / "synthesis.json").write_text(facts.replace(": 2,", f": 2{'0' * zeros},"))
-    words = "199998 are missing" if zeros == 5 else r"settings of shards|Exceeds the limit"
+    words = "199998 are missing" if zeros == 5 else r"1,000,000 shards|an integer|Exceeds the limit"
     with pytest.raises(UserError, match=words):
         open_shards(folder)
     assert time.monotonic() - start < 1
@@ -326,7 +327,7 @@ SETTINGS = {"schema": 1, "classes": CLASSES, "shards": 2, "extension": "png"}
 )  # fmt: skip
 def test_settings_that_are_wrong_are_refused(harm, tmp_path):
     (tmp_path / "synthesis.json").write_text(json.dumps(SETTINGS))
-    assert read_settings(tmp_path) == SETTINGS
+    assert read_settings(tmp_path) == ShardSettings(1, CLASSES, 2, "png")
     (tmp_path / "synthesis.json").write_text(json.dumps(SETTINGS | harm))
     with pytest.raises(UserError, match=r"synthesis\.json"):
         read_settings(tmp_path)
@@ -335,7 +336,8 @@ def test_settings_that_are_wrong_are_refused(harm, tmp_path):
 def rewrite(path: Path, **changes: object) -> None:
     """Change a shard's record."""
     record = path.with_suffix(".json")
-    record.write_text(json.dumps(json.loads(record.read_bytes()) | changes))
+    facts = json.loads(record.read_bytes()) | changes
+    write(record, {key: facts[key] for key in facts if key != "digest"}, indent=None)
 
 
 def harmed_rows(rows: list[list[int]]) -> dict[str, list[list[int]]]:
@@ -364,10 +366,10 @@ def harmed_rows(rows: list[list[int]]) -> dict[str, list[list[int]]]:
 @pytest.mark.parametrize("harm", harmed_rows([[0] * 4] * 2))
 def test_a_record_that_cannot_be_is_refused(harm, tmp_path):
     path = shard_path(fill(tmp_path / "s"), 0)
-    rows = read_sidecar(path, 2)["samples"]
+    rows = read_table(path, 2)[0].samples
     rewrite(path, samples=harmed_rows(rows)[harm])
     with pytest.raises(UserError, match="record"):
-        read_sidecar(path, 2)
+        read_table(path, 2)
     with pytest.raises(UserError, match="shard-000000"):
         open_shards(path.parent)
     assert "record" in str(verify_shard(path, 2, "png"))
@@ -376,7 +378,7 @@ def test_a_record_that_cannot_be_is_refused(harm, tmp_path):
 def test_a_label_is_checked_by_the_number_of_classes(shards):
     path = shard_path(shards, 0)
     with pytest.raises(UserError, match="labels of no class"):
-        read_sidecar(path, 1)
+        read_table(path, 1)
     assert verify_shard(path, 1, "png")
 
 
@@ -545,7 +547,7 @@ def test_no_flipped_bit_of_a_tar_is_read_otherwise_in_silence(tmp_path):
 def test_another_number_in_a_record_is_not_read_in_silence(place, tmp_path):
     """Key, label, offset and size: each is known by the digest of what it leads to."""
     folder = fill(tmp_path / "s", (2,))
-    rows = read_sidecar(shard_path(folder, 0), 2)["samples"]
+    rows = read_table(shard_path(folder, 0), 2)[0].samples
     rows[1][place] += -1 if place in (1, 3) else 1
     rewrite(shard_path(folder, 0), samples=rows)
     opened = open_shards(folder)
@@ -557,9 +559,8 @@ def test_another_number_in_a_record_is_not_read_in_silence(place, tmp_path):
 def without_digests(folder: Path) -> Path:
     """The folder as older versions wrote it."""
     for path in folder.glob("shard-*.json"):
-        record = json.loads(path.read_bytes())
-        del record["crc32"]
-        path.write_text(json.dumps(record))
+        record = json.loads(path.read_bytes()) | {"schema": 1}
+        path.write_text(json.dumps({k: record[k] for k in record if k not in ("crc32", "digest")}))
     return folder
 
 
@@ -577,7 +578,7 @@ def test_shards_without_digests_are_read_with_one_warning(tmp_path):
 def test_digests_of_another_form_are_refused(digests, tmp_path):
     folder = fill(tmp_path / "s")
     rewrite(shard_path(folder, 0), crc32=digests)
-    with pytest.raises(UserError, match="samples of another form"):
+    with pytest.raises(Damaged, match=r"samples of another form|crc32"):
         open_shards(folder)
 
 
@@ -772,7 +773,7 @@ def harm_list(path: Path, harm: Callable[[Members], Members]) -> None:
     content, found = buffer.getvalue()[: tar.offset - 1024] + bytes(1024), {}
     with suppress(tarfile.TarError, ValueError), tarfile.open(fileobj=io.BytesIO(content)) as tar:
         found = {info.name: [info.offset_data, min(info.size, 2**26)] for info in tar}
-    rows = read_sidecar(path, 2)["samples"]
+    rows = read_table(path, 2)[0].samples
     rows = [[*row[:2], *found.get(f"{row[0]:08d}.png", row[2:])] for row in rows]
     put(path, content, samples=sorted(rows))
 

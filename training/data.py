@@ -2,7 +2,6 @@
 
 import warnings
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
@@ -20,7 +19,8 @@ from augment.files import read_json
 from augment.records import DIGITS
 from augment.replay import ReplayPool
 from augment.seeds import rng
-from augment.shards import Shards, open_shards, sources_of
+from augment.shard_records import holds_shards, sources_of
+from augment.shards import Shards, open_shards
 from augment.sources import Folder, Source, as_source
 from training.draws import Draw, Draws, Mix
 from training.transforms import Augmentation, evaluation
@@ -326,8 +326,7 @@ def made_of(real: Source, synthetic: Any) -> Any:
         UserError: there are none, or a class of the bank has no training image.
     """
     if isinstance(synthetic, str):
-        shards = (Path(synthetic) / "synthesis.json").exists()
-        return open_shards(synthetic) if shards else as_source(synthetic)
+        return open_shards(synthetic) if holds_shards(synthetic) else as_source(synthetic)
     if isinstance(synthetic, SyntheticDataset):
         known = {image_id for ids in real.ids.values() for image_id in ids}
         return synthetic.subset(known.__contains__)

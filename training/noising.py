@@ -15,6 +15,7 @@ from torch.utils.data import Dataset, Sampler
 from augment.diffusion.backbone import Trainable
 from augment.errors import UserError
 from augment.seeds import normal, rng
+from augment.shard_records import holds_shards
 from augment.shards import open_shards
 from augment.sources import Items, Source, as_source
 from training.data import Batches
@@ -106,7 +107,7 @@ def open_source(images: Source | str) -> Source:
     Raises:
         UserError: there are none.
     """
-    if isinstance(images, str) and (Path(images) / "synthesis.json").exists():
+    if isinstance(images, str) and holds_shards(images):
         return Items(open_shards(images))
     return as_source(images)
 

@@ -4,27 +4,29 @@ The shards are such as ``synthesize`` writes; each image has its own settings be
 export adds one shard to the folder.
 """
 
+import json
 import shlex
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from augment.errors import UserError
 from augment.explore.session import Choice, Explorer
-from augment.files import in_use, locked, write_json
+from augment.files import in_use, locked
 from augment.generate import precision
 from augment.records import DIGITS
-from augment.shards import (
+from augment.schema import write
+from augment.shard_records import (
     SCHEMA,
-    Sample,
-    encode,
+    SETTINGS,
+    ShardSettings,
     read_settings,
-    read_sidecar,
+    read_table,
     shard_path,
     write_info,
-    write_shard,
 )
+from augment.shards import Sample, encode, write_shard
 from augment.upkeep import count_shards
 
 LINES = """\
@@ -88,23 +90,24 @@ def export(explorer: Explorer, choices: Sequence[Choice]) -> Path:
             f"expected images to export and a folder for them, got {len(choices)} images and "
             f"{out or 'no folder'}; keep some, and start latent-augment explore with --out DIR"
         )
-    settings, file, key = settings_of(explorer), out / "synthesis.json", 0
+    settings, file, key = settings_of(explorer), out / SETTINGS, 0
     with locked(out):
         if not file.exists() and in_use(out):
             raise taken(out)
         if not file.exists():
-            write_json(file, settings)
+            write(file, settings)
         old = read_settings(out)
-        number = old["shards"]
-        if old != {**settings, "shards": number}:
+        number = old.shards
+        if replace(old, schema=SCHEMA) != replace(settings, shards=number):
             raise taken(out)
         if number:
-            last = read_sidecar(shard_path(out, number - 1), len(settings["classes"]))
-            key = last["samples"][-1][0] + 1
+            last, _ = read_table(shard_path(out, number - 1), len(settings.classes))
+            key = last.samples[-1][0] + 1
+        settings = replace(settings, shards=number + 1)
         path = shard_path(out, number)
         samples = (sample_of(explorer, choice, i) for i, choice in enumerate(choices, key))
-        write_shard(path, samples, "png", wanted=len(choices), dropped={})
-        write_json(file, {**settings, "shards": number + 1})
+        write_shard(path, samples, "png", wanted=len(choices), synthesis=settings)
+        write(file, settings)
         write_info(out, count_shards(out).lengths)
     return path
 
@@ -117,15 +120,11 @@ def taken(out: Path) -> UserError:
     )
 
 
-def settings_of(explorer: Explorer) -> dict[str, Any]:
-    """The ``synthesis.json`` of a folder without shards yet."""
+def settings_of(explorer: Explorer) -> ShardSettings:
+    """Return the settings of a folder without shards yet."""
     bank = explorer.bank
     known = {name: bank.digests(name) for name in bank.classes}
-    return {
-        "schema": SCHEMA,
-        "classes": bank.classes,
-        "shards": 0,
-        "extension": "png",
+    facts = {
         "by": "explore",
         # so that no classifier is tested on an image that these come from
         "images": {n: {i: d[:DIGITS] for i, d in ids.items()} for n, ids in known.items()},
@@ -133,6 +132,7 @@ def settings_of(explorer: Explorer) -> dict[str, Any]:
         "fingerprint": bank.fingerprint,
         "dtype": precision(explorer.backbone),
     }
+    return ShardSettings(SCHEMA, bank.classes, 0, "png", **json.loads(json.dumps(facts)))
 
 
 def sample_of(explorer: Explorer, choice: Choice, key: int) -> Sample:

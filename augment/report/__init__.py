@@ -97,7 +97,7 @@ def write_report(
         "rejects": page.rejects_section(facts.rejects_of(bank)),
         "making": facts.making_section(making, command),
     }
-    filters = making.settings.get("filters", {})
+    filters = making.settings.filters
     data = {
         "side": side,
         "pairs": BACK,

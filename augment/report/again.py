@@ -20,20 +20,16 @@ import numpy as np
 
 from augment.bank import LatentBank
 from augment.errors import UserError
-from augment.files import fits
 from augment.inversion import INVERTERS
 from augment.plan import Plan, Planner, round_robin
-from augment.shards import Shards, open_shards, read_settings
+from augment.shard_records import SCHEMA, ShardSettings, read_settings
+from augment.shards import Shards, open_shards
 from augment.upkeep import Tally, count_shards
 
 SAMPLING = ("solver", "steps", "guidance")
 """Arguments of `Synthesizer` that are kept with shards, or with each image of them."""
 
-JOB = {
-    **{"rule": str, "solver": str, "steps": int, "guidance": (int, float), "interval": list},
-    **{"seed": int, "noise": (int, float), "per_class": (int, dict), "shard_size": int},
-    **{"candidates": int, "filters": dict, "images": dict, "prompts": dict},
-}
+NO_SHARDS = ShardSettings(SCHEMA, [], 0, "jpg")
 LOOKED_AT = 200
 """Images of a class among which candidates are looked for that were refused before them."""
 
@@ -57,7 +53,7 @@ class Making:
     Args:
         bank: the bank.
         folder: of shards, if there are any.
-        settings: of the shards, ``synthesis.json``; empty without.
+        settings: of the shards, ``synthesis.json``; those of an empty folder without.
         shards: those that are finished.
         tally: what their records say.
         planner: throws the dice of the images, or those of ``synthesize`` by default.
@@ -66,7 +62,7 @@ class Making:
 
     bank: LatentBank
     folder: Path | None
-    settings: dict[str, Any]
+    settings: ShardSettings
     shards: Shards | None
     tally: Tally
     planner: Planner
@@ -81,7 +77,7 @@ class Making:
         """
         usual = Planner(bank.members)
         if folder is None:
-            return cls(bank, None, {}, None, Tally(), usual, False)
+            return cls(bank, None, NO_SHARDS, None, Tally(), usual, False)
         settings, tally = read_settings(folder), count_shards(folder)
         shards = open_shards(folder, complete=False)
         strange = [name for name in shards.classes if name not in bank.members]
@@ -98,16 +94,18 @@ class Making:
     @property
     def job(self) -> bool:
         """Whether the settings are those of a job of ``synthesize``; ``explore`` has others."""
-        return fits(self.settings, JOB)
+        return self.settings.job
 
     @property
     def sampling(self) -> dict[str, Any]:
         """How the shards were sampled, as arguments of `Synthesizer`; else its defaults."""
-        kept = {key: self.settings[key] for key in SAMPLING if self.job}
-        if self.job and self.settings["interval"] != [0.0, 1.0]:
-            kept["interval"] = tuple(self.settings["interval"])
-        if self.job and self.settings["prompts"]:
-            kept["prompts"] = self.settings["prompts"]
+        if not self.job:
+            return {}
+        kept = {key: getattr(self.settings, key) for key in SAMPLING}
+        if self.settings.interval != [0.0, 1.0]:
+            kept["interval"] = tuple(self.settings.interval or ())
+        if self.settings.prompts:
+            kept["prompts"] = self.settings.prompts
         return kept
 
     def rows(self, name: str) -> list[int]:
@@ -124,7 +122,7 @@ class Making:
             name: of the class.
             rows: of its images that were kept.
         """
-        if self.shards is None or not self.planned or not self.settings["filters"]:
+        if self.shards is None or not self.planned or not self.settings.filters:
             return
         label, kept = self.shards.class_to_idx[name], set()
         for row in rows:
@@ -135,13 +133,13 @@ class Making:
                 yield from (self.planner(epoch, key, label) for epoch in epochs)
         for index in self._finished(label):
             if index not in kept:
-                tried = range(self.settings["candidates"])
+                tried = range(self.settings.candidates or 0)
                 yield from (self.planner(epoch, index, label) for epoch in tried)
 
     def _finished(self, label: int) -> Iterator[int]:
         """The images of a label that were to be in the shards that are finished."""
         assert self.shards is not None
-        size = self.settings["shard_size"]
+        size = self.settings.shard_size or 0
         for path in self.shards.paths:
             first = int(path.stem.removeprefix("shard-")) * size
             mine = np.flatnonzero(self._labels[first : first + size] == label) + first
@@ -151,7 +149,7 @@ class Making:
     def _labels(self) -> np.ndarray:
         """The label of each image of the shards' job."""
         assert self.shards is not None
-        return np.array(round_robin(self.settings["per_class"], self.shards.classes))
+        return np.array(round_robin(self.settings.per_class, self.shards.classes))
 
     def code(self, from_shards: bool = False) -> str:
         """Python that makes an image again, with ``@names@`` for what differs between images.
@@ -166,9 +164,9 @@ class Making:
         if from_shards and not self.job:
             options += "".join(f", {key}=@{key}@" for key in SAMPLING)
         more, head = ("open_shards" if from_shards else "Planner"), IMPORTS
-        if from_shards and self.settings.get("refine"):
+        if from_shards and self.settings.refine:
             head += "from augment.refine import SeedSelect\n"
-            options += f", refine=SeedSelect(**{self.settings['refine']!r})"
+            options += f", refine=SeedSelect(**{self.settings.refine!r})"
         if from_shards:
             plan = f"open_shards({literal(str(self.folder))}, complete=False).plan(@row@)"
         else:
@@ -189,19 +187,17 @@ def literal(value: Any) -> str:
     return json.dumps(value) if isinstance(value, str) else repr(value)
 
 
-def planner_of(bank: LatentBank, settings: dict[str, Any]) -> Planner | None:
+def planner_of(bank: LatentBank, settings: ShardSettings) -> Planner | None:
     """The planner of shards, if the bank has the same images still, and no vectors of others."""
-    if not fits(settings, JOB):
+    kept: Any = settings
+    if not settings.job:
         return None
-    images = {name: tuple(ids) for name, ids in settings["images"].items()}
+    images = {name: tuple(ids) for name, ids in settings.images.items()}
     if images != bank.members or list(images) != bank.classes:
         return None
-    alpha = settings["alpha"]
-    features = bank.features("latent") if "nearest" in settings else None
-    return Planner(
-        bank.members, settings["seed"], math.inf if alpha == "inf" else alpha,
-        settings["members"], settings["noise"], features=features,
-    )  # fmt: skip
+    alpha = math.inf if kept.alpha == "inf" else kept.alpha
+    features = bank.features("latent") if kept.nearest else None
+    return Planner(bank.members, kept.seed, alpha, kept.members, kept.noise, features=features)
 
 
 def throws(planner: Planner, plan: Plan) -> bool:
@@ -247,28 +243,29 @@ def invert_command(bank: LatentBank) -> str:
 
 def synthesize_command(making: Making) -> str:
     """The command that made shards, and a comment on what their settings do not tell."""
-    kept, folder = making.settings, str(making.folder)
-    counts, alpha = kept["per_class"], kept["alpha"]
+    folder = str(making.folder)
+    kept: Any = making.settings
+    counts, alpha = kept.per_class, kept.alpha
     several = isinstance(counts, dict)
     options = {
         "bank": str(making.bank.path),
         "out": folder,
         "per_class": max(counts.values()) if several else counts,
-        **{key: kept[key] for key in ("rule", "seed", "members", "noise", "solver", "steps")},
+        **{key: getattr(kept, key) for key in ("rule", "seed", "members", "noise", "solver")},
         "alpha": ",".join(f"{a:g}" for a in alpha) if isinstance(alpha, list) else str(alpha),
-        **{key: kept[key] for key in ("guidance", "interval", "batch_size")},
+        **{key: getattr(kept, key) for key in ("steps", "guidance", "interval", "batch_size")},
         "nearest": "latent" if making.planner.features else None,
-        "refine": kept.get("refine"),
-        "filters": kept["filters"] or None,
-        **{key: kept[key] for key in ("candidates", "extension", "quality", "pixels")},
-        "shard_size": kept["shard_size"],
+        "refine": kept.refine,
+        "filters": kept.filters or None,
+        **{key: getattr(kept, key) for key in ("candidates", "extension", "quality", "pixels")},
+        "shard_size": kept.shard_size,
     }
     unknown = {
         "classes had different numbers of images, see per_class": several,
-        "prompts were other than the bank's, see prompts": bool(kept["prompts"]),
-        "neighbours were by vectors of a file": "nearest" in kept and not making.planner.features,
+        "prompts were other than the bank's, see prompts": bool(kept.prompts),
+        "neighbours were by vectors of a file": bool(kept.nearest) and not making.planner.features,
         "a file is given by its SHA-256": bool(re.search(r'"[0-9a-f]{64}"', json.dumps(
-            [kept.get("refine"), kept["filters"]]
+            [kept.refine, kept.filters]
         ))),
     }  # fmt: skip
     comments = "".join(f"\n# {words}" for words, so in unknown.items() if so)

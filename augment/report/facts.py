@@ -15,6 +15,7 @@ from augment.report.again import Making, invert_command, synthesize_command
 from augment.report.gallery import Gallery
 from augment.report.health import ClassHealth
 from augment.report.page import code_block, settings_block
+from augment.schema import as_object
 from augment.slots import CONTROL, MAGIC
 
 
@@ -51,8 +52,8 @@ def making_facts(gallery: Gallery) -> dict[str, str]:
     if making.shards is not None:
         tally, kept = making.tally, making.settings
         facts["synthetic"] = (
-            f"{tally.written:,} images by {kept['rule'] if making.job else 'hand'}, in "
-            f"{tally.shards} of {kept['shards']} shards"
+            f"{tally.written:,} images by {kept.rule if making.job else 'hand'}, in "
+            f"{tally.shards} of {kept.shards} shards"
         )
         facts["kept"] = f"{tally.written / max(tally.wanted, 1):.1%} of those wanted"
         for name, counts in tally.refused.items():
@@ -167,15 +168,15 @@ def shard_notes(gallery: Gallery, painted: int) -> list[str]:
     kept = making.settings
     if not making.job:
         told.append("The synthetic images were chosen one by one, with explore.")
-    if making.tally.shards < kept["shards"]:
+    if making.tally.shards < kept.shards:
         told.append(
-            f"The synthetic images are not finished: {making.tally.shards} of {kept['shards']} "
+            f"The synthetic images are not finished: {making.tally.shards} of {kept.shards} "
             "shards are there; the same synthesize command goes on."
         )
-    if kept.get("bank") != making.bank.digest:
+    if kept.bank != making.bank.digest:
         told.append("The bank is no longer as it was when the synthetic images were made.")
     if making.tally.refused:
-        if kept.get("refine"):
+        if kept.refine:
             how = "refined ones are not made again here"
         elif not making.planned:
             how = "their plans are not known any more"
@@ -199,7 +200,8 @@ def making_section(making: Making, command: str) -> str:
         settings_block("Settings of the bank: manifest.json, without its classes", manifest)
     )
     if making.shards is not None:
-        kept = {k: v for k, v in making.settings.items() if k not in ("images", "classes")}
+        facts = as_object(making.settings).items()
+        kept = {key: value for key, value in facts if key not in ("images", "classes")}
         title = "Settings of the synthetic images: synthesis.json, without its images"
         parts.append(settings_block(title, kept))
     return "".join(parts)

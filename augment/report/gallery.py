@@ -98,7 +98,7 @@ class Gallery:
     def _jobs(self, classes: Sequence[ClassHealth]) -> "list[tuple[str, Synthesizer, list[Plan]]]":
         """What to make: of each kind, by whom, and the plans."""
         bank, dice, names = self.bank, self.making.planner, self.bank.classes
-        batch = {"batch_size": self.making.settings.get("batch_size", 64)}
+        batch = {"batch_size": self.making.settings.batch_size or 64}
         exact = Synthesizer(self.backbone, bank, "lin/0", **batch)  # type: ignore[arg-type]
         labels = [names.index(c.name) for c in classes]
         alone = [
@@ -113,14 +113,12 @@ class Gallery:
             jobs.append(("rule", Synthesizer(self.backbone, bank, rule, **options), plans))  # type: ignore[arg-type]
         refused = [plan for c in classes for plan in islice(self._refused(c.name), REFUSED)]
         if refused:
-            jobs.append(
-                ("refused", replace(jobs[1][1], rule=self.making.settings["rule"]), refused)
-            )
+            jobs.append(("refused", replace(jobs[1][1], rule=self.making.settings.rule), refused))
         return jobs
 
     def _refused(self, name: str) -> Any:
         """Plans of refused candidates; refined ones would take five times as long to make."""
-        refined = self.making.settings.get("refine")
+        refined = self.making.settings.refine
         return iter(()) if refined else self.making.refused(name, self.making.rows(name))
 
     def _scorers(self, synthesizer: Synthesizer) -> dict[str, Any]:
@@ -133,7 +131,7 @@ class Gallery:
             device=synthesizer.backbone.device,
             counts=[len(ids) for ids in bank.members.values()],
         )
-        for name, settings in self.making.settings["filters"].items():
+        for name, settings in self.making.settings.filters.items():
             try:
                 scores = make_filter(name, **settings).prepare(reference)
                 scores(torch.zeros(1, *self._shape()), [0])  # some look at real images only now
