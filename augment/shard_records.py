@@ -245,6 +245,27 @@ def recover_settings(folder: Path) -> ShardSettings | None:
     return found
 
 
+def repair_settings(folder: Path) -> str:
+    """Make a ``synthesis.json`` again, if it is lost or damaged, from the records of the shards.
+
+    Returns:
+        What was done, in a line.
+
+    Raises:
+        UserError: it cannot be read now, or no record holds the settings.
+    """
+    try:
+        read_settings(folder)
+        return f"{folder}: its {SETTINGS} is as it was written"
+    except (Missing, Damaged) as flaw:
+        if recover_settings(folder) is None:
+            raise UserError(
+                f"expected the record of shard 0 or 1 in {folder} to make {SETTINGS} of, got none "
+                "that holds the settings; copy the file from elsewhere, or synthesize anew"
+            ) from flaw
+    return f"{folder}: {SETTINGS} is made again from the records of the shards"
+
+
 def read_table(path: Path, classes: int) -> tuple[ShardRecord, np.ndarray]:
     """Read the record of a shard, and the `table` of its samples.
 

@@ -1,7 +1,9 @@
 """Jobs and what they make: shards that anybody may remake, filters, ranks, and hostile records."""
 
 import json
+import os
 import pickle
+import random
 import re
 import shutil
 import warnings
@@ -24,13 +26,15 @@ from augment import (
     open_shards,
 )
 from augment.diffusion.gaussian import GaussianBackbone
-from augment.errors import AugmentWarning
+from augment.errors import AugmentWarning, Damaged
+from augment.files import sha256
 from augment.fill import Inversion, fill_bank
 from augment.filters import Reference
 from augment.generate import Synthesis, write_shards
 from augment.inversion import inverter
 from augment.jobs import estimate, run, stripe
 from augment.schema import sealed
+from augment.shard_records import repair_settings, shard_path
 from augment.sources import Folder
 from augment.upkeep import count_shards, inspect, merge, split, verify
 
@@ -493,3 +497,117 @@ def test_a_shard_is_the_same_whatever_its_neighbours_are(bank, gaussian, tmp_pat
     assert len(many) == 2 * len(few)
     for name in ("shard-000000.tar", "shard-000001.tar"):
         assert (tmp_path / "few" / name).read_bytes() == (tmp_path / "many" / name).read_bytes()
+
+
+# --- a lost or damaged synthesis.json
+
+
+@pytest.mark.parametrize("harm", [None, b"", b"{}", b"[]", "bit", "half"])
+def test_lost_settings_are_made_again_from_the_shards(harm, make, tmp_path):
+    """By the same command, whether the job was finished or not, and by repair."""
+    assert run(make())
+    whole, file = snapshot(tmp_path / "out"), tmp_path / "out" / "synthesis.json"
+    content = whole["synthesis.json"]
+    harmed = {"bit": bytes([content[0] ^ 1]) + content[1:], "half": content[: len(content) // 2]}
+
+    def lose() -> None:
+        file.unlink()
+        if harm is not None:
+            file.write_bytes(harmed.get(harm, harm))
+
+    lose()
+    with pytest.raises(UserError):
+        open_shards(tmp_path / "out")
+    assert "made again" in repair_settings(tmp_path / "out")
+    assert snapshot(tmp_path / "out") == whole
+    assert "as it was written" in repair_settings(tmp_path / "out")
+    for number in (1, 2):
+        lose()
+        shard_path(tmp_path / "out", number).with_suffix(".json").unlink()
+        assert run(make())
+        assert snapshot(tmp_path / "out") == whole
+    lose()
+    with pytest.raises(UserError, match=r"others \(alpha\)"):
+        run(make(alpha=0.5))
+    lose()
+    for number in (0, 1):
+        shard_path(tmp_path / "out", number).with_suffix(".json").unlink()
+    with pytest.raises(UserError, match="shard 0 or 1"):
+        repair_settings(tmp_path / "out")
+    with pytest.raises(UserError, match=r"--repair|folder in use|no JSON"):
+        run(make())
+
+
+@pytest.mark.parametrize("name", ["synthesis.json", "shard-000000.json"])
+def test_no_flipped_bit_of_a_record_of_shards_is_read(name, make, tmp_path):
+    assert run(make(shard_size=24))
+    file, dice = tmp_path / "out" / name, random.Random(0)
+    content = file.read_bytes()
+    for bit in dice.sample(range(8 * len(content)), 400):
+        harmed = bytearray(content)
+        harmed[bit // 8] ^= 1 << bit % 8
+        file.write_bytes(harmed)
+        with pytest.raises(Damaged):
+            open_shards(tmp_path / "out")
+
+
+def old(folder: Path) -> Path:
+    """The folder as versions without digests wrote it."""
+    settings = json.loads((folder / "synthesis.json").read_bytes()) | {"schema": 1, "members": None}
+    del settings["digest"]
+    (folder / "synthesis.json").write_text(json.dumps(settings))
+    digest = sha256(json.dumps(settings, sort_keys=True).encode())
+    for path in folder.glob("shard-*.json"):
+        record = json.loads(path.read_bytes()) | {"schema": 1, "settings": digest}
+        known = {key: record[key] for key in record if key not in ("digest", "crc32", "synthesis")}
+        path.write_text(json.dumps(known))
+    (folder / "_info.json").unlink()
+    return folder
+
+
+def test_a_job_of_an_older_version_goes_on(bank, gaussian, tmp_path):
+    def job() -> Synthesis:
+        made = Synthesizer(gaussian, bank, steps=2)
+        return Synthesis(tmp_path / "out", made, Planner(bank.members, noise=0.3), 8, 10)
+
+    assert run(job())
+    before = snapshot(old(tmp_path / "out"))
+    shard_path(tmp_path / "out", 1).with_suffix(".json").unlink()
+    assert run(job())
+    after = snapshot(tmp_path / "out")
+    changed = {name for name in after if after[name] != before.get(name)}
+    assert changed == {"shard-000001.json", "_info.json"}
+    assert verify(tmp_path / "out") == []
+    with pytest.warns(AugmentWarning, match="an older version"):
+        assert len(open_shards(tmp_path / "out")) == 24
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
+def test_what_cannot_be_read_is_not_taken_for_damage(make, tmp_path):
+    assert run(make())
+    for suffix in (".tar", ".json"):
+        path = shard_path(tmp_path / "out", 1).with_suffix(suffix)
+        path.chmod(0)
+        findings = verify(tmp_path / "out")
+        assert len(findings) == 1
+        assert findings[0].record is None
+        with pytest.raises(UserError, match="nothing is known to be wrong"):
+            open_shards(tmp_path / "out")[-1]
+        path.chmod(0o644)
+
+
+def test_a_disk_that_fails_is_not_taken_for_damage(make, monkeypatch, tmp_path):
+    assert run(make())
+    read = os.pread
+
+    def fail(file: int, size: int, offset: int) -> bytes:
+        if offset > 3000:
+            raise OSError(5, "Input/output error")
+        return read(file, size, offset)
+
+    monkeypatch.setattr(os, "pread", fail)
+    findings = verify(tmp_path / "out")
+    assert {finding.record for finding in findings} == {None}
+    assert all("Input/output error" in finding.what for finding in findings)
+    with pytest.raises(UserError, match="nothing is known to be wrong"):
+        open_shards(tmp_path / "out")[-1]
