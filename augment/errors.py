@@ -4,7 +4,7 @@ Every message has one form: what was expected, what came, what to do. The comman
 message alone and ends with exit code 2; a traceback means a fault of ours.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -48,6 +48,16 @@ class PrecisionWarning(AugmentWarning):
 
 class EnlargedWarning(AugmentWarning):
     """Images are much smaller than the backbone's and have to be enlarged."""
+
+
+def first_few(names: Sequence[str]) -> str:
+    """Return names for a sentence, five at most.
+
+    >>> first_few(list("abcdefg"))
+    'a, b, c, d, e and 2 others'
+    """
+    more = len(names) - 5
+    return ", ".join(names[:5]) + (f" and {more} others" if more > 0 else "")
 
 
 def lookup(table: Mapping[str, T], name: str, what: str) -> T:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import IterableDataset
 from tqdm import tqdm
 
-from augment.errors import AugmentWarning, UserError
+from augment.errors import AugmentWarning, UserError, first_few
 from augment.files import locked, replacing, write_bytes, write_json
 from augment.shard_records import AGAIN, sources_of
 from augment.shards import Shards, open_shards
@@ -106,11 +106,10 @@ def export_folder(folder: str | Path, out: str | Path) -> None:
             (out / BEGUN).replace(out / METADATA)
     empty = [repr(shards.classes[label]) for label in np.flatnonzero(counts == 0)]
     if empty:
-        more = f" and {len(empty) - 5} others" if len(empty) > 5 else ""
         warnings.warn(
-            f"expected images of every class in {folder}, got none of {', '.join(empty[:5])}"
-            f"{more}, whose folders are empty; give torchvision's ImageFolder allow_empty=True, so "
-            "that it numbers the classes as they are here",
+            f"expected images of every class in {folder}, got none of {first_few(empty)}, "
+            "whose folders are empty; give torchvision's ImageFolder allow_empty=True, so that it "
+            "numbers the classes as they are here",
             AugmentWarning,
             stacklevel=2,
         )

@@ -25,7 +25,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from augment.diffusion import load_backbone
-from augment.errors import AugmentWarning, Damaged, Missing, UserError, lookup
+from augment.errors import AugmentWarning, Damaged, Missing, UserError, first_few, lookup
 from augment.files import check_folder, in_use, sha256
 from augment.filters import Filter, Reference
 from augment.jobs import run
@@ -332,10 +332,9 @@ class Synthesis:
                 "folder"
             )
         if self.lacking:
-            some = [f"{name!r} {told}" for name, told in list(self.lacking.items())[:5]]
-            more = f" and {len(self.lacking) - 5} other classes" if len(self.lacking) > 5 else ""
+            found = first_few([f"{name!r} {words}" for name, words in self.lacking.items()])
             warnings.warn(
-                f"expected {tally.wanted:,} different images, got {', '.join(some)}{more}; allow "
+                f"expected {tally.wanted:,} different images, got {found}; allow "
                 "more --candidates where filters refused images, and add real images, noise or a "
                 "larger alpha where images are copies",
                 AugmentWarning,
@@ -349,13 +348,13 @@ class Synthesis:
         Copies are less than half as many different files as images.
         """
         names, asked = list(self.planner.images), Counter(self.labels)
-        told = {}
+        lacking = {}
         for label, (name, (count, different)) in enumerate(self.tally.by_class(names).items()):
             if count < asked[label]:
-                told[name] = f"{count} of {asked[label]}"
+                lacking[name] = f"{count} of {asked[label]}"
             elif 2 * different < count and different:
-                told[name] = f"{count}, of which {different} differ"
-        return told
+                lacking[name] = f"{count}, of which {different} differ"
+        return lacking
 
 
 def contents(judge: Filter | SeedSelect) -> dict[str, Any]:

@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float, Real
 from torch import Tensor
 
-from augment.errors import AugmentWarning, UserError, lookup
+from augment.errors import AugmentWarning, UserError, first_few, lookup
 from augment.seeds import rng
 from augment.weights import concentrations, dirichlet, effective_count, expected_count
 
@@ -306,17 +306,17 @@ def warn_of_copies(planner: Planner, labels: Iterable[int]) -> None:
         planner: makes the plans.
         labels: of the images that are asked for.
     """
-    asked, told = set(labels), []
-    for label, (name, ids) in enumerate(planner.images.items()):
+    names, copies = list(planner.images), []
+    for label in sorted(set(labels)):
+        ids = planner.images[names[label]]
         count = min(planner.members or len(ids), len(ids)) * planner.classes
         share = (1 - planner.noise) ** 2 / expected_count(planner.alpha, count)
-        if label in asked and 1 / (share + planner.noise**2) < COPY_THRESHOLD:
-            told.append(f"{name!r} ({len(ids)} real)")
-    if told:
-        more = f" and {len(told) - 5} others" if len(told) > 5 else ""
+        if 1 / (share + planner.noise**2) < COPY_THRESHOLD:
+            copies.append(f"{names[label]!r} ({len(ids)} real)")
+    if copies:
         warnings.warn(
             f"expected to mix several images, got classes whose synthetic images will be nearly "
-            f"copies of single real ones: {', '.join(told[:5])}{more}; add real images, noise or a "
+            f"copies of single real ones: {first_few(copies)}; add real images, noise or a "
             "larger alpha",
             AugmentWarning,
             stacklevel=3,

@@ -109,9 +109,9 @@ class ShardSettings(Record):
         build(dict[str, int] if several else int, self.per_class)
         if self.alpha != "inf":
             build(list[float] if isinstance(self.alpha, list) else float, self.alpha)
-        counts: dict[str, int] = (
-            self.per_class if several else dict.fromkeys(self.classes, self.per_class)
-        )
+        counts: dict[str, Any] = dict.fromkeys(self.classes, self.per_class)
+        if several:
+            counts = self.per_class
         if not counts.keys() <= set(self.classes) or self.images.keys() != set(self.classes):
             raise ValueError("numbers of images, or names of images, of other classes")
         total = sum(counts.values())

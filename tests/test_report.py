@@ -21,7 +21,6 @@ import augment
 from augment import LatentBank, Planner, Synthesizer, UserError, open_shards
 from augment.cli import main
 from augment.commands import report
-from augment.files import write_json
 from augment.fill import fill_bank
 from augment.filters import FILTERS
 from augment.generate import write_shards
@@ -30,6 +29,7 @@ from augment.report import RULES, write_report
 from augment.report.again import Making, invert_command, synthesize_command
 from augment.report.facts import pool_facts, shard_pace
 from augment.report.health import ClassHealth, evenly, findings, measured_bias
+from augment.schema import write
 from augment.slots import CONTROL, MAGIC
 from augment.sources import Folder
 
@@ -249,7 +249,7 @@ def test_shards_of_another_state_or_bank_are_told(bank, gaussian, shards, pictur
 def test_images_that_were_chosen_one_by_one_are_made_again_too(bank, gaussian, shards, tmp_path):
     settings = json.loads((shards / "synthesis.json").read_text())
     keys = ("schema", "classes", "shards", "extension", "images", "bank")
-    write_json(shards / "synthesis.json", {key: settings[key] for key in keys})  # as of explore
+    write(shards / "synthesis.json", {key: settings[key] for key in keys})  # as of explore
     page = Parsed(write_report(bank, tmp_path / "r.html", shards, gaussian))
     assert "one by one" in page.words and "latent-augment synthesize" not in page.words
     assert "solver=@solver@, steps=@steps@" in page.data["code"]["shards"]
