@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from augment.bank import LatentBank
 from augment.diffusion import Backbone
-from augment.errors import UserError
+from augment.errors import UserError, first_few
 from augment.files import check_folder, write_bytes, write_json, write_table
 from augment.images import prepare
 from augment.measure.bias import predicted_bias
@@ -265,6 +265,9 @@ def evaluate_images(
     measured = list(measure(ours, theirs, near, among, draws))
     rows = list(by_class(ours, theirs, near, real.classes))
     title = f"{len(ours.labels)} synthetic images against {len(theirs.labels)} real ones"
+    lacking = [repr(name) for name in real.classes if name not in {row["class"] for row in rows}]
+    if lacking:
+        title += f"; no synthetic images of {len(lacking)} classes: {first_few(lacking)}"
     return Evaluation(title, measured, rows, lambda figure: draw_images(figure, near, among, rows))
 
 

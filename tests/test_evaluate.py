@@ -52,6 +52,15 @@ def test_real_images_are_good_and_copies_are_found_out(real, others, eyes):
     assert all(row["real"] == row["synthetic"] == 12 for row in fresh.classes)
 
 
+def test_classes_without_synthetic_images_are_named(real, others, eyes, tmp_path):
+    for name in others.classes[:2]:
+        shutil.copytree(others.root / name, tmp_path / name)
+    found = evaluate_images(Folder(tmp_path), real, eyes, draws=0)
+    names = ", ".join(map(repr, real.classes[2:7]))
+    assert f"; no synthetic images of 8 classes: {names} and 3 others\n" in str(found)
+    assert "no synthetic images" not in str(evaluate_images(others, real, eyes, draws=0))
+
+
 def test_poor_images_are_seen_to_be_poor(real, others, eyes, tmp_path):
     for number, name in enumerate(others.classes):
         for row, image_id in enumerate(others.ids[name]):

@@ -222,6 +222,13 @@ def test_real_images_that_are_gone_or_changed_leave_a_sentence(gaussian, tmp_pat
     assert all(c["sprite"] == "" for c in page.data["classes"])
 
 
+def test_classes_without_synthetic_images_are_named(bank, gaussian, tmp_path):
+    synthesizer = Synthesizer(gaussian, bank, steps=2)
+    write_shards(synthesizer, Planner(bank.members), {"bee": 3}, tmp_path / "s")
+    page = Parsed(write_report(bank, tmp_path / "r.html", tmp_path / "s"))
+    assert "No synthetic images are there of 'ant', 'cat'." in page.words
+
+
 def test_shards_need_not_be_finished(bank, shards, tmp_path):
     page = Parsed(write_report(bank, tmp_path / "r.html", shards))
     assert "not finished" not in page.words and "with a backbone some are made" in page.words

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from augment.bank import LatentBank
-from augment.errors import UserError
+from augment.errors import UserError, first_few
 from augment.records import Reject
 from augment.report.again import Making, invert_command, synthesize_command
 from augment.report.gallery import Gallery
@@ -173,6 +173,13 @@ def shard_notes(gallery: Gallery, painted: int) -> list[str]:
             f"The synthetic images are not finished: {making.tally.shards} of {kept.shards} "
             "shards are there; the same synthesize command goes on."
         )
+    lacking = [
+        repr(name)
+        for name, (count, _) in making.tally.by_class(kept.classes).items()
+        if not count and making.tally.shards == kept.shards
+    ]
+    if lacking:
+        told.append(f"No synthetic images are there of {first_few(lacking)}.")
     if kept.bank != making.bank.digest:
         told.append("The bank is no longer as it was when the synthetic images were made.")
     if making.tally.refused:
