@@ -5,7 +5,6 @@ what is damaged is taken out by removing its record: then the command that made 
 """
 
 import math
-import re
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -51,6 +50,7 @@ from augment.shard_records import (
     info,
     read_settings,
     read_table,
+    repair_settings,
     shard_path,
 )
 from augment.shards import verify_shard
@@ -153,7 +153,7 @@ def image_findings(images: Path | None, record: ChunkRecord) -> Iterator[Finding
 
 
 def repair(path: Path) -> str:
-    """Make the manifest of a bank again, if it is lost or damaged, from the records of its chunks.
+    """Make a lost or damaged manifest, or ``synthesis.json``, again from the records beside it.
 
     Returns:
         What was done, in a line.
@@ -161,6 +161,8 @@ def repair(path: Path) -> str:
     Raises:
         UserError: it cannot be read now, or the records do not say enough, or are of several banks.
     """
+    if holds_shards(path):
+        return repair_settings(path)
     try:
         read_manifest(path)
         return f"{path}: its manifest is as it was written"

@@ -29,7 +29,7 @@ def verify(
         path: the folder.
         images: of a bank, the folder of images, to be compared too.
         discard: take out what is damaged; the command that made it then makes it again.
-        repair: make a lost or damaged manifest.json again from the records of the chunks.
+        repair: make a lost or damaged manifest.json, or synthesis.json, again from the records.
     """
     from augment import upkeep
     from augment.files import locked
