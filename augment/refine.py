@@ -47,6 +47,7 @@ from augment.diffusion.process import Pair
 from augment.diffusion.solver import SOLVERS
 from augment.errors import UserError, lookup
 from augment.networks import BATCH, Network, feature_network, unit
+from augment.networks.pretrained import network_of
 
 SHARES = (0.05, 0.25, 0.7)
 """Of the images after the last three steps."""
@@ -166,9 +167,10 @@ class SeedSelect:
         steps: of AdamW.
         lr: learning rate; 0.05 is for 5 steps from a centroid, 0.1 for 30 from noise.
         network: whose features: clip, fashion (embedded: grey clothes), or a network of timm; by
-            default fashion for grey images and clip for others.
-        weights: of the network, a .safetensors file, or of clip a folder or a repository of the
-            hub; by default those that it is known with.
+            default that of a checkpoint, or fashion for grey images and clip for others.
+        weights: of the network: a .safetensors file, a state dict or a checkpoint of
+            latent-augment train; of clip a folder or a repository of the hub; by default those that
+            it is known with.
 
     Raises:
         UserError: a setting is out of its range, or a network without slopes.
@@ -195,7 +197,7 @@ class SeedSelect:
     def of(self, backbone: Backbone) -> "SeedSelect":
         """The same with the network that is the default for a backbone's images."""
         usual = "fashion" if backbone.channels == 1 else "clip"
-        return replace(self, network=self.network or usual)
+        return replace(self, network=network_of(self.network, self.weights, usual))
 
     def see(self, backbone: Backbone) -> Network:
         """The network, as a function of images (n, C, R, R) in [0, 1].

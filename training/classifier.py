@@ -1,7 +1,7 @@
 """The classifier: a network, a loss, an optimiser, and what is measured."""
 
 import math
-from collections.abc import Sequence
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,21 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
-from augment.errors import UserError, lookup
+from augment.diffusion.hub import brief
+from augment.errors import AugmentWarning, UserError, lookup
+from augment.networks.pretrained import (
+    SOURCED,
+    Weights,
+    check_names,
+    mean_std,
+    other_classes,
+    read_weights,
+    recipe,
+)
 from augment.seeds import rng
 from training.losses import class_weights, cost, make_loss, smooth
 from training.metrics import Report, write_tables
-from training.networks import build_network
+from training.networks import build_network, usual_resolution
 from training.tuning import (
     TUNES,
     AuxiliaryBatchNorm,
@@ -27,6 +37,7 @@ from training.tuning import (
     features,
     freeze,
     get_head,
+    head_name,
     set_head,
     tau_normalised,
     train_mode,
@@ -50,10 +61,14 @@ class Classifier(pl.LightningModule):
         counts: how many *real* training images there are of each class: what losses take for the
             prior, and what many, medium and few are told by.
         class_names: for the tables; by default the labels.
-        network: see `training.networks.build_network`.
-        channels: of the images.
+        network: see `training.networks.build_network`; by default that of ``start``, or small_cnn.
+        channels: of the images; by default those of ``start``, or 3.
+        resolution: pixels of the images; by default those of ``start``, or the network's usual ones
+            (timm's configuration; 32 for our small networks).
+        network_options: of ``timm.create_model``, such as ``{drop_path_rate: 0.1}``.
         pretrained: start with timm's weights.
-        start: start with the weights of a checkpoint; a head of other classes is passed over.
+        start: start with the weights of a checkpoint, a state dict, or a model in timm's format
+            (``hf-hub:USER/MODEL``, ``local-dir:FOLDER``); a head of other classes is passed over.
         tune: ``all`` weights; a new ``head`` on the frozen rest; one ``scale`` a class of the head
             there is; or ``lora``, adapters of low rank and a new head.
         rank, targets: of the adapters; see `training.tuning.add_lora`.
@@ -75,18 +90,26 @@ class Classifier(pl.LightningModule):
             images.
         seed: of mixup, dropout and the like; each step has dice of its own.
 
+    Mean and deviation of the pixels belong to the weights: those of timm's configuration for
+    pretrained ones, those of ``start`` for its, 0.5 and 0.25 otherwise. They lie in the state dict
+    (``mean_std``), and all that rebuilds the network lies in the hyperparameters of a checkpoint.
+
     Raises:
-        UserError: an unknown network, loss, optimiser or ``tune``, or an option out of its range.
+        UserError: an unknown network, loss, optimiser or ``tune``, an option out of its range, or
+            one that contradicts ``start``.
     """
 
     counts: Tensor
+    mean_std: Tensor
 
     def __init__(
         self,
         counts: list[int],
         class_names: list[str] | None = None,
-        network: str = "small_cnn",
-        channels: int = 3,
+        network: str | None = None,
+        channels: int | None = None,
+        resolution: int | None = None,
+        network_options: dict[str, Any] | None = None,
         pretrained: bool = False,
         start: str | None = None,
         tune: str = "all",
@@ -127,21 +150,84 @@ class Classifier(pl.LightningModule):
         lookup(OPTIMIZERS, optimizer, "optimiser")
         classes = len(counts)
         self.loss = make_loss(loss, **(loss_options or {}))
-        self.network = build_network(network, channels, classes, pretrained)
-        self.mean, self.std = normalization(self.network, pretrained)
+        sourced = start and start.startswith(SOURCED)
+        weights = read_weights(start) if start and not sourced else None
+        pretrained = bool(sourced) or (pretrained and not start)
+        self.network = self._build(weights.settings if weights else {}, classes, pretrained)
+        hp: Any = self.hparams
+        if weights:
+            rows = weights.pixels(self.network, hp.channels)
+        else:
+            rows = mean_std(self.network if pretrained else None, hp.channels)
+        self.register_buffer("mean_std", rows)
         if loss == "ldam":
             head = get_head(self.network)
             set_head(self.network, CosineHead(head.in_features, classes))
         if auxiliary_norms:
             with_auxiliary_norms(self.network)
-        if start:
-            load_weights(self.network, start, but_head=tune in ("head", "lora"))
+        if weights:
+            self._load(weights)
         self._prepare()
         self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.register_buffer("counts", torch.tensor(counts), persistent=False)
         mixes = [(v2.MixUp, mixup), (v2.CutMix, cutmix)]
         self.mixes = [mix(alpha=a, num_classes=classes) for mix, a in mixes if a]
         self.report = Report(classes, counts)
+
+    def _build(self, known: dict[str, Any], classes: int, pretrained: bool) -> nn.Module:
+        """Build the network as asked, or as a checkpoint's settings say; note what rebuilds it."""
+        hp: Any = self.hparams
+        start = hp.start or ""
+        sourced = start if start.startswith(SOURCED) else None
+        asked = agreed("a network", hp.network, sourced, None, start)
+        if known and asked == known.get("source"):
+            asked = None
+        name = agreed("a network", asked, known.get("network"), "small_cnn", start)
+        options = hp.network_options or known.get("network_options")
+        channels = agreed("channels", hp.channels, known.get("channels"), 3, start)
+        resolution = agreed("a resolution", hp.resolution, known.get("resolution"), None, start)
+        network = build_network(name, channels, classes, pretrained, resolution, options)
+        source = known.get("source")
+        if name.startswith(SOURCED):
+            source, (name, more, _) = name, recipe(name)
+            options = {**more, **(options or {})} or None
+        fixed = getattr(network, "pretrained_cfg", {}).get("fixed_input_size")
+        self.hparams.update(
+            network=name, network_options=options, source=source, channels=channels,
+            resolution=resolution or (usual_resolution(network) if fixed else None),
+            crop=known.get("crop"),
+        )  # fmt: skip
+        return network
+
+    def _load(self, weights: Weights) -> None:
+        """Load the weights to start with; a head of other classes keeps its first weights.
+
+        Raises:
+            UserError: they are of another network, or a scale is to be learnt of another head.
+        """
+        hp: Any = self.hparams
+        name = head_name(self.network) + "."
+        head = {k: v for k, v in self.network.state_dict().items() if k.startswith(name)}
+        theirs = {k: v for k, v in weights.state.items() if k.startswith(name)}
+        fits = {k: v.shape for k, v in theirs.items()} == {k: v.shape for k, v in head.items()}
+        names = weights.settings.get("class_names")
+        problem = other_classes(names, hp.class_names) if fits else "another number or kind of them"
+        if problem and hp.tune == "scale":
+            raise UserError(
+                f"expected the head of {hp.start} to be for the classes of the images, got "
+                f"{problem}; scale that of a checkpoint of the same classes"
+            )
+        if problem and fits and hp.tune == "all":
+            warnings.warn(
+                f"expected the classes of {hp.start}, got {problem}: its head is passed over and "
+                "another one is learnt",
+                AugmentWarning,
+                stacklevel=2,
+            )
+        if problem or hp.tune in ("head", "lora"):
+            theirs = head
+        body = {k: v for k, v in weights.state.items() if not k.startswith(name)}
+        load_weights(self.network, body | theirs, f"{hp.network} in {hp.start}")
 
     def _prepare(self) -> None:
         """Freeze what is not tuned."""
@@ -157,14 +243,95 @@ class Classifier(pl.LightningModule):
         """Logits of images in [0, 1]."""
         return self.network(self.normalized(images))
 
+    @property
+    def mean(self) -> tuple[float, ...]:
+        """What is subtracted from the pixels of each channel."""
+        return tuple(round(value, 7) for value in self.mean_std[0].tolist())
+
+    @property
+    def std(self) -> tuple[float, ...]:
+        """What the pixels of each channel are divided by then."""
+        return tuple(round(value, 7) for value in self.mean_std[1].tolist())
+
     def normalized(self, images: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c h w"]:
         """What the network takes."""
-        mean, std = (images.new_tensor(values).view(-1, 1, 1) for values in (self.mean, self.std))
+        mean, std = self.mean_std.to(images)[..., None, None]
         return ((images - mean) / std).contiguous(memory_format=torch.channels_last)
 
+    def settle(
+        self,
+        classes: list[str] | None,
+        channels: int | None,
+        resolution: int | None,
+        crop: float | None,
+    ) -> tuple[int, int, float]:
+        """Agree with the data on channels, resolution and crop; what is None is the network's.
+
+        Args:
+            classes: names of the classes of the images, in label order.
+            channels: of the images.
+            resolution: of the images, in pixels.
+            crop: share of the shorter side to evaluate; see `training.data.ImageData`.
+
+        Raises:
+            UserError: the data contradict the classifier.
+        """
+        hp: Any = self.hparams
+        check_names(hp.class_names, classes, "the classifier")
+        mine = "the classifier"
+        channels = agreed("channels", channels, hp.channels, hp.channels, mine)
+        usual = usual_resolution(self.network)
+        resolution = agreed("a resolution", resolution, hp.resolution, usual, mine)
+        self.hparams.update(resolution=resolution, crop=crop or hp.get("crop") or 1.0)
+        return channels, resolution, hp.crop
+
+    @classmethod
+    def load_from_checkpoint(  # type: ignore[override]
+        cls,
+        checkpoint_path: Any,
+        map_location: Any = None,
+        hparams_file: Any = None,
+        strict: bool | None = None,
+        weights_only: bool | None = True,
+        **kwargs: Any,
+    ) -> "Classifier":
+        """Load a checkpoint without asking the hub or a ``start`` for what it holds already."""
+        kwargs = {"pretrained": False, "start": None, **kwargs}
+        load: Any = super().load_from_checkpoint
+        return load(checkpoint_path, map_location, hparams_file, strict, weights_only, **kwargs)
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Let a training resume after an epoch's end with the next epoch's first batch."""
+        """Take the priors from a checkpoint, refuse one of other classes, and correct its counters.
+
+        Raises:
+            UserError: its classes have other names or another order, or there are more or fewer.
+        """
         prepare_resume(checkpoint)
+        hp: Any = self.hparams
+        known = checkpoint["hyper_parameters"]
+        names = known.get("class_names"), hp.class_names
+        if None in names:
+            names = tuple([str(k) for k in range(len(c))] for c in (known["counts"], hp.counts))
+        check_names(*names, "the checkpoint")
+        self.hparams.update(counts=list(known["counts"]), crop=hp.get("crop") or known.get("crop"))
+        self.counts.copy_(torch.tensor(known["counts"]))
+        self.report = Report(len(known["counts"]), known["counts"]).to(self.device)
+        if "mean_std" not in checkpoint["state_dict"]:
+            old = Weights({}, None, known, True)
+            self.mean_std.copy_(old.pixels(self.network, hp.channels))
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Note mean and deviation among the hyperparameters too, where they can be read."""
+        checkpoint["hyper_parameters"].update(mean=list(self.mean), std=list(self.std))
+
+    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
+        """Load a state dict; one of an old version has no ``mean_std``.
+
+        Raises:
+            UserError: it is of another network.
+        """
+        state = {"mean_std": self.mean_std, **state_dict}
+        return load_weights(super(), state, self.hparams.network, strict, assign)  # type: ignore[attr-defined]
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Throw this step's dice, whatever came before; keep what is frozen as it is."""
@@ -252,6 +419,10 @@ class Classifier(pl.LightningModule):
 
     validation_step = test_step = evaluation_step
 
+    def predict_step(self, batch: Any, batch_idx: int) -> Float[Tensor, "n k"]:
+        """Return the probabilities of the classes."""
+        return (self(batch[0]).float() * getattr(self.loss, "scale", 1.0)).softmax(1).cpu()
+
     def on_validation_epoch_end(self) -> None:
         """Log ``val/accuracy`` and the like."""
         self._tell("val")
@@ -285,6 +456,8 @@ class Classifier(pl.LightningModule):
         """Put the head back."""
         if self.hparams.tau is not None:  # type: ignore[attr-defined]
             set_head(self.network, self.head)
+
+    on_predict_start, on_predict_end = on_test_start, on_test_end
 
     @torch.no_grad()
     def best_tau(self) -> float:
@@ -373,42 +546,45 @@ def prepare_resume(checkpoint: dict[str, Any]) -> None:
         count.update(ready=epochs + 1, started=epochs, processed=epochs, completed=epochs)
 
 
-def normalization(network: nn.Module, pretrained: bool) -> tuple[Sequence[float], Sequence[float]]:
-    """Mean and deviation of the pixels that a network was trained with, or usual ones."""
-    known = getattr(network, "pretrained_cfg", None) if pretrained else None
-    return (known["mean"], known["std"]) if known else ((0.5,), (0.25,))
+def agreed(what: str, asked: Any, known: Any, default: Any, source: str) -> Any:
+    """Return what was asked for or else what is known or else the default.
 
-
-def load_weights(network: nn.Module, path: str, but_head: bool) -> None:
-    """Load a network's weights from a checkpoint of a `Classifier`.
+    >>> agreed("channels", None, 1, 3, "a.ckpt"), agreed("channels", None, None, 3, "")
+    (1, 3)
 
     Args:
-        network: what they are for.
-        path: of the checkpoint; nothing is unpickled but tensors and plain values.
-        but_head: leave the head as it is.
+        what: its name, for the error.
+        asked: by the user, or None.
+        known: from weights, or None.
+        default: if both are None.
+        source: of the weights, for the error.
 
     Raises:
-        UserError: it cannot be read, or is of another network.
+        UserError: what was asked for is not what is known.
+    """
+    if asked is None:
+        return default if known is None else known
+    if known is not None and asked != known:
+        raise UserError(
+            f"expected {what} as {source} has it, {known}, got {asked}; leave it out, or give "
+            "other weights"
+        )
+    return asked
+
+
+def load_weights(
+    network: Any, state: dict[str, Tensor], source: str, strict: bool = True, assign: bool = False
+) -> Any:
+    """Load a state dict into a network.
+
+    Raises:
+        UserError: it is of another network.
     """
     try:
-        state = torch.load(Path(path), map_location="cpu", weights_only=True)["state_dict"]
-        state = {
-            k.removeprefix("network."): v for k, v in state.items() if k.startswith("network.")
-        }
-        if but_head:
-            head = {id(p) for p in get_head(network).parameters()}
-            last = {name for name, p in network.named_parameters() if id(p) in head}
-            state = {k: v for k, v in state.items() if k not in last}
-            state |= {k: v for k, v in network.state_dict().items() if k in last}
-        network.load_state_dict(state)
-    except (OSError, RuntimeError, KeyError, TypeError, ValueError, EOFError) as error:
-        told = " ".join(str(error).split())[:160]
+        return network.load_state_dict(state, strict=strict, assign=assign)
+    except RuntimeError as error:
+        told = brief(error).partition(":")[2] or brief(error)
         raise UserError(
-            f"expected a checkpoint of the same network at {path}, got {told or error!r}; give one "
-            "that latent-augment train wrote"
-        ) from None
-    except Exception as error:  # pickle.UnpicklingError is raised for what is refused
-        raise UserError(
-            f"expected a checkpoint of tensors and plain values at {path}, got one that is refused "
-            f"({type(error).__name__}); give one that latent-augment train wrote"
+            f"expected weights of the network {source}, got others ({told.strip()}); give the "
+            "network and the settings that they were trained with"
         ) from None

@@ -16,8 +16,9 @@ from pytorch_lightning.plugins.io import TorchCheckpointIO
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
 from augment.errors import UserError
-from augment.files import remember, replacing, write_json
-from training.classifier import Classifier
+from augment.files import remember, replacing, write_json, write_table
+from augment.networks.pretrained import read_weights
+from training.classifier import Classifier, agreed
 from training.data import ImageData, ReuseLogger
 
 FREE = (
@@ -26,6 +27,9 @@ FREE = (
     *("limit_val_batches", "limit_test_batches", "val_check_interval", "check_val_every_n_epoch"),
 )
 """What of the trainer may be other than before, when a training goes on."""
+
+FORM = ("channels", "resolution")
+"""Of the images, which belong to the weights."""
 
 
 class SafeCheckpoints(TorchCheckpointIO):
@@ -55,7 +59,11 @@ class SafeCheckpoints(TorchCheckpointIO):
 
 
 class TrainCLI(LightningCLI):
-    """`fit`, which goes on where it was interrupted and ends with a test; `validate` and `test`."""
+    """`fit`, which goes on where it was interrupted and ends with a test; and what uses weights.
+
+    ``last.ckpt`` is where a training goes on, ``best.ckpt`` what ``--checkpoint.monitor`` says; the
+    test of `fit`, `validate`, `test` and `predict` take the best one if there is one.
+    """
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """A parser whose faults `augment.cli.main` puts in one sentence."""
@@ -69,20 +77,27 @@ class TrainCLI(LightningCLI):
                 "trainer.default_root_dir": "runs/train",
                 "trainer.use_distributed_sampler": False,  # our draws know their rank
                 "checkpoint.filename": "last",
+                "checkpoint.mode": None,
                 "checkpoint.enable_version_counter": False,
                 "checkpoint.save_on_train_epoch_end": True,
             }
         )
-        parser.link_arguments("data.counts", "model.counts", apply_on="instantiate")
-        parser.link_arguments("data.channels", "model.channels", apply_on="instantiate")
-        parser.link_arguments("data.classes", "model.class_names", apply_on="instantiate")
+        for source, target in (("counts", "counts"), ("classes", "class_names")):
+            parser.link_arguments(
+                f"data.{source}", f"model.{target}", apply_on="instantiate",
+                compute_fn=lambda found, key=target: self.classes_of(key, found),
+            )  # fmt: skip
+        for name in FORM:
+            parser.link_arguments(f"data.{name}", f"model.{name}")
         for part in ("data", "model"):
             parser.link_arguments("seed_everything", f"{part}.seed")
 
     def _parse_ckpt_path(self) -> None:
-        """What the command says holds; Lightning would take the checkpoint's settings instead."""
+        """Leave it to `instantiate_classes`, which refuses what contradicts a checkpoint."""
 
     subcommand: str
+    known: dict[str, Any] = {}  # noqa: RUF012
+    """The settings of the checkpoint to go on from, to test or to predict by; empty if none."""
     found: dict[str, float] | None = None
     """What the test measured."""
 
@@ -97,29 +112,136 @@ class TrainCLI(LightningCLI):
         if config["checkpoint"]["dirpath"] is None:
             config["checkpoint"]["dirpath"] = str(self.root / "checkpoints")
 
+    def instantiate_classes(self) -> None:
+        """Build all as the command says, and what belongs to weights as their checkpoint says."""
+        config = self.config[self.subcommand]
+        fit, path = self.subcommand == "fit", self.checkpoint()
+        if fit and config["data"]["train"] is None:
+            raise UserError("expected images to train on, got none; give --data.train")
+        kept = config["checkpoint"]
+        parts = [vars(part) for part in (config["data"], config["model"], kept)]
+        asked = [part.copy() for part in parts]
+        if path:
+            self.known = read_weights(path).settings
+            self.follow(path)
+        if not fit:
+            config["ckpt_path"] = path
+        self.monitor, self.checkpoints = (kept["monitor"], kept["mode"]), Path(kept["dirpath"])
+        kept["monitor"], kept["mode"] = None, "min"  # for what keeps the last
+        kept["save_last"] = kept["filename"] != "last"
+        super().instantiate_classes()
+        for part, settings in zip(parts, asked, strict=True):  # config.yaml says what was asked for
+            part.update(settings)
+
+    def checkpoint(self) -> str | None:
+        """Return the checkpoint to begin with: for a training the last one, else the best.
+
+        Raises:
+            UserError: there is none where one is named or needed.
+        """
+        config = self.config[self.subcommand]
+        given, folder = config["ckpt_path"], Path(config["checkpoint"]["dirpath"])
+        fit = self.subcommand == "fit"
+        names = [given] if given in ("best", "last") else ["last"] if fit else ["best", "last"]
+        if given not in (None, "best", "last"):
+            path: Path | None = Path(given)
+        else:
+            path = next((p for p in (folder / f"{n}.ckpt" for n in names) if p.exists()), None)
+            if path is None and fit and not given:
+                return None
+        if path is None or not path.is_file():
+            raise UserError(
+                f"expected a checkpoint to {self.subcommand}, got none at {path or folder}; give "
+                "--ckpt_path, or the run's --trainer.default_root_dir"
+            )
+        return str(path)
+
+    def follow(self, path: str) -> None:
+        """Take from a checkpoint what belongs to its weights, so that no hub has to be asked.
+
+        A test takes all that the classifier was made with from it, but for ``tau`` and the seed.
+
+        Raises:
+            UserError: the command contradicts it, or it does not tell its resolution.
+        """
+        config, known = self.config[self.subcommand], self.known
+        data, model = config["data"], config["model"]
+        if "counts" not in known:
+            raise UserError(
+                f"expected a checkpoint that latent-augment train wrote, got {path}; take weights "
+                "of others with --model.start"
+            )
+        for name in FORM:
+            data[name] = model[name] = agreed(name, data[name], known.get(name), None, path)
+        data["crop"] = data["crop"] or known.get("crop")
+        if data["resolution"] is None:
+            raise UserError(
+                f"expected a checkpoint that tells its resolution, got {path} of an older version; "
+                "give --data.resolution, which was 32 by default"
+            )
+        defaults = vars(self._parser(self.subcommand).get_defaults()["model"])
+        free = {"network", *FORM, "counts", "class_names", "seed", "tau"}
+        for name in [] if self.subcommand == "fit" else sorted({*vars(model)} & {*known} - free):
+            if model[name] not in (defaults[name], known[name]):
+                raise UserError(
+                    f"expected {name} {known[name]}, which {path} was trained with, got "
+                    f"{model[name]}; leave --model.{name} out"
+                )
+            model[name] = known[name]
+        if model["network"] == known.get("source"):
+            model["network"] = None
+        model["network"] = agreed("network", model["network"], known["network"], None, path)
+        model["network_options"] = known.get("network_options")
+        model["pretrained"], model["start"] = False, None
+        if model["tau"] is None and self.subcommand != "fit":
+            model["tau"] = known.get("tau")
+
+    def classes_of(self, key: str, found: Any) -> Any:
+        """Return counts or names of the classes: of a checkpoint to test, or of the images."""
+        return found if self.subcommand == "fit" or not self.known else self.known[key]
+
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """The trainer, logging to ``metrics.csv`` unless it is told otherwise."""
         config = self._get(self.config_init, "trainer")
         if config["logger"] is None:
             kwargs["logger"] = log_of(self.root, self.subcommand)
-        steps = len(self.datamodule.draws)
-        kwargs["log_every_n_steps"] = min(config["log_every_n_steps"] or 50, steps)
-        limit, each = config["max_steps"], self.datamodule.draws.asked
-        if config["max_epochs"] is None and limit > 0 and each:  # for the progress bar
-            batches = limit * config["accumulate_grad_batches"]
-            kwargs["max_epochs"] = -(-batches // each)
+        if self.subcommand == "fit":
+            steps = len(self.datamodule.draws)
+            kwargs["log_every_n_steps"] = min(config["log_every_n_steps"] or 50, steps)
+            limit, each = config["max_steps"], self.datamodule.draws.asked
+            if config["max_epochs"] is None and limit > 0 and each:  # for the progress bar
+                batches = limit * config["accumulate_grad_batches"]
+                kwargs["max_epochs"] = -(-batches // each)
+            kwargs["callbacks"] = [*(config["callbacks"] or []), *self.best()]
         plugins = config["plugins"] or []
         plugins = plugins if isinstance(plugins, list) else [plugins]
         return super().instantiate_trainer(plugins=[*plugins, SafeCheckpoints()], **kwargs)
+
+    def best(self) -> list[ModelCheckpoint]:
+        """Return what keeps ``best.ckpt`` by ``--checkpoint.monitor``, beside ``last.ckpt``.
+
+        Raises:
+            UserError: there is nothing to measure it by.
+        """
+        monitor, mode = self.monitor
+        if monitor is None:
+            return []
+        if monitor.startswith("val/"):
+            self.datamodule.all_of("val")
+        least = monitor.endswith(("loss", "ece"))
+        return [
+            ModelCheckpoint(
+                self.checkpoints, "best", monitor, mode=mode or ("min" if least else "max"),
+                save_on_train_epoch_end=True, enable_version_counter=False,
+            )
+        ]  # fmt: skip
 
     def before_fit(self) -> None:
         """Go on from the last checkpoint of the same run, if there is one."""
         config, file = self.config_init["fit"], self.root / "run.json"
         self.datamodule.check_trainer(self.trainer)
         given = config["ckpt_path"]
-        if given and given not in ("best", "last", "hpc") and not Path(given).is_file():
-            raise UserError(f"expected a checkpoint at {given}, got none; correct --ckpt_path")
-        last = Path(config["checkpoint"].dirpath or "") / "last.ckpt"
+        last = self.checkpoints / "last.ckpt"
         begun = given is None and last.exists()
         remember(file, self.settings(), "--trainer.default_root_dir", begun)
         if begun:
@@ -131,10 +253,11 @@ class TrainCLI(LightningCLI):
         config = yaml.safe_load(text)["fit"]
         trainer = {k: v for k, v in config["trainer"].items() if k not in FREE}
         same = {key: config.get(key) for key in ("model", "data", "seed_everything")}
-        return {**same, "trainer": trainer}
+        best = {"monitor": list(self.monitor)} if self.monitor[0] else {}
+        return {**same, "trainer": trainer, **best}
 
     def after_fit(self) -> None:
-        """Test with the last weights, if there are images to test on.
+        """Test with the best weights, or the last ones, if there are images to test on.
 
         Raises:
             UserError: the training ended before its last step, and nothing asked it to.
@@ -146,28 +269,33 @@ class TrainCLI(LightningCLI):
                 "--trainer.default_root_dir"
             )
         if "test" in self.datamodule.held_out:
-            self.trainer.test(self.model, datamodule=self.datamodule)
+            best = self.checkpoints / "best.ckpt"
+            path = str(best) if self.monitor[0] and best.exists() else None
+            self.trainer.test(self.model, datamodule=self.datamodule, ckpt_path=path)
             self.after_test()
 
     def before_validate(self) -> None:
-        """Take the run's last checkpoint, unless another is given."""
-        self._need("val")
+        """Look for images to validate on."""
+        self.datamodule.all_of("val")
 
     def before_test(self) -> None:
-        """Take the run's last checkpoint, unless another is given."""
-        self._need("test")
+        """Look for images to test on."""
+        self.datamodule.all_of("test")
 
-    def _need(self, images: str) -> None:
-        """Weights, and images to measure them by."""
-        self.datamodule.all_of(images)
-        config, last = self.config_init[self.subcommand], self.root / "checkpoints" / "last.ckpt"
-        if config["ckpt_path"] is None:
-            if not last.exists():
-                raise UserError(
-                    f"expected a checkpoint to {self.subcommand}, got none in {self.root}; give "
-                    "--ckpt_path, or the run's --trainer.default_root_dir"
-                )
-            config["ckpt_path"] = str(last)
+    def after_predict(self) -> None:
+        """Write a row an image: its file, its label, and the probability of each class."""
+        if not self.trainer.is_global_zero:
+            return
+        batches: Any = self.trainer.predict_loop.predictions
+        rows, hp = torch.cat(batches), self.model.hparams
+        names = hp.class_names or [str(label) for label in range(rows.shape[1])]
+        files = [image_id for image_id, _ in self.datamodule.to_label.samples]
+        table = [["file", "label", *names]]
+        for file, row in zip(files, rows.double(), strict=True):
+            table.append([file, names[int(row.argmax())], *(f"{p:.6g}" for p in row.tolist())])
+        path = self.root / "predict" / "predictions.csv"
+        write_table(path, table)
+        print(f"{path}: {len(files)} images labelled")
 
     def after_test(self) -> None:
         """Keep what was measured beside the log."""
@@ -195,6 +323,7 @@ def hush() -> None:
     # without TensorBoard Lightning logs to CSV, which is what we want, and warns
     warnings.filterwarnings("ignore", ".*tensorboardX.*")
     warnings.filterwarnings("ignore", ".*Checkpoint directory .* exists and is not empty.*")
+    warnings.filterwarnings("ignore", ".*The dirpath has changed from.*")  # weights of another run
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
     warnings.filterwarnings("ignore", ".*Experiment logs directory.*")
     warnings.filterwarnings("ignore", ".*LeafSpec.*")

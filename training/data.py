@@ -16,6 +16,7 @@ from augment.dataset import SyntheticDataset, fetch
 from augment.errors import AugmentWarning, UserError
 from augment.export import ORIGINS
 from augment.files import read_json
+from augment.images import SUFFIXES
 from augment.records import DIGITS
 from augment.replay import ReplayPool
 from augment.seeds import rng
@@ -142,23 +143,28 @@ class ImageData(pl.LightningDataModule):
     """Real images to train on, synthetic ones mixed in, images to validate and to test on.
 
     Args:
-        train: an image folder, or any source: `augment.sources.ImageNetLT`, `LongTail`, `FewShot`.
+        train: an image folder, or any source: `augment.sources.ImageNetLT`, `LongTail`, `FewShot`;
+            only a training needs it.
         val: to watch and to choose by; none by default.
         test: to report; none by default.
+        predict: to label: a folder of image files, or of folders of them; by default the test or
+            else the training images.
         synthetic: shards, as ``latent-augment synthesize`` writes them, or an image folder; or a
             `augment.SyntheticDataset`, an `augment.ReplayPool`, any map-style dataset.
         mix: how synthetic images are mixed in.
         sampler: instance, square_root, class or progressive; see `training.draws.SAMPLERS`.
         augment: classical augmentation of all training images.
-        crop: of the images to evaluate, the share of the shorter side; 0.875 is ImageNet's usual.
-        channels, resolution: the format of the images.
+        crop: of the images to evaluate, the share of the shorter side; 0.875 is ImageNet's usual;
+            by default that of a checkpoint, or 1.
+        channels, resolution: the format of the images; by default those of the classifier: of its
+            checkpoint, or its network's usual ones.
         batch_size: images a step, of each rank.
         steps_per_epoch: steps an epoch; by default one pass through the images.
         workers: processes that load images; 0 where a backbone on a GPU makes them.
         seed: of draws and augmentation.
 
     Attributes:
-        counts: how many *real* training images there are of each class.
+        counts: how many *real* training images there are of each class; empty without any.
         classes: their names, in label order.
         draws: see `training.draws.Draws`.
 
@@ -169,72 +175,99 @@ class ImageData(pl.LightningDataModule):
 
     def __init__(
         self,
-        train: Source | str,
+        train: Source | str | None = None,
         val: Source | str | None = None,
         test: Source | str | None = None,
+        predict: Source | str | None = None,
         synthetic: Dataset | str | None = None,
         mix: Mix = Mix(),  # noqa: B008
         sampler: str = "instance",
         augment: Augmentation = Augmentation(),  # noqa: B008
-        crop: float = 1.0,
-        channels: int = 3,
-        resolution: int = 32,
+        crop: float | None = None,
+        channels: int | None = None,
+        resolution: int | None = None,
         batch_size: int = 64,
         steps_per_epoch: int | None = None,
         workers: int = 0,
         seed: int = 0,
     ) -> None:
         super().__init__()
-        if channels not in (1, 3) or resolution < 8 or not 0 < crop <= 1 or workers < 0:
+        form = (
+            3 if channels is None else channels,
+            32 if resolution is None else resolution,
+            1.0 if crop is None else crop,
+        )
+        if form[0] not in (1, 3) or form[1] < 8 or not 0 < form[2] <= 1 or workers < 0:
             raise UserError(
                 "expected 1 or 3 channels, a resolution ≥ 8, a crop in (0, 1] and workers ≥ 0, got "
                 f"{channels}, {resolution}, {crop} and {workers}"
             )
-        self.real = as_source(train)
+        self.real = None if train is None else as_source(train)
         self.held_out = {
             name: as_source(part) for name, part in (("val", val), ("test", test)) if part
         }
-        self.synthetic = made_of(self.real, synthetic)
+        self.unlabelled = None if predict is None else files_of(predict)
+        parts = [*([self.real] if self.real else []), *self.held_out.values()]
+        self.counts = self.real.counts if self.real else []
+        self.classes = parts[0].classes if parts else []
+        self.synthetic = made_of(self.real, synthetic) if self.real else None
         self.check_classes()
-        self.counts, self.classes = self.real.counts, self.real.classes
-        self.channels, self.workers, self.batch_size = channels, workers, batch_size
-        count = len(self.real) + (len(self.synthetic) if self.synthetic is not None else 0)
-        keep = augment.whole and count * channels * resolution**2 <= MEMORY // max(workers, 1)
+        self.channels, self.resolution, self.crop = channels, resolution, crop
+        self.workers, self.batch_size, self.seed, self.augment = workers, batch_size, seed, augment
+        self.prepare_images(*form)
+        if self.real:
+            self.draws = Draws(
+                self.real.targets,
+                labels_of(self.synthetic),
+                len(self.real.classes),
+                mix,
+                sampler,
+                batch_size,
+                steps_per_epoch,
+                seed,
+                self.epochs,
+                self.done,
+            )
+
+    def prepare_images(self, channels: int, resolution: int, crop: float) -> None:
+        """Bring images to a format from now on."""
+        self.form = channels, resolution, crop
         self.evaluation = evaluation(channels, resolution, crop)
-        steps = augment.fixed(channels, resolution), augment.random(resolution)
-        self.pair = Pair(self.real, self.synthetic, *steps, seed, keep)
-        self.draws = Draws(
-            self.real.targets,
-            labels_of(self.synthetic),
-            len(self.classes),
-            mix,
-            sampler,
-            batch_size,
-            steps_per_epoch,
-            seed,
-            self.epochs,
-            self.done,
-        )
+        if self.real:
+            count = len(self.real) + (len(self.synthetic) if self.synthetic is not None else 0)
+            room = MEMORY // max(self.workers, 1)
+            keep = self.augment.whole and count * channels * resolution**2 <= room
+            steps = self.augment.fixed(channels, resolution), self.augment.random(resolution)
+            self.pair = Pair(self.real, self.synthetic, *steps, self.seed, keep)
 
     def check_classes(self) -> None:
         """All parts have the same classes in the same order."""
         parts = {**self.held_out, "synthetic": self.synthetic}
         for name, part in parts.items():
-            classes = getattr(part, "classes", self.real.classes)
-            if classes != self.real.classes:
+            classes = getattr(part, "classes", self.classes)
+            if classes != self.classes:
                 raise UserError(
-                    f"expected the {name} images to have the classes {brief(self.real.classes)}, "
+                    f"expected the {name} images to have the classes {brief(self.classes)}, "
                     f"got {brief(classes)}; give both the same class folders"
                 )
 
     def setup(self, stage: str) -> None:
         """Take this rank's share. No held-out image may be one that synthetic ones come from."""
         if self.trainer is not None:
-            self.draws.share(self.trainer.global_rank, self.trainer.world_size)
+            settle: Any = getattr(self.trainer.lightning_module, "settle", None)
+            if settle:
+                form = settle(self.classes or None, self.channels, self.resolution, self.crop)
+                self.channels, self.resolution, self.crop = form
+                if form != self.form:
+                    self.prepare_images(*form)
+            if self.real:
+                self.draws.share(self.trainer.global_rank, self.trainer.world_size)
             if "val" not in self.held_out:
                 self.trainer.limit_val_batches = 0  # Lightning warns of empty loaders
             self.check_trainer(self.trainer)
-        if stage == "fit" and self.synthetic is not None:
+        if stage == "fit" and self.real is None:
+            raise UserError("expected images to train on, got none; give --data.train")
+        if stage == "fit" and self.real and self.synthetic is not None:
             known = origins(self.synthetic)
             tell_of_strangers(known, self.real)
             for name, source in self.held_out.items():
@@ -295,6 +328,24 @@ class ImageData(pl.LightningDataModule):
         """This rank's part of the test images."""
         return self._striped("test")
 
+    def predict_dataloader(self) -> DataLoader[Any]:
+        """All images to label, on every rank."""
+        images = Evaluated(self.to_label, self.evaluation)
+        size = max(self.batch_size, 128)
+        return DataLoader(images, batch_size=size, num_workers=self.workers)
+
+    @property
+    def to_label(self) -> Source:
+        """The images that ``predict`` labels.
+
+        Raises:
+            UserError: there are none.
+        """
+        images = self.unlabelled or self.held_out.get("test") or self.real
+        if images is None:
+            raise UserError("expected images to label, got none; give --data.predict")
+        return images
+
     def _striped(self, name: str) -> DataLoader[Any]:
         trainer = self.trainer
         rank, world = (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
@@ -314,6 +365,23 @@ class ImageData(pl.LightningDataModule):
 def brief(names: list[str]) -> str:
     """A list of names, shortened."""
     return ", ".join(names[:12]) + (f" … ({len(names)})" if len(names) > 12 else "")
+
+
+def files_of(images: Source | str) -> Source:
+    """Return all image files of a folder and of the folders in it, in the order of their paths.
+
+    Raises:
+        UserError: there are none.
+    """
+    if isinstance(images, Source):
+        return images
+    root, source = Path(images), Source()
+    paths = [p.relative_to(root) for p in root.rglob("*")] if root.is_dir() else []
+    shown = [p for p in paths if p.suffix.lower() in SUFFIXES and not f"/{p}".count("/.")]
+    source.root, source.ids = root, {"": sorted(map(str, shown))}
+    if not shown:
+        raise UserError(f"expected image files in the folder {images}, got none; give another")
+    return source
 
 
 def made_of(real: Source, synthetic: Any) -> Any:

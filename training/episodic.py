@@ -35,11 +35,12 @@ from augment.diffusion.backbone import Backbone
 from augment.errors import AugmentWarning, UserError
 from augment.files import check_folder, locked, remember, sha256, write_bytes
 from augment.images import prepare
+from augment.networks import feature_network, usual_form
 from augment.plan import Plan, Planner
 from augment.sources import Source, as_source
 from augment.synthesis import Synthesizer, solver_of
 from training.episodes import OTHER, Episode, Episodes
-from training.features import Network, embed, feature_network, finite
+from training.features import Network, embed, finite
 from training.heads import Head, make_head
 from training.metrics import normal_interval
 
@@ -224,7 +225,7 @@ def open_bank(path: str, episodes: Sequence[Episode], noise: float, members: int
 
 def run_episodes(
     images: Source | str,
-    network: str,
+    network: str | None = None,
     out: str = "runs/episodes",
     weights: str = "",
     episodes: str | None = None,
@@ -245,18 +246,20 @@ def run_episodes(
     guidance: float | None = None,
     head: str = "logistic",
     head_options: dict[str, Any] | None = None,
-    channels: int = 3,
-    resolution: int = 224,
+    channels: int | None = None,
+    resolution: int | None = None,
     device: str | None = None,
 ) -> None:
     """Evaluate N-way K-shot episodes, with and without synthetic images of their supports.
 
     Args:
         images: folder of the novel classes, one sub-folder each, or a source.
-        network: of timm, or what a checkpoint is of; its features are what heads are fitted to.
+        network: whose features heads are fitted to: of timm, or fashion (embedded: grey clothes),
+            clip or inception; by default that of a checkpoint.
         out: folder for episodes.json, features.safetensors and results.csv (a row a task); an
             interrupted run goes on, and one of more n_tasks too if there are episodes for it.
-        weights: .safetensors, or a checkpoint of latent-augment train; by default timm's own.
+        weights: .safetensors, a state dict, or a checkpoint of latent-augment train; by default
+            those that the network is known with.
         episodes: file of frozen episodes, made if it is missing; by default out/episodes.json.
         n_way: classes of a task.
         n_shot: support images of each.
@@ -306,8 +309,12 @@ def run_episodes(
             solver_of(opened, solver, steps)
         mixing = {**options, **dice, "alpha": str(alpha), "per_class": per_class}
         mixing |= {"synthetic_weight": synthetic_weight, "bank": opened and opened.digest}
+        if not (network or weights):
+            raise UserError("expected a network, such as fashion or resnet50, or weights; got none")
+        usual = usual_form(network or "", weights)
+        form = (channels or usual[0], resolution or usual[1])
         settings = {"images": str(source.root), "episodes": found.digest, "network": network}
-        settings |= {"weights": digest_of(weights), "form": [channels, resolution]}
+        settings |= {"weights": digest_of(weights), "form": list(form)}
         settings |= {"head": repr(fitted), **(mixing if opened else {"bank": None})}
         begun = any((root / name).exists() for name in (RESULTS, FEATURES))
         remember(root / "settings.json", settings, "--out", begun)
@@ -315,8 +322,7 @@ def run_episodes(
         if len(rows) < n_tasks:
             model = load_backbone(**{**opened.recipe, "device": device}) if opened else None
             where = model.device if model else find_device(device)
-            eyes = feature_network(network, weights, where)
-            form = (channels, resolution)
+            eyes = feature_network(network or "", weights, where)
             ids = sorted({i for task in tasks for i in task.images})
             vectors = embed(root / FEATURES, source, ids, eyes, *form)
             making = (

@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -15,45 +16,59 @@ from tqdm import tqdm
 from augment.diffusion.hub import brief
 from augment.errors import UserError
 from augment.files import write_bytes
-from augment.networks import BATCH, in_batches, timm_network
+from augment.networks import BATCH, in_batches, normalise
+from augment.networks.pretrained import check_classes
 from augment.sources import Source
 
 Network = Callable[[Tensor], Tensor]
 
 
-def feature_network(name: str, weights: str, device: torch.device) -> Network:
-    """A frozen network without its head, as a function of images in [0, 1].
+def frozen_classifier(
+    name: str,
+    path: str,
+    classes: int,
+    device: torch.device,
+) -> Network:
+    """Load a checkpoint of `training.classifier.Classifier` as a function of images in [0, 1].
+
+    Images are brought to its channels, resolution, mean and deviation.
 
     Args:
-        name: a network of timm; or what a checkpoint is of.
-        weights: a ``.safetensors`` file, see `augment.networks.timm_network`; or a
-            checkpoint (``.ckpt``) of `training.classifier.Classifier`, which knows its network
-            and how it takes images; empty takes timm's pretrained ones.
+        name: its network, to make sure; empty is any.
+        path: the checkpoint.
+        classes: how many logits; 0 gives features, which its head would get.
         device: where it runs.
 
     Raises:
-        UserError: the network is unknown, or the weights are missing or of another network.
+        UserError: it cannot be read, or is of another network or number of classes.
     """
-    if not weights.endswith(".ckpt"):
-        return timm_network(name, weights, 0, device)
-    from training.classifier import Classifier, normalization
+    from training.classifier import Classifier, agreed
     from training.tuning import features
 
     try:
-        record = torch.load(weights, map_location="cpu", weights_only=True)
-        given = dict(record["hyper_parameters"])
-        if given["network"] != name:
-            raise ValueError(f"one of {given['network']}")
-        model = Classifier(**{**given, "start": None, "pretrained": False})
-        model.mean, model.std = normalization(model.network, given["pretrained"])
-        model.load_state_dict(record["state_dict"])
+        model = Classifier.load_from_checkpoint(path, "cpu")
+    except UserError:
+        raise
     except Exception as error:  # of any type: unpicklers stumble over hostile bytes as they like
         raise UserError(
-            f"expected a checkpoint of {name} by latent-augment train, got {weights} "
-            f"({brief(error)}); name its network, or give weights as .safetensors"
+            f"expected a checkpoint by latent-augment train, got {path} ({brief(error)}); give "
+            "one that it wrote, or weights as .safetensors"
         ) from None
+    hp: Any = model.hparams
+    if name not in (hp.network, hp.source):
+        agreed("a network", name or None, hp.network, None, path)
+    if classes:
+        check_classes(len(hp.counts), classes, path)
     model.eval().requires_grad_(False).to(device)
-    return partial(in_batches, lambda x: features(model.network, model.normalized(x.to(device))))
+    scale, size = getattr(model.loss, "scale", 1.0), hp.resolution and (hp.resolution,) * 2
+
+    def run(images: Tensor) -> Tensor:
+        inputs = normalise(images.to(device), hp.channels, size, (0.0,), (1.0,), "bilinear")
+        if classes:
+            return model(inputs) * scale
+        return features(model.network, model.normalized(inputs)).flatten(1)
+
+    return partial(in_batches, run)
 
 
 def known_features(path: Path) -> dict[str, Tensor]:

@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from augment.diffusion.hub import brief
 from augment.errors import UserError
-from augment.networks.pretrained import find_timm
+from augment.networks.pretrained import find_timm, recipe
 
 Images = Float[Tensor, "n c h w"]
 
@@ -148,35 +149,62 @@ NETWORKS: dict[str, Callable[[int, int], nn.Module]] = {
 """Our networks by name, made of channels and number of classes."""
 
 
-def from_timm(name: str, channels: int, num_classes: int, **options: Any) -> nn.Module:
-    """A network of timm; see `build_network`."""
+def from_timm(
+    name: str, channels: int, num_classes: int, resolution: int | None = None, **options: Any
+) -> nn.Module:
+    """Build a network of timm; see `build_network`."""
     timm = find_timm(name, f"{', '.join(NETWORKS)} or a network of timm")
     try:
+        _, given, config = recipe(name)
+        if resolution and config.get("fixed_input_size"):
+            options["img_size"] = resolution
+        options = {**given, **options}
         return timm.create_model(name, in_chans=channels, num_classes=num_classes, **options)
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, TypeError, ValueError, AssertionError) as error:
         raise UserError(
-            f"expected to build {name} with timm, got: {str(error).splitlines()[0].rstrip('.')}; "
+            f"expected to build {name} with timm, got: {brief(error).rstrip('.')}; "
             "see timm.list_models(pretrained=True), check the connection, or train from scratch"
         ) from None
 
 
 def build_network(
-    name: str, channels: int, num_classes: int, pretrained: bool = False
+    name: str,
+    channels: int,
+    num_classes: int,
+    pretrained: bool = False,
+    resolution: int | None = None,
+    options: dict[str, Any] | None = None,
 ) -> nn.Module:
-    """A network of `NETWORKS` or of timm.
+    """Build a network of `NETWORKS` or of timm.
 
     Args:
-        name: its name.
+        name: its name; ``hf-hub:USER/MODEL`` and ``local-dir:FOLDER`` are models in timm's format.
         channels: image channels.
         num_classes: number of classes.
-        pretrained: with timm's weights, but for the head.
+        pretrained: with timm's weights, or those of the repository or folder, but for the head.
+        resolution: image pixels, for a network that is made for one size; by default that size.
+        options: of ``timm.create_model``.
 
     Raises:
         UserError: the name is unknown, timm is not installed, or the weights do not exist or
             cannot be downloaded.
     """
     if name not in NETWORKS:
-        return from_timm(name, channels, num_classes, pretrained=pretrained)
-    if pretrained:
-        raise UserError(f"expected a network of timm to be pretrained, got {name}; choose another")
+        given = {"pretrained": pretrained, **(options or {})}
+        return from_timm(name, channels, num_classes, resolution, **given)
+    if pretrained or options:
+        raise UserError(
+            f"expected a network of timm to be pretrained or to have options, got {name}; choose "
+            "another"
+        )
     return NETWORKS[name](channels, num_classes)
+
+
+def usual_resolution(network: nn.Module) -> int:
+    """Return the pixels of the images that a network is made for: timm's, or 32 for ours.
+
+    >>> usual_resolution(small_cnn(1, 2))
+    32
+    """
+    config: Any = getattr(network, "pretrained_cfg", {})
+    return config.get("input_size", (0, 0, 32))[-1]

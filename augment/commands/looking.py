@@ -28,8 +28,10 @@ def evaluate(
         real: for images, the real ones: a folder, or another source as for invert; for a bank,
             if 16 images a class are to be sampled back, those that it was made of.
         network: for images, whose features to compare: fashion (embedded: grey clothes), clip,
-            inception (torch-fidelity's), or a network of timm such as resnet50.
-        weights: of the network, a .safetensors file; by default those that it is known with.
+            inception (torch-fidelity's), or a network of timm such as resnet50; by default that of
+            a checkpoint.
+        weights: of the network: a .safetensors file, a state dict, or a checkpoint of
+            latent-augment train; by default those that it is known with.
         channels: of the images, 1 or 3; by default as the first synthetic one.
         resolution: to which images are brought; by default that of the first synthetic one.
         bootstrap: draws for the intervals of FID and KID; 0 leaves them out.
@@ -49,14 +51,14 @@ def evaluate(
         source = None if real is None else as_source(real)
         found = study.evaluate_bank(bank, model, source)
     else:
-        if real is None or network is None:
+        if real is None or not (network or weights):
             raise UserError(
                 "expected --real, images to compare with, and --network, eyes to see them by, such "
                 "as fashion or resnet50, got none; only a bank is evaluated alone"
             )
         fake = study.open_images(path)
         first = study.form_of(fake)
-        eyes = feature_network(network, weights, find_device(device))
+        eyes = feature_network(network or "", weights, find_device(device))
         form = (channels or first[0], resolution or first[1])
         found = study.evaluate_images(fake, as_source(real), eyes, form, bootstrap)
     print(found)

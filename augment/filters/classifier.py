@@ -9,6 +9,7 @@ from torch import Tensor
 from augment.errors import UserError
 from augment.filters.reference import Reference, Scores
 from augment.networks import timm_network
+from augment.networks.pretrained import check_names, network_of, read_weights
 
 
 @dataclass(frozen=True)
@@ -22,16 +23,19 @@ class Classifier:
     or mixup. For two classes they are the same.
 
     Args:
-        model: a network of timm.
-        weights: a ``.safetensors`` file of its state dict; empty takes timm's pretrained ones,
-            which fit banks of the same classes in the same order. Names may begin with
-            ``network.``, as in a checkpoint of `training.classifier.Classifier`.
+        model: a network of timm; by default that of a checkpoint, or resnet50.
+        weights: a checkpoint of latent-augment train (``.ckpt``), which is refused for a bank of
+            other classes; or a ``.safetensors`` file or another state dict; empty takes timm's
+            pretrained ones, which fit banks of the same classes in the same order.
         minimum: keep images of this score, in [0, 1], and above.
     """
 
-    model: str = "resnet50"
+    model: str | None = None
     weights: str = ""
     minimum: float | None = 0.5
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "model", network_of(self.model, self.weights, "resnet50"))
 
     def prepare(self, reference: Reference) -> Scores:
         """See `augment.filters.Filter`.
@@ -42,7 +46,10 @@ class Classifier:
         if len(reference.classes) < 2:
             raise UserError("expected 2 classes to tell apart, got one; take the filter prototype")
         classes = len(reference.classes)
-        network = timm_network(self.model, self.weights, classes, reference.device)
+        if self.weights:
+            known = read_weights(self.weights).settings.get("class_names")
+            check_names(known, reference.classes, self.weights)
+        network = timm_network(self.model or "", self.weights, classes, reference.device)
 
         def scores(images: Tensor, labels: Sequence[int]) -> Tensor:
             logits, column = network(images), torch.tensor(labels)[:, None]

@@ -31,8 +31,10 @@ class Duplicate:
     Features of all real images are kept, 3 kB each for RGB on the grid of 16.
 
     Args:
-        model: a network of timm or of `augment.networks.NETWORKS`; empty compares pixels.
-        weights: a ``.safetensors`` file of its state dict; empty takes timm's pretrained ones.
+        model: a network of timm or of `augment.networks.NETWORKS`; empty compares pixels, or takes
+            that of a checkpoint.
+        weights: a checkpoint of latent-augment train (``.ckpt``), a ``.safetensors`` file or
+            another state dict; empty takes timm's pretrained ones.
         size: of the grid.
         minimum: keep images of this score and above.
 
@@ -72,7 +74,7 @@ class Duplicate:
 
     def describe(self, reference: Reference) -> Callable[[Tensor], Tensor]:
         """Images → rows whose Euclidean distance counts, float32 on the CPU."""
-        if self.model:
+        if self.model or self.weights:
             network = feature_network(self.model, self.weights, reference.device)
             return lambda images: unit(network(images)).float()
 
