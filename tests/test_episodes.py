@@ -17,6 +17,7 @@ import training.episodic as module
 from augment import UserError
 from augment.errors import AugmentWarning
 from augment.fill import fill_bank
+from augment.networks import feature_network
 from augment.sources import Folder
 from training.episodes import Episodes
 from training.episodic import Evaluation, Synthesis, run_episodes
@@ -161,7 +162,7 @@ def test_wrong_tasks_and_heads_are_one_sentence(source):
 
 @each_head
 def test_copies_of_the_supports_change_nothing(name, source, weights):
-    network = module.feature_network("test_resnet", weights, CPU)
+    network = feature_network("test_resnet", weights, CPU)
 
     def copies(task, episode):
         images = [source.load(i, 1, 32) for ids in episode.support for i in ids]
@@ -231,7 +232,7 @@ def test_a_wrong_run_is_one_sentence(given, source, bank, tiny, tmp_path):
         ({"n_tasks": 6}, "expected 6 tasks of .*, got 5 of"),
         ({"n_tasks": 1}, "at least 2 tasks for an interval, got 1"),
         ({"weights": "no.safetensors"}, r"weights at no\.safetensors, got No such file"),
-        ({"weights": __file__}, r"\.safetensors file, got .*; save a state dict"),
+        ({"weights": __file__}, "weights in .*, got UnpicklingError; give a .safetensors file"),
         ({"weights": "no.ckpt"}, r"weights at no\.ckpt, got No such file"),
         ({"per_class": 0}, "per_class ≥ 1 and synthetic_weight ≥ 0, got 0 and 1.0"),
         ({"rule": "fade/no"}, "got 'no'"),
@@ -270,9 +271,9 @@ def test_a_checkpoint_of_ours_gives_features(tmp_path):
     model = classifier.Classifier([3, 4], channels=1).eval()
     record = {"state_dict": model.state_dict(), "hyper_parameters": dict(model.hparams)}
     torch.save(record, tmp_path / "last.ckpt")
-    network = module.feature_network("small_cnn", str(tmp_path / "last.ckpt"), CPU)
+    network = feature_network("small_cnn", str(tmp_path / "last.ckpt"), CPU)
     images = torch.rand(3, 1, 32, 32, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         torch.testing.assert_close(model.network[-1](network(images).float()), model(images))
-    with pytest.raises(UserError, match="a checkpoint of resnet32 by latent-augment train"):
-        module.feature_network("resnet32", str(tmp_path / "last.ckpt"), CPU)
+    with pytest.raises(UserError, match=r"as .*last.ckpt has it, small_cnn, got resnet32"):
+        feature_network("resnet32", str(tmp_path / "last.ckpt"), CPU)

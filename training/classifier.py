@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -287,18 +288,30 @@ class Classifier(pl.LightningModule):
 
     @classmethod
     def load_from_checkpoint(  # type: ignore[override]
-        cls,
-        checkpoint_path: Any,
-        map_location: Any = None,
-        hparams_file: Any = None,
-        strict: bool | None = None,
-        weights_only: bool | None = True,
-        **kwargs: Any,
+        cls, checkpoint_path: str | Path, map_location: Any = "cpu", **kwargs: Any
     ) -> "Classifier":
-        """Load a checkpoint without asking the hub or a ``start`` for what it holds already."""
-        kwargs = {"pretrained": False, "start": None, **kwargs}
-        load: Any = super().load_from_checkpoint
-        return load(checkpoint_path, map_location, hparams_file, strict, weights_only, **kwargs)
+        """Load a checkpoint; neither the hub nor a ``start`` is asked for what lies in it.
+
+        Args:
+            checkpoint_path: nothing is unpickled but tensors and plain values.
+            map_location: the device.
+            kwargs: settings that go before the checkpoint's, such as ``tau``.
+
+        Raises:
+            UserError: it cannot be read, or the settings contradict it.
+        """
+        path = str(checkpoint_path)
+        weights, names = read_weights(path, map_location), signature(cls).parameters
+        if not weights.settings:
+            raise UserError(
+                f"expected a checkpoint of latent-augment train, got {path} without settings; "
+                "start with its weights instead"
+            )
+        known = {**weights.settings, "pretrained": False, "start": None, **kwargs}
+        model = cls(**{name: value for name, value in known.items() if name in names})
+        model.on_load_checkpoint(weights.record)
+        model.load_state_dict(weights.record["state_dict"])
+        return model
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take the priors from a checkpoint, refuse one of other classes, and correct its counters.
@@ -317,7 +330,7 @@ class Classifier(pl.LightningModule):
         self.counts.copy_(torch.tensor(known["counts"]))
         self.report = Report(len(known["counts"]), known["counts"]).to(self.device)
         if "mean_std" not in checkpoint["state_dict"]:
-            old = Weights({}, None, known, True)
+            old = Weights({}, None, known, True, {})
             self.mean_std.copy_(old.pixels(self.network, hp.channels))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

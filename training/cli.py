@@ -324,6 +324,7 @@ def hush() -> None:
     warnings.filterwarnings("ignore", ".*tensorboardX.*")
     warnings.filterwarnings("ignore", ".*Checkpoint directory .* exists and is not empty.*")
     warnings.filterwarnings("ignore", ".*The dirpath has changed from.*")  # weights of another run
+    warnings.filterwarnings("ignore", "Be aware that when using `ckpt_path`")  # none is needed
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
     warnings.filterwarnings("ignore", ".*Experiment logs directory.*")
     warnings.filterwarnings("ignore", ".*LeafSpec.*")

@@ -311,10 +311,11 @@ def run_episodes(
         mixing |= {"synthetic_weight": synthetic_weight, "bank": opened and opened.digest}
         if not (network or weights):
             raise UserError("expected a network, such as fashion or resnet50, or weights; got none")
+        settings = {"images": str(source.root), "episodes": found.digest, "network": network}
+        settings |= {"weights": digest_of(weights)}
         usual = usual_form(network or "", weights)
         form = (channels or usual[0], resolution or usual[1])
-        settings = {"images": str(source.root), "episodes": found.digest, "network": network}
-        settings |= {"weights": digest_of(weights), "form": list(form)}
+        settings |= {"form": list(form)}
         settings |= {"head": repr(fitted), **(mixing if opened else {"bank": None})}
         begun = any((root / name).exists() for name in (RESULTS, FEATURES))
         remember(root / "settings.json", settings, "--out", begun)

@@ -13,7 +13,6 @@ from safetensors.torch import save
 from torch import Tensor
 from tqdm import tqdm
 
-from augment.diffusion.hub import brief
 from augment.errors import UserError
 from augment.files import write_bytes
 from augment.networks import BATCH, in_batches, normalise
@@ -45,15 +44,7 @@ def frozen_classifier(
     from training.classifier import Classifier, agreed
     from training.tuning import features
 
-    try:
-        model = Classifier.load_from_checkpoint(path, "cpu")
-    except UserError:
-        raise
-    except Exception as error:  # of any type: unpicklers stumble over hostile bytes as they like
-        raise UserError(
-            f"expected a checkpoint by latent-augment train, got {path} ({brief(error)}); give "
-            "one that it wrote, or weights as .safetensors"
-        ) from None
+    model = Classifier.load_from_checkpoint(path)
     hp: Any = model.hparams
     if name not in (hp.network, hp.source):
         agreed("a network", name or None, hp.network, None, path)

@@ -192,11 +192,10 @@ def build_network(
     if name not in NETWORKS:
         given = {"pretrained": pretrained, **(options or {})}
         return from_timm(name, channels, num_classes, resolution, **given)
-    if pretrained or options:
-        raise UserError(
-            f"expected a network of timm to be pretrained or to have options, got {name}; choose "
-            "another"
-        )
+    if pretrained:
+        raise UserError(f"expected a network of timm to be pretrained, got {name}; choose another")
+    if options:
+        raise UserError(f"expected no options for {name}, got {', '.join(options)}; leave them out")
     return NETWORKS[name](channels, num_classes)
 
 

@@ -1,6 +1,5 @@
 """Networks of timm, by name."""
 
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
@@ -13,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from augment.diffusion.hub import brief, explained
-from augment.errors import AugmentWarning, UserError
+from augment.errors import UserError
 from augment.networks.frozen import in_batches, normalise
 
 TRAINED = "training.features"
@@ -33,12 +32,14 @@ class Weights:
         mean_std: (2, channels), mean and deviation of the pixels; None if the file does not say.
         settings: hyperparameters of a `training.classifier.Classifier`; empty for other files.
         own: whether a `training.classifier.Classifier` wrote them.
+        record: all that the file holds.
     """
 
     state: dict[str, Tensor]
     mean_std: Tensor | None
     settings: dict[str, Any]
     own: bool
+    record: dict[str, Any]
 
     def pixels(self, network: nn.Module, channels: int) -> Float[Tensor, "2 c"]:
         """Return mean and deviation of the pixels that these weights are for.
@@ -49,23 +50,16 @@ class Weights:
         """
         if self.mean_std is not None:
             return self.mean_std
-        if self.own and not self.settings:
-            warnings.warn(
-                "expected mean and deviation of the pixels beside weights of our classifier, got "
-                "none: 0.5 and 0.25 are taken, which are wrong if it began pretrained; give its "
-                "checkpoint, the .ckpt",
-                AugmentWarning,
-                stacklevel=2,
-            )
-        plain = self.own and not self.settings.get("pretrained")  # a checkpoint of an old version
+        plain = self.own and not self.settings.get("pretrained")  # of an older version
         return mean_std(None if plain else network, channels)
 
 
-def read_weights(path: str) -> Weights:
+def read_weights(path: str, device: Any = "cpu") -> Weights:
     """Read a state dict: a ``.safetensors`` file, a file of torch, a checkpoint of our classifier.
 
     Args:
         path: the file; nothing is unpickled but tensors and plain values.
+        device: where tensors go.
 
     Raises:
         UserError: the file cannot be read, or holds no state dict.
@@ -74,21 +68,22 @@ def read_weights(path: str) -> Weights:
         if path.endswith(".safetensors"):
             record: Any = load_file(Path(path))
         else:
-            record = torch.load(Path(path), map_location="cpu", weights_only=True)
+            record = torch.load(Path(path), map_location=device, weights_only=True)
         settings = dict(record.get("hyper_parameters", {}))
         state = next((record[k] for k in ("state_dict", "model") if k in record), record)
         state = {k.removeprefix("module."): v for k, v in state.items()}
         if not state or not all(isinstance(value, Tensor) for value in state.values()):
             raise ValueError("no state dict")
     except Exception as error:  # of any type: unpicklers stumble over hostile bytes
+        told = getattr(error, "strerror", None) or type(error).__name__
         raise UserError(
-            f"expected weights as tensors and plain values in {path}, got {type(error).__name__} "
-            f"({brief(error)}); give a .safetensors file, a state dict or a checkpoint of "
-            "latent-augment train"
+            f"expected weights in {path}, as tensors and plain values alone, got {told}; give a "
+            ".safetensors file, a state dict or a checkpoint of latent-augment train"
         ) from None
     prefix = "network."
     inner = {key[len(prefix) :]: state[key] for key in state if key.startswith(prefix)}
-    return Weights(inner or state, state.get("mean_std") if inner else None, settings, bool(inner))
+    rows = state.get("mean_std") if inner else None
+    return Weights(inner or state, rows, settings, bool(inner), record)
 
 
 def mean_std(network: nn.Module | None, channels: int) -> Float[Tensor, "2 c"]:
@@ -112,7 +107,8 @@ def timm_network(
     Images are brought to the size, mean and standard deviation of timm's configuration of the
     network. Weights that `training.classifier.Classifier` wrote bring their own mean and deviation;
     a whole checkpoint of it (``.ckpt``) brings channels and resolution too, and may be of any
-    network. A bare state dict of it leaves the images' size alone.
+    network. A bare state dict of it, whose names begin with ``network.``, leaves the images' size
+    alone, and has mean 0.5 and deviation 0.25 if it has no ``mean_std``.
 
     Args:
         name: such as ``resnet50``, ``convnext_tiny.fb_in1k``, ``hf-hub:USER/MODEL`` or
@@ -125,7 +121,7 @@ def timm_network(
         UserError: timm is missing or does not know the name, or the weights are missing, of
             another network or of another number of classes.
     """
-    given = read_weights(weights) if weights else Weights({}, None, {}, False)
+    given = read_weights(weights) if weights else Weights({}, None, {}, False, {})
     if given.settings:
         trained: Any = import_module(TRAINED)
         return trained.frozen_classifier(name, weights, classes, device)
@@ -197,7 +193,8 @@ def recipe(name: str) -> tuple[str, dict[str, Any], dict[str, Any]]:
     local = source == "local-dir"
     load = _hub.load_model_config_from_path if local else _hub.load_model_config_from_hf
     config, architecture, options = load(place)
-    return architecture, dict(options), config
+    mine = ("num_classes", "in_chans")  # of what it was trained for
+    return architecture, {k: v for k, v in options.items() if k not in mine}, config
 
 
 def check_classes(found: int, classes: int, source: str) -> None:
