@@ -232,7 +232,7 @@ def test_a_wrong_run_is_one_sentence(given, source, bank, tiny, tmp_path):
         ({"n_tasks": 6}, "expected 6 tasks of .*, got 5 of"),
         ({"n_tasks": 1}, "at least 2 tasks for an interval, got 1"),
         ({"weights": "no.safetensors"}, r"weights at no\.safetensors, got No such file"),
-        ({"weights": __file__}, "weights in .*, got UnpicklingError; give a .safetensors file"),
+        ({"weights": __file__}, r"\.safetensors file, got .*; save a state dict"),
         ({"weights": "no.ckpt"}, r"weights at no\.ckpt, got No such file"),
         ({"per_class": 0}, "per_class ≥ 1 and synthetic_weight ≥ 0, got 0 and 1.0"),
         ({"rule": "fade/no"}, "got 'no'"),

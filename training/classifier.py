@@ -279,12 +279,13 @@ class Classifier(pl.LightningModule):
         """
         hp: Any = self.hparams
         check_names(hp.class_names, classes, "the classifier")
-        mine = "the classifier"
-        channels = agreed("channels", channels, hp.channels, hp.channels, mine)
-        usual = usual_resolution(self.network)
-        resolution = agreed("a resolution", resolution, hp.resolution, usual, mine)
-        self.hparams.update(resolution=resolution, crop=crop or hp.get("crop") or 1.0)
-        return channels, resolution, hp.crop
+        mine, usual = "the classifier", usual_resolution(self.network)
+        agreed("channels", channels, hp.channels, None, mine)
+        self.hparams.update(
+            resolution=agreed("a resolution", resolution, hp.resolution, usual, mine),
+            crop=crop or hp.get("crop") or 1.0,
+        )
+        return hp.channels, hp.resolution, hp.crop
 
     @classmethod
     def load_from_checkpoint(  # type: ignore[override]
@@ -322,10 +323,10 @@ class Classifier(pl.LightningModule):
         prepare_resume(checkpoint)
         hp: Any = self.hparams
         known = checkpoint["hyper_parameters"]
-        names = known.get("class_names"), hp.class_names
-        if None in names:
-            names = tuple([str(k) for k in range(len(c))] for c in (known["counts"], hp.counts))
-        check_names(*names, "the checkpoint")
+        names, mine = known.get("class_names"), hp.class_names
+        if names is None or mine is None:
+            names, mine = ([str(k) for k in range(len(c))] for c in (known["counts"], hp.counts))
+        check_names(names, mine, "the checkpoint")
         self.hparams.update(counts=list(known["counts"]), crop=hp.get("crop") or known.get("crop"))
         self.counts.copy_(torch.tensor(known["counts"]))
         self.report = Report(len(known["counts"]), known["counts"]).to(self.device)

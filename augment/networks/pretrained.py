@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float
@@ -77,8 +77,8 @@ def read_weights(path: str, device: Any = "cpu") -> Weights:
     except Exception as error:  # of any type: unpicklers stumble over hostile bytes
         told = getattr(error, "strerror", None) or type(error).__name__
         raise UserError(
-            f"expected weights in {path}, as tensors and plain values alone, got {told}; give a "
-            ".safetensors file, a state dict or a checkpoint of latent-augment train"
+            "expected weights as a checkpoint of latent-augment train, a state dict or a "
+            f".safetensors file, got {path} ({told}); save a state dict of tensors alone"
         ) from None
     prefix = "network."
     inner = {key[len(prefix) :]: state[key] for key in state if key.startswith(prefix)}
@@ -133,8 +133,8 @@ def timm_network(
     with torch.random.fork_rng(devices=[]):  # timm draws first weights from the global generator
         network = build(timm, name, classes, weights, given.state)
     network.eval().requires_grad_(False).to(device)
-    config = resolve_model_data_config(network)
-    channels = channels_of(network.pretrained_cfg, given.state)
+    config, known = resolve_model_data_config(network), network.pretrained_cfg
+    channels = channels_of(cast("dict[str, Any]", known), given.state)
     size = None if given.own else config["input_size"][1:]
     mean, std = given.pixels(network, channels).tolist()
 
