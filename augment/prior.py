@@ -16,17 +16,17 @@ from torch import Tensor
 
 
 def nominal_norm(dim: int) -> float:
-    r"""The norm that rules restore, :math:`\sqrt D`: the root mean square of ‖z‖."""
+    r"""Return the norm that rules restore, :math:`\sqrt D`: the root mean square of ‖z‖."""
     return math.sqrt(dim)
 
 
 def modal_norm(dim: int) -> float:
-    r"""The likeliest norm, :math:`\sqrt{D - 1}`: the mode of the chi density."""
+    r"""Return the likeliest norm, :math:`\sqrt{D - 1}`: the mode of the chi density."""
     return math.sqrt(dim - 1)
 
 
 def log_chi(norm: Float[Tensor, "*b"], dim: int) -> Float[Tensor, "*b"]:
-    """Log density of the norm of a ``dim``-dimensional standard normal vector, norm > 0.
+    """Return the log density of the norm of a ``dim``-dimensional standard normal vector.
 
     >>> import torch
     >>> r = torch.tensor([31.0, 31.98, 33.0])  # the mode for D = 1024 is √1023 = 31.98

@@ -8,8 +8,8 @@ so they are drawn as logarithms: :math:`\log \Gamma_\alpha = \log \Gamma_{\alpha
 variables*, ACM TOMS 26, 2000, sec. 8).
 
 α = 0 is a vertex (one member alone, each equally often) and α = ∞ the centre (equal weights).
-How many members a draw really mixes is its `effective_count`; what to expect of it for an α is
-`expected_count`.
+`effective_count` is the number of members that a draw really mixes; `expected_count` predicts it
+from α.
 """
 
 import math
@@ -24,12 +24,12 @@ from augment.errors import UserError
 
 
 def dirichlet(
-    dice: np.random.Generator, alpha: float | Sequence[float], count: int
+    generator: np.random.Generator, alpha: float | Sequence[float], count: int
 ) -> Float[Tensor, " k"]:
-    """One draw of ``count`` weights, float64, ≥ 0, of sum 1.
+    """Draw ``count`` weights, float64, ≥ 0, of sum 1.
 
     Args:
-        dice: the generator to use.
+        generator: the random generator.
         alpha: concentration, 0 ≤ α ≤ ∞; or one for each weight, finite and not all 0, where 0 makes
             a weight exactly 0.
         count: number of weights, at least 1.
@@ -45,18 +45,19 @@ def dirichlet(
     alphas = concentrations(alpha, count)
     if alphas.max() < 1e-9:  # where all but one part in 1e9 of the law sits on the vertices
         odds = alphas / alphas.sum() if isinstance(alpha, Sequence) else None
-        vertex = dice.integers(count) if odds is None else dice.choice(count, p=odds)
+        vertex = generator.integers(count) if odds is None else generator.choice(count, p=odds)
         return torch.eye(count, dtype=torch.float64)[vertex]
     if math.isinf(alphas.max()):
         return torch.full((count,), 1 / count, dtype=torch.float64)
     floored = np.maximum(alphas, 1e-300)  # log(U) / α stays finite
-    logs = np.log(dice.standard_gamma(alphas + 1)) + np.log1p(-dice.random(count)) / floored
+    logs = np.log(generator.standard_gamma(alphas + 1))
+    logs += np.log1p(-generator.random(count)) / floored
     logs[alphas == 0] = -math.inf
     return torch.from_numpy(logs).softmax(0)
 
 
 def concentrations(alpha: float | Sequence[float], count: int) -> np.ndarray:
-    """The concentration of each of ``count`` weights, float64 (count,).
+    """Return the concentration of each of ``count`` weights, float64 (count,).
 
     Raises:
         UserError: α is negative or not a number; of several, one is infinite, all are 0, or there
@@ -82,7 +83,7 @@ def concentrations(alpha: float | Sequence[float], count: int) -> np.ndarray:
 
 
 def expected_count(alpha: float | Sequence[float], count: int) -> float:
-    r"""What `effective_count` to expect, as :math:`1 / \mathrm{E} \sum_n w_n^2`.
+    r"""Return the expected `effective_count`, :math:`1 / \mathrm{E} \sum_n w_n^2`.
 
     The mean of many draws' counts is a little above it (Jensen's inequality).
 
@@ -112,7 +113,7 @@ def expected_count(alpha: float | Sequence[float], count: int) -> float:
 
 
 def effective_count(weights: Float[Tensor, "*b k"]) -> Float[Tensor, "*b"]:
-    r"""How many members a mixture really has, :math:`1 / \sum_n w_n^2`, between 1 and K.
+    r"""Return the number of members that a mixture really has, :math:`1 / \sum_n w_n^2`, 1 to K.
 
     >>> effective_count(torch.full((4,), 0.25))
     tensor(4.)

@@ -23,8 +23,8 @@ rule        gain g, or what the result is                      norm of the resul
 interpolation for diffusion models*, arXiv 2505.07481, sec. 3. ``mode`` is the standardised centroid
 of the chi law (see `augment.prior`). ``vp`` is the variance-preserving gain of Bodin et al.,
 *Linear combinations of latents in generative models*, arXiv 2408.08558; with the split ``mu``, it
-is their LOL, :math:`z = (1 - a/\sqrt b)\mu + \sum_n w_n x_n / \sqrt b`, a = Σ w_n, b = Σ w_n²; the name
-``lol`` stands for it too. ``fade`` is ours: it gives back an input exactly where it is alone, and
+is their LOL, :math:`z = (1 - a/\sqrt b)\mu + \sum_n w_n x_n / \sqrt b`, a = Σ w_n, b = Σ w_n²,
+also named ``lol``. ``fade`` is ours: it gives back an input exactly where it is alone, and
 trusts the prior where many are mixed. The others have files of their own.
 
 Where all residuals are zero up to rounding, so is the result, under every rule.

@@ -1,4 +1,4 @@
-r"""Walks between two latents: T latents from one to the other, (T, C, H, W).
+r"""Walks between two latents: T latents from the first to the second, (T, C, H, W).
 
 ===============  =================================================================================
 walk             its latent at the place γ in [0, 1]
@@ -38,14 +38,14 @@ Walk = Float[Tensor, "t c h w"]
 
 
 def by_rule(a: Latent, b: Latent, count: int, norm: str) -> Walk:
-    """A norm rule of weights (1 − γ, γ)."""
+    """Walk by a norm rule with the weights (1 − γ, γ)."""
     place = torch.linspace(0, 1, count, dtype=a.dtype, device=a.device)
     points = torch.stack([a, b]).expand(count, -1, -1, -1, -1)
     return Rule(norm, "0")(points, torch.stack([1 - place, place], 1))
 
 
 def circle(a: Latent, b: Latent, count: int) -> Walk:
-    """Around the great circle: the rule's weight w_2 stands at ½ in the middle of the arc a b."""
+    """Walk around the great circle; the rule's weight w_2 is ½ in the middle of the arc a b."""
     half = angle(a, b) / (4 * math.pi)
     place = (0.5 - half + torch.linspace(0, 1, count, dtype=torch.float64)).to(a)
     points = torch.stack([a, b]).expand(count, -1, -1, -1, -1)
@@ -53,19 +53,19 @@ def circle(a: Latent, b: Latent, count: int) -> Walk:
 
 
 def angle(a: Latent, b: Latent) -> float:
-    """The angle between two latents, in radians."""
+    """Return the angle between two latents in radians."""
     a, b = (x.double().flatten() / x.double().norm() for x in (a, b))
-    # loses no digits near 0 and π (Kahan), as the arc cosine does
+    # Kahan's formula loses no digits near 0 and π, unlike the arc cosine
     return 2 * math.atan2((a - b).norm().item(), (a + b).norm().item())
 
 
 def nao(a: Latent, b: Latent, count: int) -> Walk:
-    """The geodesic of Samuel et al., arXiv 2306.08687, sec. 4.1, in the plane of a and b.
+    """Walk along the geodesic of Samuel et al., arXiv 2306.08687, sec. 4.1, between a and b.
 
-    Along the radius to a norm r, around, and along the radius to b; the true geodesic rounds the
-    two corners, over an angle of some 1/√D. r is the cheapest: near √(D − 1) if a and b are far
-    apart, their own norms if they are close. Its latents stand at equal distances, as the published
-    penalty on long pieces asks of its polyline.
+    The walk goes along the radius to a norm r, around at that norm, and along the radius to b. The
+    true geodesic rounds the two corners, over an angle of about 1/√D. The norm r is the cheapest:
+    near √(D − 1) if a and b are far apart, their own norms if they are close. Its latents are
+    equally spaced, as the published penalty on long pieces demands.
     """
     turn = angle(a, b)
     ends = torch.tensor([x.double().norm().item() for x in (a, b)], dtype=torch.float64)
@@ -88,7 +88,7 @@ def nao(a: Latent, b: Latent, count: int) -> Walk:
 
 
 def cheapest(ends: Float[Tensor, " 2"], turn: float, dim: int) -> float:
-    """The norm at which to go around: |climb| there, the way around, and |climb| back."""
+    """Find the norm of least cost for the arc: the climbs to and from it, and the arc itself."""
     reach = torch.cat([ends, ends.new_tensor([modal_norm(dim)])])
     radii = torch.linspace(reach.min().item(), reach.max().item(), 1025, dtype=torch.float64)
     height = climb(torch.cat([ends, radii]), dim) * (torch.cat([ends, radii]) - reach[2]).sign()
@@ -97,20 +97,20 @@ def cheapest(ends: Float[Tensor, " 2"], turn: float, dim: int) -> float:
 
 
 def translation(a: Latent, b: Latent, count: int) -> Walk:
-    """A window sliding over [a | b]."""
+    """Slide a window over [a | b]."""
     both, width = torch.cat([a, b], -1), a.shape[-1]
     return torch.stack([both[..., at : at + width] for at in columns(width, count)])
 
 
 def cut(a: Latent, b: Latent, count: int) -> Walk:
-    """The first columns from b, the others from a."""
+    """Take the first columns from b and the others from a."""
     return torch.stack(
         [torch.cat([b[..., :at], a[..., at:]], -1) for at in columns(a.shape[-1], count)]
     )
 
 
 def columns(width: int, count: int) -> list[int]:
-    """Whole columns, from none to all."""
+    """Return numbers of whole columns, from none to all, in equal steps."""
     return [round(width * step / max(count - 1, 1)) for step in range(count)]
 
 
@@ -133,16 +133,16 @@ TURNING = ("slerp", "circle", "nao")
 def walk(
     a: Float[Tensor, "c h w"], b: Float[Tensor, "_ _ _"], count: int, name: str = "slerp"
 ) -> Float[Tensor, "t c h w"]:
-    """Latents on the way from a to b, in float32 (float64 stays float64).
+    """Return latents on the way from a to b, in float32 (float64 stays float64).
 
     Args:
         a: the first latent, finite.
         b: the last, of the same shape.
-        count: latents T of the walk, both ends among them; at least 2.
+        count: number T of latents, both ends included, at least 2.
         name: a key of `WALKS`.
 
     Raises:
-        UserError: an unknown walk, fewer than two latents, or ends that do not fit.
+        UserError: the walk is unknown, the count is below 2, or the ends do not fit.
 
     >>> a, b = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     >>> walk(a, b, 5).shape

@@ -1,4 +1,4 @@
-"""Numbers about latents, so that trouble is seen before a night of sampling."""
+"""Measures of latents and images: bias, norms, FID, reconstruction, smoothness."""
 
 from augment.measure.bias import amplification, bias_warning, predicted_bias
 from augment.measure.latents import LatentStatistics, latent_statistics

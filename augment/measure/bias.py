@@ -1,4 +1,4 @@
-r"""How a norm rule makes a large bias of a small one.
+r"""How a norm rule amplifies a small bias of latents.
 
 Inverted latents share a small bias: :math:`z_n = d + e_n`, where d, mostly a mean of each channel,
 has mean square δ² and the independent :math:`e_n` variance v an element. An average with weights
@@ -9,8 +9,9 @@ w keeps d whole, but of the rest only a fraction √q, :math:`q = \sum_n w_n^2`:
 
 A rule that restores the norm √D with split ``0`` multiplies all of it, the bias too, by
 :math:`1/\sqrt{\delta^2 + v q}`: about 1/√q while d is small (√N for equal weights), and never more
-than 1/δ, where d is all there is. Images degenerate on the way. (Landolsi & Kahl, *Mean-adjusted
-interpolation*, arXiv 2505.07481.) `augment.measure.latents` finds δ² and v.
+than 1/δ, where only d is left. Images degenerate as the bias grows (Landolsi & Kahl, *Addressing
+degeneracies in latent interpolation for diffusion models*, arXiv 2505.07481, sec. 4).
+`augment.measure.latents` estimates δ² and v.
 """
 
 import math
@@ -22,16 +23,19 @@ from augment.centroid.residuals import TINY
 from augment.measure.latents import LatentStatistics
 from augment.weights import expected_count
 
-MUCH = 0.25
-"""A channel mean in standard deviations of the noise; between 0.21 and 0.35 `fix/0` turns dark."""
+BIAS_THRESHOLD = 0.25
+"""Channel mean, in standard deviations of the noise, that is warned of.
+
+Images of ``tiny`` under ``fix/0`` turn dark between 0.21 and 0.35.
+"""
 
 
 def amplification(count: int, alpha: float) -> float:
-    r"""What a small bias is multiplied by, :math:`\sqrt{(N\alpha+1)/(\alpha+1)} = 1/\sqrt{E q}`.
+    r"""Return the gain of a small bias, :math:`\sqrt{(N\alpha+1)/(\alpha+1)} = 1/\sqrt{E q}`.
 
     Args:
-        count: members N of a centroid, at least 1.
-        alpha: concentration of their Dirichlet weights, 0 ≤ α ≤ ∞ (equal weights: √N).
+        count: number N of members of a centroid, at least 1.
+        alpha: concentration of their Dirichlet weights, 0 ≤ α ≤ ∞; ∞ means equal weights, gain √N.
 
     Raises:
         UserError: α is negative or not a number, or count is not positive.
@@ -43,15 +47,15 @@ def amplification(count: int, alpha: float) -> float:
 
 
 def predicted_bias(statistics: LatentStatistics, count: int, alpha: float) -> float:
-    """The largest |channel mean| to expect of centroids under ``fix/0``, |d|/√(δ² + v q).
+    """Predict the largest |channel mean| of centroids under ``fix/0``, |d|/√(δ² + v q).
 
-    With the expectation of q, though it varies with the weights: exact for α = ∞, 2 % too low at
-    α = 1, 8 % at worst. White latents have a little of it too: what they happen to share.
+    The formula takes the expectation of q, which varies with the weights. It is exact for α = ∞,
+    2 % too low at α = 1, and 8 % too low at worst. Even white latents share a little by chance.
 
     Args:
-        statistics: of the class's latents.
-        count: members N of a centroid.
-        alpha: concentration of their weights; both as in `amplification`.
+        statistics: statistics of the class's latents.
+        count: number N of members of a centroid, as in `amplification`.
+        alpha: concentration of their weights, as in `amplification`.
 
     Raises:
         UserError: as in `amplification`.
@@ -66,17 +70,17 @@ def bias_warning(
     averages: Float[Tensor, "n c"],
     rule: str,
 ) -> str | None:
-    """What a rule does to a class's bias, in one sentence; None if there is nothing to tell.
+    """Describe in one sentence how a rule amplifies a class's bias; None if it does not.
 
     Args:
-        statistics: of the class's latents.
-        centroids: the channel means of centroids of the class by the rule.
-        averages: those of the plain weighted averages of the same members.
-        rule: its name.
+        statistics: statistics of the class's latents.
+        centroids: channel means of centroids of the class under the rule.
+        averages: channel means of the plain weighted averages of the same members.
+        rule: name of the rule.
     """
     times = ((centroids * averages).sum() / averages.square().sum().clamp_min(TINY)).item()
     largest, error = statistics.largest
-    if not statistics.biased or times < 1.5 or times * largest < MUCH:
+    if not statistics.biased or times < 1.5 or times * largest < BIAS_THRESHOLD:
         return None
     norm, split = rule.split("/")
     other = f"{norm}/chm" if split != "chm" else "lin/0"

@@ -5,14 +5,14 @@ With features :math:`x_i` of real and :math:`y_j` of synthetic images, (n, d) an
 ========================  ==========================================================================
 `frechet_distance`        FID (Heusel et al., arXiv 1706.08500): of Gaussians with their moments
 `kernel_distance`         KID (Bińkowski et al., arXiv 1801.01401): unbiased, whatever n and m
-`precision_recall`        what is plausible, what is reached (Naeem et al., arXiv 2002.09797)
-`class_distance`          1 − cosine to the mean feature of its class (arXiv 2505.07481, sec. 4)
+`precision_recall`        fidelity and coverage of the real set (Naeem et al., arXiv 2002.09797)
+`class_distance`          1 − cosine to the mean feature of its class (arXiv 2505.07481, sec. 6)
 `nearest_distance`        to the nearest real image, on the scale of real ones: 0 is a copy
 `diversity`               1 − cosine of two images of a class, on average
 ========================  ==========================================================================
 
-Everything is in float64. FID falls with the number of images, so it compares only sets of the same
-size; KID does not. All depend on the network that made the features.
+All are computed in float64. FID falls with the number of images, so it compares only sets of the
+same size; KID does not. All depend on the network that made the features.
 """
 
 from collections.abc import Callable, Iterator
@@ -28,15 +28,20 @@ from augment.seeds import rng
 
 Features = Float[Tensor, "n d"]
 Labels = Int[Tensor, " n"]
-ROWS = 1024  # of a matrix of distances at a time
+ROWS = 1024
+"""Rows of a distance matrix that are computed at a time."""
 
 
 def frechet_distance(some: Float[Tensor, "n d"], others: Float[Tensor, "m d"]) -> float:
-    r"""The Fréchet distance of two sets, :math:`|\mu-\nu|^2 + \mathrm{tr}(A + B - 2(AB)^{1/2})`.
+    r"""Compute FID, :math:`|\mu-\nu|^2 + \mathrm{tr}(A + B - 2(AB)^{1/2})`.
 
     With :math:`A = R^\top R` and :math:`B = S^\top S` by QR of the centred features, the trace of
-    the root is the nuclear norm of :math:`R S^\top`: no root of a matrix is taken, and sets with
-    fewer images than features need no care.
+    the root is the nuclear norm of :math:`R S^\top`. So no matrix root is taken, and sets may have
+    fewer images than features.
+
+    Args:
+        some: features of one set, (n, d).
+        others: features of the other set, (m, d).
 
     Raises:
         UserError: a set has fewer than two images.
@@ -53,17 +58,21 @@ def frechet_distance(some: Float[Tensor, "n d"], others: Float[Tensor, "m d"]) -
 
 
 def moments(features: Features) -> tuple[Float[Tensor, " d"], Float[Tensor, "r d"]]:
-    """The mean, and a root R of the covariance RᵀR."""
+    """Return the mean of features, and a root R of their covariance RᵀR."""
     features = features.double()
     mean = features.mean(0)
     return mean, torch.linalg.qr((features - mean) / (len(features) - 1) ** 0.5).R
 
 
 def kernel_distance(some: Float[Tensor, "n d"], others: Float[Tensor, "m d"]) -> float:
-    r"""The unbiased squared MMD of two sets, with the kernel :math:`(x^\top y / d + 1)^3`.
+    r"""Compute KID, the unbiased squared MMD with the kernel :math:`(x^\top y / d + 1)^3`.
 
-    All pairs are taken, so there are no subsets to draw; for equal laws the mean is 0, and single
-    values are negative half of the time.
+    The sum runs over all pairs, so no subsets are drawn. For sets of the same distribution the
+    expectation is 0, and half of the values are negative.
+
+    Args:
+        some: features of one set, (n, d).
+        others: features of the other set, (m, d).
 
     Raises:
         UserError: a set has fewer than two images.
@@ -74,36 +83,37 @@ def kernel_distance(some: Float[Tensor, "n d"], others: Float[Tensor, "m d"]) ->
 
 
 def kernel(a: Tensor, b: Tensor) -> Tensor:
-    """The polynomial kernel of rows."""
+    """Return the polynomial kernel of all pairs of rows."""
     return (a.double() @ b.double().mT / a.shape[1] + 1) ** 3
 
 
 def total(a: Tensor, b: Tensor) -> float:
-    """The sum of the kernel over all pairs."""
+    """Sum the kernel over all pairs of rows."""
     return sum(kernel(part, b).sum().item() for part in a.split(ROWS))
 
 
 def diagonal(a: Tensor) -> float:
-    """The sum of the kernel of each with itself."""
+    """Sum the kernel of each row with itself."""
     return ((a.double().square().sum(1) / a.shape[1] + 1) ** 3).sum().item()
 
 
 def precision_recall(
     real: Float[Tensor, "n d"], fake: Float[Tensor, "m d"], nearest: int = 5
 ) -> dict[str, Float[Tensor, " _"]]:
-    """Whether images are within the reach of the others, an image a value; their means are meant.
+    """Compute precision, recall, density and coverage, one value per image; report their means.
 
-    The reach of an image is the ball up to its ``nearest``-th neighbour in its own set.
+    The ball of an image reaches to its ``nearest``-th neighbour in its own set.
 
     Args:
-        real: features.
-        fake: features of synthetic images.
-        nearest: the neighbour; 5 in the paper of coverage, 3 in that of precision and recall.
+        real: features of real images, (n, d).
+        fake: features of synthetic images, (m, d).
+        nearest: rank of the neighbour; 5 in the paper of coverage, 3 in that of precision.
 
     Returns:
-        ``precision`` (m): in reach of a real image. ``recall`` (n): a real image in reach of a
-        synthetic one. ``density`` (m): how many reach it, over ``nearest``. ``coverage`` (n): a
-        real image with a synthetic one within its own reach.
+        ``precision`` (m): 1 if a synthetic image lies in the ball of a real one. ``recall`` (n): 1
+        if a real image lies in the ball of a synthetic one. ``density`` (m): number of real balls
+        that a synthetic image lies in, divided by ``nearest``. ``coverage`` (n): 1 if the ball of
+        a real image holds a synthetic one.
 
     Raises:
         UserError: a set has no more images than ``nearest``.
@@ -125,13 +135,13 @@ def precision_recall(
 
 
 def reach(features: Features, nearest: int) -> Float[Tensor, " n"]:
-    """The distance of each to its ``nearest``-th neighbour in the set."""
+    """Return the distance of each image to its ``nearest``-th neighbour in the set."""
     parts = [d.kthvalue(nearest + 1, dim=1).values for _, d in blocks(features, features)]
     return torch.cat(parts)
 
 
 def blocks(a: Tensor, b: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Distances of rows of ``a`` to all of ``b``, some rows at a time; of a row to itself 0."""
+    """Yield the distances of rows of ``a`` to all of ``b``, `ROWS` rows at a time."""
     for start in range(0, len(a), ROWS):
         rows = slice(start, min(start + ROWS, len(a)))
         how = "donot_use_mm_for_euclid_dist" if a.shape[1] < 128 else "use_mm_for_euclid_dist"
@@ -145,14 +155,14 @@ def class_distance(
     real_labels: Int[Tensor, " m"],
     same: bool = False,
 ) -> Float[Tensor, " n"]:
-    """1 − cosine of each image to the mean unit feature of its class's real images.
+    """Return 1 − cosine of each image to the mean unit feature of its class's real images.
 
     Args:
-        features: of the images.
-        labels: of the images.
+        features: features of the images.
+        labels: class of each image.
         real: features of the real images.
-        real_labels: of the real images.
-        same: these are the real images; each is compared with the others.
+        real_labels: class of each real image.
+        same: whether both sets are the same; each image is then compared with the others.
 
     Raises:
         UserError: a class has no real image, or no other.
@@ -170,14 +180,15 @@ def class_distance(
 def nearest_distance(
     features: Float[Tensor, "n d"], real: Float[Tensor, "m d"], same: bool = False
 ) -> Float[Tensor, " n"]:
-    """The distance of each to the nearest real image, in median such distances of real images.
+    """Return the distance of each image to its nearest real image.
 
-    0 is a copy, 1 as far as real images are from each other.
+    The unit is the median of the distances of real images to their nearest real neighbours: 0 is a
+    copy, 1 is as far as real images are from each other.
 
     Args:
-        features: of the images.
+        features: features of the images.
         real: features of the real images.
-        same: these are the real images; each is compared with the others.
+        same: whether both sets are the same; each image is then compared with the others.
 
     Raises:
         UserError: there are fewer than two real images.
@@ -189,7 +200,7 @@ def nearest_distance(
 
 
 def diversity(features: Float[Tensor, "n d"]) -> float:
-    """The mean of 1 − cosine over pairs of different images; NaN of one."""
+    """Return the mean of 1 − cosine over pairs of different images; NaN for one image."""
     unit = torch.nn.functional.normalize(features.double(), dim=1)
     n, whole = len(unit), unit.sum(0).square().sum().item()
     own = unit.square().sum().item()  # n, but for features of zero length
@@ -199,33 +210,32 @@ def diversity(features: Float[Tensor, "n d"]) -> float:
 def deviation(
     measure: Callable[..., float], *sets: Features, draws: int = 100, seed: int = 0
 ) -> float:
-    """The standard deviation of a measure of sets, by the bootstrap over their images.
+    """Return the standard deviation of a measure of sets, by the bootstrap over their images.
 
-    Duplicates in a resampled set shift most measures; so the spread is taken, and the estimate is
-    that of the sets themselves.
+    Duplicates in a resampled set shift most measures, so use the spread of the draws only, and the
+    value of the sets themselves as the estimate.
 
     Args:
         measure: a function of the sets.
-        sets: features.
-        draws: how many times each set is drawn anew, with replacement; at least 2.
-        seed: of the draws.
+        sets: features of each set.
+        draws: number of resampled sets, at least 2.
+        seed: seed of the draws.
 
     Raises:
-        UserError: too few draws.
+        UserError: there are fewer than two draws.
     """
     if draws < 2:
         raise UserError(f"expected at least 2 draws of the bootstrap, got {draws}; 100 is usual")
     found = []
     for draw in range(draws):
-        dice = rng(seed, "order", draw)
-        found.append(
-            measure(*(x[torch.from_numpy(dice.integers(len(x), size=len(x)))] for x in sets))
-        )
+        generator = rng(seed, "order", draw)
+        rows = [torch.from_numpy(generator.integers(len(x), size=len(x))) for x in sets]
+        found.append(measure(*(x[part] for x, part in zip(sets, rows, strict=True))))
     return float(np.std(found, ddof=1))
 
 
 def check(least: int, *sets: Tensor) -> None:
-    """Refuse too few images."""
+    """Raise if a set has fewer than ``least`` images."""
     for features in sets:
         if len(features) < least:
             raise UserError(f"expected at least {least} images to compare, got {len(features)}")

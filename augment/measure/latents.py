@@ -1,12 +1,12 @@
-r"""Are the latents of a class the white noise that norm rules take them for, and what if not?
+r"""Whether the latents of a class are white noise, as norm rules assume.
 
-Norm rules trust that latents are N(0, I): no mean, norms of the chi law, no neighbour like
-another. Inverted latents :math:`z_n = d + e_n` are not quite: they share d, of mean square δ² an
-element, and what differs has variance v. With ⟨a, b⟩ the mean product over elements,
-δ² is estimated by the mean of :math:`⟨z_m, z_n⟩, m ≠ n`, and δ² + v by that of
-:math:`⟨z_n, z_n⟩`. Both are unbiased, and make the mean square of an average of these very
-latents, δ² + v·Σw², exact in expectation over who is drawn. What that does to a centroid is told in
-`augment.measure.bias`. Left open: correlation of channels, or of pixels further apart.
+Norm rules assume latents that are N(0, I): zero mean, norms of the chi law, uncorrelated pixels.
+Inverted latents :math:`z_n = d + e_n` are not quite: they share d, of mean square δ² an element,
+and the rest has variance v. With ⟨a, b⟩ the mean product over elements, δ² is estimated by the mean
+of :math:`⟨z_m, z_n⟩, m ≠ n`, and δ² + v by that of :math:`⟨z_n, z_n⟩`. Both are unbiased, and make
+the mean square of an average of these very latents, δ² + v·Σw², exact in expectation over the
+members drawn. `augment.measure.bias` derives what that does to a centroid. Not measured:
+correlation between channels, or of pixels further apart.
 """
 
 import math
@@ -23,18 +23,19 @@ from augment.prior import log_chi, nominal_norm
 
 @dataclass(frozen=True)
 class LatentStatistics:
-    """What `latent_statistics` found; in brackets what is expected of white noise.
+    """Statistics of a class's latents; in brackets the value expected of white noise.
 
     Args:
-        count, dim: latents n, and elements D of each.
-        channel_means: of each channel [0].
-        channel_errors: their standard errors, from the scatter between latents. One latent has
-            none: then those of white noise are given, and no bias is called significant.
+        count, dim: number n of latents, number D of elements of each.
+        channel_means: mean of each channel [0].
+        channel_errors: standard errors of the means, from the scatter between latents; for a
+            single latent those of white noise, and no bias is called significant.
         energy: mean square of an element, δ² + v [1].
-        shared: δ² [0]; may be a little below 0. One latent shows its channel means' part only.
+        shared: δ² [0]; the estimate may be a little below 0. For a single latent, the part of its
+            channel means only.
         norm, norm_spread: mean and standard deviation (0 for one latent) of ‖z‖/√D [`norm_law`].
-        log_density: mean of log χ_D(‖z‖), less that of the mode √(D − 1) [about −½].
-        horizontal, vertical: correlation of neighbouring pixels, class channel means taken out [0].
+        log_density: mean of log χ_D(‖z‖) minus its value at the mode √(D − 1) [about −½].
+        horizontal, vertical: correlation of neighbouring pixels, without the channel means [0].
     """
 
     count: int
@@ -56,9 +57,10 @@ class LatentStatistics:
 
     @property
     def biased(self) -> bool:
-        """Whether the largest channel mean is not 0: Student's test at 1 % for all channels.
+        """Whether the largest channel mean differs from 0: Student's test at 1 % for all channels.
 
-        By Wallace's normal score of t (Ann. Math. Stat. 30, 1959), too careful for 2 or 3 latents.
+        Uses Wallace's normal score of t (Ann. Math. Stat. 30, 1959), which is conservative for 2
+        or 3 latents.
         """
         (mean, error), freedom = self.largest, max(self.count - 1, TINY)
         score = math.sqrt(freedom * math.log1p((mean / max(error, TINY)) ** 2 / freedom))
@@ -72,7 +74,7 @@ class LatentStatistics:
 
     @property
     def norm_sigmas(self) -> float:
-        """By how many standard errors of n white latents `norm` is too large (negative: small)."""
+        """Deviation of `norm` from that of white latents, in standard errors for n latents."""
         mean, spread = self.norm_law
         return (self.norm - mean) / spread * math.sqrt(self.count)
 
@@ -97,7 +99,7 @@ def latent_statistics(latents: Float[Tensor, "n c h w"]) -> LatentStatistics:
     """Measure the latents of a class, at least one and finite, in float64 on the CPU.
 
     Raises:
-        UserError: there is none, or one is not finite.
+        UserError: there are no latents, or one is not finite.
 
     >>> noise = torch.randn(64, 4, 16, 16, generator=torch.Generator().manual_seed(0))
     >>> latent_statistics(noise).biased, latent_statistics(noise + 0.1).biased
@@ -134,7 +136,7 @@ def latent_statistics(latents: Float[Tensor, "n c h w"]) -> LatentStatistics:
 
 
 def neighbour_correlation(centred: Float[Tensor, "n c h w"]) -> float:
-    """Of pixels beside each other in a row, the mean of the channels'; 0 for a width of 1."""
+    """Return the correlation of horizontal neighbours, averaged over channels; 0 for width 1."""
     if centred.shape[-1] == 1:
         return 0.0
     products = (centred[..., 1:] * centred[..., :-1]).mean((0, 2, 3))

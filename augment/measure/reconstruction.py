@@ -1,7 +1,7 @@
-r"""How well images come back: mean squared error, PSNR, SSIM, LPIPS.
+r"""Reconstruction error of inverted images: mean squared error, PSNR, SSIM, LPIPS.
 
-Real images in [0, 1] against what an inversion's latents give when they are sampled. The codec
-alone loses something (:math:`D(E(x))` is not x): that is the bound, for no latent can do better.
+Real images in [0, 1] are compared with what their inverted latents give when they are sampled. The
+codec alone loses something (:math:`D(E(x))` is not x); no latent can do better than that bound.
 """
 
 import math
@@ -18,15 +18,15 @@ Images = Float[Tensor, "n c h w"]
 
 
 def reconstruction(images: Images, others: Images) -> dict[str, Float[Tensor, " n"]]:
-    """Errors of images in [0, 1], a value an image, float64.
+    """Compare images in [0, 1] with their reconstructions, one float64 value per image.
 
     Args:
-        images: what was to come back.
-        others: what came.
+        images: the originals, (n, C, H, W).
+        others: the reconstructions.
 
     Returns:
-        ``mse``; ``psnr``, −10 log₁₀ of it, in dB (120 at most); ``ssim`` of Wang et al., 2004, with
-        a Gaussian window of 11 pixels and deviation 1.5 (NaN for images smaller than that).
+        ``mse``; ``psnr``, −10 log₁₀ of the MSE, in dB, at most 120; ``ssim`` of Wang et al., 2004,
+        with a Gaussian window of 11 pixels and deviation 1.5 (NaN for images smaller than that).
     """
     from torchmetrics.functional.image import structural_similarity_index_measure as ssim
 
@@ -45,15 +45,15 @@ def reconstruction(images: Images, others: Images) -> dict[str, Float[Tensor, " 
 def lpips(
     images: Images, others: Images, network: Literal["alex", "vgg", "squeeze"] = "alex"
 ) -> Float[Tensor, " n"]:
-    """The learned distance of Zhang et al., arXiv 1801.03924, of images in [0, 1]: 0 is equal.
+    """Compute LPIPS (Zhang et al., arXiv 1801.03924) of images in [0, 1]; 0 for equal images.
 
     Args:
-        images: what was to come back.
-        others: what came.
-        network: ``alex``, ``vgg`` or ``squeeze``, downloaded by torchvision once.
+        images: the originals, (n, C, H, W).
+        others: the reconstructions.
+        network: ``alex``, ``vgg`` or ``squeeze``; torchvision downloads its weights once.
 
     Raises:
-        UserError: the network cannot be had.
+        UserError: the weights are not there and cannot be downloaded.
     """
     from torchmetrics.functional.image.lpips import _LPIPS
 

@@ -1,9 +1,9 @@
-r"""How noises, inverted latents and samples lie to each other.
+r"""Relations between noises, inverted latents and samples.
 
 Staniszewski et al., *There and Back Again*, arXiv 2410.23530: samples :math:`x_0` of noises
 :math:`x_T`, and the latents :math:`\hat x_T` that inversion makes of those samples. A perfect
-inversion gives the noise back; real ones leave some of the image in the latent, which shows as
-correlation of its pixels, as nearness to the image, and as a shift along the way of sampling.
+inversion gives the noise back. Real ones leave some of the image in the latent, which shows as
+correlated pixels, as nearness to the image, and as a shift along the sampling trajectory.
 """
 
 from collections.abc import Sequence
@@ -23,16 +23,16 @@ from augment.measure.features import blocks
 def top_correlations(
     tensors: Float[Tensor, "n c h w"], count: int = 20, patch: int = 8
 ) -> Float[Tensor, " p"]:
-    """The mean of the largest |correlations| of two elements, for each patch of the picture.
+    """Return the mean of the largest |correlations| of element pairs, for each image patch.
 
-    Over the n tensors, of every pair of elements (pixels and channels) of a patch. Table 1 of the
-    paper is its mean: 0.039 for noise with 10 240 tensors. Fewer tensors correlate more by chance,
-    so compare with noise of the same number.
+    Correlations run over the n tensors, for every pair of elements (pixels and channels) of a
+    patch. Table 1 of the paper is the mean over patches: 0.039 for noise with 10 240 tensors. Fewer
+    tensors correlate more by chance, so compare with the same number of noises.
 
     Args:
         tensors: noises, latents or samples; at least 3.
-        count: how many of the largest; 20 in the paper.
-        patch: rows and columns of a patch; 8 in the paper.
+        count: number of largest correlations to average; 20 in the paper.
+        patch: side of a patch in pixels; 8 in the paper.
 
     Raises:
         UserError: there are fewer than 3 tensors.
@@ -50,14 +50,13 @@ def top_correlations(
 
 
 def assignment(tensors: Float[Tensor, "n ..."], others: Float[Tensor, "n ..."]) -> float:
-    """How often the nearest of the others, by L2, is the one of the same row; in [0, 1].
+    """Return the share of rows whose L2-nearest row among the others is the same row.
 
-    Of noises and samples: noise → sample as ``assignment(noises, samples)``, and the other way
-    round. Chance is 1/n.
+    Noise → sample is ``assignment(noises, samples)``. Chance is 1/n.
 
     Args:
-        tensors: what looks for its other half.
-        others: among which it looks.
+        tensors: rows to assign, (n, …).
+        others: rows to assign to, (n, …).
     """
     a, b = tensors.flatten(1), others.flatten(1)
     hits = [(d.argmin(1) == torch.arange(len(a))[rows]) for rows, d in blocks(a, b)]
@@ -65,11 +64,11 @@ def assignment(tensors: Float[Tensor, "n ..."], others: Float[Tensor, "n ..."]) 
 
 
 class OffsetResponse(NamedTuple):
-    """What `offset_response` found, for the channel that was shifted.
+    """Result of `offset_response`, for the channel that was shifted.
 
     Args:
-        slope: of the clean latent's mean in the offset: where it was added, and elsewhere.
-        images: (b, channels, height, width), of the first noise under each offset.
+        slope: slope of the clean mean against the offset, where it was added and elsewhere.
+        images: image of the first noise under each offset, (b, channels, height, width).
     """
 
     slope: Float[Tensor, " 2"]
@@ -84,18 +83,18 @@ def offset_response(
     solver: str = "ddim",
     steps: int = 50,
 ) -> OffsetResponse:
-    """What an offset of one channel at t = T, in the left half, does to the clean latent.
+    """Measure what an offset of one channel at t = T, in the left half, does to the clean latent.
 
-    Landolsi & Kahl, arXiv 2505.07481, Fig. 6. The same offset at t = 0 has slopes 1 and 0; at t = T
-    a network may take it for what is left there of a picture, and answer with up to 1/α(T).
+    Compare Landolsi & Kahl, arXiv 2505.07481, Fig. 6. The same offset at t = 0 has slopes 1 and 0.
+    At t = T a network may mistake it for a remnant of a picture and answer with up to 1/α(T).
 
     Args:
-        backbone: the model.
-        noises: at the last level.
-        channel: that is shifted.
-        offsets: b, of which one is not 0.
+        backbone: the diffusion model.
+        noises: latents at the last level.
+        channel: index of the channel that is shifted.
+        offsets: the b offsets; at least one is not 0.
         solver: see `augment.sample`.
-        steps: see there.
+        steps: see `augment.sample`.
     """
     means, images = [], []
     for offset in offsets:
@@ -111,18 +110,18 @@ def offset_response(
 def shifted(
     latents: Float[Tensor, "n c h w"], channel: int, offset: float
 ) -> Float[Tensor, "n c h w"]:
-    """Latents with an offset in the left half of one channel."""
+    """Add an offset to the left half of one channel of latents."""
     latents = latents.clone()
     latents[:, channel, :, : (latents.shape[-1] + 1) // 2] += offset
     return latents
 
 
 class Approach(NamedTuple):
-    """What `approach` found, (t, s) each: steps down, places on the segment across.
+    """Result of `approach`.
 
     Args:
-        distance: mean L2 distance of the sample on its way from the places.
-        places: in [0, 1]: 0 is the noise, 1 the latent.
+        distance: mean L2 distance of the trajectory at each of t steps from each of s places.
+        places: places on the segment, in [0, 1]: 0 is the noise, 1 the latent.
     """
 
     distance: Float[Tensor, "t s"]
@@ -135,16 +134,16 @@ def approach(
     latents: Float[Tensor, "n c h w"],
     count: int = 11,
 ) -> Approach:
-    """How near a sample on its way passes by points on the segment from its noise to its latent.
+    """Measure how near sampling trajectories pass the segments from noises to inverted latents.
 
-    Fig. 5 of the first version of the paper: latents lie between noise and sample, if the way from
-    the noise comes nearer to the latent before it leaves.
+    Compare Fig. 5 of the first version of the paper: latents lie between noise and sample if the
+    trajectory comes nearer to the latent before it leaves.
 
     Args:
-        ways: of sampling from the noises, the first the noises themselves.
-        noises: of the samples.
-        latents: that inversion made of the samples.
-        count: points on the segment, both ends among them.
+        ways: sampling trajectories, (t, n, C, H, W); the first entry holds the noises.
+        noises: noises of the samples, (n, C, H, W).
+        latents: inverted latents of the samples, (n, C, H, W).
+        count: number of places on the segment, both ends included.
     """
     places = torch.linspace(0, 1, count, dtype=torch.float64)
     a, b = noises.double().flatten(1), latents.double().flatten(1)

@@ -16,16 +16,18 @@ from augment.diffusion.backbone import Backbone
 from augment.diffusion.solver import sample
 from augment.seeds import normal, rng
 
-STOPS = 11  # nine ratios 0.1 … 0.9, and the ends
+STOPS = 11
+"""Images of a walk: nine between, at the ratios 0.1 … 0.9, and both ends."""
 
 
 def istd(walks: Float[Tensor, "p t c h w"]) -> float:
-    r"""Interpolation standard deviation; 0 if images change by equal distances.
+    r"""Compute the interpolation standard deviation; 0 if images change by equal distances.
 
-    Per walk the (population) standard deviation of :math:`\|x_{k+1} - x_k\|_2`, pixels times 255.
+    It is the population standard deviation of :math:`\|x_{k+1} - x_k\|_2` along a walk, of pixels
+    times 255, averaged over walks.
 
     Args:
-        walks: images in [0, 1] along each walk.
+        walks: images in [0, 1] along each walk, (walks, places, C, H, W).
     """
     steps = (255 * walks.double()).diff(dim=1).flatten(2).norm(dim=2)
     return steps.std(dim=1, correction=0).mean().item()
@@ -41,17 +43,18 @@ def walks(
     steps: int = 25,
     guidance: float = 1.0,
 ) -> Float[Tensor, "p t c h w"]:
-    """Images on walks between two noises a prompt, sampled together.
+    """Sample images along walks between two noises, one walk per prompt.
 
     Args:
-        backbone: the model.
-        prompts: a walk each; may repeat.
-        seed: of the noises: prompt i has the same ones for every model.
-        mean: of each channel, added to the noise, for models whose last level is not quite noise.
-        name: of the walk; see `augment.centroid.paths`.
-        solver: see `augment.diffusion.solver.sample`.
-        steps: see there.
-        guidance: see there.
+        backbone: the diffusion model.
+        prompts: prompt of each walk; may repeat.
+        seed: seed of the noises; walk i has the same two noises for every model.
+        mean: mean of each channel to add to the noise, for models whose last level is not quite
+            noise.
+        name: name of the walk; see `augment.centroid.paths`.
+        solver: see `augment.sample`.
+        steps: see `augment.sample`.
+        guidance: see `augment.sample`.
     """
     shift = torch.as_tensor(mean).reshape(-1, 1, 1)
     latents = []
@@ -64,11 +67,11 @@ def walks(
 
 
 def interp_score(images: Float[Tensor, "t d"], text: Float[Tensor, " d"]) -> float:
-    """The mean of max(100 · cosine, 0) of features along a walk to those of its text.
+    """Return the mean of max(100 · cosine, 0) of image features along a walk to a text feature.
 
     Args:
-        images: features of the images, such as `augment.networks.clip.Clip.images`.
-        text: features of the text by the same model, or a class's mean image feature.
+        images: features of the images, such as from `augment.networks.clip.Clip.images`.
+        text: feature of the text by the same model, or a class's mean image feature.
     """
     cosines = torch.cosine_similarity(images.double(), text.double()[None], dim=1)
     return (100 * cosines).clamp_min(0).mean().item()

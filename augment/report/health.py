@@ -15,7 +15,7 @@ from torch import Tensor
 
 from augment.bank import LatentBank
 from augment.centroid import Rule
-from augment.measure.bias import MUCH, predicted_bias
+from augment.measure.bias import BIAS_THRESHOLD, predicted_bias
 from augment.measure.latents import LatentStatistics, latent_statistics
 from augment.prior import nominal_norm
 from augment.seeds import rng
@@ -161,7 +161,7 @@ def findings(bank: LatentBank, classes: Sequence[ClassHealth]) -> list[Finding]:
 def bias_finding(classes: Sequence[ClassHealth]) -> Finding:
     """Whether rules without a mean split are safe."""
     biased = [c for c in classes if c.statistics.biased]
-    bad = [c for c in biased if c.grown >= MUCH]
+    bad = [c for c in biased if c.grown >= BIAS_THRESHOLD]
     if not biased:
         told = "No class has a significant channel bias: any rule will do."
         return Finding("good", "Bias", told)
@@ -173,13 +173,13 @@ def bias_finding(classes: Sequence[ClassHealth]) -> Finding:
     if not bad:
         told = (
             f"{share(biased, classes)} a channel bias, too small to do harm: fix/0 would enlarge "
-            f"{grown}, and images suffer from about {MUCH} on. Any rule will do."
+            f"{grown}, and images suffer from about {BIAS_THRESHOLD} on. Any rule will do."
         )
         return Finding("good", "Bias", told)
     told = (
         f"{share(bad, classes)} a channel bias that rules without a mean split enlarge until "
-        f"images fade or take on a tint, from about {MUCH} on: fix/0 would enlarge {grown}. Take "
-        "a rule with /chm, such as fade/chm, or with /lp where many members have a common layout."
+        f"images fade or take on a tint, from about {BIAS_THRESHOLD} on: fix/0 would enlarge "
+        f"{grown}. Take a rule with /chm, such as fade/chm, or with /lp where many members have a common layout."
     )
     return Finding("mind", "Bias", told)
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from augment.bank import LatentBank
-from augment.measure.bias import MUCH, predicted_bias
+from augment.measure.bias import BIAS_THRESHOLD, predicted_bias
 from augment.prior import log_chi, nominal_norm
 from augment.report.health import ClassHealth, evenly, measured_bias, numbers_of_members
 
@@ -110,7 +110,7 @@ def bias_plot(bank: LatentBank, classes: Sequence[ClassHealth]) -> str:
     shown = evenly(classes, CURVES)
     worst = shown[0]
     most = max(max(c.statistics.count for c in shown), 2)
-    top = 1.12 * max(MUCH, *(c.grown for c in shown))
+    top = 1.12 * max(BIAS_THRESHOLD, *(c.grown for c in shown))
     x, y = axes(1, math.sqrt(most), top)
     parts = [grid(y, top)]
     for c in reversed(shown):
@@ -128,7 +128,7 @@ def bias_plot(bank: LatentBank, classes: Sequence[ClassHealth]) -> str:
             parts.append(
                 f'<circle class="{kind} dot" {place} r="3.5"><title>{escape(told)}</title></circle>'
             )
-    parts.append(f'<path class="limit" d="M{LEFT} {y(MUCH):.1f}H{WIDTH - RIGHT}"/>')
+    parts.append(f'<path class="limit" d="M{LEFT} {y(BIAS_THRESHOLD):.1f}H{WIDTH - RIGHT}"/>')
     marks = {
         math.sqrt(n): str(n) for n in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024) if n <= most
     }
