@@ -179,7 +179,8 @@ def bias_finding(classes: Sequence[ClassHealth]) -> Finding:
     told = (
         f"{share(bad, classes)} a channel bias that rules without a mean split enlarge until "
         f"images fade or take on a tint, from about {BIAS_THRESHOLD} on: fix/0 would enlarge "
-        f"{grown}. Take a rule with /chm, such as fade/chm, or with /lp where many members have a common layout."
+        f"{grown}. Take a rule with /chm, such as fade/chm, or with /lp where many members have a "
+        "common layout."
     )
     return Finding("mind", "Bias", told)
 
