@@ -122,6 +122,7 @@ def report(run: Run) -> None:
     for part in PARTS:
         images, _ = load_part(run.args.images, part)
         features[part] = unit(in_batches(lambda x: trunk(normalised(x)), images)).float()
+        write_bytes(run.folder / "features.safetensors", save(features))
         if part == "base":
             continue
         source = Folder(run.args.images)
@@ -141,7 +142,6 @@ def report(run: Run) -> None:
                     found.append((answer == truth).double().mean().item())
                 mean, half = sum(found) / len(found), normal_interval(found)
                 print(f"{part}, 5-way {shots}-shot, {name}: {100 * mean:.2f} ± {100 * half:.2f} %")
-    write_bytes(run.folder / "features.safetensors", save(features))
 
 
 def main() -> None:

@@ -5,11 +5,13 @@ import csv
 import json
 import os
 import signal
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save, save_file
+from conftest import paint
+from safetensors.torch import load_file, save, save_file
 from torch import nn
 
 from augment import UserError, load_backbone
@@ -205,3 +207,34 @@ def test_the_trained_process_is_in_the_weights(scripts, tmp_path, zero):
     backbone = load_backbone(args.out, device="cpu")
     assert backbone.process == VariancePreserving("v", zero_terminal_snr=zero)
     assert backbone.prompts == script.PROMPTS
+
+
+def test_the_features_of_a_trained_network_are_tried_on_episodes(
+    scripts, tmp_path, monkeypatch, capsys
+):
+    import train_resnet12 as script
+    from cifar_fs import PARTS, classes_of
+
+    counts = {name: 4 if part == "base" else 20 for part in PARTS for name in classes_of(part)}
+    paint(tmp_path / "images", counts, 32)
+    monkeypatch.setattr(script, "HELD_OUT", 2)
+    given = [tmp_path / "images", "--run", tmp_path / "run", "--width", 2, "--epochs", 1]
+    given += ["--episodes", 2, "--batch", 16]
+    monkeypatch.setattr(sys, "argv", ["train_resnet12.py", *map(str, given)])
+    script.main()
+    said = capsys.readouterr().out
+    lines = [line.split(":")[0] for line in said.splitlines()]
+    assert lines[:2] == ["held out images of base classes", "seen images of base classes"]
+    assert len(lines) == 10
+    assert all(part in said for part in ("validation, 5-way 1-shot", "novel, 5-way 5-shot"))
+    log = (tmp_path / "run" / "log.csv").read_text()
+    assert len(log.splitlines()) == 1, "8 steps are not a line"
+    features = load_file(tmp_path / "run" / "features.safetensors")
+    assert {part: len(rows) for part, rows in features.items()} == {
+        **{"base": 64 * 4, "validation": 16 * 20, "novel": 20 * 20}
+    }
+    torch.testing.assert_close(features["novel"].norm(dim=1), torch.ones(400))
+    network = script.load_network(tmp_path / "run" / "weights.safetensors")
+    images, _ = script.load_part(tmp_path / "images", "novel")
+    again = nn.functional.normalize(network[:-1](script.normalised(images)), dim=1)
+    torch.testing.assert_close(again, features["novel"], rtol=0, atol=1e-2)
