@@ -259,7 +259,7 @@ def parse_json(content: bytes, path: Path, what: str, cure: str = REMOVE) -> Any
         Damaged: it is something else.
     """
     try:
-        return json.loads(content.decode("utf-8", "surrogatepass"), parse_constant=no_constant)
+        return DECODER.decode(content.decode("utf-8", "surrogatepass"))
     except (ValueError, RecursionError) as error:
         raise damaged(path, what, f"no JSON ({error})", cure) from None
 
@@ -267,6 +267,9 @@ def parse_json(content: bytes, path: Path, what: str, cure: str = REMOVE) -> Any
 def no_constant(name: str) -> None:
     """Refuse NaN and infinity, which JSON has not."""
     raise ValueError(f"{name} is no number")
+
+
+DECODER = json.JSONDecoder(parse_constant=no_constant)
 
 
 def fits(value: Any, shape: Any) -> bool:

@@ -15,9 +15,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import MISSING, Field, fields, is_dataclass
 from functools import cache
 from itertools import chain, islice
+from operator import itemgetter
 from pathlib import Path
-from types import UnionType
-from typing import Any, ClassVar, TypeVar, get_args, get_origin, get_type_hints
+from types import NoneType, UnionType
+from typing import Any, ClassVar, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
 
 from augment.errors import UserError
 from augment.files import LARGEST_RECORD, damaged, parse_json, read_file, sha256, write_bytes
@@ -135,34 +136,58 @@ def build(kind: Any, value: Any) -> Any:
     >>> build(list[int], [1, 2]), build(dict[str, float], {"a": 0.5})
     ([1, 2], {'a': 0.5})
     """
-    return converted(kind, [value], "")[0]
+    return converted(form_of(kind), [value], "")[0]
 
 
-def converted(kind: Any, values: list[Any], name: str) -> list[Any]:
-    """Build the values of an annotation, all at once: a record of many images is quickly read."""
-    origin, kinds = get_origin(kind), set(map(type, values))
-    if kind is Any:
-        return values
-    if origin is UnionType:  # of a type and None
-        inner = next(part for part in get_args(kind) if part is not type(None))
-        given = iter(converted(inner, [v for v in values if v is not None], name))
-        return [None if value is None else next(given) for value in values]
+class Form(NamedTuple):
+    """What an annotation asks for, looked at once.
+
+    Args:
+        tag: list, dict, `UnionType` of a type and None, `Record` for a dataclass, or a plain type.
+        kind: the dataclass.
+        inner: the form of what is in a list or dictionary, or may be None.
+    """
+
+    tag: Any
+    kind: Any = None
+    inner: Any = None
+
+
+@cache
+def form_of(kind: Any) -> Form:
+    """Return the form of an annotation."""
     if is_dataclass(kind):
-        require(kinds <= {dict}, name, "an object")
-        return objects(kind, values, name)
-    if origin is list:
-        require(kinds <= {list}, name, "a list")
-        inner = list(chain.from_iterable(values))
-        given = converted(get_args(kind)[0], inner, name)
+        return Form(Record, kind)
+    inner = [part for part in get_args(kind) if part is not NoneType]
+    return Form(get_origin(kind), None, form_of(inner[-1])) if inner else Form(kind)
+
+
+def converted(form: Form, values: list[Any], name: str) -> list[Any]:
+    """Build values of a form, all at once: a record of many images is quickly read."""
+    tag = form.tag
+    if tag is Any or not values:
+        return values
+    if tag in PLAIN:
+        allowed, words, good = PLAIN[tag]
+        require(set(map(type, values)) <= allowed and good(values), name, words)
+        return values
+    if tag is UnionType:
+        given = iter(converted(form.inner, [v for v in values if v is not None], name))
+        return [None if value is None else next(given) for value in values]
+    if tag is list:
+        require(set(map(type, values)) <= {list}, name, "a list")
+        inner = values[0] if len(values) == 1 else list(chain.from_iterable(values))
+        given = converted(form.inner, inner, name)
         return values if given is inner else split(given, map(len, values))
-    if origin is dict:
-        require(kinds <= {dict}, name, "an object")
-        inner = [item for value in values for item in value.values()]
-        given = iter(converted(get_args(kind)[1], inner, name))
-        return [{key: next(given) for key in value} for value in values]
-    allowed, words, good = PLAIN[kind]
-    require(kinds <= allowed and (not values or good(values)), name, words)
-    return values
+    require(set(map(type, values)) <= {dict}, name, "an object")
+    if tag is Record:
+        return objects(form.kind, values, name)
+    inner = [item for value in values for item in value.values()]
+    given = converted(form.inner, inner, name)
+    if given is inner:
+        return values
+    left = iter(given)
+    return [{key: next(left) for key in value} for value in values]
 
 
 PLAIN: dict[Any, tuple[set[type], str, Callable[[list[Any]], bool]]] = {
@@ -189,11 +214,14 @@ def require(good: bool, name: str, words: str) -> None:
 def objects(kind: Any, values: list[dict[str, Any]], name: str) -> list[Any]:
     """Build dataclasses of JSON objects."""
     columns, count = [], 0
-    for field, hint, make in known_fields(kind):
-        place = f"{name}.{field}".lstrip(".")
-        here = [value[field] for value in values if field in value]
+    for field, form, make in known_fields(kind):
+        place = f"{name}.{field}" if name else field
+        try:
+            here = list(map(itemgetter(field), values))
+        except KeyError:
+            here = [value[field] for value in values if field in value]
         count += len(here)
-        column = converted(hint, here, place)
+        column = converted(form, here, place)
         if len(here) < len(values):
             if make is None:
                 raise ValueError(f"no {place}")
@@ -203,14 +231,14 @@ def objects(kind: Any, values: list[dict[str, Any]], name: str) -> list[Any]:
     if count < sum(map(len, values)):
         strange = {key for value in values for key in value} - {f for f, *_ in known_fields(kind)}
         raise ValueError(f"an unknown key {min(strange)[:60]!r}" + (f" in {name}" if name else ""))
-    return [kind(*row) for row in zip(*columns, strict=True)]
+    return list(map(kind, *columns))
 
 
 @cache
-def known_fields(kind: Any) -> list[tuple[str, Any, Callable[[], Any] | None]]:
-    """Return name, annotation and maker of the default, if there is one, of each field."""
+def known_fields(kind: Any) -> list[tuple[str, Form, Callable[[], Any] | None]]:
+    """Return name, form and maker of the default, if there is one, of each field."""
     hints = get_type_hints(kind)
-    return [(field.name, hints[field.name], maker(field)) for field in fields(kind)]
+    return [(field.name, form_of(hints[field.name]), maker(field)) for field in fields(kind)]
 
 
 def maker(field: Field[Any]) -> Callable[[], Any] | None:

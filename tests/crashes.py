@@ -1,4 +1,4 @@
-"""Kills a job again and again: ``python crashes.py {calls,times} {invert,synthesize} FOLDER``.
+"""Kills a job again and again: ``python crashes.py {calls,times} JOB FOLDER``, JOB out of `JOBS`.
 
 A process of its own, which forks the victims from what it has imported once, so that a kill costs
 milliseconds. ``calls`` kills one victim at each of its calls to the file system, from the first to
@@ -24,13 +24,13 @@ from tqdm import tqdm
 
 import augment.fill
 import augment.generate
-from augment import LatentBank, Planner, Synthesizer
+from augment import LatentBank, Planner, Synthesizer, upkeep
 from augment.diffusion.gaussian import GaussianBackbone
 from augment.fill import Inversion, fill_bank
 from augment.generate import Synthesis, write_shards
 from augment.sources import Folder
 
-KILLS, PER_CLASS = 50, 30
+KILLS, PER_CLASS = int(os.environ.get("KILLS", "50")), 30
 BACKBONE = GaussianBackbone(mean=0.1, latent_shape=(1, 8, 8))
 
 
@@ -46,7 +46,12 @@ def synthesize(root: Path, out: Path) -> None:
     write_shards(synthesizer, Planner(bank.members), PER_CLASS, out, shard_size=6)
 
 
-JOBS = {"invert": invert, "synthesize": synthesize}
+def merge(root: Path, out: Path) -> None:
+    """Two banks that are there in one."""
+    upkeep.merge([root / "bank", root / "other"], out)
+
+
+JOBS = {"invert": invert, "synthesize": synthesize, "merge": merge}
 
 
 def prepare(root: Path) -> None:
@@ -55,6 +60,11 @@ def prepare(root: Path) -> None:
     (root / "images" / "ant" / "7.png").write_bytes(b"")
     (root / "images" / "cat" / "9.png").write_bytes(b"not an image")
     invert(root, root / "bank")
+    paint(root / "more", {"ant": 4, "eel": 21})
+    for name in ("ant", "eel"):  # ids are names, which may not be there twice
+        for path in list((root / "more" / name).iterdir()):
+            path.rename(path.with_name(f"more-{path.name}"))
+    fill_bank(root / "other", BACKBONE, Folder(root / "more"), steps=2, inversion="ddim")
 
 
 def fork(work: Callable[[], None]) -> int:
@@ -144,7 +154,7 @@ def times(job: Callable[[], None], out: Path, whole: dict[str, bytes]) -> dict[s
             if alive:
                 break
         assert snapshot(out) == whole, f"other bytes after {mine} kills"
-        units = log.read_text().split()
+        units = log.read_text().split()  # none of a merge, which has no units
         redone = len(units) - len(set(units))
         assert redone <= mine, f"{redone} units were done again after {mine} kills"
         extra += redone

@@ -14,7 +14,7 @@ HERE = Path(__file__).parent
 ALONE = {"OMP_NUM_THREADS": "1"}
 
 
-@pytest.mark.parametrize("job", ["invert", "synthesize"])
+@pytest.mark.parametrize("job", ["invert", "synthesize", "merge"])
 @pytest.mark.parametrize("how", ["calls", "times"])
 def test_a_job_that_is_killed_again_and_again_ends_with_the_same_bytes(how, job, tmp_path):
     """All that is looked at is in crashes.py, which fails if bytes differ or work is wasted."""

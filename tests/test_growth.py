@@ -53,9 +53,9 @@ def reads(monkeypatch):
     for module, name in ((augment.schema, "read_file"), (augment.shards, "read_json")):
         whole = getattr(module, name)
 
-        def counted(path, what, whole=whole):
+        def counted(path, *words, whole=whole):
             seen[path] += 1
-            return whole(path, what)
+            return whole(path, *words)
 
         monkeypatch.setattr(module, name, counted)
     return seen
