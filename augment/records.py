@@ -43,6 +43,7 @@ from augment.errors import BankMismatch, Damaged, ImageRejected, Missing, UserEr
 from augment.files import damaged, read_file, reading, sha256
 from augment.inversion import INVERTERS
 from augment.schema import Record, as_object, build, read
+from augment.sources.source import Source
 
 CHUNK = 256
 KINDS = ("latents", "clean", "nulls")
@@ -403,11 +404,11 @@ def made_of(record: ChunkRecord, part: Part) -> bool:
     return [i for i in part.ids if i not in rejects] == [image.id for image in record.images]
 
 
-def read_original(root: Path, image_id: str, digest: str) -> bytes:
+def read_original(root: Path | Source, image_id: str, digest: str) -> bytes:
     """Read the file of a real image of a bank, and no other: its digest is compared.
 
     Args:
-        root: the folder of the images.
+        root: the folder of the images, or their source.
         image_id: the path below it.
         digest: the SHA-256 that the bank has recorded.
 
@@ -417,11 +418,12 @@ def read_original(root: Path, image_id: str, digest: str) -> bytes:
     if "\0" in image_id or image_id[:1] == "/" or ".." in image_id.split("/"):
         raise ImageRejected("a path out of the folder")
     try:
-        content = read_file(root / image_id, "an image")
-    except Missing:
+        known = isinstance(root, Source)
+        content = root.read(image_id) if known else read_file(root / image_id, "an image")
+    except (Missing, FileNotFoundError):
         raise ImageRejected("no such file") from None
-    except UserError as error:
-        raise ImageRejected(str(error)) from None
+    except (OSError, UserError) as error:
+        raise ImageRejected(getattr(error, "strerror", None) or str(error)) from None
     if sha256(content) != digest:
         raise ImageRejected("another image")
     return content

@@ -28,6 +28,7 @@ from augment.plan import Plan
 from augment.records import read_original
 from augment.refine import Goal, SeedSelect, check_sampling
 from augment.seeds import normal, rng
+from augment.sources import Source, place_of
 
 PROFILES = ("exact", "fast")
 """Solvers by what they are for: to undo the bank's inversion, or to be quick."""
@@ -66,8 +67,8 @@ class Synthesizer:
         interval, batch_size: see `augment.sample`.
         prompts: of classes that are to be sampled with another prompt than they were inverted with.
         refine: what brings centroids nearer to their class before they are sampled, if anything.
-        source: the folder of the bank's real images, which ``refine`` and filters compare with; by
-            default where they were.
+        source: the bank's real images, which ``refine`` and filters compare with: their folder, or
+            a data set; by default where they were.
 
     Raises:
         BankMismatch: the bank is of another backbone.
@@ -84,14 +85,14 @@ class Synthesizer:
     interval: tuple[float, float] = (0.0, 1.0)
     prompts: dict[str, str] | None = None
     refine: SeedSelect | None = None
-    source: Path | None = None
+    source: Source | str | Path | Any | None = None
     _goals: dict[str, Goal] = field(default_factory=dict, init=False, repr=False)
     _nulls: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict, init=False, repr=False)
     _statistics: dict[str, LatentStatistics] = field(default_factory=dict, init=False, repr=False)
     _warned: bool = field(default=False, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        self.rule = Rule.parse(str(self.rule))
+        self.rule, self.source = Rule.parse(str(self.rule)), place_of(self.source)
         self.bank.check(self.backbone)
         self.solver, self.steps = solver_of(self.bank, self.solver, self.steps)
         if self.guidance is None:
@@ -211,7 +212,7 @@ class Synthesizer:
         Raises:
             UserError: they are no longer where they were.
         """
-        root = self.source or Path(self.bank.manifest.source)
+        root: Any = Path(self.bank.manifest.source) if self.source is None else self.source
         channels, side = self.backbone.channels, self.backbone.resolution
         known = self.bank.digests(class_name)
         images = torch.empty(len(known), channels, side, side)
@@ -221,8 +222,9 @@ class Synthesizer:
                 images[row] = decode_image(content, channels, side)
             except ImageRejected as error:
                 raise UserError(
-                    f"expected the real images of the bank in {root}, to compare with, got "
-                    f"{error} for {image_id}; say where they are with --images"
+                    f"expected the real images of the bank in {getattr(root, 'root', root)}, to "
+                    f"compare with, got {error} for {image_id}; say where they are with --images, "
+                    "a folder or the data set that was inverted"
                 ) from None
         return images
 

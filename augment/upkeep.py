@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -54,6 +54,7 @@ from augment.shard_records import (
     shard_path,
 )
 from augment.shards import verify_shard
+from augment.sources import Source, place_of
 
 
 class Finding(NamedTuple):
@@ -68,22 +69,22 @@ class Finding(NamedTuple):
     record: Path | None = None
 
 
-def verify(path: str | Path, images: str | Path | None = None) -> list[Finding]:
+def verify(path: str | Path, images: Source | str | Path | Any | None = None) -> list[Finding]:
     """Compare every file of a bank or of shards with what was recorded when it was written.
 
     Args:
         path: the folder.
-        images: of a bank, the folder of images, to be compared too.
+        images: of a bank, its images, to be compared too: a folder, a source or a data set.
 
     Raises:
         UserError: there is neither a bank nor shards.
     """
-    path = Path(path)
-    if images is not None and not Path(images).is_dir():
+    path, place = Path(path), place_of(images)
+    if isinstance(place, Path) and not place.is_dir():
         raise UserError(f"expected the folder of images at {images}, got none; check the path")
     if holds_shards(path):
         return list(shard_findings(path))
-    return list(bank_findings(path, None if images is None else Path(images)))
+    return list(bank_findings(path, place))
 
 
 def discard(findings: Sequence[Finding]) -> None:
@@ -102,7 +103,7 @@ def discard(findings: Sequence[Finding]) -> None:
             ) from None
 
 
-def bank_findings(path: Path, images: Path | None) -> Iterator[Finding]:
+def bank_findings(path: Path, images: Path | Source | None) -> Iterator[Finding]:
     """What is wrong with a bank."""
     expected = {path / "manifest.json", path / "rejects.jsonl"}
     parts, old = list(parts_of(path, read_manifest(path))), 0
@@ -141,7 +142,7 @@ def bank_findings(path: Path, images: Path | None) -> Iterator[Finding]:
         )
 
 
-def image_findings(images: Path | None, record: ChunkRecord) -> Iterator[Finding]:
+def image_findings(images: Path | Source | None, record: ChunkRecord) -> Iterator[Finding]:
     """Which images of a chunk are no longer what they were."""
     if images is None:
         return

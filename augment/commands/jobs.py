@@ -118,7 +118,7 @@ def synthesize(
     refine: SeedSelect | int | None = None,
     filters: dict[str, dict[str, Any] | None] | str | None = None,
     candidates: int = 1,
-    images: str | None = None,
+    images: Source | str | None = None,
     extension: str = "jpg",
     quality: int = 95,
     pixels: int = 256,
@@ -160,8 +160,8 @@ def synthesize(
             prototype, clip, duplicate, degenerate; or YAML with their settings, such as
             '{degenerate: {}, duplicate: {minimum: 0.5}}'.
         candidates: how many plans are tried for an image before it is given up.
-        images: folder of the real images that refine and filters compare with; by default where
-            they were.
+        images: the real images that refine and filters compare with, a folder or another source
+            as for invert; by default where they were.
         extension: jpg, webp or png.
         quality: of jpg and webp.
         pixels: larger images are reduced to this.
@@ -178,6 +178,7 @@ def synthesize(
     from augment.generate import Synthesis
     from augment.plan import Planner, budget
     from augment.prompts import class_prompts
+    from augment.sources import place_of
     from augment.synthesis import Synthesizer, solver_of
 
     opened = LatentBank.open(bank)
@@ -214,7 +215,7 @@ def synthesize(
     texts = class_prompts(opened.classes, prompt) if prompt else None
     synthesizer = Synthesizer(
         model, opened, rule, solver, steps, guidance, batch_size, interval, texts, refine,
-        None if images is None else Path(images),
+        place_of(images),
     )  # fmt: skip
     job = Synthesis(
         Path(out), synthesizer, planner, counts, shard_size, extension, quality, pixels,

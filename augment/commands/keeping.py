@@ -5,6 +5,7 @@ from pathlib import Path
 
 from augment.commands.common import Record, tell_of_bank
 from augment.errors import UserError
+from augment.sources import Source
 
 
 def inspect(path: str) -> Record:
@@ -21,13 +22,16 @@ def inspect(path: str) -> Record:
 
 
 def verify(
-    path: str, images: str | None = None, discard: bool = False, repair: bool = False
+    path: str,
+    images: Source | str | None = None,
+    discard: bool = False,
+    repair: bool = False,
 ) -> Record:
     """Compare every file of a bank or of shards with what was recorded when it was written.
 
     Args:
         path: the folder.
-        images: of a bank, the folder of images, to be compared too.
+        images: of a bank, its images, to be compared too: a folder, or a source as for invert.
         discard: take out what is damaged; the command that made it then makes it again.
         repair: make a lost or damaged manifest.json, or synthesis.json, again from the records.
     """

@@ -74,7 +74,7 @@ def report(
     out: str = "report.html",
     rules: str = "lin/0,fix/0,fix/chm,fade/chm",
     classes: int = 50,
-    images: str | None = None,
+    images: Source | str | None = None,
     pool: str | None = None,
     backbone: str | None = None,
     device: str | None = None,
@@ -88,7 +88,8 @@ def report(
         rules: whose centroids to compare, with commas between; '' makes no images, and so needs no
             backbone.
         classes: of how many classes to make images, from the most biased to the least.
-        images: folder of the real images; by default where they were.
+        images: the real images, a folder or another source as for invert; by default where they
+            were.
         pool: file of a replay pool, for its throughput and reuse.
         backbone: the diffusion model; by default the one that made the bank.
         device: such as cuda or cpu; by default the GPU if there is one.
@@ -113,7 +114,7 @@ def report(
 def explore(
     bank: str,
     out: str | None = None,
-    images: str | None = None,
+    images: Source | str | None = None,
     host: str = "127.0.0.1",
     port: int = 7860,
     backbone: str | None = None,
@@ -124,7 +125,8 @@ def explore(
     Args:
         bank: folder of the bank.
         out: folder that images chosen on the page may be exported to, as shards.
-        images: folder of the bank's real images; by default where they were.
+        images: the bank's real images, a folder or another source as for invert; by default where
+            they were.
         host: address to serve at; by default this machine alone can see the page.
         port: of the address.
         backbone: the diffusion model; by default the one that made the bank.
@@ -134,6 +136,7 @@ def explore(
     from augment.diffusion import load_backbone
     from augment.explore.server import require, serve
     from augment.explore.session import Explorer
+    from augment.sources import place_of
 
     require()  # before gigabytes are loaded
     opened = LatentBank.open(bank)
@@ -141,7 +144,7 @@ def explore(
         **recipe_of(opened, backbone),
         **({"device": device} if device else {}),
     }
-    source, folder = (None if place is None else Path(place) for place in (images, out))
+    source, folder = place_of(images), None if out is None else Path(out)
     page = serve(Explorer(opened, load_backbone(**recipe), recipe, source, folder), host, port)
     print(f"http://{host}:{port}: the explorer of {bank}; Ctrl-C ends it", flush=True)
     page.block_thread()

@@ -28,6 +28,7 @@ from augment.inversion import INVERTERS
 from augment.plan import Plan, Planner
 from augment.prior import nominal_norm
 from augment.records import read_original
+from augment.sources import Source
 from augment.synthesis import Synthesizer, solver_of
 
 MOST = 5
@@ -77,14 +78,14 @@ class Explorer:
         bank: the latents.
         backbone: the model they were inverted with.
         recipe: the arguments of `load_backbone` that made it, for the lines to copy.
-        source: the folder of the bank's real images; by default where they were.
+        source: the bank's real images, a folder or a source; by default where they were.
         out: folder that chosen images may be exported to, if any.
     """
 
     bank: LatentBank
     backbone: Backbone
     recipe: dict[str, Any]
-    source: Path | None = None
+    source: Path | Source | None = None
     out: Path | None = None
     _lock: RLock = field(default_factory=RLock, init=False, repr=False)
 
@@ -159,7 +160,7 @@ class Explorer:
 
     def _real(self, class_name: str, image_id: str) -> Image.Image | None:
         """A small picture of a real image; None if the file is not there, or is another one."""
-        root = self.source or Path(self.bank.manifest.source)
+        root = Path(self.bank.manifest.source) if self.source is None else self.source
         try:
             # whatever an id says, only an image that the bank was made from is ever shown
             content = read_original(root, image_id, self.bank.digests(class_name)[image_id])

@@ -29,6 +29,7 @@ from augment.report.gallery import BACK, Gallery, side_of
 from augment.report.health import ClassHealth, evenly, findings, measure
 from augment.report.plots import bias_plot, norm_plot
 from augment.report.tiles import sprite
+from augment.sources import Source, place_of
 
 __all__ = ["RULES", "write_report"]
 
@@ -43,7 +44,7 @@ def write_report(
     backbone: Backbone | None = None,
     rules: Sequence[str] = RULES,
     classes: int = 50,
-    images: str | Path | None = None,
+    images: Source | str | Path | Any | None = None,
     pool: str | Path | None = None,
     command: str = "",
 ) -> Path:
@@ -58,7 +59,7 @@ def write_report(
         rules: of the centroids, which have the members, weights and noise of the shards' first
             images, or else of those that ``synthesize`` makes by default.
         classes: of how many classes at most; they are spread from the most biased to the least.
-        images: folder of the real images; by default where they were.
+        images: the real images, a folder or a source; by default where they were.
         pool: file of a `ReplayPool`, for its throughput and reuse.
         command: that is said to have made the report.
 
@@ -78,7 +79,7 @@ def write_report(
     health = [measure(bank, name) for name in tqdm(bank.classes, "measure", unit="class", delay=2)]
     some = [] if backbone is None else evenly(health, classes)
     side = side_of(bank, backbone, len(health), len(some), len(names))
-    gallery = Gallery(making, backbone, names, None if images is None else Path(images), side)
+    gallery = Gallery(making, backbone, names, place_of(images), side)
     if some:
         gallery.paint(some)
     records = [record(gallery, c) for c in tqdm(health, "pictures", unit="class", delay=2)]

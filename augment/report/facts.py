@@ -152,7 +152,7 @@ def notes(gallery: Gallery, painted: int, classes: int) -> list[str]:
             "each rule, so that only the rule differs."
         )
     if gallery.missing:
-        where = gallery.root or making.bank.manifest.source
+        where = getattr(gallery.root, "root", gallery.root) or making.bank.manifest.source
         told.append(
             f"{gallery.missing} real images are not in {where} as they were inverted, and have no "
             "picture here; say where they are with --images."

@@ -28,6 +28,7 @@ from augment.report.again import SAMPLING, Making, throws
 from augment.report.health import ClassHealth
 from augment.report.tiles import Tile, rounded, square, told
 from augment.shards import decode
+from augment.sources import Source
 from augment.synthesis import Synthesizer
 
 REAL, BACK, PLANS, KEPT, REFUSED = 16, 5, 2, 8, 4
@@ -46,14 +47,14 @@ class Gallery:
         making: how images are, or were, made.
         backbone: makes images; without it there are only those on disk.
         rules: of centroids.
-        root: the folder of the real images; by default where they were.
+        root: the real images, a folder or a source; by default where they were.
         side: pixels of a tile.
     """
 
     making: Making
     backbone: Backbone | None
     rules: Sequence[str]
-    root: Path | None
+    root: Path | Source | None
     side: int = LARGEST
     missing: int = field(default=0, init=False)
     made: dict[str, list[Tile]] = field(default_factory=dict, init=False)
@@ -166,7 +167,7 @@ class Gallery:
 
     def _real(self, name: str) -> Any:
         """The first real images of a class; those that are gone are counted as ``missing``."""
-        root = self.root or Path(self.bank.manifest.source)
+        root = Path(self.bank.manifest.source) if self.root is None else self.root
         digests = self.bank.digests(name)
         for image_id in self.bank.members[name][:REAL]:
             try:

@@ -5,7 +5,7 @@ and an entry in `SOURCES`.
 """
 
 from augment.sources.folder import Folder
-from augment.sources.items import Items, as_source
+from augment.sources.items import Items, as_source, place_of
 from augment.sources.listing import ImageNetLT, INaturalist18, ListFile, PlacesLT
 from augment.sources.source import Source
 from augment.sources.subsets import FewShot, LongTail, Slice
@@ -36,4 +36,5 @@ __all__ = [
     "Slice",
     "Source",
     "as_source",
+    "place_of",
 ]

@@ -176,6 +176,16 @@ def as_source(images: Source | str | Path | Any) -> Source:
     return Folder(images) if isinstance(images, str | Path) else Items(images)
 
 
+def place_of(images: Source | str | Path | Any | None) -> Source | Path | None:
+    """Return a bank's images as `augment.records.read_original` takes them.
+
+    A folder stays one, for only the images that the bank names are read; of a data set its items.
+    """
+    if images is None or isinstance(images, Source):
+        return images
+    return Path(images) if isinstance(images, str | Path) else Items(images)
+
+
 def indexable(dataset: Any) -> bool:
     """Whether something has a length and items by number."""
     return hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
