@@ -5,6 +5,7 @@ They, and torch with them, are imported when `main` is there to tell of an inter
 
 import json
 import os
+import signal
 import sys
 import warnings
 from argparse import ArgumentError
@@ -14,7 +15,8 @@ from inspect import signature
 from typing import Any
 
 from augment.console import examples, overview, silence
-from augment.errors import AugmentWarning, UserError
+from augment.errors import AugmentWarning, Terminated, UserError
+from augment.imports import guard_imports, refused, take_allowed
 
 SWITCHES = ("full", "dry_run", "clean", "links", "discard")
 """Options that may be given without a value, for true."""
@@ -41,6 +43,7 @@ def run(args: list[str]) -> Any:
     if args[:1] in (["-h"], ["--help"]):
         print(overview({name: (f.__doc__ or "").splitlines()[0] for name, f in COMMANDS.items()}))
         return None
+    guard_imports()
     if args[:1] == ["train"]:
         from training.cli import main as lightning
 
@@ -109,14 +112,28 @@ def limit_spinning() -> None:
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 
+def terminate(*_: Any) -> None:
+    """End the work like an interrupt; ``timeout`` sends the signal twice, so only the first counts.
+
+    Raises:
+        Terminated: always.
+    """
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    raise Terminated
+
+
 def main() -> None:
-    """Entry point. A user's mistake ends with one sentence and exit code 2."""
+    """Entry point. A user's mistake ends with one sentence and exit code 2, SIGTERM with 143."""
+    if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, terminate)
     limit_spinning()
     warnings.showwarning = show_warning
     given = sys.argv[1:]
     args = [argument for argument in given if argument not in ("--quiet", "--json")]
+    silent = len(args) < len(given)
     try:
-        with unwrapped(), silence(len(args) < len(given)):
+        args = take_allowed(args)
+        with unwrapped(), silence(silent):
             found = run(args)
         if "--json" in given:
             print(json.dumps(found))
@@ -124,11 +141,13 @@ def main() -> None:
         print(f"latent-augment: {error}", file=sys.stderr)
         sys.exit(2)
     except ArgumentError as error:
-        print(f"latent-augment: {' '.join(str(error).split())}; see --help", file=sys.stderr)
+        told = " ".join(str(error).split())
+        print(f"latent-augment: {refused(told) or f'{told}; see --help'}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("latent-augment: interrupted; run the same command again to go on", file=sys.stderr)
-        sys.exit(130)
+    except KeyboardInterrupt as stop:
+        ended, code = ("terminated", 143) if isinstance(stop, Terminated) else ("interrupted", 130)
+        print(f"latent-augment: {ended}; run the same command again to go on", file=sys.stderr)
+        sys.exit(code)
 
 
 if __name__ == "__main__":

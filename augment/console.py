@@ -1,6 +1,7 @@
 """How the command behaves in a shell: examples, silence, JSON, bars only where somebody looks.
 
-Exit codes: 0 done, 2 a mistake of the user's or something found wrong, 130 interrupted.
+Exit codes: 0 done, 2 a mistake of the user's or something found wrong, 130 interrupted, 143
+terminated.
 """
 
 import contextlib
@@ -64,9 +65,11 @@ def overview(summaries: dict[str, str]) -> str:
             "      --data.synthetic mine/synthetic --trainer.max_epochs 20",
             "",
             "  COMMAND --help    options and examples; --config FILE takes them from YAML",
+            "  --allow MODULE    let a --config name classes of MODULE; see docs/training.md",
             "  --quiet           nothing but complaints",
             "  --json            what came of it, as one line of JSON",
-            "Exit codes: 0 done, 2 a mistake or something found wrong, 130 interrupted.",
+            "Exit codes: 0 done, 2 a mistake or something found wrong, 130 interrupted,",
+            "143 terminated.",
         ]
     )
 

@@ -34,6 +34,10 @@ class Damaged(UserError):
     """
 
 
+class Terminated(KeyboardInterrupt):
+    """The process was asked to end, by SIGTERM."""
+
+
 class AugmentWarning(UserWarning):
     """Something that a user should know; the command line prints it in one line."""
 

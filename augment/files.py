@@ -103,6 +103,19 @@ def leftovers(folder: Path) -> list[Path]:
     return []
 
 
+HANDLES: set[int] = set()
+"""File handles of the locks that this process holds."""
+
+
+def close_handles() -> None:
+    """Close, in a forked process, its copies of handles: a lock ends with the run that took it."""
+    while HANDLES:
+        os.close(HANDLES.pop())
+
+
+os.register_at_fork(after_in_child=close_handles)
+
+
 class Lock:
     """The lock of a folder; see `locked`.
 
@@ -136,9 +149,10 @@ def locked(path: Path, shared: bool = False) -> Iterator[Lock]:
         UserError: another run holds it.
     """
     try:
-        new = not path.exists()
+        new = [folder for folder in (path, *path.parents) if not folder.exists()]
         path.mkdir(parents=True, exist_ok=True)
         handle = os.open(path, os.O_RDONLY)
+        HANDLES.add(handle)
     except OSError as error:
         raise UserError(
             f"expected a folder to write to at {path}, got {error.strerror}; choose another place"
@@ -155,10 +169,12 @@ def locked(path: Path, shared: bool = False) -> Iterator[Lock]:
             lock = Lock(path, alone=False)
         yield lock
     finally:
-        os.close(handle)
-        if new:
+        if handle in HANDLES:  # not so in a forked process
+            HANDLES.remove(handle)
+            os.close(handle)
+        for folder in new:
             with suppress(OSError):
-                path.rmdir()  # nothing came of it
+                folder.rmdir()  # nothing came of it
 
 
 def take(path: Path, handle: int, shared: bool) -> Lock:

@@ -62,6 +62,8 @@ def work(tmp_path_factory: pytest.TempPathFactory, tiny) -> Path:
 class Cifar(torch.utils.data.Dataset):
     """What torchvision's CIFAR gives, without the download."""
 
+    __module__ = "torchvision.datasets"  # where a configuration may take classes from
+
     def __init__(self, root: str, train: bool = True, download: bool = False) -> None:
         self.classes = ["cat", "dog", "frog"]
         self.targets = [label for label in range(3) for _ in range(600 if train else 4)]

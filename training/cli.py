@@ -1,8 +1,12 @@
 """``latent-augment train …``: Lightning's own command line over our classifier and data."""
 
 import logging
+import signal
 import sys
+import threading
 import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +20,15 @@ from pytorch_lightning.plugins.io import TorchCheckpointIO
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
 from augment.errors import UserError
-from augment.files import remember, replacing, write_json, write_table
+from augment.files import (
+    TEMPORARY,
+    Lock,
+    locked,
+    remember,
+    replacing,
+    write_json,
+    write_table,
+)
 from augment.networks.pretrained import read_weights
 from training.classifier import Classifier, agreed
 from training.data import ImageData, ReuseLogger
@@ -58,12 +70,55 @@ class SafeCheckpoints(TorchCheckpointIO):
             ) from None
 
 
+class PlainSignals(pl.Callback):
+    """Keeps the handler of SIGTERM that was there before Lightning's.
+
+    Lightning's lets a training end with exit code 0, and waits in it for other ranks.
+    """
+
+    handler: Any = signal.SIG_DFL
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Remember the handler."""
+        self.handler = signal.getsignal(signal.SIGTERM)
+
+    def restore(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Put the handler back; signals are the main thread's."""
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, self.handler)
+
+    on_sanity_check_start = on_train_start = restore
+    on_validation_start = on_test_start = on_predict_start = restore
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Raise an interruption or a termination again, of which Lightning makes a `SystemExit`."""
+    try:
+        yield
+    except SystemExit as stop:
+        if isinstance(stop.__context__, KeyboardInterrupt):
+            raise stop.__context__ from None
+        raise
+
+
+def remove_partial(lock: Lock, *folders: Path) -> None:
+    """Remove files that killed writers left in folders of a run, but not in folders therein."""
+    for path in [path for folder in folders for path in folder.glob(".*.tmp")]:
+        if lock.alone and TEMPORARY.fullmatch(path.name):
+            path.unlink(missing_ok=True)
+
+
 class TrainCLI(LightningCLI):
     """`fit`, which goes on where it was interrupted and ends with a test; and what uses weights.
 
     ``last.ckpt`` is where a training goes on, ``best.ckpt`` what ``--checkpoint.monitor`` says; the
     test of `fit`, `validate`, `test` and `predict` take the best one if there is one.
     """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        with ExitStack() as self.held:
+            super().__init__(*args, **kwargs)
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """A parser whose faults `augment.cli.main` puts in one sentence."""
@@ -201,7 +256,15 @@ class TrainCLI(LightningCLI):
         return found if self.subcommand == "fit" or not self.known else self.known[key]
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
-        """The trainer, logging to ``metrics.csv`` unless it is told otherwise."""
+        """Make the trainer, which logs to ``metrics.csv`` unless it is told otherwise.
+
+        Raises:
+            UserError: another training is at work in the folder of the run.
+        """
+        if self.subcommand == "fit" and is_first_rank():
+            lock = self.held.enter_context(locked(self.root))
+            folder = self.config[self.subcommand]["checkpoint"]["dirpath"]
+            remove_partial(lock, self.root, Path(folder))
         config = self._get(self.config_init, "trainer")
         if config["logger"] is None:
             kwargs["logger"] = log_of(self.root, self.subcommand)
@@ -307,12 +370,17 @@ class TrainCLI(LightningCLI):
             self.found = found
 
 
+def is_first_rank() -> bool:
+    """Whether this process is the only one of a training, or the first of several."""
+    return rank_zero_only.rank == 0  # type: ignore[attr-defined]
+
+
 def log_of(root: Path, subcommand: str) -> CSVLogger:
     """A log in a run's folder, of a test in one therein; an interrupted run's is kept beside."""
     log = root / "metrics.csv"
     if subcommand != "fit":
         return CSVLogger(root, name=subcommand, version="")
-    if log.exists() and rank_zero_only.rank == 0:  # type: ignore[attr-defined]
+    if log.exists() and is_first_rank():
         number = 1 + len(list(root.glob("metrics-*.csv")))
         log.rename(root / f"metrics-{number}.csv")
     return CSVLogger(root, name="", version="")
@@ -338,7 +406,7 @@ def main(args: list[str]) -> TrainCLI:
     # the arguments stay where they are too, for ranks are started with them
     warnings.filterwarnings("ignore", ".*LightningCLI's args parameter.*")
     overwrite = {"overwrite": True}  # of the config beside the run's own logs
-    try:
+    with interruptible():
         return TrainCLI(
             Classifier,
             ImageData,
@@ -346,13 +414,9 @@ def main(args: list[str]) -> TrainCLI:
             parser_kwargs={"prog": "latent-augment train"},
             save_config_kwargs=overwrite,
             trainer_defaults={
-                "callbacks": [ReuseLogger()],
+                "callbacks": [ReuseLogger(), PlainSignals()],
                 "enable_progress_bar": sys.stderr.isatty(),  # of no use in a file
             },
             seed_everything_default=0,
             load_from_checkpoint_support=False,
         )
-    except SystemExit as stop:  # Lightning's, at an interrupt
-        if stop.code == 1:
-            raise KeyboardInterrupt from None
-        raise

@@ -8,7 +8,7 @@ interrupted ends with the same bits; on a GPU some kernels add in any order.
 import json
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Literal
 
@@ -21,9 +21,17 @@ from torch import Tensor
 from augment.diffusion.backbone import Backbone, check_batch
 from augment.diffusion.lora import LORA
 from augment.errors import UserError
-from augment.files import check_folder, remember, sha256, write_bytes
+from augment.files import check_folder, locked, remember, sha256, write_bytes
 from augment.sources import Source
-from training.cli import SafeCheckpoints, hush, log_of
+from training.cli import (
+    PlainSignals,
+    SafeCheckpoints,
+    hush,
+    interruptible,
+    is_first_rank,
+    log_of,
+    remove_partial,
+)
 from training.data import brief
 from training.noising import NoisingData, Noisings
 from training.smooth_diffusion import PROJECTIONS, SmoothDiffusion
@@ -103,17 +111,19 @@ def smooth_backbone(
     batch = {"batch_size": batch_size, "accumulate": accumulate, "devices": devices}
     numbers = {"precision": precision, "steps": steps, **batch}
     settings = {"backbone": backbone.fingerprint, "data": data, **how, **numbers}
-    remember(out / "run.json", settings, "--out", last.exists())
     rows = Noisings(source, texts, module.backbone, drop, seed)
-    with calm():
+    with locked(out) if is_first_rank() else nullcontext() as lock, calm():
+        if lock:
+            remove_partial(lock, out, last.parent)
+        remember(out / "run.json", settings, "--out", last.exists())
         trainer = make_trainer(out, backbone.device, steps, accumulate, devices, precision)
         begun = str(last) if last.exists() else None
         images = NoisingData(rows, batch_size, workers)
         trainer.fit(module, images, ckpt_path=begun, weights_only=True)
         trainer.save_checkpoint(last, weights_only=False)
-    module.to(backbone.device)
-    module.network.requires_grad_(False)
-    return leave(module, out) if trainer.is_global_zero else out
+        module.to(backbone.device)
+        module.network.requires_grad_(False)
+        return leave(module, out) if trainer.is_global_zero else out
 
 
 def make_trainer(
@@ -139,7 +149,7 @@ def make_trainer(
         default_root_dir=out,
         logger=log_of(out, "fit"),
         log_every_n_steps=min(50, steps),
-        callbacks=[checkpoint],
+        callbacks=[checkpoint, PlainSignals()],
         plugins=[SafeCheckpoints()],
         enable_model_summary=False,
         use_distributed_sampler=False,
@@ -148,17 +158,14 @@ def make_trainer(
 
 @contextmanager
 def calm() -> Iterator[None]:
-    """Lightning without its tips; an interrupt is one."""
+    """Run Lightning without its tips; an interruption is raised as one."""
     with warnings.catch_warnings():
         hush()
         # there is no dropout to be had, and the backbone is used in this mode
         warnings.filterwarnings("ignore", ".*in eval mode at the start of training.*")
         try:
-            yield
-        except SystemExit as stop:  # Lightning's, at an interrupt
-            if stop.code == 1:
-                raise KeyboardInterrupt from None
-            raise
+            with interruptible():
+                yield
         except torch.OutOfMemoryError:
             raise UserError(
                 "expected memory for a batch and its second derivatives, got none left; take a "

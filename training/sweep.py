@@ -1,10 +1,13 @@
 """Several seeds, and several values of a setting, in one command: a table with 95 % intervals."""
 
 import itertools
+import os
 import re
+import signal
 import statistics
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,8 +15,11 @@ from typing import Any
 import yaml
 from tqdm import tqdm
 
+from augment.cli import main
 from augment.errors import UserError
-from augment.files import read_json, remember, write_table
+from augment.files import locked, read_json, remember, write_table
+from augment.imports import allowed
+from training.cli import remove_partial
 from training.metrics import interval
 
 
@@ -72,13 +78,14 @@ def sweep(
         for values in itertools.product(*(vary or {}).values())
         for seed in range(seeds)
     ]
-    with tqdm(runs, "runs", unit="run") as bar:
+    with locked(Path(out)) as lock, tqdm(runs, "runs", unit="run") as bar:
+        remove_partial(lock, Path(out))
         for chosen, seed in bar:
             bar.set_postfix_str(", ".join(f"{k.split('.')[-1]} {v}" for k, v in chosen.items()))
             rows.append({**chosen, "seed": seed, **train(base, chosen, seed, Path(out))})
             write(Path(out) / "runs.csv", rows)
-    summary = list(summarise(rows, names))
-    write(Path(out) / "summary.csv", summary)
+        summary = list(summarise(rows, names))
+        write(Path(out) / "summary.csv", summary)
     tell(summary, names)
 
 
@@ -98,14 +105,31 @@ def train(base: dict[str, Any], chosen: dict[str, Any], seed: int, out: Path) ->
     file, done = folder / "given.json", folder / "test.json"
     remember(file, config, "--out")
     if not done.exists():
-        command = [sys.executable, "-m", "augment.cli", "train", "fit", "--config", str(file)]
-        with (folder / "log.txt").open("w") as log:
-            code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT).returncode
+        code = run_child(["train", "fit", "--config", str(file)], folder / "log.txt")
         if code or not done.exists():
             last = (folder / "log.txt").read_text(errors="replace").strip().splitlines()[-1:]
             told = last[0] if code and last else "no test images (data.test)"
             raise UserError(f"expected the run in {folder} to end with a test, got: {told}")
     return read_json(done, "the test of a run")
+
+
+def run_child(args: list[str], log: Path) -> int:
+    """Run a command in a process that does not outlive this one; return its exit code."""
+    names = [word for name in allowed for word in ("--allow", name)]
+    command = [sys.executable, "-m", "training.sweep", *names, *args]
+    with (
+        log.open("w") as file,
+        subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=file, stderr=file, start_new_session=True
+        ) as child,
+    ):
+        return child.wait()
+
+
+def die_with_parent() -> None:
+    """Kill this process and its own children when the sweep ends and closes our standard input."""
+    os.read(0, 1)
+    os.killpg(0, signal.SIGKILL)
 
 
 def seeded(config: Any, seed: int) -> Any:
@@ -164,3 +188,8 @@ def tell(summary: list[dict[str, Any]], names: list[str]) -> None:
         cells = [f"{100 * row[key]:.1f} ± {100 * row[f'{key} ±']:.1f}" for key in measures]
         print("| " + " | ".join([*(str(row[name]) for name in names), *cells]) + " |")
     print(f"\n{summary[0]['seeds']} seeds, %, ± 95 % (Student's t)")
+
+
+if __name__ == "__main__":
+    threading.Thread(target=die_with_parent, daemon=True).start()
+    main()

@@ -1,0 +1,98 @@
+"""What a configuration may name: by default data sets, networks, callbacks and loggers.
+
+A YAML file can name any class that an option takes (``class_path``), with its arguments, and any
+function. Whoever wrote the file would so decide what runs here. Only the modules in `MODULES`, and
+those that the user names with ``--allow``, may be named; of what is no class, only `CALLABLES`.
+"""
+
+import inspect
+import re
+from typing import Any
+
+from augment.errors import UserError
+
+MODULES = (
+    *("augment", "training", "torch.nn", "torch.optim", "torch.utils.data"),
+    *("torchvision.datasets", "torchvision.transforms", "timm.data", "timm.layers"),
+    *("pytorch_lightning.callbacks", "pytorch_lightning.loggers"),
+)
+"""Modules whose classes may be named. Not all of torch: some of its classes start processes."""
+
+DENIED = (
+    *("augment.cli", "augment.cluster", "augment.commands", "augment.explore", "augment.files"),
+    *("augment.shards.Reader", "augment.slots", "training.cli", "training.demo", "training.sweep"),
+    *("torch.utils.data.datapipes", "timm.data.readers"),
+)
+"""Parts of `MODULES` whose classes start processes, or open files to write."""
+
+CALLABLES = (
+    "torch.utils.data._utils.collate.default_collate",
+    "torchvision.datasets.folder.default_loader",
+    "torchvision.datasets.folder.pil_loader",
+)
+"""Functions that may be named, by where they are defined."""
+
+allowed: list[str] = []
+"""Modules that the user named with ``--allow``."""
+
+
+def take_allowed(args: list[str]) -> list[str]:
+    """Return a command's arguments without ``--allow MODULE``, which may stand anywhere.
+
+    Raises:
+        UserError: there is no name of a module after it.
+    """
+    allowed.clear()
+    left, rest = [], iter(args)
+    for argument in rest:
+        name, equals, value = argument.partition("=")
+        if name != "--allow":
+            left.append(argument)
+            continue
+        value = value if equals else next(rest, "")
+        if not re.fullmatch(r"\w+(\.\w+)*", value):
+            raise UserError(
+                f"expected the name of a module after --allow, got {value!r}; such as --allow "
+                "my_data"
+            )
+        allowed.append(value)
+    return left
+
+
+def guard_imports() -> None:
+    """Let jsonargparse import nothing else for a value, neither to parse nor to show help."""
+    import jsonargparse._util as util
+    from jsonargparse import set_parsing_settings
+
+    set_parsing_settings(
+        import_path_denylist=["*", *DENIED],
+        import_path_allowlist=[*MODULES, *allowed],
+        validate_subclass_spec_in_any=True,
+    )
+    if util.canonical_import_paths is not canonical_import_paths:
+        ORIGINAL.append(util.canonical_import_paths)
+        util.canonical_import_paths = canonical_import_paths
+
+
+ORIGINAL: list[Any] = []
+
+
+def canonical_import_paths(obj: Any) -> set[str]:
+    """Return where an imported object is defined; a function that may not be named is refused."""
+    from jsonargparse._common import ImportDenied
+
+    paths = ORIGINAL[0](obj)
+    for path in () if inspect.isclass(obj) else paths:
+        mine = any(path == name or path.startswith(f"{name}.") for name in allowed)
+        if not mine and path not in CALLABLES:
+            raise ImportDenied(f"Importing '{path}' is not allowed")
+    return paths
+
+
+def refused(told: str) -> str | None:
+    """Return the sentence for a name that `guard_imports` refused, if a message speaks of one."""
+    found = re.search(r"Importing '(\S+)' is not allowed", told)
+    return found and (
+        f"expected a configuration of classes of {', '.join(MODULES)}, got {found[1]}; only if "
+        f"you trust the file, pass --allow {found[1].rpartition('.')[0]}"
+    )
