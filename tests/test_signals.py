@@ -116,16 +116,20 @@ def test_a_training_has_its_folder_to_itself_and_sweeps_it(job, place, monkeypat
 
 def test_a_lock_ends_with_its_run_and_not_with_the_processes_that_the_run_forked(tmp_path):
     with locked(tmp_path):
-        reader, writer = os.pipe()
+        (ready, begun), (end, ended) = os.pipe(), os.pipe()
         child = os.fork()
         if not child:
-            os.close(writer)
-            os.read(reader, 1)  # until the parent closes its end
+            os.close(ended)
+            os.write(begun, b"1")
+            os.read(end, 1)  # until the parent closes its side
             os._exit(0)
+        os.read(ready, 1)
     with locked(tmp_path):
-        os.close(writer)
+        os.close(ended)
     assert os.waitpid(child, 0)[1] == 0
-    os.close(reader)
+    for handle in (ready, begun, end):
+        os.close(handle)
+
 
 
 def process(line: str) -> subprocess.Popen:
