@@ -4,7 +4,6 @@ Manifests and records are as jobs write them; latents are real but of 4 numbers 
 holes. So reading them costs what it costs of real ones, but for the bytes of latents and images.
 """
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +27,8 @@ from augment.records import (
     parts_of,
 )
 from augment.schema import sealed, write
-from augment.shards import BLOCK, shard_path
+from augment.shard_records import SCHEMA, ShardRecord, shard_path
+from augment.shards import BLOCK
 from augment.sources.source import Source
 from augment.synthesis import Synthesizer
 
@@ -112,11 +112,10 @@ def shards_of(folder: Path, count: int) -> None:
         ]
         size = PER_SHARD * step + 2 * BLOCK
         path = shard_path(folder, number)
-        record = {"schema": 1, "shard": path.stem, "bytes": size, "sha256": "0" * 64}
-        record |= {"samples": rows, "settings": making.digest, "wanted": PER_SHARD, "dropped": {}}
+        facts = path.stem, size, "0" * 64, rows, "0" * 16 * PER_SHARD, making.digest, PER_SHARD
         with path.open("wb") as file:
             file.truncate(size)
-        path.with_suffix(".json").write_text(json.dumps(record, separators=(",", ":")) + "\n")
+        path.with_suffix(".json").write_bytes(sealed(ShardRecord(SCHEMA, *facts), indent=None))
 
 
 def folder_of(folder: Path, count: int) -> None:
