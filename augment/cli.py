@@ -18,7 +18,7 @@ from augment.console import examples, overview, silence
 from augment.errors import AugmentWarning, Terminated, UserError
 from augment.imports import guard_imports, refused, take_allowed
 
-SWITCHES = ("full", "dry_run", "clean", "links", "discard")
+SWITCHES = ("full", "dry_run", "clean", "links", "discard", "repair")
 """Options that may be given without a value, for true."""
 
 

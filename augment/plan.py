@@ -11,7 +11,6 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,6 +18,7 @@ from jaxtyping import Float, Real
 from torch import Tensor
 
 from augment.errors import AugmentWarning, UserError, first_few, lookup
+from augment.schema import build
 from augment.seeds import rng
 from augment.weights import concentrations, dirichlet, effective_count, expected_count
 
@@ -97,11 +97,8 @@ class Plan:
             UserError: the line is not a plan.
         """
         try:
-            record: dict[str, Any] = json.loads(line)
-            lists = {key: tuple(record.pop(key)) for key in ("members", "weights")}
-            classes = tuple(record.pop("classes", ()))  # older plans have none
-            return cls(**lists, classes=classes, **record)
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            return build(cls, json.loads(line))
+        except (ValueError, RecursionError) as error:
             raise UserError(f"expected a plan as JSON, got {line[:60]!r} ({error})") from None
 
 
@@ -199,8 +196,8 @@ class Planner:
             raise UserError(f"expected noise in [0, 1), got {self.noise}; 0 is none")
         if self.members is not None and self.members < 1:
             raise UserError(f"expected members ≥ 1, got {self.members}; leave it out to mix all")
-        if self.seed < 0:
-            raise UserError(f"expected a seed ≥ 0, got {self.seed}")
+        if not 0 <= self.seed < 2**63:
+            raise UserError(f"expected a seed from 0 to 2^63 - 1, got {self.seed}")
         if not 1 <= self.classes <= max(len(self.images), 1):
             raise UserError(
                 f"expected classes from 1 to the {len(self.images)} there are, got {self.classes}"

@@ -143,7 +143,7 @@ class Form(NamedTuple):
     """What an annotation asks for, looked at once.
 
     Args:
-        tag: list, dict, `UnionType` of a type and None, `Record` for a dataclass, or a plain type.
+        tag: list, tuple, dict, `UnionType` of a type and None, `Record` for a dataclass, or a plain type.
         kind: the dataclass.
         inner: the form of what is in a list or dictionary, or may be None.
     """
@@ -158,7 +158,7 @@ def form_of(kind: Any) -> Form:
     """Return the form of an annotation."""
     if is_dataclass(kind):
         return Form(Record, kind)
-    inner = [part for part in get_args(kind) if part is not NoneType]
+    inner = [part for part in get_args(kind) if part not in (NoneType, ...)]
     return Form(get_origin(kind), None, form_of(inner[-1])) if inner else Form(kind)
 
 
@@ -174,11 +174,12 @@ def converted(form: Form, values: list[Any], name: str) -> list[Any]:
     if tag is UnionType:
         given = iter(converted(form.inner, [v for v in values if v is not None], name))
         return [None if value is None else next(given) for value in values]
-    if tag is list:
+    if tag in (list, tuple):  # tuples are of any length
         require(set(map(type, values)) <= {list}, name, "a list")
         inner = values[0] if len(values) == 1 else list(chain.from_iterable(values))
         given = converted(form.inner, inner, name)
-        return values if given is inner else split(given, map(len, values))
+        parts = values if given is inner else split(given, map(len, values))
+        return parts if tag is list else list(map(tuple, parts))
     require(set(map(type, values)) <= {dict}, name, "an object")
     if tag is Record:
         return objects(form.kind, values, name)

@@ -342,3 +342,27 @@ def test_classes_take_turns_until_each_has_enough():
     for wrong in (0, -1, {}, {"ant": 0}, {"ant": -1, "bee": 3}, {"dog": 1}):
         with pytest.raises(UserError, match="expected"):
             round_robin(wrong, ["ant", "bee"])
+
+
+PLAIN = {"label": 0, "class_name": "a", "members": ["x"], "weights": [1], "noise": 0.0, "seed": 0}
+
+
+@pytest.mark.parametrize(
+    "harm",
+    [
+        {"label": -1}, {"label": 0.5}, {"label": True}, {"class_name": None}, {"members": "x"},
+        {"members": [1]}, {"members": {"x": 1}}, {"weights": ["1"]}, {"weights": [True]},
+        {"weights": 1}, {"noise": "0"}, {"noise": []}, {"seed": 2**64}, {"epoch": None},
+        {"index": []}, {"classes": [0]}, {"more": 1}, {"weights": [1e300]},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_plan_of_other_types_is_refused(harm):
+    facts = PLAIN | {"epoch": 0, "index": 3}
+    plan = Plan.from_json(json.dumps(facts))
+    assert (plan.members, plan.weights, plan.classes) == (("x",), (1,), ())
+    with pytest.raises(UserError, match="expected a plan as JSON"):
+        Plan.from_json(json.dumps(facts | harm))
+    for line in ("[]", "null", "[" * 100_000, '{"weights": [NaN]}'):
+        with pytest.raises(UserError, match="expected a plan as JSON"):
+            Plan.from_json(line)
