@@ -197,7 +197,7 @@ class Planner:
         if self.members is not None and self.members < 1:
             raise UserError(f"expected members ≥ 1, got {self.members}; leave it out to mix all")
         if not 0 <= self.seed < 2**63:
-            raise UserError(f"expected a seed from 0 to 2^63 - 1, got {self.seed}")
+            raise UserError(f"expected a seed ≥ 0, got {self.seed}; the largest is 2^63 - 1")
         if not 1 <= self.classes <= max(len(self.images), 1):
             raise UserError(
                 f"expected classes from 1 to the {len(self.images)} there are, got {self.classes}"

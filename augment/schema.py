@@ -143,7 +143,8 @@ class Form(NamedTuple):
     """What an annotation asks for, looked at once.
 
     Args:
-        tag: list, tuple, dict, `UnionType` of a type and None, `Record` for a dataclass, or a plain type.
+        tag: list, tuple, dict, `UnionType` of a type and None, `Record` for a dataclass, or a plain
+            type.
         kind: the dataclass.
         inner: the form of what is in a list or dictionary, or may be None.
     """

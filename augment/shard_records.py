@@ -208,7 +208,14 @@ def read_settings(folder: str | Path) -> ShardSettings:
     Raises:
         UserError: see `augment.schema.read`.
     """
-    return read(ShardSettings, Path(folder) / SETTINGS)
+    try:
+        return read(ShardSettings, Path(folder) / SETTINGS)
+    except Missing:
+        if holds_shards(folder):
+            raise Missing(
+                f"expected {SETTINGS} beside the shards in {folder}, got none; {ShardSettings.CURE}"
+            ) from None
+        raise
 
 
 def settings_digest(folder: Path) -> str:

@@ -100,6 +100,33 @@ def test_dry_runs_do_one_unit_and_tell_of_the_rest(monkeypatch, capsys, images, 
     assert (code, told) == (0, "4 units, 8 images; 0 units, 0 images to do\n")
 
 
+def test_a_job_without_an_image_to_make_or_left_is_an_error(
+    monkeypatch, capsys, tiny_bank, tmp_path
+):
+    command = ("synthesize", "--bank", tiny_bank, "--steps", 1, "--out", tmp_path / "out")
+    for options in (("--fill-to", 1), ("--tail-only", 1), ("--per-class", 0)):
+        code, _, told = call(monkeypatch, capsys, *command, *options)
+        assert code == 2 and "expected a class that lacks images" in told and told.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+    none = ("--per-class", 2, "--filters", "{degenerate: {minimum: 1000}}")
+    code, _, told = call(monkeypatch, capsys, *command, *none)
+    assert code == 2 and "got none: filters refused" in told
+
+
+def test_a_lost_file_of_settings_is_repaired(monkeypatch, capsys, tiny_bank, tmp_path):
+    out = tmp_path / "out"
+    command = ("synthesize", "--bank", tiny_bank, "--steps", 1, "--out", out, "--per-class", 2)
+    assert call(monkeypatch, capsys, *command)[0] == 0
+    before = snapshot(out)
+    (out / "synthesis.json").unlink()
+    for look in ("verify", "inspect"):
+        code, _, told = call(monkeypatch, capsys, look, out)
+        assert code == 2 and "synthesis.json" in told and "--repair" in told
+    code, told, _ = call(monkeypatch, capsys, "verify", out, "--repair")
+    assert code == 0 and "made again from the records of the shards" in told
+    assert snapshot(out) == before
+
+
 def test_damage_is_found_taken_out_and_made_again(monkeypatch, capsys, images, tmp_path):
     bank, out = tmp_path / "bank", tmp_path / "out"
     invert = ("invert", "--images", images, "--bank", bank, "--steps", 1)

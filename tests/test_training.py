@@ -13,6 +13,9 @@ from augment.cli import main
 from augment.export import export_folder
 from augment.fill import fill_bank
 from augment.generate import write_shards
+from augment.schema import write
+from augment.shard_records import ShardSettings
+from augment.shards import write_shard
 from augment.sources import FewShot, Folder
 from training.classifier import Classifier
 from training.data import ImageData, ReuseLogger
@@ -80,6 +83,14 @@ def test_shards_are_mixed_in_as_a_folder_of_them_is(folders, tiny, synthetic_ban
     form = evaluation(1, 32)
     known = {(label, form(image).numpy().tobytes()) for image, label in everything}
     assert drawn[0] | drawn[1] <= known
+
+
+def test_shards_without_an_image_are_not_trained_on_in_silence(folders, tmp_path):
+    write_shard(tmp_path / "shard-000000.tar", [], "png")
+    settings = ShardSettings(2, Folder(folders / "real").classes, 1, "png")
+    write(tmp_path / "synthesis.json", settings)
+    with pytest.raises(UserError, match=r"expected synthetic images in .*, got none"):
+        ImageData(str(folders / "real"), synthetic=str(tmp_path))
 
 
 def test_on_the_fly_images_come_from_the_training_images_of_the_bank(folders, tiny, synthetic_bank):

@@ -395,7 +395,10 @@ def made_of(real: Source, synthetic: Any) -> Any:
         UserError: there are none, or a class of the bank has no training image.
     """
     if isinstance(synthetic, str):
-        return open_shards(synthetic) if holds_shards(synthetic) else as_source(synthetic)
+        found = open_shards(synthetic) if holds_shards(synthetic) else as_source(synthetic)
+        if not len(found):
+            raise UserError(f"expected synthetic images in {synthetic}, got none; synthesize some")
+        return found
     if isinstance(synthetic, SyntheticDataset):
         known = {image_id for ids in real.ids.values() for image_id in ids}
         return synthetic.subset(known.__contains__)

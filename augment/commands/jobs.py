@@ -192,6 +192,11 @@ def synthesize(
     features = None if nearest is None else opened.features(nearest)
     real = np.array([len(ids) for ids in opened.members.values()])
     numbers = budget(real, per_class, fill_to, None, tail_only).tolist()
+    if not any(numbers):
+        raise UserError(
+            f"expected a class that lacks images, got {min(real)} to {max(real)} real ones each; "
+            "choose a larger --fill-to, --tail-only or --per-class"
+        )
     plain = fill_to is None and tail_only is None
     some = {n: m for n, m in zip(opened.members, numbers, strict=True) if m}
     counts = per_class if plain else some
