@@ -351,3 +351,51 @@ def test_filters_and_measures_take_a_checkpoint(run):
     with pytest.raises(UserError, match="cow new, cat missing"):
         judge.prepare(reference(["ant", "bee", "cow"]))
     assert make_filter("classifier").model == "resnet50"
+
+
+@pytest.mark.parametrize("rare", [False, True])
+def test_a_test_measures_what_fit_measured(run, tmp_path, monkeypatch, capsys, rare):
+    """With averaged weights, and checkpoints that are rarer than the last step."""
+    root, config = tmp_path / "averaged", tmp_path / "ema.yaml"
+    config.write_text(
+        "trainer:\n  callbacks:\n    class_path: EMAWeightAveraging\n    init_args: {decay: 0.7}\n"
+    )
+    args = ["fit", "--config", config, *fit(run)[1:-1], root, "--model.lr", 0.05]
+    args += ["--checkpoint.every_n_train_steps", 3] if rare else []
+
+    def measured(place):
+        return json.loads((root / place).read_text())
+
+    assert call(monkeypatch, capsys, "train", *args)[0] == 0
+    first = measured("test.json")
+    record = torch.load(root / "checkpoints/last.ckpt", weights_only=True)
+    assert record["global_step"] == 4
+    parts = (record[key]["network.0.weight"] for key in ("state_dict", "current_model_state"))
+    assert torch.equal(*parts) == rare
+    test = ("test", "--data.test", run / "test", "--trainer.default_root_dir", root)
+    assert call(monkeypatch, capsys, "train", *test)[0] == 0
+    assert measured("test/test.json") == first
+    assert call(monkeypatch, capsys, "train", *args)[0] == 0
+    assert measured("test.json") == first
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"loss": "ldam"},
+        {"auxiliary_norms": True},
+        {"tune": "lora", "network": "test_vit", "rank": 2},
+        {"tune": "scale"},
+    ],
+    ids=str,
+)
+def test_a_checkpoint_of_any_make_is_a_frozen_network(options, tmp_path):
+    start = save(Classifier([4] * 3), tmp_path / "start.ckpt")
+    first = {"start": start} if options.get("tune") == "scale" else {}
+    model = Classifier([4] * 3, **options, **first).eval()
+    path, side = save(model, tmp_path / "made.ckpt"), 160 if "network" in options else 32
+    images = torch.rand(2, 3, side, side, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = model(images).double() * getattr(model.loss, "scale", 1.0)
+    torch.testing.assert_close(timm_network("", path, 3, CPU)(images), expected)
+    assert feature_network("", path, CPU)(images).ndim == 2

@@ -275,9 +275,8 @@ class TrainCLI(LightningCLI):
             if config["max_epochs"] is None and limit > 0 and each:  # for the progress bar
                 batches = limit * config["accumulate_grad_batches"]
                 kwargs["max_epochs"] = -(-batches // each)
-            kwargs["callbacks"] = [*(config["callbacks"] or []), *self.best()]
-        plugins = config["plugins"] or []
-        plugins = plugins if isinstance(plugins, list) else [plugins]
+            kwargs["callbacks"] = [*listed(config["callbacks"]), *self.best()]
+        plugins = listed(config["plugins"])
         return super().instantiate_trainer(plugins=[*plugins, SafeCheckpoints()], **kwargs)
 
     def best(self) -> list[ModelCheckpoint]:
@@ -331,11 +330,23 @@ class TrainCLI(LightningCLI):
                 f"expected {steps} steps of training in {self.root}, got {done}; train in another "
                 "--trainer.default_root_dir"
             )
+        self.keep_last()
         if "test" in self.datamodule.held_out:
-            best = self.checkpoints / "best.ckpt"
-            path = str(best) if self.monitor[0] and best.exists() else None
-            self.trainer.test(self.model, datamodule=self.datamodule, ckpt_path=path)
+            best, last = (self.checkpoints / f"{name}.ckpt" for name in ("best", "last"))
+            path = best if self.monitor[0] and best.exists() else last
+            if path.exists():  # what a test measures later: averaged weights, if there are any
+                self.model.load_state_dict(read_weights(str(path)).record["state_dict"])
+            self.trainer.test(self.model, datamodule=self.datamodule)
             self.after_test()
+
+    def keep_last(self) -> None:
+        """Write ``last.ckpt`` again if steps were taken since, as where checkpoints are rare."""
+        last, trainer = self.checkpoints / "last.ckpt", self.trainer
+        stale = last.exists() and (
+            read_weights(str(last)).record["global_step"] != trainer.global_step
+        )
+        if trainer.strategy.broadcast(stale):
+            trainer.save_checkpoint(last)
 
     def before_validate(self) -> None:
         """Look for images to validate on."""
@@ -358,7 +369,7 @@ class TrainCLI(LightningCLI):
             table.append([file, names[int(row.argmax())], *(f"{p:.6g}" for p in row.tolist())])
         path = self.root / "predict" / "predictions.csv"
         write_table(path, table)
-        print(f"{path}: {len(files)} images labelled")
+        print(f"{path}: {len(files)} images of {self.datamodule.to_label.root} labelled")
 
     def after_test(self) -> None:
         """Keep what was measured beside the log."""
@@ -373,6 +384,11 @@ class TrainCLI(LightningCLI):
 def is_first_rank() -> bool:
     """Whether this process is the only one of a training, or the first of several."""
     return rank_zero_only.rank == 0  # type: ignore[attr-defined]
+
+
+def listed(value: Any) -> list[Any]:
+    """Return a setting that may be None, one or several as a list."""
+    return value if isinstance(value, list) else [] if value is None else [value]
 
 
 def log_of(root: Path, subcommand: str) -> CSVLogger:
