@@ -27,6 +27,7 @@ from augment.diffusion.backbone import Backbone
 from augment.errors import UserError
 from augment.features import read_vectors
 from augment.files import damaged, unreadable
+from augment.images import background_of
 from augment.plan import Images, Plan
 from augment.records import (
     Manifest,
@@ -82,7 +83,7 @@ class LatentBank:
             if means and len(means) != manifest.latent_shape[0]:
                 place = part.stem.with_suffix(".json")
                 raise damaged(place, done.WHAT, "means of other channels", done.CURE)
-            chunks[part.home.name].append(Chunk.of(part.stem, done))
+            chunks[part.home.name].append(Chunk.of(part.stem, done, part.ids))
         manifest = replace(manifest, classes=[replace(c, chunks=[]) for c in manifest.classes])
         if missing:
             raise UserError(
@@ -118,6 +119,11 @@ class LatentBank:
     @cached_property
     def _prompts(self) -> dict[str, str]:
         return {known.name: known.prompt for known in self.manifest.classes}
+
+    @property
+    def background(self) -> str:
+        """The colour that its images had in place of transparent pixels."""
+        return background_of(self.manifest.fingerprint.preprocessing)
 
     @property
     def inversion(self) -> dict[str, Any]:

@@ -6,14 +6,14 @@ process copy; what a record says beyond that of each image is read again when it
 """
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain
 from pathlib import Path
 
 from augment.errors import UserError
-from augment.records import ChunkRecord, FileRecord, file_of, record_at
+from augment.records import ChunkRecord, FileRecord, Reject, file_of, record_at, still
 
 UNPACKED = 256
 """Chunks whose ids are kept unpacked after they were used, in a process."""
@@ -28,20 +28,38 @@ class Chunk:
         packed: the ids of the images that it holds, row by row; see `pack`.
         files: what is recorded of its files, by kind.
         means: of each channel of its latents; empty if all images were left out.
-        rejected: how many those are.
+        left_out: the ids of those that are still left out, packed.
     """
 
     stem: Path
     packed: str
     files: dict[str, FileRecord]
     means: tuple[float, ...]
-    rejected: int
+    left_out: str
 
     @classmethod
-    def of(cls, stem: Path, record: ChunkRecord) -> "Chunk":
-        """The chunk of a commit record."""
+    def of(cls, stem: Path, record: ChunkRecord, ids: Collection[str] | None = None) -> "Chunk":
+        """Return the chunk of a commit record.
+
+        Args:
+            stem: the path of its files without suffix.
+            record: the record.
+            ids: its images as they are planned, which repaired ones have left; by default all.
+        """
         means = tuple(record.statistics.channel_means or ())
-        return cls(stem, packed_ids(record), record.files, means, len(record.rejects))
+        rejects = record.rejects if ids is None else still(record, ids)
+        left_out = pack(reject.id for reject in rejects)
+        return cls(stem, packed_ids(record), record.files, means, left_out)
+
+    @property
+    def rejected(self) -> int:
+        """The number of images that are still left out."""
+        return len(json.loads(self.left_out))
+
+    @property
+    def rejects(self) -> list[Reject]:
+        """What is recorded of the images that are still left out."""
+        return still(self.record, json.loads(self.left_out)) if self.rejected else []
 
     def file(self, kind: str) -> Path:
         """The path of its file of a kind."""

@@ -17,8 +17,9 @@ from typing import Any
 from augment.console import examples, overview, silence
 from augment.errors import AugmentWarning, Terminated, UserError
 from augment.imports import guard_imports, refused, take_allowed
+from augment.prompts import quoted
 
-SWITCHES = ("full", "dry_run", "clean", "links", "discard", "repair")
+SWITCHES = ("full", "dry_run", "clean", "links", "nested", "discard", "repair")
 """Options that may be given without a value, for true."""
 
 
@@ -33,6 +34,26 @@ def underscored(argument: str) -> str:
     return f"--{name}{equals}{value}"
 
 
+def as_texts(args: list[str]) -> list[str]:
+    """Let class names in options and configurations be text, whatever YAML would make of them."""
+    import yaml
+    from jsonargparse import get_loader, set_loader
+
+    load = get_loader("yaml")
+    if load.__module__ != __name__:
+        set_loader("yaml", lambda text: load(quoted(text)), (yaml.YAMLError, ValueError))
+    args, last = list(args), ""
+    for place, argument in enumerate(args):
+        name, equals, value = argument.partition("=")
+        if equals and name.startswith("--"):
+            args[place] = f"{name}={quoted(value, name.rpartition('.')[2].lstrip('-'))}"
+        elif last:
+            args[place] = quoted(argument, last)
+        last = "" if equals else argument.rpartition(".")[2].lstrip("-")
+        last = last if argument.startswith("--") else ""
+    return args
+
+
 def run(args: list[str]) -> Any:
     """Dispatch, and give what came of it; the commands of `training` are imported when asked for.
 
@@ -44,6 +65,7 @@ def run(args: list[str]) -> Any:
         print(overview({name: (f.__doc__ or "").splitlines()[0] for name, f in COMMANDS.items()}))
         return None
     guard_imports()
+    args = as_texts(args)
     if args[:1] == ["train"]:
         from training.cli import main as lightning
 

@@ -64,6 +64,15 @@ def first_few(names: Sequence[str]) -> str:
     return ", ".join(names[:5]) + (f" and {more} others" if more > 0 else "")
 
 
+def shown(name: str) -> str:
+    r"""Quote a name so that it can be told from others that look alike.
+
+    >>> shown("ant"), shown("e\u0301")
+    ("'ant'", "'e\u0301' ('e\\u0301')")
+    """
+    return repr(name) if name.isascii() else f"{name!r} ({name!a})"
+
+
 def lookup(table: Mapping[str, T], name: str, what: str) -> T:
     """The entry ``name`` of an extension table, or a `UserError` that lists the right names."""
     if name not in table:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from augment.errors import Damaged, UserError
 from augment.files import sha256, unreadable
+from augment.prompts import nfc
 from augment.records import (
     ChunkPlan,
     ChunkRecord,
@@ -70,13 +71,13 @@ def extended(
     check_kept(path, settled.images(parts), source, ids)
     rejects = chain.from_iterable(settled.rejects.values())
     refused = {r.id for r in rejects if r.id in ids and same_file(source, r)}
-    classes, by_name = [], {known.name: known for known in had}
+    classes, by_name = [], {nfc(known.name): known for known in had}
     free = 1 + max((int(known.folder) for known in had), default=-1)
     unit = 1 + max((chunk.unit for known in had for chunk in known.chunks), default=-1)
     room = size
     for name, members in source.ids.items():
         prompt = prompts.get(name, "")
-        known = by_name.get(name)
+        known = by_name.get(nfc(name))
         if known is None:
             known, free = ClassPlan(name, f"{free:04d}", prompt, []), free + 1
         if known.prompt != prompt:
@@ -87,7 +88,7 @@ def extended(
         chunks = []
         for chunk in known.chunks:
             left = chunk.ids
-            stem = stems[name, chunk.number]
+            stem = stems[known.name, chunk.number]
             if stem in settled.rejects:  # a rejected image that was mended, or is gone, leaves it
                 out = {reject.id for reject in settled.rejects[stem]} - refused
                 left = [i for i in left if i not in out]
@@ -135,11 +136,6 @@ def size_of(part: Part, record: ChunkRecord | None) -> int:
         return 0
     except OSError as error:
         raise unreadable(part.stem, "the files of a chunk", error) from None
-
-
-def still(record: ChunkRecord, part: Part) -> list[Reject]:
-    """The rejects of a chunk that were not mended since."""
-    return [reject for reject in record.rejects if reject.id in part.ids]
 
 
 def same_file(source: Source, known: ImageRecord | Reject, read: bool = True) -> bool:

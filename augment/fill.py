@@ -30,12 +30,13 @@ from augment.diffusion import load_backbone
 from augment.diffusion.backbone import Backbone, check_batch
 from augment.diffusion.solver import sample
 from augment.errors import EnlargedWarning, ImageRejected, Missing, UserError
-from augment.extend import extended, intact, size_of, still
+from augment.extend import extended, intact, size_of
 from augment.files import check_folder, in_use, sha256, unreadable, write_bytes
-from augment.images import decode_image, shorter_side
+from augment.images import FITTING, fit, open_image, pixels_of, preprocessing, warn_once
 from augment.inversion import INVERTERS, Inverter, check_guidance, inverted, inverter
 from augment.jobs import run
 from augment.prior import nominal_norm
+from augment.prompts import by_class
 from augment.records import (
     CHUNK,
     BankSettings,
@@ -51,9 +52,11 @@ from augment.records import (
     parts_of,
     read_manifest,
     require_same_making,
+    still,
 )
 from augment.schema import write
 from augment.sources import Source
+from augment.sources.source import check_share, refuse_rejects
 
 ENLARGED = 1.5
 """By how much images may be enlarged in silence."""
@@ -66,8 +69,6 @@ CHUNK_FILE = re.compile(r"chunk-[0-9]{4,}(\.clean|\.nulls)?\.(safetensors|json)"
 REJECTED = ("id", "bytes", "sha256", "reason")
 """What rejects.jsonl tells of an image."""
 
-PREPROCESSING = "shorter side by antialiased bilinear, centre crop"
-
 
 @dataclass
 class Picture:
@@ -77,12 +78,14 @@ class Picture:
         about: what is recorded of it.
         pixels: (C, R, R), if it could be read.
         reason: why it is left out, if it is.
+        converted: what changed its colours on the way to sRGB, if anything.
         row: where its latent is among those of the unit.
     """
 
     about: ImageRecord
     pixels: Tensor | None = None
     reason: str = ""
+    converted: str = ""
     row: int = 0
 
 
@@ -169,9 +172,9 @@ class Inversion:
                 f"expected a bank beside the images in {self.source.root}, got {self.path} in "
                 "them; choose another place"
             )
-        if not 0 <= self.max_rejects <= 1:
-            raise UserError(f"expected max_rejects in [0, 1], got {self.max_rejects}; try 0.05")
+        check_share(self.max_rejects)
         names = list(self.source.ids)
+        self.prompts = by_class(self.prompts, names)
         unknown = self.prompts.keys() - set(names)
         if unknown:
             raise UserError(
@@ -206,7 +209,7 @@ class Inversion:
         versions = {name: version(name) for name in ("torch", "diffusers", "safetensors")}
         return BankSettings(
             list(backbone.latent_shape),
-            Fingerprint(backbone.fingerprint, method, PREPROCESSING),
+            Fingerprint(backbone.fingerprint, method, preprocessing(self.source.background)),
             backbone.recipe,
             str(self.source.root.absolute()),
             list(self.keeps),
@@ -221,7 +224,8 @@ class Inversion:
         self.recipe = backbone.recipe  # not that of an older run
         if old is not None:
             require_same_making(self.path, old, new)
-            new = replace(new, recipe=old.recipe, made_with=old.made_with)
+            kept = {"recipe": old.recipe, "made_with": old.made_with}
+            new = replace(new, fingerprint=old.fingerprint, **kept)
         most = 16 if self.method.away == "nulls" else CHUNK  # embeddings are large
         size = max(min(most, CHUNK, PIXELS // (backbone.channels * backbone.resolution**2)), 1)
         classes = extended(self.path, old, self.source, self.prompts, size)
@@ -260,6 +264,7 @@ class Inversion:
         """Read, invert and commit the images of a unit."""
         parts = self.units[unit]
         read = [[picture(self.source, backbone, i) for i in part.ids] for part in parts]
+        self._check_colours([p for row in read for p in row])
         pairs = list(zip(parts, read, strict=True))
         seen = [(p, part.home.prompt) for part, row in pairs for p in row if p.pixels is not None]
         made = self.make(backbone, *map(list, zip(*seen, strict=True))) if seen else {}
@@ -295,6 +300,18 @@ class Inversion:
             made["clean"] = torch.cat(clean).half()
         return {key: tensor.cpu() for key, tensor in made.items()}
 
+    def _check_colours(self, pictures: list[Picture]) -> None:
+        """Warn if a bank of an older version, which read colours as they were stored, goes on."""
+        odd = next((p for p in pictures if p.converted), None)
+        old = self.manifest is not None and self.manifest.fingerprint.preprocessing == FITTING
+        if odd and old:
+            warn_once(
+                "colours",
+                f"expected colours as they are stored in the bank {self.path} of an older version, "
+                f"got {odd.about.id} with {odd.converted}, which is converted now; invert into "
+                "a new folder to read all images alike",
+            )
+
     def _check_rejects(self, unit: int, mine: list[Picture]) -> None:
         """Stop before more images are left out than may be."""
         if not mine:
@@ -302,14 +319,10 @@ class Inversion:
         planned = sum(len(part.ids) for parts in self.units for part in parts)
         for part in (p for k, parts in enumerate(self.units) for p in parts if k != unit):
             if part.stem not in self.rejected and (record := intact(part)):
-                self.rejected[part.stem] = len(still(record, part))
+                self.rejected[part.stem] = len(still(record, part.ids))
         count = len(mine) + sum(self.rejected.values())
-        if count > self.max_rejects * planned:
-            raise ImageRejected(
-                f"expected no more than {self.max_rejects:.1%} of {planned} images to be of no "
-                f"use, got {count}, such as {mine[0].about.id} ({mine[0].reason}); mend or "
-                "remove them, or allow a larger share of rejects"
-            )
+        first = f"{mine[0].about.id} ({mine[0].reason})"
+        refuse_rejects(count, planned, self.max_rejects, "images", first)
 
     def finish(self) -> None:
         """List the images that were left out, and tell of those that were enlarged much."""
@@ -320,7 +333,7 @@ class Inversion:
             record = intact(part)
             if record is None:
                 continue
-            rejects += still(record, part)
+            rejects += still(record, part.ids)
             enlarged = [(i.side, i.id) for i in record.images if i.side * ENLARGED < side]
             seen, small = seen + len(record.images), small + len(enlarged)
             least = min([least, *enlarged], key=lambda found: found[0])
@@ -368,7 +381,7 @@ def picture(source: Source, backbone: Backbone, image_id: str) -> Picture:
     try:
         content = source.read(image_id)
         about = replace(about, bytes=len(content), sha256=sha256(content))
-        pixels = decode_image(content, backbone.channels, backbone.resolution)
+        image = open_image(content, source.background, image_id)
     except OSError as error:
         if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
             raise unreadable(source.root / image_id, "an image", error) from None
@@ -376,7 +389,9 @@ def picture(source: Source, backbone: Backbone, image_id: str) -> Picture:
         return Picture(about, reason=error.strerror or str(error))
     except ImageRejected as error:
         return Picture(about, reason=str(error))
-    return Picture(replace(about, side=shorter_side(content)), pixels)
+    pixels = fit(pixels_of(image, backbone.channels), backbone.resolution)
+    about = replace(about, side=min(image.size))
+    return Picture(about, pixels, converted=image.info.get("converted", ""))
 
 
 def useless(made: dict[str, Tensor], row: int) -> str:

@@ -6,16 +6,21 @@ classes of ImageNet-1k are in ``sources/imagenet.txt``.
 """
 
 import re
-from collections.abc import Sequence
+import unicodedata
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from string import Formatter
+from typing import Any
 
-from augment.errors import UserError
+from augment.errors import UserError, shown
 
 NAMES = Path(__file__).parent / "sources" / "imagenet.txt"
 FIELDS = ("name", "folder")
 """What a template may ask for."""
+
+TEXTS = ("prompts", "classes", "class_names")
+"""Options whose values hold class names or texts, and never numbers."""
 
 WORDNET_ID = re.compile(r"n\d{8}")
 NUMBERING = re.compile(r"^(\d+\.|0\d*[\s_-]|n\d{8}[\s_-])[\s_-]*(?=\D)")
@@ -29,6 +34,62 @@ VOWEL = re.compile(
 
 SPELT = re.compile(r"[AEFHILMNORSX](?=[A-Z0-9]{0,3}\b)")
 """Names that begin with a letter's name, and that with a vowel: an X-ray, an SUV."""
+
+
+def nfc(name: str) -> str:
+    """Return a name in Unicode's form NFC, in which names that look alike by accents are equal."""
+    return unicodedata.normalize("NFC", name)
+
+
+def by_class(texts: Mapping[str, str], classes: Iterable[str]) -> dict[str, str]:
+    """Return texts by class name; their keys may be in another Unicode form than the names."""
+    names = {nfc(name): name for name in classes}
+    return {names.get(nfc(key), key): text for key, text in texts.items()}
+
+
+def quoted(text: str, option: str = "") -> str:
+    r"""Quote what are names in YAML: every key, and what stands below an option of `TEXTS`.
+
+    YAML takes 010 for a number, and no for false.
+
+    >>> quoted("{010: bag, 8: no, b: hat}", "prompts")
+    '{"010": bag, "8": "no", b: hat}\n'
+
+    Args:
+        text: YAML; what is no list or mapping stays as it is.
+        option: whose value it is.
+    """
+    import yaml
+
+    try:
+        node: Any = yaml.compose(text, Loader=yaml.SafeLoader)
+    except (yaml.YAMLError, ValueError):
+        return text
+    if not isinstance(node, yaml.CollectionNode) or not quote(node, option in TEXTS):
+        return text
+    return yaml.serialize(node, Dumper=yaml.SafeDumper, allow_unicode=True, width=1_000_000)
+
+
+def quote(node: Any, inside: bool) -> bool:
+    """Quote the names in a list or mapping of YAML; return whether there were any to quote.
+
+    Args:
+        node: from ``yaml.compose``.
+        inside: whether all its values are names too.
+    """
+    pairs = [item if isinstance(item, tuple) else (None, item) for item in node.value]
+    changed = False
+    for key, value in pairs:
+        last = str(key.value).rpartition(".")[2] if key else ""
+        scalars = [key] if key else []
+        if isinstance(value.value, list):
+            changed |= quote(value, inside or last in TEXTS)
+        elif inside:
+            scalars.append(value)
+        for scalar in scalars:
+            if isinstance(scalar.value, str) and not scalar.tag.endswith((":str", ":merge")):
+                scalar.tag, scalar.style, changed = "tag:yaml.org,2002:str", '"', True
+    return changed
 
 
 @cache
@@ -81,15 +142,15 @@ def class_prompts(
         UserError: a template without ``{name}`` or with another field, a name of a class that is
             not there, or a class of unknown name.
     """
-    names = names or {}
+    names = by_class(names or {}, classes)
     check_template(template)
     unknown = names.keys() - set(classes)
     if unknown:
         raise UserError(
             f"expected names for classes out of {', '.join(classes)}, got one for "
-            f"{min(unknown)!r}; choose one of these"
+            f"{shown(min(unknown))}; choose one of these"
         )
-    called = {c: names[c] if c in names else class_name(c) for c in classes}
+    called = {c: names[c] if c in names else class_name(nfc(c)) for c in classes}
     return {folder: fill(template, folder, name) for folder, name in called.items()}
 
 

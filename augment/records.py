@@ -33,7 +33,7 @@ its records have no digest, and do not say which class they are of.
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 from types import NoneType
@@ -41,6 +41,7 @@ from typing import Any, ClassVar, NamedTuple
 
 from augment.errors import BankMismatch, Damaged, ImageRejected, Missing, UserError
 from augment.files import damaged, read_file, reading, sha256
+from augment.images import FITTING, preprocessing
 from augment.inversion import INVERTERS
 from augment.schema import Record, as_object, build, read
 from augment.sources.source import Source
@@ -332,7 +333,10 @@ def require_same_making(path: Path, have: BankSettings, want: BankSettings) -> N
     require_same(path, old.backbone, new.backbone)
     require_same(path, old.inversion, new.inversion)
     require_same(path, {"kept": have.keeps}, {"kept": want.keeps})
-    require_same(path, {"preprocessing": old.preprocessing}, {"preprocessing": new.preprocessing})
+    # a bank of before may go on: only images with transparency or a colour profile differ
+    now = {FITTING: preprocessing("white")}
+    ways = [now.get(way, way) for way in (old.preprocessing, new.preprocessing)]
+    require_same(path, *({"preprocessing": way} for way in ways))
 
 
 def require_same(path: Path, have: dict[str, Any], want: dict[str, Any]) -> None:
@@ -402,6 +406,11 @@ def made_of(record: ChunkRecord, part: Part) -> bool:
             return False
     rejects = {reject.id for reject in record.rejects}
     return [i for i in part.ids if i not in rejects] == [image.id for image in record.images]
+
+
+def still(record: ChunkRecord, ids: Collection[str]) -> list[Reject]:
+    """Return the rejects of a chunk that are planned still: repaired ones have left it."""
+    return [reject for reject in record.rejects if reject.id in ids]
 
 
 def read_original(root: Path | Source, image_id: str, digest: str) -> bytes:

@@ -41,7 +41,7 @@ from torch.utils.data import Dataset
 
 from augment.errors import AugmentWarning, Damaged, UserError, lookup
 from augment.files import replacing
-from augment.images import to_pil
+from augment.images import check_scans, to_pil
 from augment.plan import Plan
 from augment.schema import write
 from augment.shard_records import (
@@ -128,6 +128,8 @@ def decode(content: bytes, extension: str) -> Float[Tensor, "c h w"]:
         with Image.open(io.BytesIO(content), formats=[FORMATS[extension]]) as file:
             if file.width * file.height > MOST_PIXELS:
                 raise ValueError(f"{file.width} × {file.height} pixels")
+            if file.info.get("progressive"):
+                check_scans(content, file.width * file.height)
             if file.format == "JPEG" and file.mode in ("L", "RGB"):
                 from torchvision.io import decode_jpeg  # here: it takes a second to import
 

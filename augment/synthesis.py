@@ -219,7 +219,7 @@ class Synthesizer:
         for row, (image_id, digest) in enumerate(known.items()):
             try:
                 content = read_original(root, image_id, digest)
-                images[row] = decode_image(content, channels, side)
+                images[row] = decode_image(content, channels, side, self.bank.background)
             except ImageRejected as error:
                 raise UserError(
                     f"expected the real images of the bank in {getattr(root, 'root', root)}, to "

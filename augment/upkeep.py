@@ -39,6 +39,7 @@ from augment.records import (
     read_record,
     require_same_making,
     stem_of,
+    still,
 )
 from augment.schema import as_object, build, read, write
 from augment.shard_records import (
@@ -295,7 +296,7 @@ def inspect_bank(path: Path) -> str:
             continue
         count = len(record.images)
         made[part.home.name] += count
-        rejects += len(record.rejects)
+        rejects += len(still(record, part.ids))
         size += sum(file.bytes for file in record.files.values())
         for key, values in means.items():
             value = getattr(record.statistics, key)

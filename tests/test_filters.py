@@ -294,7 +294,7 @@ def test_networks_see_images_as_they_were_trained(tmp_path):
             expected = network(inputs)
         got = timm_network(NETWORK, path, 3, CPU)(images)
         torch.testing.assert_close(got.float(), expected, rtol=1e-4, atol=1e-5)
-        colour = images * torch.tensor([0.5, 1, 1.5])[:, None, None]
+        colour = images * torch.tensor([0.5, (1 - 0.1495 - 0.171) / 0.587, 1.5])[:, None, None]
         torch.testing.assert_close(timm_network(NETWORK, path, 3, CPU)(colour), got)
 
 
@@ -548,7 +548,8 @@ def test_the_statistics_of_a_ramp():
     expected = torch.stack([*torch.tensor(shares), log[0], log[1], middle, log[2]])
     torch.testing.assert_close(statistics(ramp)[0], expected)
     colour = ramp * torch.tensor([1, 0.5, 1])[:, None, None]
-    tint = (1 / 2 - 5 / 12) / (5 / 12 + 0.1)
+    grey = 0.5 * (0.299 + 0.587 / 2 + 0.114)
+    tint = (1 / 2 - grey) / (grey + 0.1)
     torch.testing.assert_close(statistics(colour)[0, 6:], torch.tensor([tint, tint]))
 
 

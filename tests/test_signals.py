@@ -131,7 +131,6 @@ def test_a_lock_ends_with_its_run_and_not_with_the_processes_that_the_run_forked
         os.close(handle)
 
 
-
 def process(line: str) -> subprocess.Popen:
     path = {"PYTHONPATH": str(Path(__file__).parent.parent), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(

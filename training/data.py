@@ -14,16 +14,18 @@ from tqdm import tqdm
 
 from augment.bank import LatentBank
 from augment.dataset import SyntheticDataset, fetch
-from augment.errors import AugmentWarning, UserError
+from augment.errors import AugmentWarning, UserError, shown
 from augment.export import ORIGINS
 from augment.files import read_json
-from augment.images import SUFFIXES
+from augment.images import SUFFIXES, parse_colour
+from augment.prompts import nfc
 from augment.records import DIGITS
 from augment.replay import ReplayPool
 from augment.seeds import rng
 from augment.shard_records import holds_shards, sources_of
 from augment.shards import Shards, open_shards
 from augment.sources import Folder, Source, as_source
+from augment.sources.subsets import Selection
 from training.draws import Draw, Draws, Mix
 from training.transforms import Augmentation, evaluation
 
@@ -163,6 +165,9 @@ class ImageData(pl.LightningDataModule):
         steps_per_epoch: steps an epoch; by default one pass through the images.
         workers: processes that load images; 0 where a backbone on a GPU makes them.
         seed: of draws and augmentation.
+        max_rejects: the share of the images that may be left out because they cannot be read, as
+            for invert; all are looked at before the first step.
+        background: the colour that is seen through transparent pixels; by default white.
 
     Attributes:
         counts: how many *real* training images there are of each class; empty without any.
@@ -191,6 +196,8 @@ class ImageData(pl.LightningDataModule):
         steps_per_epoch: int | None = None,
         workers: int = 0,
         seed: int = 0,
+        max_rejects: float = 0.05,
+        background: str | None = None,
     ) -> None:
         super().__init__()
         form = (
@@ -203,15 +210,27 @@ class ImageData(pl.LightningDataModule):
                 "expected 1 or 3 channels, a resolution ≥ 8, a crop in (0, 1] and workers ≥ 0, got "
                 f"{channels}, {resolution}, {crop} and {workers}"
             )
-        self.real = None if train is None else as_source(train)
+
+        def look(images: Source | str, name: str) -> Source:
+            """Open images and leave out those that cannot be read."""
+            source = as_source(images)
+            if background:
+                source.background = parse_colour(background)
+            return source.readable(max_rejects, name)
+
+        self.real = None if train is None else look(train, "training")
         self.held_out = {
-            name: as_source(part) for name, part in (("val", val), ("test", test)) if part
+            name: look(part, name) for name, part in (("val", val), ("test", test)) if part
         }
-        self.unlabelled = None if predict is None else files_of(predict)
+        self.unlabelled = None if predict is None else look(files_of(predict), "predict")
         parts = [*([self.real] if self.real else []), *self.held_out.values()]
         self.counts = self.real.counts if self.real else []
         self.classes = parts[0].classes if parts else []
+        for name, part in self.held_out.items():
+            self.held_out[name] = of_classes(part, self.classes, name)
         self.synthetic = made_of(self.real, synthetic) if self.real else None
+        if isinstance(self.synthetic, Source):
+            self.synthetic = look(self.synthetic, "synthetic")
         self.check_classes()
         self.channels, self.resolution, self.crop = channels, resolution, crop
         self.workers, self.batch_size, self.seed, self.augment = workers, batch_size, seed, augment
@@ -242,15 +261,14 @@ class ImageData(pl.LightningDataModule):
             self.pair = Pair(self.real, self.synthetic, *steps, self.seed, keep)
 
     def check_classes(self) -> None:
-        """All parts have the same classes in the same order."""
-        parts = {**self.held_out, "synthetic": self.synthetic}
-        for name, part in parts.items():
-            classes = getattr(part, "classes", self.classes)
-            if classes != self.classes:
-                raise UserError(
-                    f"expected the {name} images to have the classes {brief(self.classes)}, "
-                    f"got {brief(classes)}; give both the same class folders"
-                )
+        """Refuse synthetic images that have other classes than the real ones, or another order."""
+        classes = getattr(self.synthetic, "classes", self.classes)
+        if list(map(nfc, classes)) != list(map(nfc, self.classes)):
+            raise UserError(
+                f"expected the synthetic images to have the classes {brief(self.classes)}, "
+                f"got {brief(classes)}{first_difference(self.classes, classes)}; give both "
+                "the same class folders"
+            )
 
     def setup(self, stage: str) -> None:
         """Take this rank's share. No held-out image may be one that synthetic ones come from."""
@@ -378,11 +396,48 @@ def files_of(images: Source | str) -> Source:
         return images
     root, source = Path(images), Source()
     paths = [p.relative_to(root) for p in root.rglob("*")] if root.is_dir() else []
-    shown = [p for p in paths if p.suffix.lower() in SUFFIXES and not f"/{p}".count("/.")]
-    source.root, source.ids = root, {"": sorted(map(str, shown))}
-    if not shown:
+    taken = [p for p in paths if p.suffix.lower() in SUFFIXES and not f"/{p}".count("/.")]
+    source.root, source.ids = root, {"": sorted(map(str, taken))}
+    if not taken:
         raise UserError(f"expected image files in the folder {images}, got none; give another")
     return source
+
+
+def first_difference(classes: list[str], others: list[str]) -> str:
+    """Say which class the one list has and the other lacks, so that a difference can be seen."""
+    lacking = [name for name in classes if nfc(name) not in map(nfc, others)]
+    beside = [name for name in others if nfc(name) not in map(nfc, classes)]
+    told = [f"without {shown(lacking[0])}"] if lacking else []
+    told += [f"with {shown(beside[0])}"] if beside else []
+    return f" ({' and '.join(told) or 'in another order'})"
+
+
+def of_classes(source: Source, classes: list[str], name: str) -> Source:
+    """Return held-out images with the labels of the training's classes, by name.
+
+    Raises:
+        UserError: they have a class that the training has not.
+    """
+    if source.classes == classes:
+        return source
+    theirs = {nfc(own): members for own, members in source.ids.items()}
+    if len(theirs) < len(source.ids) or not theirs.keys() <= set(map(nfc, classes)):
+        raise UserError(
+            f"expected the {name} images to have the classes {brief(classes)}, got "
+            f"{brief(source.classes)}{first_difference(classes, source.classes)}; rename the class "
+            "folder or take it out"
+        )
+    view = Selection(source)
+    view.ids = {own: theirs.get(nfc(own), []) for own in classes}
+    empty = [own for own, members in view.ids.items() if not members]
+    if empty:
+        warnings.warn(
+            f"expected {name} images of {len(classes)} classes, got none of {len(empty)}: "
+            f"{brief(empty)}; {name} results are of the others",
+            AugmentWarning,
+            stacklevel=2,
+        )
+    return view
 
 
 def made_of(real: Source, synthetic: Any) -> Any:

@@ -19,6 +19,7 @@ from augment.cli import main
 from augment.errors import UserError
 from augment.files import locked, read_json, remember, write_table
 from augment.imports import allowed
+from augment.prompts import quoted
 from training.cli import remove_partial
 from training.metrics import interval
 
@@ -59,7 +60,7 @@ def sweep(
     if seeds < 2:
         raise UserError(f"expected at least 2 seeds for an interval, got {seeds}")
     try:
-        base = yaml.load(Path(recipe).read_text(), Loader)
+        base = yaml.load(quoted(Path(recipe).read_text()), Loader)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         told = " ".join(str(error).split())[:120]
         raise UserError(f"expected a configuration at {recipe}, got {told}; correct it") from None

@@ -11,7 +11,7 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from augment.errors import UserError
-from augment.images import prepare
+from augment.images import fit, pixels_of, to_channels
 
 Dice = np.random.Generator
 
@@ -129,7 +129,7 @@ def evaluation(channels: int, resolution: int, crop: float = 1.0) -> Callable[[A
 
 
 class Decoded(torch.nn.Module):
-    """PIL image or tensor in [0, 1] to uint8 (channels, H, W); grey is the mean of the colours."""
+    """Turn a PIL image or a tensor in [0, 1] into uint8 (channels, H, W)."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -137,12 +137,12 @@ class Decoded(torch.nn.Module):
 
     def forward(self, image: Any) -> Tensor:
         """The pixels."""
-        pixels = image if isinstance(image, Tensor) else v2.functional.pil_to_tensor(image)
-        pixels = v2.functional.to_dtype(pixels, torch.uint8, scale=True)
+        if not isinstance(image, Tensor):
+            return pixels_of(image, self.channels)
+        pixels = v2.functional.to_dtype(image, torch.uint8, scale=True)
         if len(pixels) == self.channels:
             return pixels
-        grey = pixels.float().mean(0, keepdim=True).round().to(torch.uint8)
-        return grey.expand(self.channels, -1, -1)
+        return to_channels(pixels.float(), self.channels).round().to(torch.uint8)
 
 
 class Fitted(torch.nn.Module):
@@ -156,5 +156,5 @@ class Fitted(torch.nn.Module):
         """The square."""
         if image.shape[-2:] == (self.resolution, self.resolution):
             return image
-        square = prepare(image[None].float() / 255, len(image), self.resolution)[0]
+        square = fit(image, self.resolution)
         return (square * 255).round().to(torch.uint8)

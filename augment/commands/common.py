@@ -1,6 +1,9 @@
 """What commands share: where work is done, what is told of it, options that need care."""
 
+import csv
 import math
+import shlex
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +68,8 @@ def tell_of_bank(path: Path) -> Record:
             f"all {found.count} of them mixed in equal parts by a rule without a mean split "
             f"(fix/0) would have channel means up to {grown:.2f}; take one with /chm or /lp"
         )
-    print(f"\nnext: latent-augment synthesize {path} --out {path.with_name('synthetic')}")
+    place, out = shlex.quote(str(path)), shlex.quote(str(path.with_name("synthetic")))
+    print(f"\nnext: latent-augment synthesize {place} --out {out}")
     return {
         "complete": True, "bank": str(path), "latents": count, "classes": len(bank.classes),
         "rejects": rejects, "most_biased": worst, "bias": found.largest[0], "biased": found.biased,
@@ -90,11 +94,26 @@ def recipe_of(bank: Any, backbone: str | None = None) -> dict[str, Any]:
 
 def prompts_of(source: Source, prompt: str, prompts: dict[str, str] | None) -> dict[str, str]:
     """The prompt of each class that has one, by name: its own, else the template's."""
-    from augment.prompts import class_prompts
+    from augment.prompts import by_class, class_prompts
 
-    texts = {str(k): v for k, v in (prompts or {}).items()}
+    texts = by_class(prompts or {}, source.classes)
     rest = [name for name in source.classes if name not in texts]
     return texts | (class_prompts(rest, prompt) if prompt else {})
+
+
+def listed(text: str, known: Callable[[str], bool]) -> list[str]:
+    """Split a text at its commas, but for those of names that are known or in double quotes.
+
+    >>> listed('red, big,cat,"a,b"', ["red, big", "cat", "a", "a,b"].__contains__)
+    ['red, big', 'cat', 'a,b']
+    """
+    parts, found = next(csv.reader([text]), []), []
+    while parts:
+        sizes = range(len(parts), 0, -1)
+        size = next((n for n in sizes if known(",".join(parts[:n]))), 0)
+        found.append(",".join(parts[:size]) if size else parts[0].strip())
+        parts = parts[size or 1 :]
+    return found
 
 
 def refuse(options: dict[str, Any], *names: str) -> None:

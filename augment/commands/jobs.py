@@ -1,5 +1,6 @@
 """Banks and shards made: ``invert``, ``synthesize``."""
 
+import shlex
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -15,6 +16,7 @@ from augment.commands.common import (
     work,
 )
 from augment.errors import UserError
+from augment.images import parse_colour
 from augment.refine import SeedSelect, check_sampling
 from augment.sources import Folder, Source
 
@@ -37,13 +39,15 @@ def invert(
     clean: bool = False,
     max_rejects: float = 0.05,
     links: bool = False,
+    nested: bool = False,
+    background: str | None = None,
     executor: str = "local",
     dry_run: bool = False,
 ) -> Record:
     """Invert labelled images into a bank of latents.
 
     Args:
-        images: folder with one sub-folder of PNG or JPEG files a class; or another source, such as
+        images: folder with one sub-folder of image files a class; or another source, such as
             FewShot with --images.source DIR --images.shots 5, or as YAML in a --config.
         bank: folder of the bank, made if needed; an interrupted job goes on, and images that were
             added since are appended.
@@ -63,6 +67,9 @@ def invert(
         clean: keep the clean latents too.
         max_rejects: share of images that may be left out because they cannot be read.
         links: follow links that lead out of the folder.
+        nested: take the images in all sub-folders of a class folder too.
+        background: the colour that is seen through transparent pixels, such as '#808080'; by
+            default white.
         executor: local, this process or, under torchrun or in a Slurm array, its share; or ray.
         dry_run: do and keep one unit of the work, and tell how long all will take.
     """
@@ -70,12 +77,14 @@ def invert(
     from augment.fill import Inversion
     from augment.inversion import inverter
 
-    if links and not isinstance(images, str):
+    if (links or nested) and not isinstance(images, str):
         raise UserError(
-            f"expected links with a folder of images, got {type(images).__name__}; leave it out, "
-            "or give it to a Folder therein"
+            f"expected {'links' if links else 'nested'} with a folder of images, got "
+            f"{type(images).__name__}; leave it out, or give it to a Folder therein"
         )
-    source = Folder(images, links) if isinstance(images, str) else images
+    source = Folder(images, links, nested=nested) if isinstance(images, str) else images
+    if background:
+        source.background = parse_colour(background)
     texts = prompts_of(source, prompt, prompts)
     settings, options = inversion_options or {}, backbone_options or {}
     refuse(settings, "steps", "guidance", "batch_size")
@@ -243,8 +252,8 @@ def tell_of_shards(job: Any) -> Record:
     )
     print("".join(line + "\n" for line in tally.refused_lines()), end="")
     print(
-        f"next: latent-augment train fit --data.train IMAGES --data.synthetic {job.path} "
-        "--trainer.max_epochs 20"
+        "next: latent-augment train fit --data.train IMAGES --data.synthetic "
+        f"{shlex.quote(str(job.path))} --trainer.max_epochs 20"
     )
     return {
         "complete": True, "shards": str(job.path), "written": tally.written,

@@ -3,7 +3,7 @@
 from contextlib import nullcontext
 from pathlib import Path
 
-from augment.commands.common import Record, tell_of_bank
+from augment.commands.common import Record, listed, tell_of_bank
 from augment.errors import UserError
 from augment.sources import Source
 
@@ -67,7 +67,8 @@ def merge(banks: str, out: str) -> Record:
     """
     from augment import upkeep
 
-    return tell_of_bank(upkeep.merge(banks.split(","), out).path)
+    folders = listed(banks, lambda place: Path(place).exists())
+    return tell_of_bank(upkeep.merge(folders, out).path)
 
 
 def split(bank: str, classes: str, out: str) -> Record:
@@ -75,12 +76,17 @@ def split(bank: str, classes: str, out: str) -> Record:
 
     Args:
         bank: its folder.
-        classes: their names, with commas between, in the order of the new labels.
+        classes: their names, with commas between, in the order of the new labels; a name may hold
+            a comma.
         out: folder of the new one.
     """
     from augment import upkeep
+    from augment.bank import LatentBank
+    from augment.prompts import nfc
 
-    return tell_of_bank(upkeep.split(bank, classes.split(","), out).path)
+    known = {nfc(name): name for name in LatentBank.open(bank).classes}
+    names = listed(nfc(classes), known.__contains__)
+    return tell_of_bank(upkeep.split(bank, [known.get(n, n) for n in names], out).path)
 
 
 def export(shards: str, out: str) -> Record:

@@ -1,5 +1,7 @@
 """What trains: ``train``, ``sweep``, ``episodes``, ``smooth``, ``demo``."""
 
+import json
+import shlex
 from typing import Any, Literal
 
 from augment.commands.common import Record, planning_device, prompts_of, refuse
@@ -43,7 +45,7 @@ def smooth(
     """Train a backbone to be smooth (Smooth Diffusion): equal steps of noise, equal steps of image.
 
     Args:
-        images: folder with one sub-folder of PNG or JPEG files a class, a folder of shards, or
+        images: folder with one sub-folder of image files a class, a folder of shards, or
             another source, as for invert.
         out: folder of the run, which gets pytorch_lora_weights.safetensors, for
             --backbone-options '{lora: OUT}'; an interrupted run goes on.
@@ -74,7 +76,7 @@ def smooth(
     from training.smooth_diffusion import PROJECTIONS
     from training.smoothing import smooth_backbone
 
-    source = open_source(images)
+    source = open_source(images).readable(name="training")
     texts = prompts_of(source, prompt, prompts)
     told = None if captions is None else read_captions(captions, source)
     options = backbone_options or {}
@@ -85,7 +87,10 @@ def smooth(
         model, source, out, texts, told, weight, rank, targets or PROJECTIONS, steps, batch_size,
         accumulate, lr, drop, seed, devices, precision, workers,
     )  # fmt: skip
-    given = f"--backbone-options '{{lora: {place}}}'" if rank else f"--backbone {place}"
+    option, value = "--backbone", str(place)
+    if rank:
+        option, value = "--backbone-options", json.dumps({"lora": value}, ensure_ascii=False)
+    given = f"{option} {shlex.quote(value)}"
     print(f"{place}: written; load it with {given}")
     return {"written": str(place), "options": given}
 

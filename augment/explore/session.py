@@ -164,7 +164,8 @@ class Explorer:
         try:
             # whatever an id says, only an image that the bank was made from is ever shown
             content = read_original(root, image_id, self.bank.digests(class_name)[image_id])
-            image = decode_image(content, self.backbone.channels, self.backbone.resolution)
+            form = self.backbone.channels, self.backbone.resolution
+            image = decode_image(content, *form, self.bank.background)
         except ImageRejected:
             return None
         return to_pil(reduce(image[None], THUMBNAIL)[0])

@@ -23,6 +23,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from augment.filters.reference import Real, Reference, Scores, by_class, check_quantile
+from augment.images import to_channels
 from augment.networks import in_batches
 
 TOLERANCES = (0.25, 0.25, 0.3, 0.05, 0.05, 0.3, 0.05, 0.05)
@@ -33,7 +34,7 @@ TINY, TAIL, FOLDS, LARGEST = 1e-3, 0.05, 16, 2.5
 
 def statistics(images: Float[Tensor, "n c h w"]) -> Float[Tensor, "n k"]:
     """The numbers of the module's docstring: 8, or 6 of a grey image."""
-    grey, channels = images.mean(1), images.mean((2, 3))
+    grey, channels = to_channels(images, 1)[:, 0], images.mean((2, 3))
     means, deviations = grey.mean((1, 2)), grey.flatten(1).std(1, correction=0)
     shares = [part.float().mean((1, 2, 3)).sqrt() for part in (images < 0.02, images > 0.98)]
     steps, bends = (

@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from augment.errors import UserError
+from augment.images import to_channels
 
 BATCH = 64
 
@@ -38,14 +39,13 @@ def normalise(
 
     Args:
         images: the images.
-        channels: how many; others than there are hold the mean.
+        channels: how many; see `augment.images.to_channels`.
         size: height and width to resize to, with antialiasing and without cropping; None keeps it.
         mean: to subtract, of each channel or for all.
         std: to divide by, of each channel or for all.
         mode: of `torch.nn.functional.interpolate`.
     """
-    if images.shape[1] != channels:
-        images = images.mean(1, keepdim=True).expand(-1, channels, -1, -1)
+    images = to_channels(images, channels)
     if size is not None and tuple(images.shape[-2:]) != tuple(size):
         images = F.interpolate(images, tuple(size), mode=mode, antialias=True).clamp(0, 1)
     shift, scale = (images.new_tensor(list(part))[:, None, None] for part in (mean, std))

@@ -236,6 +236,7 @@ def invert_command(bank: LatentBank) -> str:
         **{key: method[key] for key in ("steps", "guidance")},
         "inversion_options": {k: v for k, v in method.items() if k in fields} or None,
         "clean": True if "clean" in keeps else None,
+        "background": None if bank.background == "white" else bank.background,
         "errors": None if "errors" in keeps else False,
     }
     return command("invert", options)

@@ -112,7 +112,7 @@ def pool_facts(path: Path) -> dict[str, str]:
 
 def rejects_of(bank: LatentBank) -> list[Reject]:
     """The images that were left out."""
-    return [r for chunks in bank.chunks.values() for c in chunks for r in c.record.rejects]
+    return [r for chunks in bank.chunks.values() for c in chunks for r in c.rejects]
 
 
 def columns(making: Making, health: Sequence[ClassHealth]) -> list[dict[str, Any]]:

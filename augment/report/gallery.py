@@ -171,7 +171,8 @@ class Gallery:
         digests = self.bank.digests(name)
         for image_id in self.bank.members[name][:REAL]:
             try:
-                picture = open_image(read_original(root, image_id, digests[image_id]))
+                content = read_original(root, image_id, digests[image_id])
+                picture = open_image(content, self.bank.background)
             except ImageRejected:
                 self.missing += 1
                 continue

@@ -1,33 +1,49 @@
-"""Labelled images from ``root/class/*.png|jpg``."""
+"""Labelled images from ``root/class/*.png``, or of another format that Pillow reads."""
 
 import errno
+import os
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from augment.errors import AugmentWarning, UserError
-from augment.images import SUFFIXES
+from augment.errors import AugmentWarning, UserError, shown
+from augment.images import SUFFIXES, parse_colour
+from augment.prompts import nfc
 from augment.sources.source import Source
 
 ORIGINS = ".origins.json"
 """File in a folder of exported images: the real ones that they come from."""
 
+OWN = ("metadata.jsonl",)  # what an exported folder has beside its class folders
+HIDDEN, LINK = "hidden", "links out of the folder"
+FOLDERS = "links to folders"
+OUTSIDE, DEEPER = "outside a class folder", "in sub-folders"
+OPTION = "use invert --{0}, or a Folder with {0}: true"
+
 
 class Folder(Source):
     """An image folder: one sub-folder a class, files and folders in alphabetical order.
 
-    Hidden files and folders are passed over, and so are links that lead out of the root, with a
-    warning. Image ids are paths relative to the root.
+    Every file is taken or counted in ``passed``, and a warning says so: files of other formats, in
+    sub-folders of a class folder, or outside one, hidden images, and links that lead out of the
+    root. Image ids are paths relative to the root; class names are in Unicode's form NFC.
 
     Args:
         root: the folder.
         links: follow links that lead out of the root.
         transform, target_transform: applied to the PIL image and to the label of an item.
+        nested: take the images in all sub-folders of a class folder too.
+        background: the colour that is seen through transparent pixels.
+
+    Attributes:
+        passed: the number of files that were passed over, by reason.
 
     Raises:
         UserError: the root is missing, holds no class folder, or a class folder holds no image,
-            unless ``latent-augment export`` left it empty.
+            unless ``latent-augment export`` left it empty; or two class names are the same but
+            for their Unicode form.
     """
 
     def __init__(
@@ -36,54 +52,104 @@ class Folder(Source):
         links: bool = False,
         transform: Callable[[Any], Any] | None = None,
         target_transform: Callable[[Any], Any] | None = None,
+        nested: bool = False,
+        background: str = "white",
     ) -> None:
         self.root, self.transform, self.target_transform = Path(root), transform, target_transform
+        self.background, self.nested = parse_colour(background), nested
+        self.passed: Counter[str] = Counter()
         if not self.root.is_dir():
             raise UserError(f"expected a folder of class folders, got {root}, which is not there")
-        real, self._outside = self.root.resolve(), 0
-        self._inside = None if links else real
+        self._inside = None if links else self.root.resolve()
         try:
-            folders = sorted(
-                p for p in self.root.iterdir() if p.name[0] != "." and self._stays(p) and p.is_dir()
-            )
-            self.ids = {folder.name: self._images(folder) for folder in folders}
+            folders = self._class_folders()
+            found = {name: self._images(folder) for name, folder in folders.items()}
         except OSError as error:
             raise UserError(
                 f"expected to read {error.filename}, got {error.strerror}; change its permissions"
             ) from None
-        if self._outside:
+        exported = (self.root / ORIGINS).exists()
+        empty = next((name for name in found if not found[name] and not exported), None)
+        if empty is not None or not found:
+            raise UserError(self._nothing(folders.get(empty or "", self.root)))
+        self.ids = found
+        if self.passed.total():
+            links_out = f"; to follow links, {OPTION.format('links')}" if self.passed[LINK] else ""
+            deeper = f"; to read these, {OPTION.format('nested')}" if self.passed[DEEPER] else ""
             warnings.warn(
-                f"expected files in {root}, got {self._outside} links that lead out of it, which "
-                "are passed over; copy what they point to, or follow links",
+                f"{root}: {len(self)} images taken, {passed_over(self.passed)}{links_out}{deeper}",
                 AugmentWarning,
                 stacklevel=2,
             )
-        if not folders:
-            raise UserError(f"expected class folders in {root}, got none; use root/class/*.png|jpg")
 
-    def _stays(self, path: Path) -> bool:
-        """Whether a path is to be looked at: it is no link, or one that stays in the root."""
+    def _class_folders(self) -> dict[str, Path]:
+        """Class folders by name, sorted by it."""
+        folders: dict[str, Path] = {}
+        for path in filter(self._visible, self.root.iterdir()):
+            if not path.is_dir():
+                self.passed[OUTSIDE] += path.name not in OWN
+                continue
+            name = nfc(path.name)
+            if name in folders:
+                raise UserError(
+                    f"expected one folder a class in {self.root}, got {shown(folders[name].name)} "
+                    f"and {shown(path.name)}, which are the same name; put their images together"
+                )
+            folders[name] = path
+        return dict(sorted(folders.items()))
+
+    def _visible(self, path: Path) -> bool:
+        """Whether a path is to be looked at: it is not hidden, and no link out of the root."""
+        if path.name[0] == ".":
+            self.passed[HIDDEN] += path.suffix.lower() in SUFFIXES
+            return False
         if self._inside is None or not path.is_symlink():
             return True
         try:
             stays = path.resolve().is_relative_to(self._inside)
         except (OSError, RuntimeError):  # a loop
             return True  # as a file that cannot be read it is told of later
-        self._outside += not stays
+        self.passed[LINK] += not stays
         return stays
 
-    def _images(self, folder: Path) -> list[str]:
-        names = sorted(
-            p.name
-            for p in folder.iterdir()
-            if p.suffix.lower() in SUFFIXES and p.name[0] != "." and self._stays(p)
-        )
-        if not names and not (self.root / ORIGINS).exists():
-            raise UserError(
-                f"expected images ({', '.join(SUFFIXES)}) in the class folder {folder}, got none; "
-                "add one or remove the folder"
+    def _images(self, folder: Path, prefix: str = "") -> list[str]:
+        """The ids of a class folder's images, sorted; other files are counted."""
+        found, prefix = [], f"{prefix}{folder.name}/"
+        for path in filter(self._visible, folder.iterdir()):
+            if path.suffix.lower() in SUFFIXES:
+                found.append(prefix + path.name)
+            elif not path.is_dir():
+                self.passed[path.suffix.lower()[1:] or "without a suffix"] += 1
+            elif path.is_symlink():
+                self.passed[FOLDERS] += not path.resolve().is_relative_to(self.root.resolve())
+            elif self.nested:
+                found += self._images(path, prefix)
+            else:
+                self.passed[DEEPER] += sum(len(files) for _, _, files in os.walk(path))
+        return sorted(found)
+
+    def _nothing(self, folder: Path) -> str:
+        """What is wrong with a folder without images, or a root without class folders."""
+        passed, deeper = Counter(self.passed), []
+        self.passed.clear()
+        if folder == self.root:
+            advice = "use root/class/*.jpg"
+            what = f"class folders in {folder}"
+        else:
+            self._images(folder)
+            passed = self.passed
+            deeper = [p for p in sorted(folder.iterdir()) if p.is_dir() and p.name[0] != "."]
+            advice = "add one or remove the folder"
+            what = f"images ({' '.join(SUFFIXES)}) in the class folder {folder}"
+        if passed[DEEPER]:
+            advice = (
+                f"give {folder} in place of {self.root} if {shown(deeper[0].name)} is a class, or, "
+                f"if {shown(folder.name)} is one, {OPTION.format('nested')}"
             )
-        return [f"{folder.name}/{name}" for name in names]
+        elif passed[LINK]:
+            advice = f"copy what they point to or, to follow links, {OPTION.format('links')}"
+        got = passed_over(passed) if passed.total() else "none"
+        return f"expected {what}, got {got}; {advice}"
 
     def read(self, image_id: str) -> bytes:
         """The bytes of an image's file.
@@ -95,3 +161,13 @@ class Folder(Source):
         if path.exists() and not path.is_file():
             raise OSError(errno.EINVAL, "Not a regular file", str(path))  # a pipe would never end
         return path.read_bytes()
+
+
+def passed_over(reasons: Counter[str]) -> str:
+    """Return how many files were passed over, by reason.
+
+    >>> passed_over(Counter({"heic": 6, "in sub-folders": 4}))
+    '10 files passed over: 6 heic, 4 in sub-folders'
+    """
+    told = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common() if count)
+    return f"{reasons.total()} files passed over: {told}"

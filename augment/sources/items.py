@@ -12,13 +12,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch.utils.data import ConcatDataset, Dataset, Subset
 from tqdm import tqdm
 
 from augment.errors import ImageRejected, UserError
+from augment.images import as_shown
+from augment.prompts import nfc
 from augment.sources.folder import Folder
-from augment.sources.listing import LABELS
+from augment.sources.listing import LABELS, warn_of_gaps
 from augment.sources.source import Source
 
 TARGETS = ("targets", "labels", "_labels", "y")
@@ -47,6 +49,8 @@ class Items(Source):
             more of them than names; a Hugging Face one has not just one column of each type.
     """
 
+    threads = False  # an arbitrary data set may not bear it
+
     def __init__(
         self,
         dataset: Dataset[Any] | Any,
@@ -69,7 +73,10 @@ class Items(Source):
                 f"{sorted(set(labels))[:3]} …; take out items without a label, number classes "
                 "without gaps"
             )
-        names = names_of(self.dataset) or [str(label) for label in range(max(labels) + 1)]
+        names = names_of(self.dataset)
+        if not names:
+            names = [str(label) for label in range(max(labels) + 1)]
+            warn_of_gaps(labels, type(dataset).__name__)
         if len(names) <= max(labels):
             raise UserError(
                 f"expected labels below {len(names)}, the number of class names of "
@@ -94,7 +101,7 @@ class Items(Source):
             item = self.dataset[self._places[image_id]]
         except Exception as error:  # of any type: decoders stumble over hostile bytes as they like
             raise OSError(f"{type(error).__name__}: {error}") from error
-        return to_image(pair(item)[0])
+        return to_image(pair(item)[0], self.background, image_id)
 
     def read(self, image_id: str) -> bytes:
         """The image as a PNG file.
@@ -118,8 +125,8 @@ class Items(Source):
         except OSError:
             return 0
 
-    def open(self, image_id: str) -> Image.Image:
-        """The image as it is, upright, grey or RGB.
+    def open(self, image_id: str, quick: bool = False) -> Image.Image:
+        """The image as a viewer shows it, grey or RGB.
 
         Raises:
             ImageRejected: it is not readable.
@@ -243,13 +250,13 @@ def names_of(dataset: Any) -> list[str]:
     while isinstance(dataset, Subset | ConcatDataset):
         dataset = dataset.dataset if isinstance(dataset, Subset) else dataset.datasets[0]
     known = next((names for at in NAMES if (names := getattr(dataset, at, None))), [])
-    names = [", ".join(n) if isinstance(n, tuple | list) else str(n) for n in known]
+    names = [nfc(", ".join(n) if isinstance(n, tuple | list) else str(n)) for n in known]
     counts = Counter(names)
     return [name if counts[name] == 1 else f"{name} {k}" for k, name in enumerate(names)]
 
 
-def to_image(value: Any) -> Image.Image:
-    """An image of any of the kinds that `Items` takes, grey (L) or RGB, and nothing but pixels.
+def to_image(value: Any, background: str = "white", name: str = "") -> Image.Image:
+    """Return an image of any of the kinds that `Items` takes, grey (L) or RGB.
 
     >>> to_image(torch.ones(1, 4, 5)).size
     (5, 4)
@@ -258,17 +265,13 @@ def to_image(value: Any) -> Image.Image:
         UserError: it is of another kind, shape or range.
     """
     if isinstance(value, Image.Image):
-        image = ImageOps.exif_transpose(value)
-        if image.mode.startswith("I;16"):  # which PIL would clip to its lowest 256 levels
-            image = Image.fromarray((np.array(image) / 257).round().astype(np.uint8))
-        if image.mode in ("I", "F"):
+        try:
+            return as_shown(value, background, name)
+        except ValueError as error:
             raise UserError(
-                f"expected images of 8 or 16 bits, got one of mode {image.mode}, whose white is "
-                "unknown; convert them in the data set's transform"
-            )
-        image = image.convert("L" if image.mode in ("1", "L") else "RGB")
-        image.info = {}  # which would go into its bytes
-        return image
+                f"expected images of 8 or 16 bits, got one of {error}; convert them in the data "
+                "set's transform"
+            ) from None
     if isinstance(value, torch.Tensor):
         value = value.detach().cpu().numpy()
         value = value.transpose(1, 2, 0) if value.ndim == 3 else value

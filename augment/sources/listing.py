@@ -5,12 +5,14 @@ are published; the list files are those of github.com/facebookresearch/classifie
 """
 
 import re
+import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, ClassVar
 
-from augment.errors import UserError, lookup
+from augment.errors import AugmentWarning, UserError, lookup
+from augment.prompts import nfc
 from augment.sources.source import Source
 
 LABELS = 100_000
@@ -21,9 +23,9 @@ class ListFile(Source):
     """Images of a list file, in its order; labels 0 … C−1 are those it says.
 
     The class of a label is named by the folder that its images are in, where that is one and no
-    other label has images there, and else by the label's number, as is one without images. Lists
-    of the same data may thus name a class differently; ``classes`` makes them agree. Image ids are
-    the paths.
+    other label has images there, and else by the label's number, as is one without images, of which
+    a warning tells. Lists of the same data may thus name a class differently; ``classes`` makes
+    them agree. Image ids are the paths.
 
     Args:
         root: the folder that the paths start from.
@@ -53,7 +55,7 @@ class ListFile(Source):
                 "no folder; correct the root"
             )
         labels = read_list(Path(listing))
-        names = folder_names(labels) if classes is None else classes
+        names = folder_names(labels) if classes is None else [nfc(name) for name in classes]
         self.ids = {name: [] for name in names}
         if len(self.ids) < len(names) or len(names) <= max(labels.values()):
             raise UserError(
@@ -63,6 +65,8 @@ class ListFile(Source):
         members = list(self.ids.values())
         for path, label in labels.items():
             members[label].append(path)
+        if classes is None:
+            warn_of_gaps(labels.values(), listing)
         first = next(iter(labels))
         try:
             found = (self.root / first).exists()
@@ -121,13 +125,28 @@ def read_list(listing: Path) -> dict[str, int]:
     return labels
 
 
+def warn_of_gaps(labels: Iterable[int], listing: str | Path) -> None:
+    """Warn of labels below the largest that no image has."""
+    known = set(labels)
+    gaps = sorted(set(range(max(known))) - known)
+    if gaps:
+        first = ", ".join(map(str, gaps[:6])) + (" …" if len(gaps) > 6 else "")
+        warnings.warn(
+            f"expected labels 0 … C−1 in {listing}, got {len(gaps)} labels below {max(known)} "
+            f"without an image ({first}), which become classes; number the classes without gaps, "
+            "or name them all",
+            AugmentWarning,
+            stacklevel=3,
+        )
+
+
 def folder_names(labels: dict[str, int]) -> list[str]:
     """Names of labels from their images' folders; see `ListFile`.
 
     >>> folder_names({"a/fish/1.jpg": 0, "a/bird/1.jpg": 2, "b/bird/2.jpg": 2})
     ['fish', '1', 'bird']
     """
-    pairs = {(label, path.split("/")[-2]) for path, label in labels.items() if "/" in path}
+    pairs = {(label, nfc(path.split("/")[-2])) for path, label in labels.items() if "/" in path}
     pairs |= {(label, "") for path, label in labels.items() if "/" not in path}
     folders, labels_of = Counter(label for label, _ in pairs), Counter(name for _, name in pairs)
     names = {

@@ -1,19 +1,45 @@
 """What every source is: labelled images with names and bytes, and a torch Dataset of them."""
 
 import os
+import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from copy import copy
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
+from tqdm import tqdm
 
-from augment.errors import ImageRejected
+from augment.errors import AugmentWarning, ImageRejected, UserError, shown
 from augment.files import sha256
-from augment.images import decode_image, open_image
+from augment.images import fit, open_image, pixels_of
+
+LOOK = 4096
+"""Images that are looked at in one go."""
+
+
+def check_share(max_rejects: float) -> None:
+    """Refuse a share of rejects that is not in [0, 1]."""
+    if not 0 <= max_rejects <= 1:
+        raise UserError(f"expected max_rejects in [0, 1], got {max_rejects}; try 0.05")
+
+
+def refuse_rejects(count: int, total: int, max_rejects: float, what: str, first: str) -> None:
+    """Refuse more rejected images than may be left out.
+
+    Raises:
+        ImageRejected: there are more.
+    """
+    if count > max_rejects * total:
+        raise ImageRejected(
+            f"expected no more than {max_rejects:.1%} of {total} {what} to be rejected, got "
+            f"{count}, such as {first}; repair or remove them, or allow more (max_rejects)"
+        )
 
 
 class Source(Dataset[tuple[Any, Any]]):
@@ -27,12 +53,16 @@ class Source(Dataset[tuple[Any, Any]]):
         root: the place where the images are, for information.
         ids: the image ids of each class, in label order; a class may have none.
         transform, target_transform: applied to the image and to the label of an item.
+        background: the colour that is seen through transparent pixels.
     """
 
     root: Path
     ids: dict[str, list[str]]
     transform: Callable[[Any], Any] | None = None
     target_transform: Callable[[Any], Any] | None = None
+    background: str = "white"
+    threads: ClassVar[bool] = True
+    """Whether `open` may be called by several threads."""
 
     @property
     def classes(self) -> list[str]:
@@ -89,24 +119,73 @@ class Source(Dataset[tuple[Any, Any]]):
         Raises:
             ImageRejected: it is not readable.
         """
-        return self._readable(image_id, lambda b: decode_image(b, channels, resolution))
+        return fit(pixels_of(self.open(image_id), channels), resolution)
 
-    def open(self, image_id: str) -> Image.Image:
-        """The image as it is, upright, grey or RGB.
+    def open(self, image_id: str, quick: bool = False) -> Image.Image:
+        """The image as a viewer shows it, grey or RGB; see `augment.images.open_image`.
 
         Raises:
             ImageRejected: it is not readable.
         """
-        return self._readable(image_id, open_image)
-
-    def _readable(self, image_id: str, decode: Callable[[bytes], Any]) -> Any:
         try:
-            return decode(self.read(image_id))
+            return open_image(self.read(image_id), self.background, image_id, quick)
         except (OSError, ImageRejected) as error:
             raise ImageRejected(
-                f"expected a readable PNG or JPEG image, got {self.root / image_id} ({error}); "
-                "mend or remove the file"
-            ) from None
+                f"expected a readable image, got {self.root / image_id} ({error}); repair or "
+                "remove the file"
+            ) from error
+
+    def readable(self, max_rejects: float = 0.05, name: str = "") -> "Source":
+        """Return the source without the images that cannot be read, of which a warning tells.
+
+        Args:
+            max_rejects: the share of images that may be left out.
+            name: what the images are for, such as test.
+
+        Raises:
+            ImageRejected: there are more, or a class is left without any image.
+        """
+        check_share(max_rejects)
+
+        def reason(image_id: str) -> str:
+            try:
+                self.open(image_id, quick=True)
+            except ImageRejected as error:
+                return f"{image_id} ({error.__cause__ or error})"
+            return ""
+
+        ids, out = [image_id for image_id, _ in self.samples], {}
+        workers = (os.cpu_count() or 1) if self.threads else 1
+        with (
+            ThreadPoolExecutor(workers) as pool,
+            tqdm(ids, f"look at {name} images", delay=2) as bar,
+        ):
+            for first in range(0, len(ids), LOOK):
+                part = ids[first : first + LOOK]
+                out |= {
+                    i: told for i, told in zip(part, pool.map(reason, part), strict=True) if told
+                }
+                bar.update(len(part))
+        if not out:
+            return self
+        first = next(iter(out.values()))
+        refuse_rejects(len(out), len(ids), max_rejects, f"{name} images", first)
+        warnings.warn(
+            f"expected {len(ids)} readable {name} images, got {len(out)} that cannot be read and "
+            f"are left out, such as {first}",
+            AugmentWarning,
+            stacklevel=2,
+        )
+        kept = copy(self)
+        kept.__dict__.pop("samples", None)
+        kept.ids = {n: [i for i in members if i not in out] for n, members in self.ids.items()}
+        for class_name, members in self.ids.items():
+            if members and not kept.ids[class_name]:
+                raise ImageRejected(
+                    f"expected a readable {name} image of class {shown(class_name)}, got none, "
+                    f"such as {out[members[0]]}; repair one, or remove the class"
+                )
+        return kept
 
     def __len__(self) -> int:
         return len(self.samples)

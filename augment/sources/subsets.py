@@ -41,6 +41,20 @@ class Selection(Source):
         self.transform = transform or self.source.transform
         self.target_transform = target_transform or self.source.target_transform
 
+    @property
+    def threads(self) -> bool:  # type: ignore[override]
+        """Whether `open` may be called by several threads."""
+        return self.source.threads
+
+    @property
+    def background(self) -> str:  # type: ignore[override]
+        """The colour that is seen through transparent pixels."""
+        return self.source.background
+
+    @background.setter
+    def background(self, colour: str) -> None:  # type: ignore[override]
+        self.source.background = colour
+
     def read(self, image_id: str) -> bytes:
         """The bytes of an image's file."""
         return self.source.read(image_id)
@@ -57,9 +71,9 @@ class Selection(Source):
         """The image, brought to a backbone's format."""
         return self.source.load(image_id, channels, resolution)
 
-    def open(self, image_id: str) -> Image.Image:
-        """The image as it is, upright, grey or RGB."""
-        return self.source.open(image_id)
+    def open(self, image_id: str, quick: bool = False) -> Image.Image:
+        """The image as a viewer shows it, grey or RGB."""
+        return self.source.open(image_id, quick)
 
 
 class FewShot(Selection):
