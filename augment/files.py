@@ -329,6 +329,31 @@ def sha256(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
+def model_digest(place: str) -> str | None:
+    """Return the SHA-256 of a model: a file, or a folder with a config.json and its files' names.
+
+    Args:
+        place: the path; ``local-dir:`` may be before it.
+
+    Returns:
+        The digest; None if there is no model on the disk.
+    """
+    path = Path(place.removeprefix("local-dir:"))
+    files = [path]
+    if (path / "config.json").is_file():
+        files = sorted(file for file in path.iterdir() if file.is_file())
+    elif not path.is_file():
+        return None
+    digests = []
+    for file in files:
+        with file.open("rb") as content:
+            digests.append(hashlib.file_digest(content, "sha256").hexdigest())
+    if files == [path]:
+        return digests[0]
+    names = [file.name for file in files]
+    return sha256(json.dumps([*zip(names, digests, strict=True)]).encode())
+
+
 def remember(path: Path, settings: dict[str, Any], option: str, begun: bool = True) -> None:
     """Write the settings of a job into its folder, or check that what is there is of the same.
 

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from augment.diffusion import load_backbone
 from augment.errors import AugmentWarning, Damaged, Missing, UserError, first_few, lookup
-from augment.files import check_folder, in_use, sha256
+from augment.files import check_folder, in_use, model_digest, sha256
 from augment.filters import Filter, Reference
 from augment.jobs import run
 from augment.plan import Plan, Planner, round_robin, warn_of_copies
@@ -358,11 +358,11 @@ class Synthesis:
 
 
 def contents(judge: Filter | SeedSelect) -> dict[str, Any]:
-    """Settings, a file among them by its digest: shards depend on what is in it."""
+    """Return settings, a file or a folder of a model by its digest: shards depend on what it is."""
     settings = asdict(judge)  # type: ignore[call-overload]
     for key, value in settings.items():
-        if isinstance(value, str) and value and Path(value).is_file():
-            settings[key] = sha256(Path(value).read_bytes())
+        if isinstance(value, str) and value:
+            settings[key] = model_digest(value) or value
     return settings
 
 

@@ -213,6 +213,7 @@ class Synthesizer:
             UserError: they are no longer where they were.
         """
         root: Any = Path(self.bank.manifest.source) if self.source is None else self.source
+        where = root.root if isinstance(root, Source) else root
         channels, side = self.backbone.channels, self.backbone.resolution
         known = self.bank.digests(class_name)
         images = torch.empty(len(known), channels, side, side)
@@ -222,9 +223,9 @@ class Synthesizer:
                 images[row] = decode_image(content, channels, side, self.bank.background)
             except ImageRejected as error:
                 raise UserError(
-                    f"expected the real images of the bank in {getattr(root, 'root', root)}, to "
-                    f"compare with, got {error} for {image_id}; say where they are with --images, "
-                    "a folder or the data set that was inverted"
+                    f"expected the real images of the bank in {where}, to compare with, got "
+                    f"{error} for {image_id}; say where they are with --images, a folder or the "
+                    "data set that was inverted"
                 ) from None
         return images
 

@@ -1,6 +1,7 @@
 """Finding checkpoints, telling them apart, and what is said when there is none."""
 
 import json
+import os
 import shutil
 import sys
 
@@ -10,12 +11,26 @@ from checkpoints import PROMPT, UNET, Hub, dit, sd3, single_file, stable_diffusi
 from conftest import call
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
+from test_filters import save_clip
 
-from augment import LatentBank, SyntheticDataset, UserError, load_backbone, sample
+from augment import (
+    LatentBank,
+    Planner,
+    Synthesizer,
+    SyntheticDataset,
+    UserError,
+    load_backbone,
+    sample,
+)
 from augment.diffusion import BACKBONES, local_recipe
 from augment.diffusion.find import guess_config
 from augment.diffusion.hub import HUB
 from augment.fill import fill_bank
+from augment.filters import make_filter
+from augment.generate import write_shards
+from augment.networks.pretrained import read_weights
+from augment.report.again import Making
+from augment.report.gallery import Gallery
 from augment.sources import Folder
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -212,6 +227,24 @@ def test_a_bank_asks_the_hub_only_for_what_is_named(hub, pictures, tmp_path, mon
     assert hub.asked == []
     code, *_ = call(monkeypatch, capsys, *shards, "--device", "cpu", "--backbone", "me/model")
     assert code == 0 and "model_index.json" in " ".join(hub.asked)
+
+
+@pytest.mark.filterwarnings("ignore:expected images of about 32")
+def test_a_report_does_not_download_what_shards_name(hub, tiny, pictures, tmp_path, capsys):
+    save_clip(tmp_path / "clip")
+    hub.repositories["me/clip"] = tmp_path / "clip"
+    fill_bank(tmp_path / "bank", tiny, Folder(pictures), steps=2)
+    bank = LatentBank.open(tmp_path / "bank")
+    judges = {"clip": make_filter("clip", model="me/clip", to="images", minimum=None)}
+    made, shards = Synthesizer(tiny, bank, source=pictures), tmp_path / "shards"
+    write_shards(made, Planner(bank.members), 1, shards, filters=judges)
+    assert hub.asked
+    gallery = Gallery(Making.of(bank, shards), tiny, ["fix/0"], pictures)
+    hub.asked.clear()
+    assert list(gallery._scorers(made)) == ["clip"]
+    shutil.rmtree(constants.HF_HUB_CACHE)
+    assert gallery._scorers(made) == {} and "without scores of clip" in capsys.readouterr().out
+    assert hub.asked == []
 
 
 def test_a_strangers_lora_is_not_downloaded_with_a_backbone_that_is_named(hub, tmp_path):
@@ -469,6 +502,15 @@ def test_an_index_without_end_is_refused(copy):
 def test_a_flow_of_other_levels_is_refused(tmp_path):
     assert "num_train_timesteps 500" in said(sd3(tmp_path / "a", num_train_timesteps=500))
     assert "shift above 0" in said(sd3(tmp_path / "b", shift=-1.0))
+
+
+def test_a_pipe_in_a_checkpoint_is_not_opened(copy):
+    (copy / "tokenizer" / "vocab.json").unlink(missing_ok=True)
+    os.mkfifo(copy / "tokenizer" / "vocab.json")
+    assert "vocab.json, which is none" in said(copy)
+    os.mkfifo(copy / "pipe.ckpt")
+    with pytest.raises(UserError, match="no such file"):
+        read_weights(str(copy / "pipe.ckpt"))
 
 
 def test_a_network_of_nine_channels_is_refused_in_a_sentence(folder, copy):

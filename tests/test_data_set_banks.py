@@ -49,7 +49,7 @@ def test_what_compares_with_real_images_takes_a_data_set(make, tiny, tmp_path):
     real = Synthesizer(tiny, bank, source=data).real(bank.classes[1])
     expected = [Items(data).load(i, 1, 32) for i in bank.members[bank.classes[1]]]
     torch.testing.assert_close(real, torch.stack(expected))
-    with pytest.raises(UserError, match=r"no such file .*--images, a folder or the data set"):
+    with pytest.raises(UserError, match=r"Dataset, .* no such file .*--images, a folder or"):
         synthesize("nowhere")
     with pytest.raises(UserError, match="another image"):
         synthesize("others", source=make(1))

@@ -15,6 +15,7 @@ from augment import UserError
 from augment.filters import FILTERS, Filter, Reference, make_filter
 from augment.filters.degenerate import statistics
 from augment.filters.reference import ENOUGH
+from augment.generate import contents
 from augment.networks import timm_network
 from augment.sources import Folder
 from augment.sources.fashion import write_fashion
@@ -318,6 +319,18 @@ def test_wrong_weights_are_told_apart(tmp_path, monkeypatch, reference):
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(UserError, match=r"latent-augment\[train\]"):
         prepare()
+
+
+@pytest.mark.parametrize("before", ["", "local-dir:"])
+def test_shards_know_the_model_in_a_folder_by_its_content(before, tmp_path):
+    for name, content in (("config.json", "{}"), ("model.safetensors", "1")):
+        (tmp_path / name).write_text(content)
+    judge = make_filter("prototype", model=f"{before}{tmp_path}")
+    known = contents(judge)["model"]
+    assert contents(judge)["model"] == known and str(tmp_path) not in known
+    (tmp_path / "model.safetensors").write_text("2")
+    assert contents(judge)["model"] != known
+    assert contents(make_filter("prototype", model="resnet18"))["model"] == "resnet18"
 
 
 def test_a_classifier_needs_two_classes():

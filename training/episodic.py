@@ -15,6 +15,7 @@ model more than the supports do; invert without for a fair 1-shot.
 """
 
 import dataclasses
+import errno
 import math
 import statistics
 import warnings
@@ -33,7 +34,7 @@ from augment.centroid.rule import Rule
 from augment.diffusion import find_device, load_backbone
 from augment.diffusion.backbone import Backbone
 from augment.errors import AugmentWarning, UserError
-from augment.files import check_folder, locked, remember, sha256, write_bytes
+from augment.files import check_folder, locked, model_digest, remember, write_bytes
 from augment.images import prepare
 from augment.networks import feature_network, usual_form
 from augment.plan import Plan, Planner
@@ -311,7 +312,8 @@ def run_episodes(
         mixing |= {"synthetic_weight": synthetic_weight, "bank": opened and opened.digest}
         if not (network or weights):
             raise UserError("expected a network, such as fashion or resnet50, or weights; got none")
-        settings = {"images": str(source.root), "episodes": found.digest, "network": network}
+        settings = {"images": str(source.root), "episodes": found.digest}
+        settings |= {"network": model_digest(network or "") or network}
         settings |= {"weights": digest_of(weights)}
         usual = usual_form(network or "", weights)
         form = (channels or usual[0], resolution or usual[1])
@@ -352,13 +354,16 @@ def evaluate_rest(
 
 
 def digest_of(weights: str) -> str:
-    """SHA-256 of a file of weights; empty if none is given.
+    """Return the SHA-256 of a file of weights, or of CLIP's folder; empty if none is given.
 
     Raises:
         UserError: it cannot be read.
     """
     try:
-        return sha256(Path(weights).read_bytes()) if weights else ""
+        found = model_digest(weights) if weights else ""
+        if found is None:
+            raise FileNotFoundError(errno.ENOENT, "no file of weights and no folder of a model")
+        return found
     except OSError as error:
         raise UserError(
             f"expected weights at {weights}, got {error.strerror or error}; check the path"

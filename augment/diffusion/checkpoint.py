@@ -173,6 +173,9 @@ class Checkpoint:
 
         pipeline = getattr(diffusers, self.kind)
         options |= {"dtype": dtype, "local_files_only": True}
+        for path in (self.folder or Path()).glob("*/*"):
+            if path.exists() and not (path.is_file() or path.is_dir()):
+                raise UserError(f"expected files in {self.folder}, got {path}, which is none")
         for part in (*parts, "scheduler"):
             self.config(part)
         if not self.file:

@@ -77,6 +77,18 @@ def explained(source: str) -> Iterator[None]:
 
 
 @contextmanager
+def offline() -> Iterator[None]:
+    """Ask no hub: what a stranger's file names is taken from the disk and the cache alone."""
+    from huggingface_hub import constants
+
+    known, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = known
+
+
+@contextmanager
 def damaged(source: str | Path) -> Iterator[None]:
     """One sentence for files that diffusers cannot make models of."""
     try:

@@ -1,5 +1,6 @@
 """Networks of timm, by name."""
 
+import errno
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
@@ -65,6 +66,8 @@ def read_weights(path: str, device: Any = "cpu") -> Weights:
         UserError: the file cannot be read, or holds no state dict.
     """
     try:
+        if not Path(path).is_file():  # a pipe would never end
+            raise FileNotFoundError(errno.ENOENT, "no such file")
         if path.endswith(".safetensors"):
             record: Any = load_file(Path(path))
         else:

@@ -17,6 +17,7 @@ from augment.report.health import ClassHealth
 from augment.report.page import code_block, settings_block
 from augment.schema import as_object
 from augment.slots import CONTROL, MAGIC
+from augment.sources import Source
 
 
 def summary(bank: LatentBank, health: Sequence[ClassHealth]) -> str:
@@ -152,7 +153,8 @@ def notes(gallery: Gallery, painted: int, classes: int) -> list[str]:
             "each rule, so that only the rule differs."
         )
     if gallery.missing:
-        where = getattr(gallery.root, "root", gallery.root) or making.bank.manifest.source
+        given = gallery.root.root if isinstance(gallery.root, Source) else gallery.root
+        where = given or making.bank.manifest.source
         told.append(
             f"{gallery.missing} real images are not in {where} as they were inverted, and have no "
             "picture here; say where they are with --images."

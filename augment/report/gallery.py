@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from augment.bank import LatentBank
 from augment.diffusion.backbone import Backbone
+from augment.diffusion.hub import offline
 from augment.errors import BiasWarning, ImageRejected, UserError
 from augment.filters import Reference, make_filter
 from augment.generate import score
@@ -134,7 +135,8 @@ class Gallery:
         )
         for name, settings in self.making.settings.filters.items():
             try:
-                scores = make_filter(name, **settings).prepare(reference)
+                with offline():  # the shards may come from a stranger
+                    scores = make_filter(name, **settings).prepare(reference)
                 scores(torch.zeros(1, *self._shape()), [0])  # some look at real images only now
                 found[name] = scores
             except UserError as error:
