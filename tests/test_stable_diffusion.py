@@ -76,6 +76,19 @@ def test_sdxl_samples_what_diffusers_samples(zeros, tmp_path):
     assert_same_images(backbone, pipeline(folder))
 
 
+def test_the_mean_and_deviation_of_an_autoencoders_latents_are_honoured(tmp_path):
+    folder = sdxl(tmp_path)
+    config = folder / "vae" / "config.json"
+    known = {"latents_mean": [0.5, -0.5, 0.25, 0], "latents_std": [2, 0.5, 1, 1.5]}
+    config.write_text(json.dumps(json.loads(config.read_text()) | known))
+    backbone = load_backbone(folder, device="cpu", spacing="leading")
+    assert_same_images(backbone, pipeline(folder))
+    images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    means = backbone.pipe.vae.encode(2 * images - 1).latent_dist.mean
+    mean, std = (torch.tensor(known[k])[:, None, None] for k in ("latents_mean", "latents_std"))
+    torch.testing.assert_close(backbone.encode(images), (means - mean) * 4.0 / std)
+
+
 @pytest.mark.parametrize("t5", [True, False])
 def test_sd3_samples_what_diffusers_samples(t5, folders):
     folder, parts = folders["sd3"], {} if t5 else {"text_encoder_3": None, "tokenizer_3": None}
