@@ -97,7 +97,10 @@ class Plan:
             UserError: the line is not a plan.
         """
         try:
-            return build(cls, json.loads(line))
+            plan = build(cls, json.loads(line))
+            if not 0 < len(plan.members) == len(plan.weights) == len(plan.member_classes):
+                raise ValueError("members, weights and classes of different numbers")
+            return plan
         except (ValueError, RecursionError) as error:
             raise UserError(f"expected a plan as JSON, got {line[:60]!r} ({error})") from None
 

@@ -8,7 +8,7 @@ import json
 import re
 import shlex
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html.parser import HTMLParser
 
 import numpy as np
@@ -26,7 +26,7 @@ from augment.filters import FILTERS
 from augment.generate import write_shards
 from augment.measure import latent_statistics, predicted_bias
 from augment.report import RULES, write_report
-from augment.report.again import Making, invert_command, synthesize_command
+from augment.report.again import Making, invert_command, synthesize_command, throws
 from augment.report.facts import pool_facts, shard_pace
 from augment.report.health import ClassHealth, evenly, findings, measured_bias
 from augment.schema import write
@@ -227,6 +227,15 @@ def test_classes_without_synthetic_images_are_named(bank, gaussian, tmp_path):
     write_shards(synthesizer, Planner(bank.members), {"bee": 3}, tmp_path / "s")
     page = Parsed(write_report(bank, tmp_path / "r.html", tmp_path / "s"))
     assert "No synthetic images are there of 'ant', 'cat'." in page.words
+
+
+def test_a_plan_of_no_class_is_not_taken_for_one_of_the_job(bank, gaussian, tmp_path):
+    synthesizer = Synthesizer(gaussian, bank, steps=2)
+    opened = write_shards(synthesizer, Planner(bank.members), 1, tmp_path / "s")
+    plan = opened.plan(0)
+    planner = Making.of(bank, tmp_path / "s").planner
+    assert throws(planner, plan)
+    assert not throws(planner, replace(plan, label=3))
 
 
 def test_shards_need_not_be_finished(bank, shards, tmp_path):

@@ -202,7 +202,8 @@ def planner_of(bank: LatentBank, settings: ShardSettings) -> Planner | None:
 
 def throws(planner: Planner, plan: Plan) -> bool:
     """Whether a plan is one of a planner."""
-    return planner(plan.epoch, plan.index, plan.label) == plan
+    known = plan.label < len(planner.images)
+    return known and planner(plan.epoch, plan.index, plan.label) == plan
 
 
 def command(name: str, options: dict[str, Any]) -> str:
