@@ -12,6 +12,7 @@ from argparse import ArgumentError
 from collections.abc import Iterator
 from contextlib import contextmanager
 from inspect import signature
+from io import TextIOWrapper
 from typing import Any
 
 from augment.console import examples, overview, silence
@@ -150,6 +151,8 @@ def main() -> None:
         signal.signal(signal.SIGTERM, terminate)
     limit_spinning()
     warnings.showwarning = show_warning
+    if isinstance(sys.stdout, TextIOWrapper):  # names of files may not be in its encoding
+        sys.stdout.reconfigure(errors="backslashreplace")
     given = sys.argv[1:]
     args = [argument for argument in given if argument not in ("--quiet", "--json")]
     silent = len(args) < len(given)

@@ -1,6 +1,8 @@
 """The explorer without a browser: images, lines that make them again, shards, the gate."""
 
 import asyncio
+import json
+import os
 import shlex
 import sys
 from dataclasses import replace
@@ -207,6 +209,32 @@ def test_the_gate_lets_the_page_through(path):
 def test_the_gate_holds_back_everything_else(path):
     assert status(path) == status(path, hosts=None) == 403
     assert status("/", kind="websocket") == 403
+
+
+def test_names_that_are_not_utf_8_are_shown(tmp_path, tiny):
+    """What a page is sent is JSON in UTF-8, and what it sends back is found again."""
+    pytest.importorskip("gradio")
+    from augment.explore.page import Page
+
+    odd = os.fsdecode(b"caf\xe9")
+    root = paint(tmp_path / "images", {odd: 3, "Bag": 1}, size=32)
+    bank = fill_bank(tmp_path / "bank", tiny, Folder(root), steps=1)
+
+    async def build():
+        page = Page(Explorer(bank, tiny, {"name_or_path": "tiny"}))
+        json.dumps(page.blocks.get_config_file(), ensure_ascii=False, default=str).encode()
+        mixture = page.of_class(page.explorer.start("Bag"), None, "caf\\udce9")
+        assert mixture[0].class_name == odd
+        how = ("fade/chm", "fix/0", "fast", 1, 1.0)
+        pieces = list(page.change(lambda *old: old, mixture, how))
+        texts = [text for row in pieces for text in row if isinstance(text, str)]
+        assert len(texts) == 8 and all(text.encode() for text in texts)
+        image = "caf\\udce9/0.png"
+        assert image in page.ids_of("caf\\udce9")
+        ends = ("caf\\udce9", image, "Bag", "Bag/0.png")
+        assert page.walk(*ends, "slerp", 3, "fast", 1, 1.0).encode()
+
+    asyncio.run(build())
 
 
 def test_without_gradio_it_is_one_sentence(monkeypatch, path):

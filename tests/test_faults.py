@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from PIL import Image, PngImagePlugin
 
 from augment import BankMismatch, UserError
 from augment.bank import LatentBank
+from augment.cli import main
 from augment.diffusion.gaussian import GaussianBackbone
 from augment.errors import AugmentWarning
 from augment.files import locked, write_bytes
@@ -234,6 +236,24 @@ def test_names_are_only_names(name, tmp_path, gaussian):
     before = snapshot(tmp_path / "b")
     fill_bank(tmp_path / "b", gaussian, source, steps=1)
     assert snapshot(tmp_path / "b") == before
+
+
+def test_commands_print_names_that_are_not_utf_8(tmp_path, monkeypatch, tiny):
+    odd = os.fsdecode(b"caf\xe9")
+    paint(tmp_path / "images", {odd: 3, "bee": 2}, size=28)
+    bank = tmp_path / "b"
+    fill_bank(bank, tiny, Folder(tmp_path / "images"), steps=1)
+    for line in (
+        ("inspect", bank),
+        ("verify", bank, "--images", tmp_path / "images"),
+        ("evaluate", bank, "--out", tmp_path / "evaluation"),
+        ("split", bank, "--classes", odd, "--out", tmp_path / "s"),
+    ):
+        with (tmp_path / "out").open("w", encoding="utf-8") as strict, monkeypatch.context() as m:
+            m.setattr(sys, "stdout", strict)
+            m.setattr(sys, "argv", ["latent-augment", *map(str, line)])
+            main()
+        assert "caf" in (tmp_path / "out").read_text() or line[0] == "verify"
 
 
 def test_names_that_differ_in_case_or_folder_alone_are_different(tmp_path, gaussian):

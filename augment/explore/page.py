@@ -34,6 +34,7 @@ class Page:
         import gradio  # type: ignore[import-not-found]
 
         self.gr, self.explorer, self.bank = gradio, explorer, explorer.bank
+        self.named = {widgets.shown(name): name for name in self.bank.classes}
         with gradio.Blocks(
             title="latent-augment", analytics_enabled=False, fill_width=True
         ) as self.blocks:
@@ -55,7 +56,7 @@ class Page:
         """The left side: class, members, weights, dice, sampling."""
         gr, first_solver = self.gr, self.explorer.quick
         _, steps, guidance = self.explorer.usual(first_solver)
-        self.classes = gr.Dropdown(self.bank.classes, value=first.class_name, label="Class")
+        self.classes = gr.Dropdown(list(self.named), value=next(iter(self.named)), label="Class")
         self.grid = gr.HTML(js_on_load=static.GRID)
         self.mixer = gr.HTML(js_on_load=static.MIXER, elem_id="mixer")
         with gr.Row(equal_height=True):
@@ -88,7 +89,11 @@ class Page:
                 self.sides.append((rules, image, keep, python, shell))
         self.tray = gr.HTML(elem_id="tray")
         out = self.explorer.out
-        told = f"Export as shards to {out}" if out else "Export as shards: start with --out DIR"
+        told = (
+            widgets.shown(f"Export as shards to {out}")
+            if out
+            else "Export as shards: start with --out DIR"
+        )
         with gr.Row(visible=False) as self.tray_buttons:
             self.empty = gr.Button("Empty", size="sm", scale=1)
             self.export = gr.Button(told, size="sm", scale=3, interactive=out is not None)
@@ -96,12 +101,12 @@ class Page:
     def _walk(self) -> None:
         """Two images, and the way between them."""
         gr, self.ends = self.gr, []
-        names = (self.bank.classes * 2)[:2]
+        names = (list(self.named) * 2)[:2]
         with gr.Row():
             for number, (label, name) in enumerate(zip(("From", "To"), names, strict=True)):
                 with gr.Column(min_width=200):
-                    ids = list(self.bank.members[name])
-                    kind = gr.Dropdown(self.bank.classes, value=name, label=label)
+                    ids = list(self.ids_of(name))
+                    kind = gr.Dropdown(list(self.named), value=name, label=label)
                     image = gr.Dropdown(ids, value=ids[min(number, len(ids) - 1)], label="Image")
                 self.ends.append((kind, image))
         with gr.Row():
@@ -190,19 +195,19 @@ class Page:
                 choice = Choice(plan, rule, name, int(steps), float(guidance), thrown)
                 yield [*[skip] * (3 + 3 * side), *self.side(choice), *[skip] * (3 - 3 * side)]
         except UserError as error:
-            raise self.gr.Error(str(error), print_exception=False) from None
+            raise self.gr.Error(widgets.shown(str(error)), print_exception=False) from None
 
     def side(self, choice: Choice) -> list[str]:
         """An image, and the lines to make it again."""
         return [
             widgets.centroid(self.explorer, choice),
-            takeaway.python(self.explorer, choice),
-            takeaway.command(self.explorer, choice) or BY_HAND,
+            widgets.shown(takeaway.python(self.explorer, choice)),
+            widgets.shown(takeaway.command(self.explorer, choice) or BY_HAND),
         ]
 
     def of_class(self, plan: Plan, _: float | None, name: str) -> Mixture:
         """The first images of another class."""
-        first = self.explorer.start(name, len(plan.members))
+        first = self.explorer.start(self.named[name], len(plan.members))
         return replace(first, noise=plan.noise, seed=plan.seed), None
 
     def same(self, plan: Plan, thrown: float | None, _: Any) -> Mixture:
@@ -263,14 +268,18 @@ class Page:
         try:
             path = takeaway.export(self.explorer, kept)
         except UserError as error:
-            raise self.gr.Error(str(error), print_exception=False) from None
-        self.gr.Info(f"{len(kept)} images written to {path}")
+            raise self.gr.Error(widgets.shown(str(error)), print_exception=False) from None
+        self.gr.Info(widgets.shown(f"{len(kept)} images written to {path}"))
         return self.show_tray([])
 
     def images_of(self, name: str) -> Any:
         """The images of a class to choose from."""
-        ids = list(self.bank.members[name])
+        ids = list(self.ids_of(name))
         return self.gr.Dropdown(ids, value=ids[0])
+
+    def ids_of(self, name: str) -> dict[str, str]:
+        """Return the images of a class, by their names as they are shown."""
+        return {widgets.shown(i): i for i in self.bank.members[self.named[name]]}
 
     def walk(
         self, home: str, first: str, away: str, last: str, name: str, count: int, *how: Any
@@ -278,10 +287,11 @@ class Page:
         """A walk, ready to be played."""
         solver, steps, guidance = how
         method = self.explorer.usual(solver)[0]
+        ends = [(self.named[n], self.ids_of(n).get(i, i)) for n, i in ((home, first), (away, last))]
         try:
             images, norms = self.explorer.walk(
-                [(home, first), (away, last)], name, int(count), method, int(steps), float(guidance)
+                ends, name, int(count), method, int(steps), float(guidance)
             )
         except UserError as error:
-            raise self.gr.Error(str(error), print_exception=False) from None
+            raise self.gr.Error(widgets.shown(str(error)), print_exception=False) from None
         return widgets.player(images, norms)

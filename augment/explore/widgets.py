@@ -25,6 +25,11 @@ SHOWN = 120
 COARSE = 64  # pixels up to which they are shown as squares, not blurred
 
 
+def shown(name: str) -> str:
+    """Return a name as a page can hold it: what is not UTF-8 in it is escaped."""
+    return name.encode("utf-8", "backslashreplace").decode()
+
+
 def picture(image: Image.Image, told: str, more: str = "") -> str:
     """An image in HTML, exactly (PNG).
 
@@ -37,7 +42,7 @@ def picture(image: Image.Image, told: str, more: str = "") -> str:
     image.save(buffer, "PNG")
     content = base64.b64encode(buffer.getvalue()).decode()
     coarse = ' data-coarse=""' if max(image.size) <= COARSE else ""
-    return f'<img src="data:image/png;base64,{content}" alt="{escape(told)}"{coarse} {more}>'
+    return f'<img src="data:image/png;base64,{content}" alt="{escape(shown(told))}"{coarse} {more}>'
 
 
 def heading(explorer: Explorer) -> str:
@@ -47,7 +52,7 @@ def heading(explorer: Explorer) -> str:
     method = f"{bank.inversion['method']} in {bank.inversion['steps']} steps"
     model = bank.fingerprint["backbone"]["name"]
     told = f"{count} latents of {classes} classes by {model}, {method} · {bank.path}"
-    return f'<p><b>Explorer</b> <span class="small">{escape(told)}</span></p>'
+    return f'<p><b>Explorer</b> <span class="small">{escape(shown(told))}</span></p>'
 
 
 def grid(explorer: Explorer, plan: Plan) -> str:
@@ -55,10 +60,10 @@ def grid(explorer: Explorer, plan: Plan) -> str:
     ids, cells = explorer.bank.members[plan.class_name], []
     for row, image_id in enumerate(ids[:SHOWN]):
         known = explorer.real(plan.class_name, image_id)
-        inner = picture(known, image_id) if known else escape(PurePath(image_id).stem)
+        inner = picture(known, image_id) if known else escape(shown(PurePath(image_id).stem))
         chosen = str(image_id in plan.members).lower()
         cells.append(
-            f'<button data-row="{row}" aria-pressed="{chosen}" title="{escape(image_id)}">'
+            f'<button data-row="{row}" aria-pressed="{chosen}" title="{escape(shown(image_id))}">'
             f"{inner}</button>"
         )
     return f'<div class="grid">{"".join(cells)}</div>'
@@ -66,7 +71,7 @@ def grid(explorer: Explorer, plan: Plan) -> str:
 
 def mixer(explorer: Explorer, plan: Plan) -> str:
     """A slider for each member's weight; for three, a triangle to drag in as well."""
-    names = [escape(image_id) for image_id in plan.members]
+    names = [escape(shown(image_id)) for image_id in plan.members]
     images = [
         picture(explorer.thumbnail(plan.class_name, image_id), image_id)
         for image_id in plan.members
