@@ -158,7 +158,7 @@ def check_kept(path: Path, kept: Iterator[ImageRecord], source: Source, ids: set
         ids: of the source.
 
     Raises:
-        UserError: the first such image is named.
+        UserError: the first such image is named, or one that cannot be read now.
     """
     few, total = [], 0
     for image in kept:
@@ -169,6 +169,10 @@ def check_kept(path: Path, kept: Iterator[ImageRecord], source: Source, ids: set
     for image in chain(few, kept):
         name = image.id
         if name not in ids or not same_file(source, image, total <= FULL):
+            try:
+                source.read(name) if name in ids else None
+            except OSError as error:  # nothing is known of what is in it
+                raise unreadable(source.root / name, "an image", error) from None
             raise UserError(
                 f"expected all images that the bank {path} holds, and perhaps more, got others: "
                 f"{name} is {'changed' if name in ids else 'gone'}; use a new folder"

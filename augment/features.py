@@ -8,13 +8,15 @@ from safetensors.torch import load
 from torch import Tensor
 
 from augment.errors import UserError
+from augment.files import reading
 
 
 def read_vectors(path: Path, ids: list[str]) -> dict[str, Float[Tensor, " f"]]:
     """The vectors of images in a .safetensors file, float32; see `LatentBank.features`."""
     try:
-        vectors = {key: vector.float() for key, vector in load(path.read_bytes()).items()}
-    except (OSError, SafetensorError) as error:
+        with reading(path, "vectors") as file:  # no pipe, which would never end
+            vectors = {key: vector.float() for key, vector in load(file.read()).items()}
+    except (UserError, SafetensorError) as error:
         raise UserError(
             f"expected latent or a readable .safetensors file of features, got {path} ({error}); "
             "check the path"

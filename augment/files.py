@@ -12,7 +12,6 @@ import stat
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -286,42 +285,6 @@ def no_constant(name: str) -> None:
 
 
 DECODER = json.JSONDecoder(parse_constant=no_constant)
-
-
-def fits(value: Any, shape: Any) -> bool:
-    """Whether a JSON value has a shape: a type, ``{key: shape}`` at least, or ``[shape]`` of any.
-
-    A key that ends in ``?`` may be missing. An integer is no bool, and not negative.
-
-    >>> fits({"n": 1, "of": ["a"]}, {"n": int, "of": [str]}), fits({"n": -1}, {"n": int})
-    (True, False)
-    """
-    return all_fit([value], shape)
-
-
-def all_fit(values: list[Any], shape: Any) -> bool:
-    """Whether each of some values has a shape; lists of many are looked at all at once."""
-    kinds = set(map(type, values))
-    if not kinds:
-        return True
-    if isinstance(shape, dict):
-        return kinds == {dict} and all(has_all(values, *field) for field in shape.items())
-    if isinstance(shape, list):
-        return kinds == {list} and all_fit(list(chain.from_iterable(values)), shape[0])
-    if isinstance(shape, tuple):
-        return all(issubclass(kind, shape) for kind in kinds)
-    if kinds != {shape}:
-        return False
-    if shape is int:
-        return min(values) >= 0
-    return shape is not float or all(abs(value) < 1e30 for value in values)
-
-
-def has_all(records: list[dict[str, Any]], key: str, shape: Any) -> bool:
-    """Whether each of some records has a key, unless it ends in ``?``, and there a shape."""
-    name = key.rstrip("?")
-    column = [record[name] for record in records if name in record]
-    return (len(column) == len(records) or name != key) and all_fit(column, shape)
 
 
 def sha256(content: bytes) -> str:

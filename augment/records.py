@@ -39,6 +39,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, ClassVar, NamedTuple
 
+from augment.diffusion import PATHS
 from augment.errors import BankMismatch, Damaged, ImageRejected, Missing, UserError
 from augment.files import damaged, read_file, reading, sha256
 from augment.images import FITTING, preprocessing
@@ -105,8 +106,16 @@ class BankSettings:
             raise ValueError("a latent_shape that is not of three")
         if self.recipe and type(self.recipe.get("name_or_path")) is not str:
             raise ValueError("a recipe without a name_or_path")
+        if not all(is_name(self.recipe[key]) for key in PATHS if key in self.recipe):
+            raise ValueError("a recipe with a name that no file has")
         if {"device", "dtype"} & self.recipe.keys():
             raise ValueError("a recipe with a device or dtype")
+
+
+def is_name(value: Any) -> bool:
+    """Tell whether a value is text that an operating system takes for a path; or None."""
+    text = value or ""
+    return isinstance(text, str) and len(text) < 4096 and max(map(len, text.split("/"))) < 256
 
 
 @dataclass(frozen=True)

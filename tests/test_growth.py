@@ -21,7 +21,7 @@ import augment.shards
 from augment import LatentBank, Planner, UserError, open_shards
 from augment.chunks import Chunk, Members, pack, unpack
 from augment.errors import EnlargedWarning
-from augment.files import fits, sha256
+from augment.files import sha256
 from augment.jobs import run
 from augment.plan import Plan, distances, round_robin
 
@@ -156,44 +156,6 @@ def test_ids_come_back_from_where_they_are_packed(ids):
     assert list(unpack(pack(ids))) == ids
     assert pack(ids).isascii()
     assert Members({"ant": (pack(ids), pack(ids[:1]))})["ant"] == (*ids, *ids[:1])
-
-
-def plainly(value, shape):
-    """Whether a value has a shape, looked at piece by piece."""
-    if isinstance(shape, dict):
-        return isinstance(value, dict) and all(
-            plainly(value[name], inner) if (name := key.rstrip("?")) in value else key[-1] == "?"
-            for key, inner in shape.items()
-        )
-    if isinstance(shape, list):
-        return isinstance(value, list) and all(plainly(item, shape[0]) for item in value)
-    if shape is int:
-        return type(value) is int and value >= 0
-    if shape is float:
-        return type(value) is float and abs(value) < 1e30
-    return isinstance(value, shape)
-
-
-LEAVES = st.one_of(
-    st.integers(-1, 2), st.booleans(), st.none(), st.floats(), st.sampled_from(["", "a"])
-)
-VALUES = st.recursive(
-    LEAVES,
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from("ab"), inner),
-)
-SHAPES = (
-    *(int, float, str, dict, list, (int, float)),
-    *([int], [[int]], {"a": int}, {"a?": float, "b": [str]}, [{"a": int, "b?": str}]),
-)
-
-
-@given(st.lists(VALUES, max_size=3) | VALUES, st.sampled_from(SHAPES))
-@example([{"a": 1}, {"a": 2, "b": "x"}], [{"a": int, "b?": str}])
-@example([[1], [True]], [[int]])
-@example([1.0, float("nan")], [float])
-def test_values_are_checked_all_at_once_as_one_by_one(value, shape):
-    for given_shape in (shape, [shape], {"a": shape}):
-        assert fits(value, given_shape) == plainly(value, given_shape)
 
 
 def test_the_digest_of_a_bank_is_what_shards_of_older_versions_say(root):

@@ -210,6 +210,28 @@ def test_too_many_open_files_leave_no_image_out(tmp_path, gaussian, pictures, mo
     assert len(fill_bank(tmp_path / "b", gaussian, Folder(pictures), steps=1).members["ant"]) == 3
 
 
+def test_an_image_that_cannot_be_read_now_is_not_called_changed(
+    copy, gaussian, pictures, monkeypatch
+):
+    whole, read = snapshot(copy), Folder.read
+
+    def failing(self, image_id):
+        if image_id == "bee/1.png":
+            raise OSError(errno.EACCES, os.strerror(errno.EACCES))
+        return read(self, image_id)
+
+    monkeypatch.setattr(Folder, "read", failing)
+    with pytest.raises(UserError, match=r"Permission denied.*nothing is known to be wrong"):
+        fill_bank(copy, gaussian, Folder(pictures), steps=4)
+    assert snapshot(copy) == whole
+
+
+def test_vectors_are_not_waited_for_in_a_pipe(bank, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UserError, match=r"readable \.safetensors file of features"):
+        bank.features(tmp_path / "pipe")
+
+
 def test_stale_chunks_are_never_taken_for_others(tmp_path, gaussian, pictures):
     """They were left by other settings, under the name of a chunk that is to come."""
     root = shutil.copytree(pictures, tmp_path / "images")

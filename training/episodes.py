@@ -7,14 +7,33 @@ from pathlib import Path
 from typing import Any
 
 from augment.errors import UserError
-from augment.files import fits, read_json, sha256, write_json
+from augment.files import read_json, sha256, write_json
+from augment.schema import build
 from augment.seeds import rng
 from augment.sources import Source
 
-SHAPE = {
-    **{"n_way": int, "n_shot": int, "n_query": int},
-    "tasks": [{"classes": [str], "support": [[str]], "query": [[str]]}],
-}
+COUNTS = ("n_way", "n_shot", "n_query")
+
+
+@dataclass(frozen=True)
+class TaskRecord:
+    """A task as JSON has it; see `Episode`."""
+
+    classes: list[str]
+    support: list[list[str]]
+    query: list[list[str]]
+
+
+@dataclass(frozen=True)
+class EpisodesRecord:
+    """What `Episodes.write` writes."""
+
+    n_way: int
+    n_shot: int
+    n_query: int
+    tasks: list[TaskRecord]
+
+
 OTHER = "remove the file to throw them anew, or name another"
 
 
@@ -103,19 +122,26 @@ class Episodes:
                 not.
         """
         path = Path(path)
-        record = read_json(path, "frozen episodes")
-        if not fits(record, SHAPE) or not record["tasks"]:
-            raise UserError(f"expected frozen episodes, got {path} of another form; {OTHER}")
+        try:
+            record = build(EpisodesRecord, read_json(path, "frozen episodes"))
+            if not record.tasks:
+                raise ValueError("no tasks")
+        except UserError:
+            raise
+        except ValueError as flaw:
+            raise UserError(
+                f"expected frozen episodes, got {path} of another form, {flaw}; {OTHER}"
+            ) from None
         made = cls.__new__(cls)
-        made.n_way, made.n_shot, made.n_query = (record[key] for key in list(SHAPE)[:3])
+        made.n_way, made.n_shot, made.n_query = (getattr(record, key) for key in COUNTS)
         known = {name: set(ids) for name, ids in source.ids.items()}
         made.tasks = tuple(
             Episode(
-                tuple(task["classes"]),
-                tuple(map(tuple, task["support"])),
-                tuple(map(tuple, task["query"])),
+                tuple(task.classes),
+                tuple(map(tuple, task.support)),
+                tuple(map(tuple, task.query)),
             )
-            for task in record["tasks"]
+            for task in record.tasks
         )
         for number, task in enumerate(made.tasks):
             fault = made._fault(task, known)
@@ -147,7 +173,7 @@ class Episodes:
     def record(self) -> dict[str, Any]:
         """What `write` writes."""
         tasks = [dataclasses.asdict(task) for task in self.tasks]
-        return {key: getattr(self, key) for key in list(SHAPE)[:3]} | {"tasks": tasks}
+        return {key: getattr(self, key) for key in COUNTS} | {"tasks": tasks}
 
     @property
     def digest(self) -> str:
