@@ -17,7 +17,6 @@ from hypothesis import strategies as st
 
 import augment.extend
 import augment.schema
-import augment.shards
 from augment import LatentBank, Planner, UserError, open_shards
 from augment.chunks import Chunk, Members, pack, unpack
 from augment.errors import EnlargedWarning
