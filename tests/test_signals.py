@@ -24,7 +24,7 @@ from training.smooth_diffusion import SmoothDiffusion
 from training.sweep import assign
 
 TRAIN = (
-    "train fit --data.train images --data.test images --data.channels 1 --data.batch_size 4 "
+    "train fit --data.train images --data.test test --data.channels 1 --data.batch_size 4 "
     "--data.steps_per_epoch 2 --trainer.max_steps 6 --trainer.accelerator cpu"
 )
 JOBS = {
@@ -54,7 +54,8 @@ def default_signals():
 
 @pytest.fixture
 def place(tmp_path, monkeypatch):
-    paint(tmp_path / "images", {"Bag": 3, "Coat": 3}, size=32)
+    for seed, name in enumerate(("images", "test")):
+        paint(tmp_path / name, {"Bag": 3, "Coat": 3}, size=32, seed=seed)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -170,7 +171,8 @@ def test_a_sweep_that_ends_takes_its_run_with_it_and_goes_on_later(number, place
     stamp = last.stat().st_mtime_ns
     time.sleep(2)
     assert last.stat().st_mtime_ns == stamp, "the run goes on without the sweep"
-    assert process(write_recipe(1000)).wait(600) == 0
+    with process(write_recipe(1000)) as again:
+        assert again.wait(600) == 0
     assert torch.load(last, weights_only=True)["global_step"] == 1000
     assert Path("made/summary.csv").exists()
 

@@ -44,6 +44,10 @@ FORM = ("channels", "resolution")
 """Of the images, which belong to the weights."""
 
 
+IMAGES = "images.json"
+"""The file of a run that says which images it is of."""
+
+
 class SafeCheckpoints(TorchCheckpointIO):
     """Checkpoints that are there whole or not at all.
 
@@ -306,6 +310,8 @@ class TrainCLI(LightningCLI):
         last = self.checkpoints / "last.ckpt"
         begun = given is None and last.exists()
         remember(file, self.settings(), "--trainer.default_root_dir", begun)
+        if is_first_rank():
+            self.datamodule.check_images(self.root / IMAGES, begun)
         if begun:
             config["ckpt_path"] = str(last)
 

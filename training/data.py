@@ -5,28 +5,39 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
-from tqdm import tqdm
 
-from augment.bank import LatentBank
 from augment.dataset import SyntheticDataset, fetch
 from augment.errors import AugmentWarning, UserError, shown
-from augment.export import ORIGINS
-from augment.files import read_json
+from augment.files import write_json
 from augment.images import SUFFIXES, parse_colour
 from augment.prompts import nfc
-from augment.records import DIGITS
 from augment.replay import ReplayPool
 from augment.seeds import rng
-from augment.shard_records import holds_shards, sources_of
+from augment.shard_records import holds_shards
 from augment.shards import Shards, open_shards
-from augment.sources import Folder, Source, as_source
+from augment.sources import Source, as_source
 from augment.sources.subsets import Selection
 from training.draws import Draw, Draws, Mix
+from training.identity import (
+    check_apart,
+    check_numbers,
+    check_same,
+    digests_of,
+    identity,
+    identity_of_synthetic,
+    origins,
+    read_known,
+    tell_of_copies,
+    tell_of_looks,
+    tell_of_overlap,
+    tell_of_strangers,
+)
 from training.transforms import Augmentation, evaluation
 
 Item = tuple[Tensor, Any, bool]
@@ -210,6 +221,7 @@ class ImageData(pl.LightningDataModule):
                 "expected 1 or 3 channels, a resolution ≥ 8, a crop in (0, 1] and workers ≥ 0, got "
                 f"{channels}, {resolution}, {crop} and {workers}"
             )
+        self.looked = False  # at the images; see check_images
 
         def look(images: Source | str, name: str) -> Source:
             """Open images and leave out those that cannot be read."""
@@ -286,11 +298,78 @@ class ImageData(pl.LightningDataModule):
             self.check_trainer(self.trainer)
         if stage == "fit" and self.real is None:
             raise UserError("expected images to train on, got none; give --data.train")
-        if stage == "fit" and self.real and self.synthetic is not None:
-            known = origins(self.synthetic)
-            tell_of_strangers(known, self.real)
-            for name, source in self.held_out.items():
-                check_apart(known, source, name, self.draws.rank, self.draws.world)
+        if stage == "fit" and self.draws.rank == 0:
+            if not self.looked:
+                self.check_images()
+            self.looked = False
+
+    def check_images(self, file: Path | None = None, begun: bool = False) -> None:
+        """Compare all images by their content, and keep in a file what they are.
+
+        Warn of files in two classes, of held-out images that are trained on, of synthetic ones that
+        come from others than the training images, look different, or are fewer than asked for.
+
+        Args:
+            file: of the run's folder, for its digests and what it began with.
+            begun: whether the run has trained already.
+
+        Raises:
+            UserError: a run that was begun had other images, a held-out image is among those that
+                synthetic ones come from, or there are no synthetic images at all.
+        """
+        self.looked = True
+        known = read_known(file)
+        sources, digests, parts = self.identify(known["files"])
+        if begun and file:
+            check_same(known["parts"], parts, file.parent)
+        if self.real and self.synthetic is not None:
+            self.check_synthetic(self.real, digests)
+        for name, found in digests.items():
+            tell_of_copies(sources[name], found, name)
+            if name != "training" and self.real:
+                tell_of_overlap(digests["training"], found, name)
+        if file:
+            write_json(file, known | {"parts": parts})
+
+    def compare_images(self, file: Path) -> None:
+        """Refuse other images than a run began with, as its file says.
+
+        Raises:
+            UserError: images are others.
+        """
+        known = read_known(file)
+        check_same(known["parts"], self.identify(known["files"])[2], file.parent)
+
+    def identify(
+        self, files: dict[str, list[Any]]
+    ) -> tuple[dict[str, Source], dict[str, dict[str, str]], dict[str, str]]:
+        """Return sources by part, the digests of their images by id, and the identity of each.
+
+        Args:
+            files: what is known of files; see `training.identity.digests_of`.
+        """
+        real = {"training": self.real} if self.real else {}
+        sources = {**real, **self.held_out}
+        digests = {name: digests_of(source, files) for name, source in sources.items()}
+        parts = {name: identity(sources[name], found) for name, found in digests.items()}
+        if self.synthetic is not None:
+            parts["synthetic"] = identity_of_synthetic(self.synthetic, files)
+        return sources, digests, parts
+
+    def check_synthetic(self, real: Source, digests: dict[str, dict[str, str]]) -> None:
+        """Compare synthetic images with real ones; see `check_images`."""
+        known, mix, labels = origins(self.synthetic), self.draws.mix, labels_of(self.synthetic)
+        tell_of_strangers(known, real, digests["training"])
+        for name in self.held_out:
+            check_apart(known, digests[name], name)
+        if mix.by_count or mix.share:
+            if isinstance(labels, int):  # a pool makes images of any class
+                have = np.full(len(self.classes), labels)
+            else:
+                have = np.bincount(np.asarray(labels, int), minlength=len(self.classes))
+            check_numbers(have, mix.budget(self.draws.counts), mix.by_count, self.classes)
+        if labels:
+            tell_of_looks(real, self.synthetic, *self.form[:2])
 
     def check_trainer(self, trainer: Any) -> None:
         """Refuse what draws and schedules would not know of.
@@ -455,8 +534,17 @@ def made_of(real: Source, synthetic: Any) -> Any:
             raise UserError(f"expected synthetic images in {synthetic}, got none; synthesize some")
         return found
     if isinstance(synthetic, SyntheticDataset):
-        known = {image_id for ids in real.ids.values() for image_id in ids}
-        return synthetic.subset(known.__contains__)
+        bank = synthetic.synthesizer.bank
+        stored = {i: d for name in bank.classes for i, d in bank.digests(name).items()}
+        trained = {i: real.digest(i) for i, _ in real.samples}
+        other = [i for i, digest in trained.items() if stored.get(i, digest) != digest]
+        if other:
+            raise UserError(
+                f"expected the bank to be of the training images, got {len(other)} others of the "
+                f"same names, such as {other[0]}, by their content; invert the training images"
+            )
+        inside = set(trained.values())
+        return synthetic.subset(lambda image_id: stored[image_id] in inside)
     return synthetic
 
 
@@ -466,74 +554,6 @@ def labels_of(synthetic: Any) -> Sequence[int] | int:
         return ()
     targets = getattr(synthetic, "targets", None)
     return len(synthetic) if targets is None else targets
-
-
-def origins(synthetic: Any) -> dict[str, str]:
-    """The images that synthetic ones come from: id by the first `DIGITS` digits of its SHA-256."""
-    if isinstance(synthetic, ReplayPool):
-        return origins(synthetic.dataset)
-    if isinstance(synthetic, SyntheticDataset):
-        return bank_origins(synthetic.synthesizer.bank)
-    if isinstance(synthetic, Shards):
-        return sources_of(synthetic.paths[0].parent) if synthetic.paths else {}
-    if isinstance(synthetic, Folder) and (synthetic.root / ORIGINS).exists():
-        known = read_json(synthetic.root / ORIGINS, "where exported images come from")
-        return known if isinstance(known, dict) else {}
-    return {}
-
-
-def bank_origins(bank: LatentBank) -> dict[str, str]:
-    """The images of a bank, as `origins` has them."""
-    return {d[:DIGITS]: i for name in bank.classes for i, d in bank.digests(name).items()}
-
-
-def tell_of_strangers(known: dict[str, str], real: Source) -> None:
-    """Warn if synthetic images come from other images than those that are trained on.
-
-    A classifier of few shots would then know more than its shots.
-    """
-    mine = {image_id for ids in real.ids.values() for image_id in ids}
-    others = [digest for digest, image_id in known.items() if image_id not in mine]
-    if others:  # under another name, perhaps
-        digests = {real.digest(i)[:DIGITS] for i in tqdm(mine, "training images", delay=2)}
-        others = [digest for digest in others if digest not in digests]
-    if others:
-        warnings.warn(
-            f"expected synthetic images of the training images alone, got {len(others)} of "
-            f"{len(known)} images that they come from, such as {known[others[0]]}, which are not "
-            "among these; invert the training images only",
-            AugmentWarning,
-            stacklevel=2,
-        )
-
-
-def check_apart(
-    known: dict[str, str], source: Source, name: str, rank: int = 0, world: int = 1
-) -> None:
-    """Refuse images to validate or test on that synthetic images come from.
-
-    Files are compared, byte by byte: an image that was encoded anew is another.
-
-    Args:
-        known: of the latter, see `origins`.
-        source: the former.
-        name: what they are for.
-        rank: of the stripe of them to look at.
-        world: how many stripes there are.
-
-    Raises:
-        UserError: one of them is among both, by its content.
-    """
-    if not known:
-        return
-    mine = source.samples[rank::world]
-    for image_id, _ in tqdm(mine, f"{name} images against the bank's", delay=2):
-        other = known.get(source.digest(image_id)[:DIGITS])
-        if other is not None:
-            raise UserError(
-                f"expected no {name} image in the bank that synthetic images come from, got "
-                f"{image_id}, which is {other} there; leave it out of one of them"
-            )
 
 
 class ReuseLogger(pl.Callback):

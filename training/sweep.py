@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from jsonargparse import ArgumentParser
 from tqdm import tqdm
 
 from augment.cli import main
@@ -20,7 +21,8 @@ from augment.errors import UserError
 from augment.files import locked, read_json, remember, write_table
 from augment.imports import allowed
 from augment.prompts import quoted
-from training.cli import remove_partial
+from training.cli import IMAGES, remove_partial
+from training.data import ImageData
 from training.metrics import interval
 
 
@@ -111,7 +113,25 @@ def train(base: dict[str, Any], chosen: dict[str, Any], seed: int, out: Path) ->
             last = (folder / "log.txt").read_text(errors="replace").strip().splitlines()[-1:]
             told = last[0] if code and last else "no test images (data.test)"
             raise UserError(f"expected the run in {folder} to end with a test, got: {told}")
+    else:
+        check_finished(config, folder)
     return read_json(done, "the test of a run")
+
+
+def check_finished(config: dict[str, Any], folder: Path) -> None:
+    """Compare the images of a finished run with those that it began with.
+
+    Images that are synthesised on the fly are passed over: they need a backbone.
+
+    Raises:
+        UserError: they are others.
+    """
+    if not (folder / IMAGES).exists():
+        return  # of an older version
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(ImageData, "data")
+    data = {k: v for k, v in config["data"].items() if k != "synthetic" or isinstance(v, str)}
+    parser.instantiate(parser.parse_object({"data": data})).data.compare_images(folder / IMAGES)
 
 
 def run_child(args: list[str], log: Path) -> int:

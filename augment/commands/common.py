@@ -9,6 +9,7 @@ from typing import Any
 
 from augment.errors import UserError, lookup
 from augment.sources import Source
+from augment.sources.source import warn_of_copies
 
 Record = dict[str, Any]
 """What came of a command, for ``--json``."""
@@ -59,6 +60,8 @@ def tell_of_bank(path: Path) -> Record:
     rejects = sum(chunk.rejected for chunks in bank.chunks.values() for chunk in chunks)
     if rejects:
         print(f"{rejects} images are left out: see {path / 'rejects.jsonl'}")
+    digests = ((i, name, d) for name in bank.classes for i, d in bank.digests(name).items())
+    warn_of_copies(digests, "inverted")
     worst = max(bank.classes, key=bank.largest_mean)
     found = latent_statistics(bank.latents(worst))
     print(f"\nclass {worst}, whose channel means are largest:\n{found}")

@@ -2,7 +2,7 @@
 
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from copy import copy
 from functools import cached_property
@@ -197,3 +197,22 @@ class Source(Dataset[tuple[Any, Any]]):
             self.transform(image) if self.transform else image,
             self.target_transform(label) if self.target_transform else label,
         )
+
+
+def warn_of_copies(rows: Iterable[tuple[str, str, str]], name: str) -> None:
+    """Warn of the first file that is in two classes.
+
+    Args:
+        rows: id, class and digest of each image.
+        name: what the images are for, such as training.
+    """
+    seen: dict[str, tuple[str, str]] = {}
+    for image_id, class_name, digest in rows:
+        first, other = seen.setdefault(digest, (image_id, class_name))
+        if other != class_name:
+            told = (
+                f"expected every {name} image in one class, got {image_id} of class {class_name}, "
+                f"which is {first} of class {other}; remove it from one of them"
+            )
+            warnings.warn(AugmentWarning(told), stacklevel=3)
+            return
