@@ -76,6 +76,7 @@ def test_three_steps_move_every_weight_and_give_accuracies(data, network, mixup)
     assert all(0 <= value <= 1 for value in result.values())
 
 
+@pytest.mark.filterwarnings("ignore:expected test images that are not trained on")
 def test_black_and_white_are_learnt(tmp_path):
     for name, grey in (("black", 20), ("white", 235)):
         for number in range(4):

@@ -30,7 +30,7 @@ from augment.files import (
     write_table,
 )
 from augment.networks.pretrained import read_weights
-from training.classifier import Classifier, agreed
+from training.classifier import Classifier, agreed, check_names
 from training.data import ImageData, ReuseLogger
 
 FREE = (
@@ -310,6 +310,8 @@ class TrainCLI(LightningCLI):
         last = self.checkpoints / "last.ckpt"
         begun = given is None and last.exists()
         remember(file, self.settings(), "--trainer.default_root_dir", begun)
+        if begun:  # before it is told of other images
+            check_names(self.known.get("class_names"), self.datamodule.classes, str(last))
         if is_first_rank():
             self.datamodule.check_images(self.root / IMAGES, begun)
         if begun:
