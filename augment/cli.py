@@ -3,6 +3,7 @@
 They, and torch with them, are imported when `main` is there to tell of an interruption.
 """
 
+import errno
 import json
 import os
 import signal
@@ -22,6 +23,10 @@ from augment.prompts import quoted
 
 SWITCHES = ("full", "dry_run", "clean", "links", "nested", "discard", "repair")
 """Options that may be given without a value, for true."""
+
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""Errors of a disk without room for a user."""
 
 
 def underscored(argument: str) -> str:
@@ -168,6 +173,16 @@ def main() -> None:
     except ArgumentError as error:
         told = " ".join(str(error).split())
         print(f"latent-augment: {refused(told) or f'{told}; see --help'}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:  # of another package, such as one that writes logs
+        if error.errno not in FULL:
+            raise
+        place = f" at {error.filename}" if error.filename else ""
+        print(
+            f"latent-augment: expected room to write{place}, got {error.strerror}; make room, and "
+            "run the same command again: nothing that was finished is lost",
+            file=sys.stderr,
+        )
         sys.exit(2)
     except KeyboardInterrupt as stop:
         ended, code = ("terminated", 143) if isinstance(stop, Terminated) else ("interrupted", 130)

@@ -27,6 +27,16 @@ def test_a_job_that_is_killed_again_and_again_ends_with_the_same_bytes(how, job,
     assert seen["kills"] >= (50 if how == "times" else 20)
 
 
+@pytest.mark.parametrize("job", ["steps", "epochs", "both", "smooth", "sweep"])
+def test_a_training_that_is_killed_again_and_again_ends_with_the_same_weights(job, tmp_path):
+    """All that is looked at is in kills.py; more than these few kills take long."""
+    command = [sys.executable, str(HERE / "kills.py"), job, "4", str(tmp_path)]
+    environment = {**os.environ, **ALONE, "PYTHONPATH": str(HERE.parent)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=900)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads(done.stdout)["kills"] == 4
+
+
 def latent_augment(ranks: int, line: str, cwd: Path) -> None:
     """A command in so many processes of torchrun."""
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]

@@ -1,6 +1,7 @@
 """A training that stops anywhere goes on with the batches and weights it would have had."""
 
 import contextlib
+import resource
 import sys
 
 import pytest
@@ -287,3 +288,30 @@ def test_a_checkpoint_is_there_whole_or_not_at_all(tmp_path):
         safe.save_checkpoint({"step": torch.tensor(2), "more": Broken()}, path)
     assert torch.load(path, weights_only=True)["step"] == 1
     assert [p.name for p in tmp_path.iterdir()] == ["last.ckpt"]
+
+
+@pytest.mark.parametrize("where", ["checkpoint", "log"])
+def test_a_training_on_a_full_disk_is_one_sentence_and_goes_on(
+    where, root, tmp_path, monkeypatch, capsys
+):
+    out = tmp_path / "run"
+    line = (
+        f"train fit --data.train {root}/real --data.channels 1 --data.batch_size 4 "
+        f"--data.steps_per_epoch 4 --trainer.max_steps 4 --trainer.default_root_dir {out} "
+        "--trainer.accelerator cpu"
+    )
+    hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+    if where == "log":
+        out.mkdir()
+        (out / "hparams.yaml").symlink_to("/dev/full")
+    else:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, hard))
+    try:
+        code, _, told = call(monkeypatch, capsys, *line.split())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+    assert code == 2 and "run the same command again" in told and "Traceback" not in told
+    assert ("No space left" if where == "log" else "last.ckpt, got File too large") in told
+    assert not list(out.rglob("*.tmp"))
+    (out / "hparams.yaml").unlink(missing_ok=True)
+    assert call(monkeypatch, capsys, *line.split())[0] == 0

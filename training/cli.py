@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pytorch_lightning as pl
 import torch
@@ -48,6 +48,23 @@ IMAGES = "images.json"
 """The file of a run that says which images it is of."""
 
 
+class Writer:
+    """A file to write that keeps its error, of which torch makes a `RuntimeError`."""
+
+    error: OSError | None = None
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file, self.flush = file, file.flush
+
+    def write(self, content: Any) -> int:
+        """Write to the file."""
+        try:
+            return self.file.write(content)
+        except OSError as error:
+            self.error = error
+            raise
+
+
 class SafeCheckpoints(TorchCheckpointIO):
     """Checkpoints that are there whole or not at all.
 
@@ -56,9 +73,19 @@ class SafeCheckpoints(TorchCheckpointIO):
     """
 
     def save_checkpoint(self, checkpoint: Any, path: Any, storage_options: Any = None) -> None:
-        """Write one."""
+        """Write one.
+
+        Raises:
+            UserError: the disk is full or the like.
+        """
         with replacing(Path(path)) as file:
-            torch.save(checkpoint, file)
+            writer = Writer(file)
+            try:
+                torch.save(checkpoint, writer)  # type: ignore[arg-type]
+            except RuntimeError:
+                if writer.error:
+                    raise writer.error from None
+                raise
 
     def load_checkpoint(
         self, path: Any, map_location: Any = None, weights_only: bool | None = None
