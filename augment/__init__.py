@@ -1,63 +1,61 @@
 """A handful of labelled images, mixed as diffusion latents, into a better classifier.
 
-A picture travels one way. ``encode`` and ``invert`` turn each real *image* into a *latent* and
-keep it in a per-class *bank* (`LatentBank`); a *plan* throws the dice: members, Dirichlet
-*weights*, seed; a `Rule` turns the members' latents into one *centroid*; ``sample`` and
-``decode`` turn that into a new image, which a torch Dataset (`SyntheticDataset`), a pool that a
-process keeps refilling (`ReplayPool`), webdataset shards (`write_shards`, `open_shards`) or a
-Lightning trainer (`training`) takes from there. Filling a bank and writing shards are jobs
-(`augment.jobs`): units of work that may be killed, moved and shared by processes or a cluster.
-`augment.measure` says what a bank's latents are like and what a rule will make of their bias;
-`augment.refine` brings a centroid nearer to its class, `augment.report` and `augment.explore` show
-all of it; `walk` goes from one latent to another. Each stage is one module of that name; a folder
-is a place to add a file: `augment.centroid` rules, `augment.diffusion` backbones,
-`augment.inversion` inversions, `augment.sources` where labelled images come from,
-`augment.networks` what images are seen by, `augment.filters` which synthetic images to keep,
-`augment.commands` what may be typed.
+An image travels one way, and each stage is a folder of that name. `augment.sources` finds labelled
+*images*; `augment.diffusion` encodes them, and `augment.inversion` turns each into a *latent*, kept
+in a per-class *bank* (`augment.bank`). A *plan* (`augment.plan`) draws members, Dirichlet *weights*
+and a seed; a `Rule` (`augment.centroid`) mixes the members' latents into one *centroid*; the
+`Synthesizer` (`augment.synthesis`) samples and decodes it into a new image. The images leave as a
+torch Dataset (`SyntheticDataset`), as a pool that a process keeps refilling (`augment.replay`), as
+webdataset shards (`augment.shards`), or into a Lightning trainer (`training`). Filling a bank and
+writing shards are jobs (`augment.jobs`): units of work that may be killed, resumed and shared by
+processes or a cluster. `augment.measure` measures latents and images with the networks of
+`augment.networks`; `augment.report` and `augment.explore` show all of it; `augment.core` holds what
+knows nothing of images: errors, random generators, files, locks, records.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from augment.bank import LatentBank
+    from augment.bank.bank import LatentBank
+    from augment.bank.fill import fill_bank
     from augment.centroid import Rule, walk
-    from augment.dataset import MixedDataset, SyntheticDataset
+    from augment.core.errors import BankMismatch, ImageRejected, UserError
     from augment.diffusion import load_backbone
     from augment.diffusion.solver import sample
-    from augment.errors import BankMismatch, ImageRejected, UserError
-    from augment.export import to_webdataset
-    from augment.fill import fill_bank
-    from augment.generate import write_shards
     from augment.inversion import invert
-    from augment.plan import Plan, Planner
-    from augment.replay import ReplayPool
-    from augment.shards import Shards, open_shards
-    from augment.synthesis import Synthesizer
+    from augment.plan.plan import Plan
+    from augment.plan.planner import Planner
+    from augment.replay.pool import ReplayPool
+    from augment.shards.dataset import Shards, open_shards
+    from augment.shards.export import to_webdataset
+    from augment.shards.write import write_shards
+    from augment.synthesis.dataset import MixedDataset, SyntheticDataset
+    from augment.synthesis.synthesizer import Synthesizer
 
 __version__ = "0.1.0"
 
 HOMES = {
-    "LatentBank": "bank",
+    "LatentBank": "bank.bank",
     "Rule": "centroid",
     "walk": "centroid",
-    "MixedDataset": "dataset",
-    "SyntheticDataset": "dataset",
+    "MixedDataset": "synthesis.dataset",
+    "SyntheticDataset": "synthesis.dataset",
     "load_backbone": "diffusion",
     "sample": "diffusion.solver",
-    "BankMismatch": "errors",
-    "ImageRejected": "errors",
-    "UserError": "errors",
-    "to_webdataset": "export",
-    "fill_bank": "fill",
-    "write_shards": "generate",
+    "BankMismatch": "core.errors",
+    "ImageRejected": "core.errors",
+    "UserError": "core.errors",
+    "to_webdataset": "shards.export",
+    "fill_bank": "bank.fill",
+    "write_shards": "shards.write",
     "invert": "inversion",
-    "Plan": "plan",
-    "Planner": "plan",
-    "ReplayPool": "replay",
-    "Shards": "shards",
-    "open_shards": "shards",
-    "Synthesizer": "synthesis",
+    "Plan": "plan.plan",
+    "Planner": "plan.planner",
+    "ReplayPool": "replay.pool",
+    "Shards": "shards.dataset",
+    "open_shards": "shards.dataset",
+    "Synthesizer": "synthesis.synthesizer",
 }
 """The modules of the public names."""
 

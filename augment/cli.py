@@ -17,9 +17,8 @@ from io import TextIOWrapper
 from typing import Any
 
 from augment.console import examples, overview, silence
-from augment.errors import AugmentWarning, Terminated, UserError
+from augment.core.errors import AugmentWarning, Terminated, UserError
 from augment.imports import guard_imports, refused, take_allowed
-from augment.prompts import quoted
 
 SWITCHES = ("full", "dry_run", "clean", "links", "nested", "discard", "repair")
 """Options that may be given without a value, for true."""
@@ -44,6 +43,8 @@ def as_texts(args: list[str]) -> list[str]:
     """Let class names in options and configurations be text, whatever YAML would make of them."""
     import yaml
     from jsonargparse import get_loader, set_loader
+
+    from augment.sources.prompts import quoted
 
     load = get_loader("yaml")
     if load.__module__ != __name__:
@@ -84,7 +85,7 @@ def run(args: list[str]) -> Any:
 
         commands = {**COMMANDS, "sweep": sweep}
     elif args[:1] == ["episodes"]:
-        from training.episodic import run_episodes
+        from training.episodes.evaluate import run_episodes
 
         commands = {**COMMANDS, "episodes": run_episodes}
     args = [underscored(argument) for argument in args]

@@ -9,7 +9,7 @@ import inspect
 import re
 from typing import Any
 
-from augment.errors import UserError
+from augment.core.errors import UserError
 
 MODULES = (
     *("augment", "training", "torch.nn", "torch.optim", "torch.utils.data"),
@@ -19,8 +19,20 @@ MODULES = (
 """Modules whose classes may be named. Not all of torch: some of its classes start processes."""
 
 DENIED = (
-    *("augment.cli", "augment.cluster", "augment.commands", "augment.explore", "augment.files"),
-    *("augment.shards.Reader", "augment.slots", "training.cli", "training.demo", "training.sweep"),
+    *(
+        "augment.cli",
+        "augment.jobs.ray",
+        "augment.commands",
+        "augment.explore",
+        "augment.core.files",
+    ),
+    *(
+        "augment.shards.dataset.Reader",
+        "augment.replay.store",
+        "training.cli",
+        "training.demo",
+        "training.sweep",
+    ),
     *("torch.utils.data.datapipes", "timm.data.readers"),
 )
 """Parts of `MODULES` whose classes start processes, or open files to write."""

@@ -19,7 +19,7 @@ from benchmarks import SUITES
 from benchmarks.duel import Duel, fought
 from benchmarks.record import comparisons, cores, environment, heading
 
-from augment.files import write_bytes, write_json
+from augment.core.files import write_bytes, write_json
 
 
 def run(args: argparse.Namespace) -> None:

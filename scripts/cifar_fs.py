@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from augment.errors import UserError
+from augment.core.errors import UserError
 from augment.sources import Folder
 
 SUPERCLASSES: dict[str, tuple[str, str, str]] = {

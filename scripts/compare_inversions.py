@@ -22,16 +22,16 @@ from torch import Tensor
 from tqdm import tqdm
 
 from augment import Rule, load_backbone, sample
-from augment.diffusion.gaussian import GaussianBackbone
+from augment.core.files import write_json
+from augment.core.rng import normal, rng
+from augment.diffusion.backbones.gaussian import GaussianBackbone
 from augment.diffusion.process import Flow, VariancePreserving
-from augment.files import write_json
-from augment.images import prepare
 from augment.inversion import inverted, inverter
 from augment.measure.features import frechet_distance
 from augment.networks import in_batches
 from augment.networks.fashion import fashion_net
-from augment.seeds import normal, rng
 from augment.sources.fashion import COARSE
+from augment.sources.images import prepare
 
 PER_CLASS, DRAWS, COUNTS, REFERENCE = 24, 16, (2, 8, 16), 200
 ROWS: list[tuple[str, dict[str, Any]]] = [

@@ -8,9 +8,9 @@ import argparse
 from pathlib import Path
 
 from augment import Plan, Synthesizer, fill_bank, load_backbone
-from augment.images import sheet
 from augment.sources import Folder
 from augment.sources.fashion import write_fashion
+from augment.sources.images import sheet
 
 RULES = ("lin/0", "fix/0", "fix/chm", "fade/chm")
 SHOWN = 4

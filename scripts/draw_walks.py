@@ -11,8 +11,8 @@ import torch
 
 from augment import LatentBank, load_backbone, sample, walk
 from augment.centroid import WALKS
-from augment.images import sheet
-from augment.synthesis import solver_of
+from augment.sources.images import sheet
+from augment.synthesis.synthesizer import solver_of
 
 
 def main() -> None:

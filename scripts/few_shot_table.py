@@ -30,18 +30,18 @@ from train_tiny import VEHICLES
 
 from augment import LatentBank, Planner, SyntheticDataset, fill_bank, load_backbone, sample
 from augment.centroid.residuals import mix
-from augment.errors import BiasWarning
-from augment.files import write_json
-from augment.images import save_image
-from augment.seeds import normal, rng
+from augment.core.errors import BiasWarning
+from augment.core.files import write_json
+from augment.core.rng import normal, rng
 from augment.sources import FewShot, Folder, Slice, Source
 from augment.sources.fashion import COARSE, write_fashion
-from training.classifier import Classifier
-from training.data import ImageData
+from augment.sources.images import save_image
+from training.data.draws import Mix
+from training.data.module import ImageData
+from training.data.transforms import Augmentation
 from training.demo import quiet_trainer
-from training.draws import Mix
-from training.metrics import interval
-from training.transforms import Augmentation
+from training.models.classifier import Classifier
+from training.models.metrics import interval
 
 SHOTS, SEEDS, STEPS = (1, 2, 5, 10, 20), 5, 300
 

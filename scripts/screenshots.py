@@ -16,13 +16,13 @@ from PIL import Image
 from playwright.sync_api import Browser, Page, sync_playwright
 
 from augment import LatentBank, Planner, Synthesizer, fill_bank, load_backbone, write_shards
-from augment.errors import BiasWarning
+from augment.core.errors import BiasWarning
 from augment.explore import Explorer
 from augment.explore.server import serve
-from augment.filters import make_filter
 from augment.report import write_report
 from augment.sources import Folder
 from augment.sources.fashion import write_fashion
+from augment.synthesis.filters import make_filter
 
 CHROMIUM = "/usr/bin/chromium"
 ARGS = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]

@@ -16,9 +16,9 @@ from safetensors.torch import save
 from torch import Tensor
 from tqdm import tqdm
 
-from augment.files import write_bytes
-from augment.images import prepare
+from augment.core.files import write_bytes
 from augment.networks.fashion import WEIGHTS, FashionNet
+from augment.sources.images import prepare
 
 
 def jitter(images: Tensor) -> Tensor:

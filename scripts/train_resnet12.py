@@ -25,13 +25,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from augment.files import write_bytes
+from augment.core.files import write_bytes
 from augment.networks import in_batches, unit
 from augment.sources import Folder
-from training.episodes import Episodes
-from training.heads import make_head
-from training.metrics import normal_interval
-from training.networks import resnet12
+from training.episodes.protocol import Episodes
+from training.models.heads import make_head
+from training.models.metrics import normal_interval
+from training.models.networks import resnet12
 
 HELD_OUT, SHIFT = 50, 4
 MEAN, DEVIATION = (0.507, 0.487, 0.441), (0.267, 0.256, 0.276)

@@ -4,12 +4,13 @@
     python scripts/train_tiny.py --bf16     # compiled, in bfloat16
     python scripts/train_tiny.py --images CIFAR --run runs/tiny-cifar --out tiny-cifar.safetensors
     python scripts/train_tiny.py --zero-snr --steps 3000 --lr 3e-4 --start \
-        augment/diffusion/weights/tiny.safetensors --run runs/zero --out tiny-zero.safetensors
+        augment/diffusion/backbones/weights/tiny.safetensors --run runs/zero --out
+        tiny-zero.safetensors
 
 The last ends at pure noise, where Stable Diffusion's own schedule leaves 7 % of the latent.
-``augment/diffusion/weights/*.md`` have the commands of the weights in the package. The images are
-Fashion-MNIST's 60 000 training images, of Debian's package ``dataset-fashion-mnist`` or of
-torchvision's download; or CIFAR-10's in class folders, of which the first 100 of each class are
+``augment/diffusion/backbones/weights/*.md`` have the commands of the weights in the package. The
+images are Fashion-MNIST's 60 000 training images, of Debian's package ``dataset-fashion-mnist`` or
+of torchvision's download; or CIFAR-10's in class folders, of which the first 100 of each class are
 left out, to draw few shots from, and those from the 4000th on, to test with.
 Interrupt it when you like: the same command goes on from the last checkpoint in ``--run``.
 """
@@ -28,12 +29,12 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from augment.core.files import sha256, write_bytes
+from augment.diffusion.backbones.tiny import PROMPTS, WEIGHTS, build_network, haar
 from augment.diffusion.process import VariancePreserving
-from augment.diffusion.tiny import PROMPTS, WEIGHTS, build_network, haar
-from augment.files import sha256, write_bytes
-from augment.images import prepare
 from augment.sources import Folder
 from augment.sources.fashion import COARSE
+from augment.sources.images import prepare
 
 VEHICLES = ("airplane", "automobile", "ship", "truck")
 KEPT = slice(100, 4000)  # of each class of CIFAR-10

@@ -37,13 +37,13 @@ from torch import Tensor, nn
 from torchvision.utils import save_image
 from train_resnet12 import HELD_OUT, load_network, normalised
 
+from augment.core.files import sha256, write_bytes
+from augment.core.rng import normal, rng
 from augment.diffusion import load_backbone
+from augment.diffusion.backbones.tiny import Tiny, build_network, haar
 from augment.diffusion.solver import sample
-from augment.diffusion.tiny import Tiny, build_network, haar
-from augment.files import sha256, write_bytes
 from augment.measure.features import frechet_distance
 from augment.networks import in_batches
-from augment.seeds import normal, rng
 
 FEATURES = 320
 UNET = {

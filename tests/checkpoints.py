@@ -337,3 +337,29 @@ class Desk(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command == "GET":
             self.wfile.write(content)
+
+
+def save_clip(folder):
+    """A CLIP of two layers, for 16×16 images and prompts of small letters."""
+    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPVisionConfig
+
+    vision = CLIPVisionConfig(
+        hidden_size=32,
+        intermediate_size=37,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        image_size=16,
+        patch_size=4,
+    )
+    config = CLIPConfig(
+        text_config=clip_config().to_dict(), vision_config=vision.to_dict(), projection_dim=32
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = CLIPModel(config)
+    for key, weight in model.named_parameters():
+        weight.data *= 10 if weight.ndim > 1 and "position" not in key else 1
+    model.save_pretrained(folder)
+    clip_tokenizer().save_pretrained(folder)
+    CLIPImageProcessor().save_pretrained(folder)
+    return model

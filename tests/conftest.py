@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from augment.bank import LatentBank
+from augment.bank.bank import LatentBank
+from augment.bank.fill import fill_bank
 from augment.cli import main
+from augment.core.schema import write
 from augment.diffusion import Backbone, load_backbone
-from augment.diffusion.gaussian import GaussianBackbone
-from augment.fill import fill_bank
-from augment.schema import write
+from augment.diffusion.backbones.gaussian import GaussianBackbone
 from augment.sources import Folder
 
 COUNTS = {"ant": 3, "bee": 4, "cat": 1}

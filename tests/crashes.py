@@ -22,12 +22,13 @@ import torch
 from conftest import paint, snapshot
 from tqdm import tqdm
 
-import augment.fill
-import augment.generate
-from augment import LatentBank, Planner, Synthesizer, upkeep
-from augment.diffusion.gaussian import GaussianBackbone
-from augment.fill import Inversion, fill_bank
-from augment.generate import Synthesis, write_shards
+import augment.bank.fill
+import augment.shards.write
+from augment import LatentBank, Planner, Synthesizer
+from augment.bank.fill import Inversion, fill_bank
+from augment.bank.merge import merge as merge_banks
+from augment.diffusion.backbones.gaussian import GaussianBackbone
+from augment.shards.write import Synthesis, write_shards
 from augment.sources import Folder
 
 KILLS, PER_CLASS = int(os.environ.get("KILLS", "50")), 30
@@ -48,7 +49,7 @@ def synthesize(root: Path, out: Path) -> None:
 
 def merge(root: Path, out: Path) -> None:
     """Two banks that are there in one."""
-    upkeep.merge([root / "bank", root / "other"], out)
+    merge_banks([root / "bank", root / "other"], out)
 
 
 JOBS = {"invert": invert, "synthesize": synthesize, "merge": merge}
@@ -166,9 +167,9 @@ def main() -> None:
     torch.set_num_threads(1)
     tqdm.set_lock(threading.RLock())  # not one that forks share, and that dies locked with a victim
     how, which, root = sys.argv[1], sys.argv[2], Path(sys.argv[3])
-    augment.fill.CHUNK = 8
+    augment.bank.fill.CHUNK = 8
     if how == "calls":  # shorter jobs, for each is done once for each of its calls
-        augment.fill.CHUNK, globals()["PER_CLASS"] = 60, 3
+        augment.bank.fill.CHUNK, globals()["PER_CLASS"] = 60, 3
     prepare(root)
     out = root / "out"
     assert wait(fork(lambda: JOBS[which](root, out)))

@@ -19,8 +19,8 @@ from pytorch_lightning.loggers import CSVLogger
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
-from augment.errors import UserError
-from augment.files import (
+from augment.core.errors import UserError
+from augment.core.files import (
     TEMPORARY,
     Lock,
     locked,
@@ -29,9 +29,9 @@ from augment.files import (
     write_json,
     write_table,
 )
-from augment.networks.pretrained import read_weights
-from training.classifier import Classifier, agreed, check_names
-from training.data import ImageData, ReuseLogger
+from augment.networks.timm import check_names, read_weights
+from training.data.module import ImageData, ReuseLogger
+from training.models.classifier import Classifier, agreed
 
 FREE = (
     *("accelerator", "logger", "log_every_n_steps", "default_root_dir", "profiler", "barebones"),
@@ -337,7 +337,7 @@ class TrainCLI(LightningCLI):
         last = self.checkpoints / "last.ckpt"
         begun = given is None and last.exists()
         remember(file, self.settings(), "--trainer.default_root_dir", begun)
-        if begun:  # before it is told of other images
+        if begun:  # before contents are compared: a renamed class explains more
             check_names(self.known.get("class_names"), self.datamodule.classes, str(last))
         if is_first_rank():
             self.datamodule.check_images(self.root / IMAGES, begun)

@@ -20,24 +20,24 @@ import pytorch_lightning as pl
 import torch
 from tqdm import tqdm
 
-from augment.bank import LatentBank
+from augment.bank.bank import LatentBank
+from augment.bank.fill import fill_bank
 from augment.centroid.residuals import mix
+from augment.core.errors import UserError
+from augment.core.files import read_json, remember, write_json
 from augment.diffusion import Backbone, load_backbone
 from augment.diffusion.solver import sample
-from augment.errors import UserError
-from augment.files import read_json, remember, write_json
-from augment.fill import fill_bank
-from augment.generate import write_shards
-from augment.images import save_image, sheet
-from augment.plan import Planner
+from augment.plan.planner import Planner
+from augment.shards.write import write_shards
 from augment.sources import Folder
 from augment.sources.fashion import few_shots, write_fashion
-from augment.synthesis import Synthesizer
-from training.classifier import Classifier
-from training.data import ImageData
-from training.draws import Mix
-from training.metrics import interval
-from training.transforms import Augmentation
+from augment.sources.images import save_image, sheet
+from augment.synthesis.synthesizer import Synthesizer
+from training.data.draws import Mix
+from training.data.module import ImageData
+from training.data.transforms import Augmentation
+from training.models.classifier import Classifier
+from training.models.metrics import interval
 
 SHOTS = 5
 SHEET_RULES = ("lin/0", "fix/0", "nin/0", "vp/0", "fix/chm", "nin/chm", "fade/chm")

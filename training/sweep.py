@@ -17,13 +17,13 @@ from jsonargparse import ArgumentParser
 from tqdm import tqdm
 
 from augment.cli import main
-from augment.errors import UserError
-from augment.files import locked, read_json, remember, write_table
+from augment.core.errors import UserError
+from augment.core.files import locked, read_json, remember, write_table
 from augment.imports import allowed
-from augment.prompts import quoted
+from augment.sources.prompts import quoted
 from training.cli import IMAGES, remove_partial
-from training.data import ImageData
-from training.metrics import interval
+from training.data.module import ImageData
+from training.models.metrics import interval
 
 
 class Loader(yaml.SafeLoader):

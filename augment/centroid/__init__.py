@@ -2,7 +2,7 @@
 
 from augment.centroid.means import MEANS
 from augment.centroid.norms import NORMS
-from augment.centroid.paths import WALKS, walk
 from augment.centroid.rule import Rule
+from augment.centroid.walks import WALKS, walk
 
 __all__ = ["MEANS", "NORMS", "WALKS", "Rule", "walk"]

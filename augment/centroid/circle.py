@@ -20,7 +20,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from augment.centroid.residuals import Residuals
-from augment.errors import UserError
+from augment.core.errors import UserError
 
 MIN_HALF_ANGLE = 5e-4
 """Half angles nearer than this to 0 or π/2 span no circle; the vanishing direction is left out."""

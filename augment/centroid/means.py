@@ -32,7 +32,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from augment.errors import UserError, lookup
+from augment.core.errors import UserError, lookup
 
 Latents = Float[Tensor, "*b c h w"]
 Means = Float[Tensor, "*b #c #h #w"]

@@ -6,7 +6,7 @@ Samuel et al., *Norm-guided latent space exploration for text-to-image generatio
 .. math:: \int \rho(\|\gamma\|)\, \|\gamma'\|\, ds, \qquad
           \rho(r) = -\log\chi_D(r) \approx 0.57 + (r - r_0)^2, \quad r_0 = \sqrt{D - 1},
 
-(`augment.prior.log_chi`), and call *centroid* the c of least
+(`augment.centroid.prior.log_chi`), and call *centroid* the c of least
 :math:`\sum_n K w_n\, d(p_n, c) + \rho(\|c\|)`. They cut each path in 49 pieces and run Adam in D
 dimensions for thousands of steps. None of that is needed:
 
@@ -39,9 +39,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from augment.centroid.prior import log_chi, modal_norm
 from augment.centroid.residuals import Residuals
 from augment.centroid.spherical import SAME_COSINE, geometric_median
-from augment.prior import log_chi, modal_norm
 
 
 def climb(norm: Float[Tensor, "*b"], dim: int) -> Float[Tensor, "*b"]:

@@ -21,17 +21,17 @@ rule        gain g, or what the result is                      norm of the resul
 
 ``lin``, ``fix`` and ``nin`` are those of Landolsi & Kahl, *Addressing degeneracies in latent
 interpolation for diffusion models*, arXiv 2505.07481, sec. 3. ``mode`` is the standardised centroid
-of the chi law (see `augment.prior`). ``vp`` is the variance-preserving gain of Bodin et al.,
-*Linear combinations of latents in generative models*, arXiv 2408.08558; with the split ``mu``, it
-is their LOL, :math:`z = (1 - a/\sqrt b)\mu + \sum_n w_n x_n / \sqrt b`, a = Σ w_n, b = Σ w_n²,
+of the chi law (see `augment.centroid.prior`). ``vp`` is the variance-preserving gain of Bodin et
+al., *Linear combinations of latents in generative models*, arXiv 2408.08558; with the split ``mu``,
+it is their LOL, :math:`z = (1 - a/\sqrt b)\mu + \sum_n w_n x_n / \sqrt b`, a = Σ w_n, b = Σ w_n²,
 also named ``lol``. ``fade`` is ours: it gives back an input exactly where it is alone, and
 trusts the prior where many are mixed. The others have files of their own.
 
 Where all residuals are zero up to rounding, so is the result, under every rule.
 
 To add a rule: write the function here (or in a file of its own) and enter it in `GAINS` or
-`COEFFICIENTS`; the laws of ``tests/test_centroid_laws.py`` then run over it. NaN in must give NaN
-out.
+`COEFFICIENTS`; the laws of ``tests/centroid/test_centroid_laws.py`` then run over it. NaN in must
+give NaN out.
 """
 
 from collections import ChainMap
@@ -42,9 +42,9 @@ from torch import Tensor
 
 from augment.centroid.circle import circle
 from augment.centroid.nao import nao
+from augment.centroid.prior import modal_norm, nominal_norm
 from augment.centroid.residuals import Residuals
 from augment.centroid.spherical import slerp
-from augment.prior import modal_norm, nominal_norm
 
 Gain = Float[Tensor, "b 1"]
 

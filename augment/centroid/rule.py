@@ -4,10 +4,10 @@ With the points :math:`z_n = d_n + e_n` cut in two by the mean split and weights
 
 .. math:: \hat z = \sum_n w_n d_n + \mathrm{norm}\bigl(\{e_n\}, w\bigr).
 
-Laws, held by ``tests/test_centroid_laws.py`` for every entry of `NORMS` and `MEANS`: the order of
-the points does not matter; a point of weight zero might as well be absent; a batch is its rows one
-by one; rotating the points rotates the centroid (split ``0``); and rules that claim to reproduce
-their inputs do so at the vertices of the simplex.
+Laws, held by ``tests/centroid/test_centroid_laws.py`` for every entry of `NORMS` and `MEANS`: the
+order of the points does not matter; a point of weight zero might as well be absent; a batch is its
+rows one by one; rotating the points rotates the centroid (split ``0``); and rules that claim to
+reproduce their inputs do so at the vertices of the simplex.
 """
 
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from torch import Tensor
 from augment.centroid.means import split_named
 from augment.centroid.norms import COEFFICIENTS, GAINS, NORMS
 from augment.centroid.residuals import Residuals
-from augment.errors import UserError, lookup
+from augment.core.errors import UserError, lookup
 
 ALIASES = {"lol": "vp/mu"}
 """Rules that have a name of their own in the literature."""

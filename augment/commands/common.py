@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from augment.errors import UserError, lookup
+from augment.core.errors import UserError, lookup
 from augment.sources import Source
 from augment.sources.source import warn_of_copies
 
@@ -30,7 +30,7 @@ def planning_device(device: str | None, executor: str) -> str | None:
 
 def work(job: Any, executor: str, dry_run: bool) -> Record | None:
     """Do a job, or this process's share of it; what to say if it is not all done now."""
-    from augment.jobs import estimate, run, stripe
+    from augment.jobs.job import estimate, run, stripe
 
     if dry_run:
         told = estimate(job)
@@ -51,7 +51,7 @@ def work(job: Any, executor: str, dry_run: bool) -> Record | None:
 
 def tell_of_bank(path: Path) -> Record:
     """What is in a bank, and what the bias of its latents would do."""
-    from augment.bank import LatentBank
+    from augment.bank.bank import LatentBank
     from augment.measure import latent_statistics, predicted_bias
 
     bank = LatentBank.open(path)
@@ -97,7 +97,7 @@ def recipe_of(bank: Any, backbone: str | None = None) -> dict[str, Any]:
 
 def prompts_of(source: Source, prompt: str, prompts: dict[str, str] | None) -> dict[str, str]:
     """The prompt of each class that has one, by name: its own, else the template's."""
-    from augment.prompts import by_class, class_prompts
+    from augment.sources.prompts import by_class, class_prompts
 
     texts = by_class(prompts or {}, source.classes)
     rest = [name for name in source.classes if name not in texts]

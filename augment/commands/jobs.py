@@ -15,10 +15,10 @@ from augment.commands.common import (
     tell_of_bank,
     work,
 )
-from augment.errors import UserError
-from augment.images import parse_colour
-from augment.refine import SeedSelect, check_sampling
+from augment.core.errors import UserError
 from augment.sources import Folder, Source
+from augment.sources.images import parse_colour
+from augment.synthesis.refine import SeedSelect, check_sampling
 
 
 def invert(
@@ -73,8 +73,8 @@ def invert(
         executor: local, this process or, under torchrun or in a Slurm array, its share; or ray.
         dry_run: do and keep one unit of the work, and tell how long all will take.
     """
+    from augment.bank.fill import Inversion
     from augment.diffusion import load_backbone
-    from augment.fill import Inversion
     from augment.inversion import inverter
 
     if (links or nested) and not isinstance(images, str):
@@ -180,15 +180,15 @@ def synthesize(
     """
     import numpy as np
 
-    from augment.bank import LatentBank
+    from augment.bank.bank import LatentBank
     from augment.centroid import Rule
     from augment.diffusion import load_backbone
-    from augment.filters import make_filter
-    from augment.generate import Synthesis
-    from augment.plan import Planner, budget
-    from augment.prompts import class_prompts
+    from augment.plan.planner import Planner, budget
+    from augment.shards.write import Synthesis
     from augment.sources import place_of
-    from augment.synthesis import Synthesizer, solver_of
+    from augment.sources.prompts import class_prompts
+    from augment.synthesis.filters import make_filter
+    from augment.synthesis.synthesizer import Synthesizer, solver_of
 
     opened = LatentBank.open(bank)
     try:

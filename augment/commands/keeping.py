@@ -4,7 +4,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 from augment.commands.common import Record, listed, tell_of_bank
-from augment.errors import UserError
+from augment.core.errors import UserError
 from augment.sources import Source
 
 
@@ -14,9 +14,9 @@ def inspect(path: str) -> Record:
     Args:
         path: the folder.
     """
-    from augment import upkeep
+    from augment.shards import verify as shards_verify
 
-    told = upkeep.inspect(path)
+    told = shards_verify.inspect(path)
     print(told)
     return {"path": path, "told": told.splitlines()}
 
@@ -35,17 +35,18 @@ def verify(
         discard: take out what is damaged; the command that made it then makes it again.
         repair: make a lost or damaged manifest.json, or synthesis.json, again from the records.
     """
-    from augment import upkeep
-    from augment.files import locked
+    from augment.bank import verify as bank_verify
+    from augment.core.files import locked
+    from augment.shards import verify as shards_verify
 
     with locked(Path(path)) if discard or repair else nullcontext():  # not beside a job
         if repair:
-            print(upkeep.repair(Path(path)))
-        findings = upkeep.verify(path, images)
+            print(shards_verify.repair(Path(path)))
+        findings = shards_verify.verify(path, images)
         for finding in findings:
             print(finding.what)
         if discard:
-            upkeep.discard(findings)
+            bank_verify.discard(findings)
     if findings:
         damaged = sum(finding.record is not None for finding in findings)
         after = "taken out; run the command that made it again" if discard else "as above"
@@ -65,10 +66,10 @@ def merge(banks: str, out: str) -> Record:
         banks: their folders, with commas between.
         out: folder of the new one.
     """
-    from augment import upkeep
+    from augment.bank import merge as bank_merge
 
     folders = listed(banks, lambda place: Path(place).exists())
-    return tell_of_bank(upkeep.merge(folders, out).path)
+    return tell_of_bank(bank_merge.merge(folders, out).path)
 
 
 def split(bank: str, classes: str, out: str) -> Record:
@@ -80,13 +81,13 @@ def split(bank: str, classes: str, out: str) -> Record:
             a comma.
         out: folder of the new one.
     """
-    from augment import upkeep
-    from augment.bank import LatentBank
-    from augment.prompts import nfc
+    from augment.bank import merge as bank_merge
+    from augment.bank.bank import LatentBank
+    from augment.sources.prompts import nfc
 
     known = {nfc(name): name for name in LatentBank.open(bank).classes}
     names = listed(nfc(classes), known.__contains__)
-    return tell_of_bank(upkeep.split(bank, [known.get(n, n) for n in names], out).path)
+    return tell_of_bank(bank_merge.split(bank, [known.get(n, n) for n in names], out).path)
 
 
 def export(shards: str, out: str) -> Record:
@@ -96,7 +97,7 @@ def export(shards: str, out: str) -> Record:
         shards: their folder.
         out: the new folder: out/class/00000000.jpg.
     """
-    from augment.export import export_folder
+    from augment.shards.export import export_folder
 
     export_folder(shards, out)
     print(f"{out}: written")

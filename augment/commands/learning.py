@@ -72,9 +72,9 @@ def smooth(
     import torch
 
     from augment.diffusion import load_backbone
-    from training.noising import open_source, read_captions
-    from training.smooth_diffusion import PROJECTIONS
-    from training.smoothing import smooth_backbone
+    from training.smooth.data import open_source, read_captions
+    from training.smooth.regulariser import PROJECTIONS
+    from training.smooth.run import smooth_backbone
 
     source = open_source(images).readable(name="training")
     texts = prompts_of(source, prompt, prompts)

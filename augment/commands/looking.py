@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from augment.commands.common import Record, recipe_of
-from augment.errors import UserError
+from augment.core.errors import UserError
 from augment.sources import Source
 
 
@@ -39,10 +39,10 @@ def evaluate(
         out: folder to write evaluation.json, classes.csv and a plot to.
         device: such as cuda or cpu; by default the GPU if there is one.
     """
-    from augment import evaluate as study
-    from augment.bank import LatentBank
+    from augment.bank.bank import LatentBank
     from augment.diffusion import find_device, load_backbone
     from augment.networks import feature_network
+    from augment.report import evaluate as study
     from augment.sources import as_source
 
     if (Path(path) / "manifest.json").exists():
@@ -94,7 +94,7 @@ def report(
         backbone: the diffusion model; by default the one that made the bank.
         device: such as cuda or cpu; by default the GPU if there is one.
     """
-    from augment.bank import LatentBank
+    from augment.bank.bank import LatentBank
     from augment.centroid import Rule
     from augment.diffusion import load_backbone
     from augment.report import write_report
@@ -132,7 +132,7 @@ def explore(
         backbone: the diffusion model; by default the one that made the bank.
         device: such as cuda or cpu; by default the GPU if there is one.
     """
-    from augment.bank import LatentBank
+    from augment.bank.bank import LatentBank
     from augment.diffusion import load_backbone
     from augment.explore.server import require, serve
     from augment.explore.session import Explorer

@@ -13,14 +13,14 @@ from typing import Any
 
 import torch
 
+from augment.core.errors import UserError, lookup
 from augment.diffusion.backbone import Backbone
-from augment.diffusion.dit import DiT
-from augment.diffusion.find import find_checkpoint, read_header
-from augment.diffusion.hub import HUB, require
-from augment.diffusion.stable_diffusion import StableDiffusion, StableDiffusionXL
-from augment.diffusion.stable_diffusion3 import StableDiffusion3
-from augment.diffusion.tiny import Tiny
-from augment.errors import UserError, lookup
+from augment.diffusion.backbones.dit import DiT
+from augment.diffusion.backbones.stable_diffusion import StableDiffusion, StableDiffusionXL
+from augment.diffusion.backbones.stable_diffusion3 import StableDiffusion3
+from augment.diffusion.backbones.tiny import Tiny
+from augment.diffusion.checkpoints.find import find_checkpoint, read_header
+from augment.diffusion.checkpoints.hub import HUB, require
 
 PIPELINES: dict[str, Callable[..., Backbone]] = {
     "StableDiffusionPipeline": StableDiffusion,

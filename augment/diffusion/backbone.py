@@ -16,8 +16,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from augment.core.errors import UserError
 from augment.diffusion.process import Pair, Process, split
-from augment.errors import UserError
 
 T = TypeVar("T")
 Timestep = float | Float[Tensor, " n"]

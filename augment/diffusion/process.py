@@ -31,7 +31,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from augment.errors import UserError, lookup
+from augment.core.errors import UserError, lookup
 
 Pair = tuple[Tensor, Tensor]
 Amount = float | Tensor

@@ -19,9 +19,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from augment.core.errors import UserError, lookup
 from augment.diffusion.backbone import Backbone, Denoiser, as_prompts, batched, denoiser
 from augment.diffusion.process import Pair
-from augment.errors import UserError, lookup
 
 Solver = Callable[[Denoiser, Tensor, Sequence[float], Callable[[], Any]], Tensor]
 """(denoise, latent at the first level, levels, tick) → latent at the last level."""

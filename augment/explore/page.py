@@ -10,12 +10,12 @@ from dataclasses import replace
 from typing import Any
 
 from augment.centroid import MEANS, NORMS, WALKS
+from augment.core.errors import UserError
 from augment.diffusion.solver import SOLVERS
-from augment.errors import UserError
 from augment.explore import static, takeaway, widgets
 from augment.explore.session import Choice, Explorer, reweighted, toggled
-from augment.plan import Plan
-from augment.synthesis import PROFILES
+from augment.plan.plan import Plan
+from augment.synthesis.synthesizer import PROFILES
 
 Mixture = tuple[Plan, float | None]
 """A plan, and what it was thrown with as in `Choice`."""

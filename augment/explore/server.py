@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable, Set
 from importlib.util import find_spec
 from typing import Any
 
-from augment.errors import AugmentWarning, UserError
+from augment.core.errors import AugmentWarning, UserError
 from augment.explore.session import Explorer
 from augment.explore.static import CSS
 

@@ -16,20 +16,21 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from augment.bank import LatentBank
+from augment.bank.bank import LatentBank
+from augment.bank.format import read_original
 from augment.centroid import walk
+from augment.centroid.prior import nominal_norm
+from augment.core.errors import ImageRejected, UserError
+from augment.core.files import check_folder
 from augment.diffusion.backbone import Backbone
 from augment.diffusion.solver import sample
-from augment.errors import ImageRejected, UserError
-from augment.files import check_folder
-from augment.generate import reduce
-from augment.images import decode_image, to_pil
 from augment.inversion import INVERTERS
-from augment.plan import Plan, Planner
-from augment.prior import nominal_norm
-from augment.records import read_original
+from augment.plan.plan import Plan
+from augment.plan.planner import Planner
+from augment.shards.write import reduce
 from augment.sources import Source
-from augment.synthesis import Synthesizer, solver_of
+from augment.sources.images import decode_image, to_pil
+from augment.synthesis.synthesizer import Synthesizer, solver_of
 
 MOST = 5
 """Members that are mixed at most: more sliders than that nobody moves."""

@@ -11,13 +11,13 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from augment.errors import UserError
+from augment.bank.format import DIGITS
+from augment.core.errors import UserError
+from augment.core.files import in_use, locked
+from augment.core.schema import write
 from augment.explore.session import Choice, Explorer
-from augment.files import in_use, locked
-from augment.generate import precision
-from augment.records import DIGITS
-from augment.schema import write
-from augment.shard_records import (
+from augment.shards.dataset import Sample, encode, write_shard
+from augment.shards.format import (
     SCHEMA,
     SETTINGS,
     ShardSettings,
@@ -26,12 +26,12 @@ from augment.shard_records import (
     shard_path,
     write_info,
 )
-from augment.shards import Sample, encode, write_shard
-from augment.upkeep import count_shards
+from augment.shards.verify import count_shards
+from augment.shards.write import precision
 
 LINES = """\
 from augment import LatentBank, Plan, Synthesizer, load_backbone
-from augment.images import to_pil
+from augment.sources.images import to_pil
 
 bank = LatentBank.open({bank!r})
 backbone = load_backbone({recipe})

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from augment.explore.session import THUMBNAIL, Choice, Explorer
 from augment.explore.static import CORNERS
-from augment.generate import reduce
-from augment.images import to_pil
-from augment.plan import Plan
+from augment.plan.plan import Plan
+from augment.shards.write import reduce
+from augment.sources.images import to_pil
 
 SHOWN = 120
 """Images of a class that are shown to choose from; the dice choose from all."""

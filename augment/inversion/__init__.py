@@ -12,11 +12,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from augment.core.errors import UserError, lookup
+from augment.core.files import sha256
 from augment.diffusion.backbone import Backbone, Denoiser, as_prompts, batched, denoiser
 from augment.diffusion.solver import check_steps
-from augment.errors import UserError, lookup
-from augment.files import sha256
-from augment.images import prepare
 from augment.inversion.ddim import DDIM
 from augment.inversion.fireflow import FireFlow
 from augment.inversion.fixed_point import FixedPoint
@@ -24,6 +23,7 @@ from augment.inversion.forward_start import ForwardStart
 from augment.inversion.midpoint import Midpoint
 from augment.inversion.negative_prompt import NegativePrompt
 from augment.inversion.null_text import NullText
+from augment.sources.images import prepare
 
 
 @runtime_checkable
@@ -150,7 +150,8 @@ def invert(
 
     Args:
         backbone: the model.
-        images: in [0, 1]; brought to the backbone's size and channels by `augment.images.prepare`.
+        images: in [0, 1]; brought to the backbone's size and channels by
+            `augment.sources.images.prepare`.
         prompts: one for all, one an image, or none.
         inversion: a key of `INVERTERS`.
         steps: solver steps, mostly a network evaluation each (see the inversions).

@@ -25,9 +25,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from augment.core.errors import UserError
 from augment.diffusion.backbone import Denoiser
 from augment.diffusion.solver import estimates, move
-from augment.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -20,10 +20,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from augment.core.errors import UserError
+from augment.core.rng import normal, rng
 from augment.diffusion.backbone import Denoiser
 from augment.diffusion.solver import fireflow
-from augment.errors import UserError
-from augment.seeds import normal, rng
 
 
 @dataclass(frozen=True)

@@ -28,10 +28,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from augment.core.errors import UserError
 from augment.diffusion.backbone import Condition, Denoiser
 from augment.diffusion.process import split
 from augment.diffusion.solver import ddim
-from augment.errors import UserError
 
 SCALE = 2.0**14
 """Of the loss while its gradient goes through the network."""

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from augment.centroid.residuals import TINY
 from augment.measure.latents import LatentStatistics
-from augment.weights import expected_count
+from augment.plan.weights import expected_count
 
 BIAS_THRESHOLD = 0.25
 """Channel mean, in standard deviations of the noise, that is warned of.

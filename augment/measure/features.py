@@ -23,8 +23,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from augment.centroid.residuals import TINY
-from augment.errors import UserError
-from augment.seeds import rng
+from augment.core.errors import UserError
+from augment.core.rng import rng
 
 Features = Float[Tensor, "n d"]
 Labels = Int[Tensor, " n"]

@@ -16,9 +16,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from augment.centroid.prior import log_chi, nominal_norm
 from augment.centroid.residuals import TINY
-from augment.errors import UserError
-from augment.prior import log_chi, nominal_norm
+from augment.core.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from augment.diffusion.hub import brief
-from augment.errors import UserError
+from augment.core.errors import UserError
+from augment.diffusion.checkpoints.hub import brief
 
 Images = Float[Tensor, "n c h w"]
 
@@ -70,3 +70,8 @@ def lpips(
             for pair in zip(images.split(16), others.split(16), strict=True)
         ]
     return torch.cat(parts).double()
+
+
+def psnr(error: float) -> float:
+    """Return the peak signal-to-noise ratio, in dB, of a mean squared error of pixels in [0, 1]."""
+    return -10 * math.log10(max(error, 1e-12))

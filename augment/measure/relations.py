@@ -14,9 +14,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from augment.centroid.residuals import TINY
+from augment.core.errors import UserError
 from augment.diffusion.backbone import Backbone
 from augment.diffusion.solver import sample
-from augment.errors import UserError
 from augment.measure.features import blocks
 
 

@@ -11,10 +11,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from augment.centroid.paths import walk
+from augment.centroid.walks import walk
+from augment.core.rng import normal, rng
 from augment.diffusion.backbone import Backbone
 from augment.diffusion.solver import sample
-from augment.seeds import normal, rng
 
 STOPS = 11
 """Images of a walk: nine between, at the ratios 0.1 … 0.9, and both ends."""
@@ -51,7 +51,7 @@ def walks(
         seed: seed of the noises; walk i has the same two noises for every model.
         mean: mean of each channel to add to the noise, for models whose last level is not quite
             noise.
-        name: name of the walk; see `augment.centroid.paths`.
+        name: name of the walk; see `augment.centroid.walks`.
         solver: see `augment.sample`.
         steps: see `augment.sample`.
         guidance: see `augment.sample`.

@@ -15,7 +15,7 @@ from augment.networks.clip import load_clip
 from augment.networks.fashion import load_fashion
 from augment.networks.frozen import BATCH, in_batches, normalise, unit
 from augment.networks.inception import load_inception
-from augment.networks.pretrained import find_timm, read_weights, recipe, timm_network
+from augment.networks.timm import find_timm, read_weights, recipe, timm_network
 
 Network = Callable[[Float[Tensor, "n c h w"]], Float[Tensor, "n d"]]
 

@@ -12,9 +12,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from augment.diffusion.checkpoint import check_indices
-from augment.diffusion.hub import brief, explained, quiet
-from augment.errors import UserError
+from augment.core.errors import UserError
+from augment.diffusion.checkpoints.checkpoint import check_indices
+from augment.diffusion.checkpoints.hub import brief, explained, quiet
 from augment.networks.frozen import BATCH, in_batches, normalise, unit
 
 DEFAULT = "openai/clip-vit-base-patch32"
@@ -38,7 +38,7 @@ class Clip:
         Raises:
             UserError: one is too long.
         """
-        from augment.diffusion.latent_diffusion import check_length
+        from augment.diffusion.backbones.latent_diffusion import check_length
 
         for text in texts:
             check_length(text, self.tokenizer)

@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from augment.errors import UserError
-from augment.images import to_channels
+from augment.core.errors import UserError
+from augment.sources.images import to_channels
 
 BATCH = 64
 
@@ -39,7 +39,7 @@ def normalise(
 
     Args:
         images: the images.
-        channels: how many; see `augment.images.to_channels`.
+        channels: how many; see `augment.sources.images.to_channels`.
         size: height and width to resize to, with antialiasing and without cropping; None keeps it.
         mean: to subtract, of each channel or for all.
         std: to divide by, of each channel or for all.

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from augment.diffusion.hub import brief
-from augment.errors import UserError
+from augment.core.errors import UserError
+from augment.diffusion.checkpoints.hub import brief
 from augment.networks.frozen import in_batches
 
 

@@ -18,11 +18,11 @@ from typing import Any
 from tqdm import tqdm
 
 from augment import __version__
-from augment.bank import LatentBank
+from augment.bank.bank import LatentBank
 from augment.centroid import Rule
+from augment.core.errors import UserError
+from augment.core.files import write_bytes
 from augment.diffusion.backbone import Backbone
-from augment.errors import UserError
-from augment.files import write_bytes
 from augment.report import facts, page
 from augment.report.again import Making
 from augment.report.gallery import BACK, Gallery, side_of

@@ -18,13 +18,14 @@ from typing import Any
 
 import numpy as np
 
-from augment.bank import LatentBank
-from augment.errors import UserError
+from augment.bank.bank import LatentBank
+from augment.core.errors import UserError
 from augment.inversion import INVERTERS
-from augment.plan import Plan, Planner, round_robin
-from augment.shard_records import SCHEMA, ShardSettings, read_settings
-from augment.shards import Shards, open_shards
-from augment.upkeep import Tally, count_shards
+from augment.plan.plan import Plan
+from augment.plan.planner import Planner, round_robin
+from augment.shards.dataset import Shards, open_shards
+from augment.shards.format import SCHEMA, ShardSettings, read_settings
+from augment.shards.verify import Tally, count_shards
 
 SAMPLING = ("solver", "steps", "guidance")
 """Arguments of `Synthesizer` that are kept with shards, or with each image of them."""
@@ -36,7 +37,7 @@ LOOKED_AT = 200
 IMPORTS = """\
 from pathlib import Path
 from augment import LatentBank, {more}, Synthesizer, load_backbone
-from augment.images import save_image
+from augment.sources.images import save_image
 """
 MAKE = """
 bank = LatentBank.open({bank})
@@ -165,7 +166,7 @@ class Making:
             options += "".join(f", {key}=@{key}@" for key in SAMPLING)
         more, head = ("open_shards" if from_shards else "Planner"), IMPORTS
         if from_shards and self.settings.refine:
-            head += "from augment.refine import SeedSelect\n"
+            head += "from augment.synthesis.refine import SeedSelect\n"
             options += f", refine=SeedSelect(**{self.settings.refine!r})"
         if from_shards:
             plan = f"open_shards({literal(str(self.folder))}, complete=False).plan(@row@)"

@@ -8,15 +8,15 @@ from typing import Any
 
 import numpy as np
 
-from augment.bank import LatentBank
-from augment.errors import UserError, first_few
-from augment.records import Reject
+from augment.bank.bank import LatentBank
+from augment.bank.format import Reject
+from augment.core.errors import UserError, first_few
+from augment.core.schema import as_object
+from augment.replay.store import CONTROL, MAGIC
 from augment.report.again import Making, invert_command, synthesize_command
 from augment.report.gallery import Gallery
 from augment.report.health import ClassHealth
 from augment.report.page import code_block, settings_block
-from augment.schema import as_object
-from augment.slots import CONTROL, MAGIC
 from augment.sources import Source
 
 

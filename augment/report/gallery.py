@@ -16,21 +16,21 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from augment.bank import LatentBank
+from augment.bank.bank import LatentBank
+from augment.bank.format import read_original
+from augment.core.errors import BiasWarning, ImageRejected, UserError
 from augment.diffusion.backbone import Backbone
-from augment.diffusion.hub import offline
-from augment.errors import BiasWarning, ImageRejected, UserError
-from augment.filters import Reference, make_filter
-from augment.generate import score
-from augment.images import open_image, to_pil
-from augment.plan import Plan
-from augment.records import read_original
+from augment.diffusion.checkpoints.hub import offline
+from augment.plan.plan import Plan
 from augment.report.again import SAMPLING, Making, throws
 from augment.report.health import ClassHealth
 from augment.report.tiles import Tile, rounded, square, told
-from augment.shards import decode
+from augment.shards.dataset import decode
+from augment.shards.write import score
 from augment.sources import Source
-from augment.synthesis import Synthesizer
+from augment.sources.images import open_image, to_pil
+from augment.synthesis.filters import Reference, make_filter
+from augment.synthesis.synthesizer import Synthesizer
 
 REAL, BACK, PLANS, KEPT, REFUSED = 16, 5, 2, 8, 4
 """Of a class at most: real images, images sampled back, centroids by each rule, and synthetic

@@ -13,13 +13,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from augment.bank import LatentBank
+from augment.bank.bank import LatentBank
 from augment.centroid import Rule
+from augment.centroid.prior import nominal_norm
+from augment.core.rng import rng
 from augment.measure.bias import BIAS_THRESHOLD, predicted_bias
 from augment.measure.latents import LatentStatistics, latent_statistics
-from augment.prior import nominal_norm
-from augment.seeds import rng
-from augment.upkeep import psnr
+from augment.measure.reconstruction import psnr
 
 NORM_OFF = 0.02
 """By how much a mean norm over √D may be off 1 before it is spoken of."""

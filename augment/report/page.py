@@ -14,7 +14,7 @@ from html import escape
 from importlib.resources import files
 from typing import Any
 
-from augment.records import Reject
+from augment.bank.format import Reject
 from augment.report.health import Finding
 
 REJECTS = 100

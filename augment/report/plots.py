@@ -11,9 +11,9 @@ from html import escape
 import numpy as np
 import torch
 
-from augment.bank import LatentBank
+from augment.bank.bank import LatentBank
+from augment.centroid.prior import log_chi, nominal_norm
 from augment.measure.bias import BIAS_THRESHOLD, predicted_bias
-from augment.prior import log_chi, nominal_norm
 from augment.report.health import ClassHealth, evenly, measured_bias, numbers_of_members
 
 WIDTH, HEIGHT = 560, 300

@@ -9,7 +9,7 @@ from typing import Any
 
 from PIL import Image
 
-from augment.plan import Plan
+from augment.plan.plan import Plan
 
 MEMBERS = 12
 """Members of a plan that are shown, the heaviest; the others are counted."""

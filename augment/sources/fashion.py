@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from augment.images import save_image
-from augment.seeds import rng
+from augment.core.rng import rng
+from augment.sources.images import save_image
 
 DATA = Path(__file__).parent / "fashion_mnist.npz"
 SHOTS, TESTS = 32, 200

@@ -8,9 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from augment.errors import AugmentWarning, UserError, shown
-from augment.images import SUFFIXES, parse_colour
-from augment.prompts import nfc
+from augment.core.errors import AugmentWarning, UserError, shown
+from augment.sources.images import SUFFIXES, parse_colour
+from augment.sources.prompts import nfc
 from augment.sources.source import Source
 
 ORIGINS = ".origins.json"

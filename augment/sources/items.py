@@ -16,11 +16,11 @@ from PIL import Image
 from torch.utils.data import ConcatDataset, Dataset, Subset
 from tqdm import tqdm
 
-from augment.errors import ImageRejected, UserError
-from augment.images import as_shown
-from augment.prompts import nfc
+from augment.core.errors import ImageRejected, UserError
 from augment.sources.folder import Folder
+from augment.sources.images import as_shown
 from augment.sources.listing import LABELS, warn_of_gaps
+from augment.sources.prompts import nfc
 from augment.sources.source import Source
 
 TARGETS = ("targets", "labels", "_labels", "y")
@@ -184,7 +184,7 @@ def as_source(images: Source | str | Path | Any) -> Source:
 
 
 def place_of(images: Source | str | Path | Any | None) -> Source | Path | None:
-    """Return a bank's images as `augment.records.read_original` takes them.
+    """Return a bank's images as `augment.bank.format.read_original` takes them.
 
     A folder stays one, for only the images that the bank names are read; of a data set its items.
     """

@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, ClassVar
 
-from augment.errors import AugmentWarning, UserError, lookup
-from augment.prompts import nfc
+from augment.core.errors import AugmentWarning, UserError, lookup
+from augment.sources.prompts import nfc
 from augment.sources.source import Source
 
 LABELS = 100_000

@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from augment.errors import AugmentWarning, ImageRejected, UserError, shown
-from augment.files import sha256
-from augment.images import fit, open_image, pixels_of
+from augment.core.errors import AugmentWarning, ImageRejected, UserError, shown
+from augment.core.files import sha256
+from augment.sources.images import fit, open_image, pixels_of
 
 LOOK = 4096
 """Images that are looked at in one go."""
@@ -114,7 +114,7 @@ class Source(Dataset[tuple[Any, Any]]):
         return sha256(self.read(image_id))
 
     def load(self, image_id: str, channels: int, resolution: int) -> Float[Tensor, "c r r"]:
-        """The image, brought to a backbone's format; see `augment.images.prepare`.
+        """The image, brought to a backbone's format; see `augment.sources.images.prepare`.
 
         Raises:
             ImageRejected: it is not readable.
@@ -122,7 +122,7 @@ class Source(Dataset[tuple[Any, Any]]):
         return fit(pixels_of(self.open(image_id), channels), resolution)
 
     def open(self, image_id: str, quick: bool = False) -> Image.Image:
-        """The image as a viewer shows it, grey or RGB; see `augment.images.open_image`.
+        """The image as a viewer shows it, grey or RGB; see `augment.sources.images.open_image`.
 
         Raises:
             ImageRejected: it is not readable.

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from augment.errors import UserError
+from augment.core.errors import UserError
 from augment.sources.items import as_source
 from augment.sources.source import Source
 

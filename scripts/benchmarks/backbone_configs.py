@@ -14,7 +14,7 @@ import torch
 import transformers
 from torch.utils.flop_counter import FlopCounterMode
 
-from augment.diffusion.hub import quiet
+from augment.diffusion.checkpoints.hub import quiet
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
 import checkpoints

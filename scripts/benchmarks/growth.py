@@ -23,8 +23,8 @@ from typing import Any, NamedTuple
 import torch
 
 from augment import LatentBank, MixedDataset, Planner, SyntheticDataset, open_shards
-from augment.diffusion.gaussian import GaussianBackbone
-from augment.jobs import run
+from augment.diffusion.backbones.gaussian import GaussianBackbone
+from augment.jobs.job import run
 from augment.sources import Folder
 from benchmarks.large import SHAPE, bank_of, folder_of, job, long_tail, shards_of, synthesis
 

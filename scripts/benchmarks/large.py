@@ -11,13 +11,9 @@ import torch
 from safetensors.torch import save
 
 from augment import LatentBank, Planner
-from augment.diffusion.gaussian import GaussianBackbone
-from augment.extend import extended
-from augment.files import sha256
-from augment.fill import Inversion
-from augment.generate import Synthesis
-from augment.inversion import inverter
-from augment.records import (
+from augment.bank.chunking import assign_chunks
+from augment.bank.fill import Inversion
+from augment.bank.format import (
     ChunkRecord,
     FileRecord,
     ImageRecord,
@@ -26,11 +22,15 @@ from augment.records import (
     file_of,
     parts_of,
 )
-from augment.schema import sealed, write
-from augment.shard_records import SCHEMA, ShardRecord, shard_path
-from augment.shards import BLOCK
+from augment.core.files import sha256
+from augment.core.schema import sealed, write
+from augment.diffusion.backbones.gaussian import GaussianBackbone
+from augment.inversion import inverter
+from augment.shards.dataset import BLOCK
+from augment.shards.format import SCHEMA, ShardRecord, shard_path
+from augment.shards.write import Synthesis
 from augment.sources.source import Source
-from augment.synthesis import Synthesizer
+from augment.synthesis.synthesizer import Synthesizer
 
 SHAPE = (1, 2, 2)
 PER_SHARD = 1000
@@ -73,7 +73,7 @@ def bank_of(folder: Path, counts: list[int]) -> None:
     """A bank that is complete, without waiting for the disk."""
     making = job(folder, counts)
     assert making.backbone is not None
-    classes = extended(folder, None, making.source, {}, 256)
+    classes = assign_chunks(folder, None, making.source, {}, 256)
     made = making.described(making.backbone)
     manifest = Manifest(**vars(made), schema=Manifest.SCHEMA, classes=classes)
     dice = torch.Generator().manual_seed(0)

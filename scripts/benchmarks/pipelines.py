@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from augment import invert, load_backbone, sample
-from augment.diffusion.hub import quiet
+from augment.diffusion.checkpoints.hub import quiet
 from benchmarks.backbone_configs import PIPELINES, VP, Model
 
 Run = Callable[[int], Tensor]

@@ -1,7 +1,7 @@
 """The embedded backbone as a user of diffusers would run it: an opponent made of its classes alone.
 
-Only the file of weights is shared with `augment.diffusion.tiny`; network, schedulers and loops are
-those of diffusers' documentation, in its defaults, and the codec is written out again.
+Only the file of weights is shared with `augment.diffusion.backbones.tiny`; network, schedulers and
+loops are those of diffusers' documentation, in its defaults, and the codec is written out again.
 """
 
 import json
@@ -13,7 +13,7 @@ from safetensors import safe_open
 from torch import Tensor
 from torch.nn.functional import mse_loss, pixel_shuffle, pixel_unshuffle
 
-from augment.diffusion.tiny import WEIGHTS
+from augment.diffusion.backbones.tiny import WEIGHTS
 from benchmarks.duel import Kept
 
 PROMPTS = ("", "top", "trousers", "footwear", "bag")

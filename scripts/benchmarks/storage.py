@@ -21,12 +21,12 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms.functional import pil_to_tensor
 
 from augment import LatentBank, Planner, open_shards
-from augment.export import export_folder
-from augment.files import write_json
-from augment.fill import Picture, commit
-from augment.records import ChunkPlan, ClassPlan, Fingerprint, ImageRecord, Manifest, parts_of
-from augment.schema import write
-from augment.shards import UNCHECKED, Sample, encode, shard_path, write_shard
+from augment.bank.fill import Picture, commit
+from augment.bank.format import ChunkPlan, ClassPlan, Fingerprint, ImageRecord, Manifest, parts_of
+from augment.core.files import write_json
+from augment.core.schema import write
+from augment.shards.dataset import UNCHECKED, Sample, encode, shard_path, write_shard
+from augment.shards.export import export_folder
 from benchmarks.duel import Duel
 
 SHAPE, COUNT = (4, 64, 64), 64

@@ -27,15 +27,15 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
 from augment import MixedDataset, SyntheticDataset, load_backbone
-from augment.fill import fill_bank
-from augment.replay import ReplayPool
+from augment.bank.fill import fill_bank
+from augment.replay.pool import ReplayPool
 from augment.sources import Folder
 from augment.sources.fashion import few_shots, write_fashion
 from benchmarks.duel import Duel
-from training.classifier import Classifier
 from training.cli import hush
-from training.data import ImageData
-from training.networks import small_cnn
+from training.data.module import ImageData
+from training.models.classifier import Classifier
+from training.models.networks import small_cnn
 
 BATCH, SHARE = 64, 0.25
 

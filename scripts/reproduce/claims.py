@@ -8,8 +8,8 @@ from typing import Any
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from augment.evaluate import markdown
-from augment.files import write_bytes, write_json, write_table
+from augment.core.files import write_bytes, write_json, write_table
+from augment.report.evaluate import markdown
 
 VERDICTS = {True: "holds", False: "does not hold", None: "within noise"}
 

@@ -24,11 +24,11 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm import tqdm
 
-from augment.bank import LatentBank
+from augment.bank.bank import LatentBank
+from augment.bank.fill import fill_bank
 from augment.diffusion import load_backbone
-from augment.fill import fill_bank
-from augment.plan import Planner
-from augment.synthesis import Synthesizer
+from augment.plan.planner import Planner
+from augment.synthesis.synthesizer import Synthesizer
 
 RULES = (
     *("lin/0", "fix/0", "nin/0", "vp/0", "fade/0", "nao/0"),

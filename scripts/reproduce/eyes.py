@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from augment.diffusion import Backbone
-from augment.evaluate import see
 from augment.measure.features import frechet_distance
 from augment.networks import Network, feature_network, unit
+from augment.report.evaluate import see
 from augment.sources import Folder, Slice, Source
 from augment.sources.fashion import write_fashion
 

@@ -17,10 +17,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from augment.centroid import Rule
+from augment.core.rng import normal, rng
 from augment.diffusion import Backbone, load_backbone
 from augment.diffusion.solver import sample
 from augment.inversion import inverted, inverter
-from augment.seeds import normal, rng
 
 COUNTS = (2, 8, 32, 96)
 STAGES = {"noise": None, "inverted": 0.0, "perturbed": 0.1}

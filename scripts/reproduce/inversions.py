@@ -20,15 +20,15 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm import tqdm
 
-from augment.bank import LatentBank
+from augment.bank.bank import LatentBank
+from augment.bank.fill import fill_bank
 from augment.diffusion import Backbone, load_backbone
-from augment.evaluate import LEARNED, has_lpips
-from augment.fill import fill_bank
 from augment.measure.reconstruction import lpips, reconstruction
-from augment.plan import Plan
-from augment.prompts import class_prompts
+from augment.plan.plan import Plan
+from augment.report.evaluate import LEARNED, has_lpips
 from augment.sources.fashion import COARSE
-from augment.synthesis import Synthesizer
+from augment.sources.prompts import class_prompts
+from augment.synthesis.synthesizer import Synthesizer
 
 RULES = ("fix/0", "fix/chm")
 

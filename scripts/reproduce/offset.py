@@ -15,10 +15,10 @@ from eyes import show
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
+from augment.core.rng import normal, rng
 from augment.diffusion import load_backbone
 from augment.diffusion.solver import sample
 from augment.measure.relations import offset_response, shifted
-from augment.seeds import normal, rng
 
 OFFSETS = (-0.5, -0.25, -0.1, 0.0, 0.1, 0.25, 0.5)
 

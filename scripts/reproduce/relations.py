@@ -20,12 +20,12 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm import tqdm
 
+from augment.core.rng import normal, rng
 from augment.diffusion import Backbone, load_backbone
 from augment.diffusion.backbone import denoiser
 from augment.diffusion.solver import SOLVERS
 from augment.inversion import inverter
 from augment.measure.relations import approach, assignment, top_correlations
-from augment.seeds import normal, rng
 from augment.sources import Source
 
 BATCH = 64

@@ -18,13 +18,13 @@ from eyes import better, mean_and_error, open_eyes, pictures, told
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
+from augment.bank.fill import fill_bank
+from augment.core.rng import normal, rng
 from augment.diffusion import load_backbone
 from augment.diffusion.solver import sample
-from augment.fill import fill_bank
 from augment.measure.features import diversity, precision_recall
-from augment.plan import Planner
-from augment.seeds import normal, rng
-from augment.synthesis import Synthesizer
+from augment.plan.planner import Planner
+from augment.synthesis.synthesizer import Synthesizer
 
 SCALES = (0.5, 0.7, 0.85, 0.95, 1.0, 1.05, 1.15, 1.3, 1.5)
 RULES = {"lin/0": "Euclidean", "fix/0": "normalised Euclidean", "slerp/0": "spherical",

@@ -31,17 +31,17 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from tqdm import tqdm
 
-import augment.refine
-from augment.bank import LatentBank
+import augment.synthesis.refine
+from augment.bank.bank import LatentBank
+from augment.bank.fill import fill_bank
+from augment.core.rng import normal, rng
 from augment.diffusion import Backbone, load_backbone
 from augment.diffusion.solver import sample
-from augment.fill import fill_bank
-from augment.images import sheet
-from augment.plan import Planner
-from augment.refine import SeedSelect
-from augment.seeds import normal, rng
+from augment.plan.planner import Planner
 from augment.sources import Source
-from augment.synthesis import Synthesizer
+from augment.sources.images import sheet
+from augment.synthesis.refine import SeedSelect
+from augment.synthesis.synthesizer import Synthesizer
 
 STARTS = {
     "noise": (30, 0.1, (0, 2, 5, 10, 15, 20, 30)),
@@ -129,7 +129,7 @@ def memory(job: tuple[str, str, int, bool]) -> float:
     torch.set_num_threads(1)
     if not again:
         plain: Callable = lambda run, *given, use_reentrant: run(*given)  # noqa: E731
-        augment.refine.checkpoint = plain  # type: ignore[assignment]
+        augment.synthesis.refine.checkpoint = plain  # type: ignore[assignment]
     backbone = load_backbone(name, device="cpu")
     made = Synthesizer(backbone, LatentBank.open(path), solver="ddim", refine=SeedSelect(1))
     goal = made.goal(Planner(made.bank.members)(0, 0))

@@ -25,20 +25,20 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from augment.bank.fill import fill_bank
+from augment.core.rng import normal, rng
 from augment.diffusion import Backbone, load_backbone
 from augment.diffusion.solver import sample
-from augment.fill import fill_bank
 from augment.inversion import invert
 from augment.measure.features import deviation, frechet_distance
 from augment.measure.reconstruction import reconstruction
 from augment.measure.smoothness import istd, walks
-from augment.plan import Planner
-from augment.prompts import class_prompts
-from augment.seeds import normal, rng
+from augment.plan.planner import Planner
 from augment.sources import Folder, Items, Source
 from augment.sources.fashion import COARSE
-from augment.synthesis import Synthesizer
-from training.smoothing import smooth_backbone
+from augment.sources.prompts import class_prompts
+from augment.synthesis.synthesizer import Synthesizer
+from training.smooth.run import smooth_backbone
 
 sys.path.append(str(Path(__file__).parent.parent))
 

@@ -21,14 +21,14 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from augment.bank import LatentBank
+from augment.bank.bank import LatentBank
+from augment.bank.fill import fill_bank
 from augment.centroid import WALKS, walk
 from augment.diffusion import Backbone, load_backbone
 from augment.diffusion.solver import sample
-from augment.fill import fill_bank
-from augment.images import sheet, to_pil
 from augment.measure.smoothness import STOPS, interp_score, istd
-from augment.synthesis import solver_of
+from augment.sources.images import sheet, to_pil
+from augment.synthesis.synthesizer import solver_of
 
 SCALES = (0.5, 0.7, 0.85, 1.0, 1.15, 1.3, 1.5)
 

@@ -1,0 +1,1 @@
+"""Banks on disk: their format, how they are filled, read, verified, merged."""

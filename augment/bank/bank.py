@@ -1,0 +1,416 @@
+"""The bank: per class, the latents of its labelled images, read from disk as they are needed.
+
+What lies there, and when it counts, is told in `augment.bank.format`.
+
+Chunks are read by mapping them into memory, their size checked first, for a file cut short while
+mapped would kill the reader; their digests are checked the first time a process reads them.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from augment.bank.chunks import Chunk, Members, pack
+from augment.bank.format import (
+    Manifest,
+    changed,
+    check_file,
+    parts_of,
+    read_manifest,
+    read_record,
+    require_same,
+)
+from augment.bank.vectors import read_vectors
+from augment.core.errors import UserError
+from augment.core.files import damaged, unreadable
+from augment.core.schema import as_object
+from augment.diffusion import local_recipe
+from augment.diffusion.backbone import Backbone
+from augment.plan.plan import Plan
+from augment.plan.planner import Images
+from augment.sources.images import background_of
+
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class LatentBank:
+    """Inverted latents by class.
+
+    Args:
+        path: the folder.
+        manifest: its manifest, without the chunks of its classes.
+        chunks: the committed chunks of each class, in label order.
+        members: the image ids of each class that this view shows, in label order.
+        device: where latents are given: ``cpu``, unless it was moved by `to`.
+    """
+
+    path: Path
+    manifest: Manifest
+    chunks: dict[str, list[Chunk]]
+    members: Images
+    device: torch.device = CPU
+    _resident: dict[Path, Tensor] = field(default_factory=dict, repr=False, compare=False)
+    _checked: set[Path] = field(default_factory=set, repr=False, compare=False)
+
+    @classmethod
+    def open(cls, path: str | Path) -> "LatentBank":
+        """A bank on disk.
+
+        Raises:
+            UserError: there is none, it is of another schema, or its inversion did not finish.
+        """
+        path = Path(path)
+        manifest = read_manifest(path)
+        chunks: dict[str, list[Chunk]] = {known.name: [] for known in manifest.classes}
+        missing = 0
+        for part in parts_of(path, manifest):
+            done = read_record(part)
+            if done is None:
+                missing += len(part.ids)
+                continue
+            means = done.statistics.channel_means
+            if means and len(means) != manifest.latent_shape[0]:
+                place = part.stem.with_suffix(".json")
+                raise damaged(place, done.WHAT, "means of other channels", done.CURE)
+            chunks[part.home.name].append(Chunk.of(part.stem, done, part.ids))
+        manifest = replace(manifest, classes=[replace(c, chunks=[]) for c in manifest.classes])
+        if missing:
+            raise UserError(
+                f"expected a complete bank at {path}, got one that lacks {missing} images; "
+                "run the command that made it again to finish it"
+            )
+        if repeated(chunks.values()):
+            raise UserError(f"expected each image once in {path}, got some twice; invert again")
+        for name, own in chunks.items():
+            if not filled(own):
+                raise UserError(
+                    f"expected a latent of each class in {path}, got none of {name!r}: all its "
+                    "images are in rejects.jsonl; mend them or remove the class, and invert again"
+                )
+        members = Members({name: tuple(c.packed for c in own) for name, own in chunks.items()})
+        return cls(path, manifest, chunks, members)
+
+    @property
+    def classes(self) -> list[str]:
+        """Class names in label order."""
+        return list(self.members)
+
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        """How the latents were made; see the module's docstring."""
+        return asdict(self.manifest.fingerprint)
+
+    def prompt(self, class_name: str) -> str:
+        """The prompt a class was inverted with; empty if none."""
+        self._chunks(class_name)
+        return self._prompts[class_name]
+
+    @cached_property
+    def _prompts(self) -> dict[str, str]:
+        return {known.name: known.prompt for known in self.manifest.classes}
+
+    @property
+    def background(self) -> str:
+        """The colour that its images had in place of transparent pixels."""
+        return background_of(self.manifest.fingerprint.preprocessing)
+
+    @property
+    def inversion(self) -> dict[str, Any]:
+        """Method, steps, guidance and settings of the inversion."""
+        return self.manifest.fingerprint.inversion
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """The arguments of `load_backbone` that made the backbone, by its name if unknown.
+
+        They ask no hub; see `augment.diffusion.local_recipe`.
+        """
+        name = self.manifest.fingerprint.backbone["name"]
+        return local_recipe(self.manifest.recipe or {"name_or_path": name})
+
+    def to(self, device: torch.device | str) -> "LatentBank":
+        """The same bank with all its latents, float16, in a device's memory.
+
+        What is computed there equals what a CPU computes but for the last bits.
+
+        Raises:
+            UserError: they do not fit.
+        """
+        device = torch.device(device)
+        chunks = [chunk for own in self.chunks.values() for chunk in filled(own)]
+        size = sum(chunk.files["latents"].bytes for chunk in chunks)
+        room = free_memory(device)
+        if size > room:
+            raise UserError(
+                f"expected memory for {size:,} bytes of latents on {device}, got {room:,}; leave "
+                "the bank on disk, from where it is read as needed"
+            )
+        # cloned, for on the CPU they are still the file's otherwise
+        resident = {
+            c.stem: self._read(c, "latents", "latents")[0].clone().to(device) for c in chunks
+        }
+        return replace(self, device=device, _resident=resident)
+
+    def gather(
+        self, plans: Sequence[Plan]
+    ) -> tuple[Float[Tensor, "b k c h w"], Float[Tensor, "b k"]]:
+        """What plans mix: their members' latents, and the weights, float32 on the bank's device.
+
+        Only the rows that are asked for are read. A plan with fewer members than another has
+        points of zeros at its end, of weight 0, which no rule sees.
+
+        Raises:
+            UserError: the bank lacks one of the images, a plan's lists differ in length, or a chunk
+                is missing or damaged.
+        """
+        count = max((len(plan.members) for plan in plans), default=0)
+        shape = self.manifest.latent_shape
+        full = all(len(plan.members) == count for plan in plans)
+        make = torch.empty if full else torch.zeros
+        points = make(len(plans) * count, *shape, device=self.device)
+        weights = torch.zeros(len(plans), count, dtype=torch.float64)
+        spots: dict[str, dict[str, list[int]]] = {}
+        for b, plan in enumerate(plans):
+            if not 0 < len(plan.members) == len(plan.weights) == len(plan.member_classes):
+                raise UserError(
+                    "expected a weight for each member of a plan, and a class if any are given, "
+                    f"got {len(plan.members)} members, {len(plan.weights)} weights and "
+                    f"{len(plan.classes)} classes; take the plan as the planner made it"
+                )
+            weights[b, : len(plan.weights)] = torch.tensor(plan.weights, dtype=torch.float64)
+            homes = zip(plan.member_classes, plan.members, strict=True)
+            for k, (name, image_id) in enumerate(homes):
+                spots.setdefault(name, {}).setdefault(image_id, []).append(b * count + k)
+        for name, mine in spots.items():
+            for chunk, rows in self._places(name, mine):
+                pairs = [(spot, row) for i, row in rows.items() for spot in mine[i]]
+                places, rows = torch.tensor(pairs, device=self.device).T
+                points.index_copy_(0, places, self._latents(chunk)[rows].float())
+        return points.view(len(plans), count, *shape), weights.float().to(self.device)
+
+    def place(self, class_name: str, image_id: str) -> tuple[Chunk, int]:
+        """The chunk and row of one of the members.
+
+        Raises:
+            UserError: the bank has no such image in the class.
+        """
+        chunk, rows = self._places(class_name, [image_id])[0]
+        return chunk, rows[image_id]
+
+    def _places(self, class_name: str, ids: Iterable[str]) -> list[tuple[Chunk, dict[str, int]]]:
+        """By chunk, the rows of some members of a class."""
+        wanted = set(ids)
+        shown = wanted.intersection(self.members.get(class_name, ()))
+        if shown < wanted:
+            missing = next(image_id for image_id in ids if image_id not in shown)
+            raise UserError(
+                f"expected the plan's images in class {class_name!r} of {self.path}, got no "
+                f"{missing} there; use the bank that the plan was made for"
+            )
+        parts = []
+        for chunk in self.chunks[class_name]:
+            if mine := {i: chunk.rows[i] for i in wanted & chunk.rows.keys()}:
+                parts.append((chunk, mine))
+        return parts
+
+    def digests(self, class_name: str) -> dict[str, str]:
+        """SHA-256 of the image files of a class, by id, in the order of ``members``.
+
+        Raises:
+            UserError: no such class.
+        """
+        records = (chunk.record for chunk in self._chunks(class_name))
+        known = {image.id: image.sha256 for record in records for image in record.images}
+        return {image_id: known[image_id] for image_id in self.members[class_name]}
+
+    def latents(self, class_name: str) -> Float[Tensor, "n c h w"]:
+        """The latents of a class in float32, in the order of ``members``.
+
+        Raises:
+            UserError: no such class, or a chunk is missing or damaged.
+        """
+        return self._rows(class_name, self._latents).float()
+
+    def clean(self, class_name: str) -> Float[Tensor, "n c h w"]:
+        """The clean latents of a class in float32, in the order of ``members``.
+
+        Raises:
+            UserError: the bank has none, no such class, or a chunk is missing or damaged.
+        """
+        return self._rows(class_name, lambda c: self._read(c, "clean", "clean")[0]).float()
+
+    def errors(self, class_name: str) -> Float[Tensor, " n"]:
+        """What each image of a class loses on the way to its latent and back: mean squared error.
+
+        Raises:
+            UserError: the bank has none, no such class, or a chunk is missing or damaged.
+        """
+        return self._rows(class_name, lambda c: self._read(c, "latents", "errors")[0]).clone()
+
+    def nulls(self, class_name: str) -> tuple[Float[Tensor, "g steps ..."], Int[Tensor, " n"]]:
+        """A class's embeddings by null-text inversion, float16, and which is whose of ``members``.
+
+        Raises:
+            UserError: the bank has none, no such class, or a file is missing or damaged.
+        """
+        nulls, rows, offset = [], {}, 0
+        for chunk in filled(self._chunks(class_name)):
+            part, places = self._read(chunk, "nulls", "nulls", "null_rows")
+            nulls.append(part)
+            rows |= zip(chunk.rows, (places + offset).tolist(), strict=True)
+            offset += len(part)
+        return torch.cat(nulls), torch.tensor([rows[i] for i in self.members[class_name]])
+
+    def features(self, which: str | Path) -> dict[str, Float[Tensor, "n f"]]:
+        """A vector of every image, by class, in the order of ``members``: what nearness goes by.
+
+        Args:
+            which: ``latent``, the latents themselves, flattened (all are read into memory); or a
+                .safetensors file that has under each image's id its vector, all of one length.
+
+        Raises:
+            UserError: no such file, it lacks an image, or a vector is of another length or not
+                finite.
+        """
+        if which == "latent":
+            return {name: self.latents(name).flatten(1) for name in self.classes}
+        ids = [image_id for members in self.members.values() for image_id in members]
+        vectors = read_vectors(Path(which), ids)
+        return {name: torch.stack([vectors[i] for i in m]) for name, m in self.members.items()}
+
+    def largest_mean(self, class_name: str) -> float:
+        """The largest |channel mean| of a class's latents, from their records."""
+        chunks = filled(self._chunks(class_name))
+        rows = torch.tensor([chunk.means for chunk in chunks])
+        counts = torch.tensor([len(chunk.rows) for chunk in chunks])
+        return ((counts[:, None] * rows).sum(0) / counts.sum()).abs().max().item()
+
+    def subset(self, keep: Callable[[str], bool]) -> "LatentBank":
+        """A view of the images whose id passes ``keep``; classes and labels stay.
+
+        Raises:
+            UserError: a class would be left without an image.
+        """
+        kept: dict[str, tuple[str, ...]] = {}
+        for name, ids in self.members.items():
+            shown = [image_id for image_id in ids if keep(image_id)]
+            if not shown:
+                raise UserError(
+                    f"expected at least one image of class {name!r}, got none; keep one"
+                )
+            kept[name] = (pack(shown),)
+        return replace(self, members=Members(kept))
+
+    def check(self, backbone: Backbone) -> None:
+        """Refuse a backbone the latents were not made with.
+
+        Raises:
+            BankMismatch: the first field that differs is named.
+        """
+        require_same(self.path, self.manifest.fingerprint.backbone, backbone.fingerprint)
+        have, want = self.manifest.latent_shape, list(backbone.latent_shape)
+        require_same(self.path, {"latent shape": have}, {"latent shape": want})
+
+    @cached_property
+    def digest(self) -> str:
+        """Of all that images depend on: latents and embeddings, ids and prompts of every class."""
+        digest = hashlib.sha256(b"[")  # of a JSON list, which is never whole in memory
+        for number, (name, chunks) in enumerate(self.chunks.items()):
+            files = [[c.files.get(k) for k in ("latents", "nulls")] for c in chunks]
+            facts = [name, self.prompt(name), [c.ids for c in chunks], files]
+            content = json.dumps(facts, default=as_object)
+            digest.update((", " if number else "").encode() + content.encode())
+        digest.update(b"]")
+        return digest.hexdigest()
+
+    def _chunks(self, class_name: str) -> list[Chunk]:
+        if class_name not in self.chunks:
+            raise UserError(
+                f"expected a class out of {', '.join(self.classes)}, got {class_name!r}"
+            )
+        return self.chunks[class_name]
+
+    def _rows(self, class_name: str, read: Callable[[Chunk], Tensor]) -> Tensor:
+        """A class's rows of a kind, in the order of its members."""
+        chunks = filled(self._chunks(class_name))
+        ids, members = tuple(i for c in chunks for i in c.rows), self.members[class_name]
+        parts = [read(chunk) for chunk in chunks]
+        stored = parts[0] if len(parts) == 1 else torch.cat(parts)
+        if ids == members:
+            return stored
+        rows = {image_id: row for row, image_id in enumerate(ids)}
+        return stored[[rows[image_id] for image_id in members]]
+
+    def _latents(self, chunk: Chunk) -> Tensor:
+        """A chunk's latents as they are stored, from where they are nearest."""
+        resident = self._resident.get(chunk.stem)
+        return self._read(chunk, "latents", "latents")[0] if resident is None else resident
+
+    def _read(self, chunk: Chunk, kind: str, *keys: str) -> list[Tensor]:
+        """Tensors of one of a chunk's files."""
+        path, known = chunk.file(kind), chunk.files.get(kind)
+        if known is None or not set(keys) <= set(known.holds):
+            raise UserError(
+                f"expected a bank that keeps {keys[0]} at {self.path}, got one of "
+                f"{self.inversion['method']} that does not; invert again "
+                + ("with null_text" if kind == "nulls" else f"and keep {keys[0]}")
+            )
+        try:
+            if path not in self._checked:
+                check_file(path, known)
+                with safe_open(path, framework="pt") as file:
+                    self._check_shape(chunk, path, file)
+                self._checked.add(path)
+            elif os.stat(path).st_size != known.bytes:  # noqa: PTH116, a microsecond less
+                raise changed(path, "a file of another size")
+            with safe_open(path, framework="pt") as file:
+                return [file.get_tensor(key) for key in keys]
+        except SafetensorError as error:
+            raise changed(path, str(error)) from None
+        except OSError as error:
+            raise unreadable(path, "a file of a bank", error) from None
+
+    def _check_shape(self, chunk: Chunk, path: Path, file: Any) -> None:
+        """Refuse a file that has not a row, of the right shape, for each image."""
+        shape = self.manifest.latent_shape
+        for key in set(file.keys()) & {"latents", "clean", "errors", "null_rows"}:
+            wanted = [len(chunk.rows), *(shape if key in ("latents", "clean") else [])]
+            if file.get_slice(key).get_shape() != wanted:
+                flaw = f"{key} of shape {file.get_slice(key).get_shape()}, not {wanted}"
+                raise changed(path, flaw)
+
+
+def filled(chunks: list[Chunk]) -> list[Chunk]:
+    """Those of which not all images were rejected."""
+    return [chunk for chunk in chunks if "latents" in chunk.files]
+
+
+def repeated(classes: Iterable[list[Chunk]]) -> bool:
+    """Whether an image is there twice."""
+    parts = [chunk.packed for chunks in classes for chunk in chunks]
+    hashes = np.fromiter((hash(i) for part in parts for i in json.loads(part)), np.int64)
+    if len(np.unique(hashes)) == len(hashes):
+        return False
+    ids = [image_id for part in parts for image_id in json.loads(part)]
+    return len(set(ids)) < len(ids)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that a device has to spare, a fifth left for others."""
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+    else:
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return free * 4 // 5

@@ -1,0 +1,179 @@
+"""Which chunk and unit an image of a bank goes to.
+
+That is decided before it is inverted, and what is committed never moves: images that were added to
+the source become further chunks, and so do those that were left out and have been mended since.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from itertools import chain
+from pathlib import Path
+
+from augment.bank.format import (
+    ChunkPlan,
+    ChunkRecord,
+    ClassPlan,
+    ImageRecord,
+    Manifest,
+    Part,
+    Reject,
+    file_of,
+    parts_of,
+    read_record,
+)
+from augment.core.errors import Damaged, UserError
+from augment.core.files import sha256, unreadable
+from augment.sources import Source
+from augment.sources.prompts import nfc
+
+FULL = 2**30
+"""Bytes of images up to which a job that goes on compares digests, and not sizes alone."""
+
+
+@dataclass
+class Settled:
+    """What the commit records of a bank say, gathered while their images are gone through.
+
+    So one record is in memory at a time, however large the bank is.
+
+    Attributes:
+        ids: the images that have a latent.
+        rejects: those that were left out, by chunk; a chunk that is not here is not committed.
+    """
+
+    ids: set[str] = field(default_factory=set)
+    rejects: dict[Path, list[Reject]] = field(default_factory=dict)
+
+    def images(self, parts: Iterable[Part]) -> Iterator[ImageRecord]:
+        """What is recorded of each image that has a latent."""
+        for part in parts:
+            record = intact(part)
+            if record is not None:
+                self.rejects[part.stem] = record.rejects
+                out = {reject.id for reject in record.rejects}
+                self.ids.update(i for i in part.ids if i not in out)
+                yield from record.images
+
+
+def assign_chunks(
+    path: Path, old: Manifest | None, source: Source, prompts: dict[str, str], size: int
+) -> list[ClassPlan]:
+    """The classes of a manifest: chunks there are, and units of ``size`` of the images beside.
+
+    Raises:
+        UserError: the bank holds an image that the source lacks or has changed, or other prompts.
+    """
+    had = old.classes if old else []
+    parts = list(parts_of(path, old)) if old else []
+    stems = {(part.home.name, part.home.number): part.stem for part in parts}
+    ids = {image_id for members in source.ids.values() for image_id in members}
+    settled = Settled()
+    check_kept(path, settled.images(parts), source, ids)
+    rejects = chain.from_iterable(settled.rejects.values())
+    refused = {r.id for r in rejects if r.id in ids and same_file(source, r)}
+    classes, by_name = [], {nfc(known.name): known for known in had}
+    free = 1 + max((int(known.folder) for known in had), default=-1)
+    unit = 1 + max((chunk.unit for known in had for chunk in known.chunks), default=-1)
+    room = size
+    for name, members in source.ids.items():
+        prompt = prompts.get(name, "")
+        known = by_name.get(nfc(name))
+        if known is None:
+            known, free = ClassPlan(name, f"{free:04d}", prompt, []), free + 1
+        if known.prompt != prompt:
+            raise UserError(
+                f"expected the prompts of the bank {path}, {known.prompt!r} for class {name!r}, "
+                f"got {prompt!r}; use that, or a new folder"
+            )
+        chunks = []
+        for chunk in known.chunks:
+            left = chunk.ids
+            stem = stems[known.name, chunk.number]
+            if stem in settled.rejects:  # a rejected image that was mended, or is gone, leaves it
+                out = {reject.id for reject in settled.rejects[stem]} - refused
+                left = [i for i in left if i not in out]
+            elif not set(left) <= set(members):
+                continue  # it was never made, and now lacks an image
+            if left:
+                chunks.append(replace(chunk, ids=left))
+        planned = {i for chunk in chunks for i in chunk.ids}
+        fresh = [i for i in members if i not in settled.ids and i not in planned]
+        number = 1 + max((chunk.number for chunk in known.chunks), default=-1)
+        while fresh:
+            chunks.append(ChunkPlan(number, unit, fresh[:room]))
+            number, fresh, room = number + 1, fresh[room:], room - len(fresh[:room])
+            unit, room = (unit, room) if room else (unit + 1, size)
+        classes.append(replace(known, chunks=chunks))
+    return classes
+
+
+def intact(part: Part) -> ChunkRecord | None:
+    """The record of a chunk; None if it is not committed, or its record is damaged.
+
+    Raises:
+        UserError: the record cannot be read now.
+    """
+    try:
+        return read_record(part)
+    except Damaged:
+        return None
+
+
+def size_of(part: Part, record: ChunkRecord | None) -> int:
+    """Return the bytes of a chunk's files, its record among them; 0 if it is not whole.
+
+    Raises:
+        UserError: that cannot be found out now.
+    """
+    if record is None:
+        return 0
+    sizes = {file_of(part.stem, kind): known.bytes for kind, known in record.files.items()}
+    try:
+        if any(file.stat().st_size != size for file, size in sizes.items()):
+            return 0
+        return sum(sizes.values()) + part.stem.with_suffix(".json").stat().st_size
+    except (FileNotFoundError, NotADirectoryError):
+        return 0
+    except OSError as error:
+        raise unreadable(part.stem, "the files of a chunk", error) from None
+
+
+def same_file(source: Source, known: ImageRecord | Reject, read: bool = True) -> bool:
+    """Whether an image's file is what a record says of it; by its size alone, or its digest too."""
+    if source.size(known.id) != known.bytes:
+        return False
+    try:
+        return not read or sha256(source.read(known.id)) == known.sha256
+    except OSError:
+        return not known.sha256  # as it was then
+
+
+def check_kept(path: Path, kept: Iterator[ImageRecord], source: Source, ids: set[str]) -> None:
+    """Refuse a source that lacks or has changed an image that a bank holds.
+
+    Args:
+        path: of the bank.
+        kept: what it says of its images, gone through once.
+        source: the images as they are.
+        ids: of the source.
+
+    Raises:
+        UserError: the first such image is named, or one that cannot be read now.
+    """
+    few, total = [], 0
+    for image in kept:
+        few.append(image)
+        total += image.bytes
+        if total > FULL:
+            break
+    for image in chain(few, kept):
+        name = image.id
+        if name not in ids or not same_file(source, image, total <= FULL):
+            try:
+                source.read(name) if name in ids else None
+            except OSError as error:  # nothing is known of what is in it
+                raise unreadable(source.root / name, "an image", error) from None
+            raise UserError(
+                f"expected all images that the bank {path} holds, and perhaps more, got others: "
+                f"{name} is {'changed' if name in ids else 'gone'}; use a new folder"
+            )

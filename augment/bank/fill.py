@@ -1,0 +1,443 @@
+"""Filling a bank: the job that inverts a source's images.
+
+Its units are up to 256 images, of several classes where these are small, so that batches are full.
+Which chunk and unit an image goes to is decided before the work begins and written down in the
+manifest; images that are added to the source later become further chunks, and what is committed
+never moves. Each image's file is read once; one that cannot be read, or whose latent is of no use,
+is left out and listed with the reason, and too many of them stop the job.
+"""
+
+import dataclasses
+import errno
+import json
+import math
+import re
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from augment.bank.bank import LatentBank
+from augment.bank.chunking import assign_chunks, intact, size_of
+from augment.bank.format import (
+    CHUNK,
+    BankSettings,
+    ChunkRecord,
+    FileRecord,
+    Fingerprint,
+    ImageRecord,
+    Manifest,
+    Part,
+    Reject,
+    Statistics,
+    file_of,
+    parts_of,
+    read_manifest,
+    require_same_making,
+    still,
+)
+from augment.centroid.prior import nominal_norm
+from augment.core.errors import EnlargedWarning, ImageRejected, Missing, UserError
+from augment.core.files import check_folder, in_use, sha256, unreadable, write_bytes
+from augment.core.schema import write
+from augment.diffusion import load_backbone
+from augment.diffusion.backbone import Backbone, check_batch
+from augment.diffusion.solver import sample
+from augment.inversion import INVERTERS, Inverter, check_guidance, inverted, inverter
+from augment.jobs.job import run
+from augment.sources import Source
+from augment.sources.images import FITTING, fit, open_image, pixels_of, preprocessing, warn_once
+from augment.sources.prompts import by_class
+from augment.sources.source import check_share, refuse_rejects
+
+ENLARGED = 1.5
+"""By how much images may be enlarged in silence."""
+
+PIXELS = 2**26
+"""How many pixels, of all channels, a unit holds in memory."""
+
+CHUNK_FILE = re.compile(r"chunk-[0-9]{4,}(\.clean|\.nulls)?\.(safetensors|json)")
+
+REJECTED = ("id", "bytes", "sha256", "reason")
+"""What rejects.jsonl tells of an image."""
+
+
+@dataclass
+class Picture:
+    """An image of a unit.
+
+    Attributes:
+        about: what is recorded of it.
+        pixels: (C, R, R), if it could be read.
+        reason: why it is left out, if it is.
+        converted: what changed its colours on the way to sRGB, if anything.
+        row: where its latent is among those of the unit.
+    """
+
+    about: ImageRecord
+    pixels: Tensor | None = None
+    reason: str = ""
+    converted: str = ""
+    row: int = 0
+
+
+def fill_bank(
+    path: str | Path,
+    backbone: Backbone,
+    source: Source,
+    prompts: dict[str, str] | None = None,
+    inversion: str = "forward_start",
+    steps: int = 25,
+    guidance: float | None = None,
+    batch_size: int = 64,
+    keeps: Sequence[str] = ("errors",),
+    max_rejects: float = 0.05,
+    **settings: Any,
+) -> LatentBank:
+    """Invert a source's images into a bank; what a bank of the same settings lacks is added.
+
+    Args:
+        path: the bank's folder, made if needed.
+        backbone: the model to invert with.
+        source: labelled images, such as `augment.sources.Folder`.
+        prompts: a prompt for each class; none by default.
+        inversion: a key of `augment.inversion.INVERTERS`.
+        steps: solver steps.
+        guidance: scale of classifier-free guidance; see `augment.invert`.
+        batch_size: images a network call; halved if a GPU's memory is too small.
+        keeps: what to keep beside latents: ``errors`` of reconstruction, for which every latent is
+            sampled back, so that it doubles the time of most inversions; ``clean`` latents.
+        max_rejects: the share of images that may be left out because they cannot be read or their
+            latents are of no use; more stop the job.
+        settings: the inversion's others, such as ``iterations`` of ``fixed_point``.
+
+    Raises:
+        ImageRejected: too many images are of no use.
+        BankMismatch: the folder holds a bank of other settings.
+        UserError: the bank holds other images, a prompt or setting is unknown, or another run is
+            at work on it.
+
+    Warns:
+        EnlargedWarning: images are much smaller than the backbone's.
+    """
+    run_it = inverter(inversion, steps=steps, **settings)
+    job = Inversion(
+        Path(path), source, backbone, run_it, guidance, prompts or {}, batch_size, tuple(keeps),
+        max_rejects,
+    )  # fmt: skip
+    run(job)
+    return LatentBank.open(path)
+
+
+@dataclass
+class Inversion:
+    """The job of filling a bank: an `augment.jobs.job.Job`.
+
+    Args:
+        path, source, backbone, guidance, prompts, batch_size, keeps, max_rejects: see `fill_bank`.
+        method: the inversion.
+        where: device and dtype of the backbone, for workers that load it themselves.
+    """
+
+    path: Path
+    source: Source
+    backbone: Backbone | None
+    method: Inverter
+    guidance: float | None = None
+    prompts: dict[str, str] = field(default_factory=dict)
+    batch_size: int = 64
+    keeps: tuple[str, ...] = ("errors",)
+    max_rejects: float = 0.05
+    where: dict[str, Any] = field(default_factory=dict)
+    title: str = field(default="invert", init=False)
+    manifest: Manifest | None = field(default=None, init=False)
+    recipe: dict[str, Any] = field(default_factory=dict, init=False)
+    units: list[list[Part]] = field(default_factory=list, init=False)
+    rejected: dict[Path, int] = field(default_factory=dict, init=False)
+
+    def __post_init__(self) -> None:
+        """Refuse what can be refused before anything is read or written."""
+        check_batch(self.batch_size)
+        check_folder(self.path)
+        if self.path.resolve().is_relative_to(self.source.root.resolve()):
+            raise UserError(
+                f"expected a bank beside the images in {self.source.root}, got {self.path} in "
+                "them; choose another place"
+            )
+        check_share(self.max_rejects)
+        names = list(self.source.ids)
+        self.prompts = by_class(self.prompts, names)
+        unknown = self.prompts.keys() - set(names)
+        if unknown:
+            raise UserError(
+                f"expected prompts for classes out of {', '.join(names)}, got one for "
+                f"{min(unknown)!r}; choose one of these"
+            )
+        for name in self.keeps:
+            if name not in ("errors", "clean"):
+                raise UserError(f"expected errors or clean to keep, got {name!r}")
+        assert self.backbone is not None  # only a copy sent to a worker has none
+        if self.guidance is None:
+            self.guidance = self.method.guidance
+        if not math.isfinite(self.guidance):
+            raise UserError(f"expected a finite guidance, got {self.guidance}; 1 is none")
+        texts = [self.prompts.get(name, "") for name in names]
+        check_guidance(self.method, self.backbone, texts, self.guidance)
+        self.backbone.condition(texts)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is sent to a worker elsewhere: how to load the backbone, where that is known."""
+        sendable = None if self.recipe else self.backbone
+        return {**self.__dict__, "backbone": sendable}
+
+    def described(self, backbone: Backbone) -> BankSettings:
+        """How the latents are made."""
+        method = {
+            "method": next(k for k, v in INVERTERS.items() if type(self.method) is v),
+            "solver": self.method.solver,
+            "guidance": self.guidance,
+            **dataclasses.asdict(self.method),  # type: ignore[call-overload]
+        }
+        versions = {name: version(name) for name in ("torch", "diffusers", "safetensors")}
+        return BankSettings(
+            list(backbone.latent_shape),
+            Fingerprint(backbone.fingerprint, method, preprocessing(self.source.background)),
+            backbone.recipe,
+            str(self.source.root.absolute()),
+            list(self.keeps),
+            versions | {"device": backbone.device.type},
+        )
+
+    def plan(self) -> list[int]:
+        """The images of each unit; the manifest is written, or checked and extended."""
+        backbone = self.backbone
+        assert backbone is not None
+        new, old = self.described(backbone), self._known()
+        self.recipe = backbone.recipe  # not that of an older run
+        if old is not None:
+            require_same_making(self.path, old, new)
+            kept = {"recipe": old.recipe, "made_with": old.made_with}
+            new = replace(new, fingerprint=old.fingerprint, **kept)
+        most = 16 if self.method.away == "nulls" else CHUNK  # embeddings are large
+        size = max(min(most, CHUNK, PIXELS // (backbone.channels * backbone.resolution**2)), 1)
+        classes = assign_chunks(self.path, old, self.source, self.prompts, size)
+        self.manifest = Manifest(**vars(new), schema=Manifest.SCHEMA, classes=classes)
+        if self.manifest != old:
+            write(self.path / "manifest.json", self.manifest)
+        units: dict[int, list[Part]] = {}
+        for part in parts_of(self.path, self.manifest):
+            units.setdefault(part.home.unit, []).append(part)
+        remove_strays(self.path, [part.stem for parts in units.values() for part in parts])
+        self.units = [units[number] for number in sorted(units)]
+        return [sum(len(part.ids) for part in parts) for parts in self.units]
+
+    def _known(self) -> Manifest | None:
+        """The manifest that is there; None in a new folder."""
+        with suppress(Missing):
+            return read_manifest(self.path)
+        # another rank may have begun since
+        if in_use(self.path) and not (self.path / "manifest.json").exists():
+            raise UserError(
+                f"expected {self.path} to be new, empty or a bank, got a folder in use without a "
+                "manifest.json; use a new one, or latent-augment verify --repair if it is a bank"
+            )
+        return None
+
+    def committed(self, unit: int) -> int:
+        """The bytes of a unit's files, its records among them; 0 if it is not finished."""
+        sizes = [size_of(part, intact(part)) for part in self.units[unit]]
+        return sum(sizes) if all(sizes) else 0
+
+    def start(self) -> Callable[[int], None]:
+        """Load the backbone, unless it is here."""
+        return partial(self.work, self.backbone or load_backbone(**self.recipe, **self.where))
+
+    def work(self, backbone: Backbone, unit: int) -> None:
+        """Read, invert and commit the images of a unit."""
+        parts = self.units[unit]
+        read = [[picture(self.source, backbone, i) for i in part.ids] for part in parts]
+        self._check_colours([p for row in read for p in row])
+        pairs = list(zip(parts, read, strict=True))
+        seen = [(p, part.home.prompt) for part, row in pairs for p in row if p.pixels is not None]
+        made = self.make(backbone, *map(list, zip(*seen, strict=True))) if seen else {}
+        for row, (p, _) in enumerate(seen):
+            p.row, p.reason = row, useless(made, row)
+        self._check_rejects(unit, [p for row in read for p in row if p.reason])
+        for part, row in pairs:
+            commit(part, made, row)
+
+    def make(
+        self, backbone: Backbone, pictures: list[Picture], texts: list[str]
+    ) -> dict[str, Tensor]:
+        """All that is kept of some images, on the CPU."""
+        images = torch.stack([p.pixels for p in pictures if p.pixels is not None])
+        seeds = [int(p.about.sha256[:8], 16) for p in pictures]
+        scale = self.guidance or 0.0
+        made = inverted(self.method, backbone, images, texts, scale, self.batch_size, seeds)
+        for key in {"latents", "nulls"} & made.keys():
+            made[key] = made[key].half()
+        if "errors" in self.keeps:
+            nulls = made["nulls"].float()[made["null_rows"]] if "nulls" in made else None
+            negative = texts if self.method.away == "prompt" else None
+            latents, steps = made["latents"].float(), self.method.steps
+            back = sample(
+                backbone, latents, texts, self.method.solver, steps, scale, self.batch_size,
+                negative=negative, nulls=nulls,
+            )  # fmt: skip
+            made["errors"] = (back.cpu() - images).square().flatten(1).mean(1)
+        if "clean" in self.keeps:
+            pieces = images.split(self.batch_size)
+            with torch.no_grad():
+                clean = [backbone.encode(piece.to(backbone.device)) for piece in pieces]
+            made["clean"] = torch.cat(clean).half()
+        return {key: tensor.cpu() for key, tensor in made.items()}
+
+    def _check_colours(self, pictures: list[Picture]) -> None:
+        """Warn if a bank of an older version, which read colours as they were stored, goes on."""
+        odd = next((p for p in pictures if p.converted), None)
+        old = self.manifest is not None and self.manifest.fingerprint.preprocessing == FITTING
+        if odd and old:
+            warn_once(
+                "colours",
+                f"expected colours as they are stored in the bank {self.path} of an older version, "
+                f"got {odd.about.id} with {odd.converted}, which is converted now; invert into "
+                "a new folder to read all images alike",
+            )
+
+    def _check_rejects(self, unit: int, mine: list[Picture]) -> None:
+        """Stop before more images are left out than may be."""
+        if not mine:
+            return
+        planned = sum(len(part.ids) for parts in self.units for part in parts)
+        for part in (p for k, parts in enumerate(self.units) for p in parts if k != unit):
+            if part.stem not in self.rejected and (record := intact(part)):
+                self.rejected[part.stem] = len(still(record, part.ids))
+        count = len(mine) + sum(self.rejected.values())
+        first = f"{mine[0].about.id} ({mine[0].reason})"
+        refuse_rejects(count, planned, self.max_rejects, "images", first)
+
+    def finish(self) -> None:
+        """List the images that were left out, and tell of those that were enlarged much."""
+        rejects, seen, small, least = [], 0, 0, (math.inf, "")
+        assert self.backbone is not None
+        side = self.backbone.resolution
+        for part in (part for parts in self.units for part in parts):
+            record = intact(part)
+            if record is None:
+                continue
+            rejects += still(record, part.ids)
+            enlarged = [(i.side, i.id) for i in record.images if i.side * ENLARGED < side]
+            seen, small = seen + len(record.images), small + len(enlarged)
+            least = min([least, *enlarged], key=lambda found: found[0])
+        file = self.path / "rejects.jsonl"
+        if rejects:
+            facts = ({key: getattr(r, key) for key in REJECTED} for r in rejects)
+            lines = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in facts)
+            write_bytes(file, lines.encode("utf-8", "surrogatepass"))
+        else:
+            file.unlink(missing_ok=True)
+        if small:
+            warnings.warn(
+                f"expected images of about {side} pixels, got {small} of {seen} that are enlarged "
+                f"more than {ENLARGED}-fold ({least[1]}: {least[0]}); their latents are of blurred "
+                "images",
+                EnlargedWarning,
+                stacklevel=4,
+            )
+
+
+def remove_strays(root: Path, stems: Iterable[Path]) -> None:
+    """Remove files of chunks that are not planned, as of images that are gone.
+
+    Another chunk may get the name, and must not take them for its own.
+    """
+    planned = set(stems)
+    for folder in (path for path in root.iterdir() if path.name.isdigit() and path.is_dir()):
+        for file in folder.iterdir():
+            if (
+                CHUNK_FILE.fullmatch(file.name)
+                and file.with_name(file.name.split(".")[0]) not in planned
+            ):
+                file.unlink(missing_ok=True)
+        with suppress(OSError):
+            folder.rmdir()  # if it is empty
+
+
+def picture(source: Source, backbone: Backbone, image_id: str) -> Picture:
+    """Read an image.
+
+    Raises:
+        UserError: no file can be read now.
+    """
+    about = ImageRecord(image_id, 0, "", 0)
+    try:
+        content = source.read(image_id)
+        about = replace(about, bytes=len(content), sha256=sha256(content))
+        image = open_image(content, source.background, image_id)
+    except OSError as error:
+        if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
+            raise unreadable(source.root / image_id, "an image", error) from None
+        about = replace(about, bytes=source.size(image_id))
+        return Picture(about, reason=error.strerror or str(error))
+    except ImageRejected as error:
+        return Picture(about, reason=str(error))
+    pixels = fit(pixels_of(image, backbone.channels), backbone.resolution)
+    about = replace(about, side=min(image.size))
+    return Picture(about, pixels, converted=image.info.get("converted", ""))
+
+
+def useless(made: dict[str, Tensor], row: int) -> str:
+    """Why a latent is of no use; empty if it is."""
+    tensors = [made["latents"][row]]
+    if "nulls" in made:
+        tensors.append(made["nulls"][made["null_rows"][row]])
+    if not all(tensor.isfinite().all() for tensor in tensors):
+        return "its latent is NaN or infinite in float16; invert with dtype float32"
+    if tensors[0].numel() > 1 and tensors[0].min() == tensors[0].max():
+        return "its latent is constant"
+    if "errors" in made and not made["errors"][row].isfinite():
+        return "its latent gives no image back; invert with dtype float32"
+    return ""
+
+
+def commit(part: Part, made: dict[str, Tensor], pictures: list[Picture]) -> None:
+    """Write a chunk's files, and last its record."""
+    files, statistics = {}, Statistics()
+    rows = [p.row for p in pictures if not p.reason]
+    if rows:
+        latents = made["latents"][rows].contiguous()
+        norms = latents.float().flatten(1).norm(dim=1)
+        kinds = {"latents": {"latents": latents, "norms": norms}}
+        if "errors" in made:
+            kinds["latents"]["errors"] = made["errors"][rows].contiguous()
+        if "clean" in made:
+            kinds["clean"] = {"clean": made["clean"][rows].contiguous()}
+        if "nulls" in made:
+            owners, places = made["null_rows"][rows].unique(return_inverse=True)
+            nulls = made["nulls"][owners].contiguous()
+            kinds["nulls"] = {"nulls": nulls, "null_rows": places.contiguous()}
+        for kind, tensors in kinds.items():
+            content = save(tensors)
+            write_bytes(file_of(part.stem, kind), content)
+            files[kind] = FileRecord(len(content), sha256(content), sorted(tensors))
+        statistics = Statistics(
+            (norms.mean() / nominal_norm(latents[0].numel())).item(),
+            latents.float().mean((0, 2, 3)).tolist(),
+            made["errors"][rows].mean().item() if "errors" in made else None,
+        )
+    rejects = [
+        Reject(p.about.id, p.about.bytes, p.about.sha256, p.reason, place)
+        for place, p in enumerate(pictures)
+        if p.reason
+    ]
+    images = [p.about for p in pictures if not p.reason]
+    facts = files, images, rejects, statistics, part.home, part.settings
+    write(part.stem.with_suffix(".json"), ChunkRecord(*facts, schema=ChunkRecord.SCHEMA))

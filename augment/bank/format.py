@@ -1,0 +1,447 @@
+r"""A bank on disk: per class, the latents of its labelled images, and how they are made.
+
+A bank is a folder::
+
+    manifest.json                 what it is to hold, and how that is made: the plan
+    0000/chunk-0000.safetensors   some latents of a class: ``latents`` (n, C, H, W) float16, and in
+                                  float32 their ``norms`` (n,) and ``errors`` (n,), the mean
+                                  squared difference of each image, in [0, 1], to its latent
+                                  sampled back
+    0000/chunk-0000.clean.safetensors   if asked for: ``clean`` (n, C, H, W) float16, z₀
+    0000/chunk-0000.nulls.safetensors   what null-text inversion adds: ``nulls`` (g, steps, …)
+                                  float16 and ``null_rows`` (n,), which of them is an image's
+    0000/chunk-0000.json          the chunk's commit record
+    rejects.jsonl                 the images that were left out, and why
+
+The manifest (schema 3) is a `Manifest`: the latent shape; the **fingerprint**, which must match
+before latents may be mixed or sampled; for information the **recipe**, how `load_backbone` makes
+the backbone again, the **source** of the images and the versions it was made **with**; and the
+classes in label order, each with its folder, prompt and chunks: their number, the ids of their
+images, at most `CHUNK`, and the unit of the job that makes them (`augment.bank.fill`).
+
+A commit record is a `ChunkRecord`: bytes and SHA-256 of each of the chunk's files; bytes, SHA-256
+and shorter side of each image's file; the images left out, with the reason; statistics of the
+latents; and all that the manifest says of the chunk, so that `augment.bank.verify.repair_bank`
+makes the manifest again from the records. It is written last, and **a chunk counts if and only if
+its record is there**; the manifest changes only where images were added or mended, or went before
+they were inverted. So any number of workers may fill a bank, be killed and go on, and
+`LatentBank.open` refuses one that is not complete.
+
+Manifest and records end with their own digests (`augment.core.schema`). A bank of schema 2 is read
+too: its records have no digest, and do not say which class they are of.
+"""
+
+import hashlib
+import os
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, fields
+from pathlib import Path
+from types import NoneType
+from typing import Any, ClassVar, NamedTuple
+
+from augment.core.errors import BankMismatch, Damaged, ImageRejected, Missing, UserError
+from augment.core.files import damaged, read_file, reading, sha256
+from augment.core.schema import Record, as_object, build, read
+from augment.diffusion import PATHS
+from augment.inversion import INVERTERS
+from augment.sources.images import FITTING, preprocessing
+from augment.sources.source import Source
+
+CHUNK = 256
+KINDS = ("latents", "clean", "nulls")
+WRITTEN = "a file of a bank as it was written"
+DIGITS = 16
+"""Of a SHA-256 in hexadecimal, where images are only told apart."""
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """What must match before latents are mixed or sampled.
+
+    Args:
+        backbone: name, weights, codec, process, resolution.
+        inversion: method, solver, steps, guidance, and the method's other settings.
+        preprocessing: how an image becomes the backbone's.
+    """
+
+    backbone: dict[str, str]
+    inversion: dict[str, Any]
+    preprocessing: str
+
+    def __post_init__(self) -> None:
+        """Refuse what no version wrote."""
+        if not {type(v) for v in self.inversion.values()} <= {str, int, float, bool, NoneType}:
+            raise ValueError("settings of an inversion that are not plain values")
+        if "name" not in self.backbone:
+            raise ValueError("a backbone without a name")
+        if self.inversion.get("method") not in INVERTERS:
+            raise ValueError("an unknown inversion")
+        build(int, self.inversion.get("steps"))
+        build(float, self.inversion.get("guidance"))
+
+
+@dataclass(frozen=True)
+class BankSettings:
+    """How the latents of a bank are made.
+
+    Args:
+        latent_shape: channels, height, width.
+        fingerprint: what must match before latents are mixed or sampled.
+        recipe: the arguments of `load_backbone` that make the backbone again; empty if unknown.
+        source: where the images were, for information.
+        keeps: what is kept beside the latents: errors, clean.
+        made_with: versions of packages, and the device, for information.
+    """
+
+    latent_shape: list[int]
+    fingerprint: Fingerprint
+    recipe: dict[str, Any]
+    source: str
+    keeps: list[str]
+    made_with: dict[str, str]
+
+    def __post_init__(self) -> None:
+        """Refuse what no version wrote."""
+        if len(self.latent_shape) != 3:
+            raise ValueError("a latent_shape that is not of three")
+        if self.recipe and type(self.recipe.get("name_or_path")) is not str:
+            raise ValueError("a recipe without a name_or_path")
+        if not all(is_name(self.recipe[key]) for key in PATHS if key in self.recipe):
+            raise ValueError("a recipe with a name that no file has")
+        if {"device", "dtype"} & self.recipe.keys():
+            raise ValueError("a recipe with a device or dtype")
+
+
+def is_name(value: Any) -> bool:
+    """Tell whether a value is text that an operating system takes for a path; or None."""
+    text = value or ""
+    return isinstance(text, str) and len(text) < 4096 and max(map(len, text.split("/"))) < 256
+
+
+@dataclass(frozen=True)
+class ChunkPlan:
+    """A chunk that a class is to have.
+
+    Args:
+        number: of the chunk in its class.
+        unit: of the job that makes it.
+        ids: its images.
+    """
+
+    number: int
+    unit: int
+    ids: list[str]
+
+    def __post_init__(self) -> None:
+        """Refuse a chunk of nothing."""
+        if not self.ids:
+            raise ValueError("a chunk without images")
+
+
+@dataclass(frozen=True)
+class ClassPlan:
+    """A class of a bank: its name, its folder, its prompt, and its chunks."""
+
+    name: str
+    folder: str
+    prompt: str
+    chunks: list[ChunkPlan]
+
+    def __post_init__(self) -> None:
+        """Refuse a folder elsewhere, and two chunks of one number."""
+        if not (self.folder.isascii() and self.folder.isdigit()):
+            raise ValueError("a folder that is not a number")
+        if len({chunk.number for chunk in self.chunks}) < len(self.chunks):
+            raise ValueError("two chunks of one number")
+
+
+@dataclass(frozen=True)
+class Manifest(BankSettings, Record):
+    """What a bank is to hold, and how that is made."""
+
+    WHAT: ClassVar = "the manifest of a bank"
+    CURE: ClassVar = "latent-augment verify --repair makes it again from the records of the chunks"
+    SCHEMA: ClassVar = 3
+    OLDEST: ClassVar = 2
+
+    schema: int
+    classes: list[ClassPlan]
+
+    def __post_init__(self) -> None:
+        """Refuse a class or a folder that is there twice."""
+        BankSettings.__post_init__(self)
+        names, folders = {c.name for c in self.classes}, {c.folder for c in self.classes}
+        if not len(names) == len(folders) == len(self.classes) > 0:
+            raise ValueError("no class, or two of one name or folder")
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """How the latents are made, as each record of a chunk has it."""
+        plain = {field.name: getattr(self, field.name) for field in fields(BankSettings)}
+        return plain | {"fingerprint": as_object(self.fingerprint)}
+
+
+@dataclass(frozen=True, slots=True)
+class FileRecord:
+    """A file of a chunk: its size, its SHA-256, and the names of its tensors."""
+
+    bytes: int
+    sha256: str
+    holds: list[str]
+
+
+@dataclass(slots=True)  # to freeze it would take seven times as long, of each of a million images
+class ImageRecord:
+    """An image that has a latent: size and SHA-256 of its file, and its shorter side in pixels."""
+
+    id: str
+    bytes: int
+    sha256: str
+    side: int
+
+
+@dataclass(frozen=True, slots=True)
+class Reject:
+    """An image that was left out, the reason, and its place among the planned ones."""
+
+    id: str
+    bytes: int
+    sha256: str
+    reason: str
+    place: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Statistics:
+    """Of the latents of a chunk: mean norm over √D, mean of each channel, mean error if kept."""
+
+    norm: float | None = None
+    channel_means: list[float] | None = None
+    error: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Home:
+    """Where a chunk belongs: all that the manifest says of it but for the ids.
+
+    Args:
+        name, folder, prompt: of its class.
+        label: of its class when it was made, and how many ``classes`` there were.
+        number, unit: its own.
+    """
+
+    name: str
+    folder: str
+    prompt: str
+    label: int
+    classes: int
+    number: int
+    unit: int
+
+    def same(self, other: "Home") -> bool:
+        """Tell whether both are one place; labels move when classes are added."""
+        fixed = ("name", "folder", "prompt", "number", "unit")
+        return all(getattr(self, key) == getattr(other, key) for key in fixed)
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkRecord(Record):
+    """The commit record of a chunk; `Manifest`'s settings and its home are there to repair that.
+
+    Args:
+        files: by kind.
+        images: those that have a latent, row by row.
+        rejects: those that were left out.
+        statistics: of the latents.
+        home: where it belongs; None in a record of schema 2.
+        settings: how the latents are made; None in a record of schema 2.
+    """
+
+    WHAT: ClassVar = "the commit record of a chunk"
+    CURE: ClassVar = (
+        "latent-augment verify --discard removes it, and the command that made the bank makes the "
+        "chunk again"
+    )
+    SCHEMA: ClassVar = 3
+    OLDEST: ClassVar = 2
+
+    files: dict[str, FileRecord]
+    images: list[ImageRecord]
+    rejects: list[Reject]
+    statistics: Statistics
+    home: Home | None = None
+    settings: dict[str, Any] | None = None
+    schema: int = 2
+
+    def __post_init__(self) -> None:
+        """Refuse files of other kinds, and latents or statistics without images."""
+        full = bool(self.images)
+        if not self.files.keys() <= set(KINDS) or full != ("latents" in self.files):
+            raise ValueError("other files than its images need")
+        if full != bool(self.statistics.channel_means):
+            raise ValueError("other statistics than its images need")
+        if (self.schema > 2) != (self.home is not None) or (self.home is None) != (
+            self.settings is None
+        ):
+            raise ValueError("no home or no settings")
+
+
+class Part(NamedTuple):
+    """A planned chunk: the path of its files without suffix, its home, its images, its settings."""
+
+    stem: Path
+    home: Home
+    ids: list[str]
+    settings: dict[str, Any]
+
+
+def parts_of(root: Path, manifest: Manifest) -> Iterator[Part]:
+    """Give the planned chunks of a bank, class by class."""
+    settings, count = manifest.settings, len(manifest.classes)
+    for label, known in enumerate(manifest.classes):
+        for chunk in known.chunks:
+            place = (known.name, known.folder, known.prompt, label, count)
+            home = Home(*place, chunk.number, chunk.unit)
+            yield Part(stem_of(root, home), home, chunk.ids, settings)
+
+
+def stem_of(root: Path, home: Home) -> Path:
+    """Return the path of a chunk's files without suffix."""
+    return root / f"{home.folder}/chunk-{home.number:04d}"
+
+
+def file_of(stem: Path, kind: str) -> Path:
+    """Return the path of a chunk's file of a kind."""
+    part = "" if kind == "latents" else f".{kind}"
+    return stem.with_name(f"{stem.name}{part}.safetensors")
+
+
+def check_file(path: Path, known: FileRecord) -> None:
+    """Compare a file with its record.
+
+    Raises:
+        Damaged: it is missing, or of another size or digest.
+        UserError: it cannot be read now.
+    """
+    with reading(path, WRITTEN, ChunkRecord.CURE) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size != known.bytes:
+            raise changed(path, f"{size} bytes instead of {known.bytes}")
+        if hashlib.file_digest(file, "sha256").hexdigest() != known.sha256:
+            raise changed(path, "other bytes")
+
+
+def changed(path: Path, flaw: str) -> Damaged:
+    """Build the error for a chunk's file that is not what its record says."""
+    return damaged(path, WRITTEN, flaw, ChunkRecord.CURE)
+
+
+def require_same_making(path: Path, have: BankSettings, want: BankSettings) -> None:
+    """Raise `BankMismatch` for the first setting of two banks that their latents depend on."""
+    old, new = have.fingerprint, want.fingerprint
+    require_same(path, old.backbone, new.backbone)
+    require_same(path, old.inversion, new.inversion)
+    require_same(path, {"kept": have.keeps}, {"kept": want.keeps})
+    # a bank of before may go on: only images with transparency or a colour profile differ
+    now = {FITTING: preprocessing("white")}
+    ways = [now.get(way, way) for way in (old.preprocessing, new.preprocessing)]
+    require_same(path, *({"preprocessing": way} for way in ways))
+
+
+def require_same(path: Path, have: dict[str, Any], want: dict[str, Any]) -> None:
+    """Raise `BankMismatch` for the first field in which two fingerprints differ."""
+    for key in {**want, **have}:
+        if have.get(key) != want.get(key):
+            raise BankMismatch(
+                f"expected bank {path} to be made with {key} = {want.get(key)}, got "
+                f"{have.get(key)}; use that one, or rebuild the bank with latent-augment invert"
+            )
+
+
+def read_manifest(path: Path) -> Manifest:
+    """Read the manifest of a bank.
+
+    Raises:
+        UserError: there is none, or it cannot be read, or it is of another schema.
+        Damaged: it is not what was written.
+    """
+    try:
+        return read(Manifest, path / "manifest.json")
+    except Missing:
+        raise Missing(
+            f"expected a bank at {path}, got no manifest.json there; check the path, or make a "
+            "lost one again with latent-augment verify --repair"
+        ) from None
+
+
+def read_record(part: Part) -> ChunkRecord | None:
+    """Read the commit record of a planned chunk; None if it is not committed.
+
+    Raises:
+        UserError: it cannot be read.
+        Damaged: it is not what was written, or of another chunk.
+    """
+    record = record_at(part.stem)
+    if record is not None and not made_of(record, part):
+        path = part.stem.with_suffix(".json")
+        raise damaged(path, ChunkRecord.WHAT, "that of another chunk", ChunkRecord.CURE)
+    return record
+
+
+def record_at(stem: Path) -> ChunkRecord | None:
+    """Read the commit record of some chunk; None if there is none.
+
+    Raises:
+        UserError: it cannot be read.
+        Damaged: it is not what was written.
+    """
+    try:
+        return read(ChunkRecord, stem.with_suffix(".json"))
+    except Missing:
+        return None
+
+
+def made_of(record: ChunkRecord, part: Part) -> bool:
+    """Tell whether a record is of a planned chunk: its place, settings, and images.
+
+    Images that were left out may be planned elsewhere by now. A record of schema 2 says neither
+    place nor settings.
+    """
+    if record.home is not None and record.settings is not None:
+        keys = ("latent_shape", "fingerprint", "keeps")
+        if not record.home.same(part.home):
+            return False
+        if any(record.settings.get(key) != part.settings[key] for key in keys):
+            return False
+    rejects = {reject.id for reject in record.rejects}
+    return [i for i in part.ids if i not in rejects] == [image.id for image in record.images]
+
+
+def still(record: ChunkRecord, ids: Collection[str]) -> list[Reject]:
+    """Return the rejects of a chunk that are planned still: repaired ones have left it."""
+    return [reject for reject in record.rejects if reject.id in ids]
+
+
+def read_original(root: Path | Source, image_id: str, digest: str) -> bytes:
+    """Read the file of a real image of a bank, and no other: its digest is compared.
+
+    Args:
+        root: the folder of the images, or their source.
+        image_id: the path below it.
+        digest: the SHA-256 that the bank has recorded.
+
+    Raises:
+        ImageRejected: there is none, or another one, or it cannot be read; in a few words.
+    """
+    if "\0" in image_id or image_id[:1] == "/" or ".." in image_id.split("/"):
+        raise ImageRejected("a path out of the folder")
+    try:
+        known = isinstance(root, Source)
+        content = root.read(image_id) if known else read_file(root / image_id, "an image")
+    except (Missing, FileNotFoundError):
+        raise ImageRejected("no such file") from None
+    except (OSError, UserError) as error:
+        raise ImageRejected(getattr(error, "strerror", None) or str(error)) from None
+    if sha256(content) != digest:
+        raise ImageRejected("another image")
+    return content

@@ -1,0 +1,129 @@
+"""Merge banks of the same settings, and split a bank by classes.
+
+Both may be interrupted and go on; neither needs a backbone.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from tqdm import tqdm
+
+from augment.bank.bank import LatentBank, filled
+from augment.bank.chunking import intact, size_of
+from augment.bank.chunks import Chunk
+from augment.bank.format import (
+    ChunkPlan,
+    ChunkRecord,
+    ClassPlan,
+    Manifest,
+    Part,
+    check_file,
+    file_of,
+    parts_of,
+    read_manifest,
+    require_same_making,
+)
+from augment.core.errors import Missing, UserError
+from augment.core.files import check_folder, in_use, locked, write_bytes
+from augment.core.schema import write
+
+
+def merge(banks: Sequence[str | Path], out: str | Path) -> LatentBank:
+    """One bank of the images of several, of the same settings; classes go by their names.
+
+    A merge that was interrupted goes on.
+
+    Raises:
+        BankMismatch: their settings differ.
+        UserError: an image or a prompt differs, a bank is incomplete or damaged, or ``out`` is in
+            use.
+    """
+    return assemble([(LatentBank.open(bank), None) for bank in banks], Path(out))
+
+
+def split(bank: str | Path, classes: Sequence[str], out: str | Path) -> LatentBank:
+    """A bank of some classes of another, in the order that they are named in.
+
+    A split that was interrupted goes on.
+
+    Raises:
+        UserError: no such class, the bank is incomplete or damaged, or ``out`` is in use.
+    """
+    return assemble([(LatentBank.open(bank), list(classes))], Path(out))
+
+
+def assemble(banks: list[tuple[LatentBank, list[str] | None]], out: Path) -> LatentBank:
+    """Copy classes of banks to a new one: its manifest, then chunk by chunk what is not there."""
+    check_folder(out)
+    if not banks or any(wanted == [] for _, wanted in banks):
+        raise UserError("expected at least one bank and one class, got none; name them")
+    first = banks[0][0].manifest
+    classes: dict[str, ClassPlan] = {}
+    homes: dict[str, Path] = {}
+    origins: dict[tuple[str, int], Chunk] = {}
+    for bank, wanted in banks:
+        require_same_making(bank.path, bank.manifest, first)
+        for name in dict.fromkeys(list(bank.classes) if wanted is None else wanted):
+            prompt = bank.prompt(name)
+            known = classes.setdefault(name, ClassPlan(name, f"{len(classes):04d}", prompt, []))
+            if known.prompt != prompt:
+                raise UserError(
+                    f"expected one prompt for class {name!r}, got {known.prompt!r} and "
+                    f"{prompt!r}; invert one of the banks again"
+                )
+            for chunk in filled(bank.chunks[name]):
+                twice = next((i for i in chunk.ids if i in homes), None)
+                if twice is not None:
+                    raise UserError(
+                        f"expected different images in {homes[twice]} and {bank.path}, got "
+                        f"{twice} in both; invert one of them without it"
+                    )
+                homes |= dict.fromkeys(chunk.ids, bank.path)
+                number = len(known.chunks)
+                known.chunks.append(ChunkPlan(number, len(origins), chunk.ids))
+                origins[name, number] = chunk
+    manifest = replace(first, schema=Manifest.SCHEMA, classes=list(classes.values()))
+    with locked(out) as lock:
+        claim(out, manifest)
+        lock.sweep()
+        for part in tqdm(list(parts_of(out, manifest)), "copy", unit="chunk", delay=2, leave=False):
+            copy(origins[part.home.name, part.home.number], part)
+        lock.sweep()
+    return LatentBank.open(out)
+
+
+def claim(out: Path, manifest: Manifest) -> None:
+    """Begin a bank in a new folder, or find the same one there, begun or finished.
+
+    Raises:
+        UserError: there is something else.
+    """
+    try:
+        same = read_manifest(out) == manifest
+    except Missing:
+        same = not in_use(out)
+        if same:
+            write(out / "manifest.json", manifest)
+    if not same:
+        raise UserError(
+            f"expected {out} to be new or empty, or the same bank, got a folder in use; use a new "
+            "one"
+        )
+
+
+def copy(chunk: Chunk, part: Part) -> None:
+    """Copy a chunk, unless it is there, and its record last; what was left out stays behind.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    there = intact(part)
+    if there is not None and there.files == chunk.files and size_of(part, there):
+        return
+    record = chunk.record
+    for kind, known in record.files.items():
+        check_file(chunk.file(kind), known)
+        write_bytes(file_of(part.stem, kind), chunk.file(kind).read_bytes())
+    facts = {"home": part.home, "settings": part.settings, "schema": ChunkRecord.SCHEMA}
+    write(part.stem.with_suffix(".json"), replace(record, rejects=[], **facts))

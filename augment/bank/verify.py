@@ -1,0 +1,238 @@
+"""Verify a bank against its records, repair its manifest, describe what it holds.
+
+Nothing here needs a backbone. Damage is found by the digests that every commit record holds. What
+is damaged is discarded by removing its record; the command that made it then makes it again.
+"""
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
+from statistics import fmean
+from typing import NamedTuple
+
+from tqdm import tqdm
+
+from augment.bank.format import (
+    KINDS,
+    BankSettings,
+    ChunkPlan,
+    ChunkRecord,
+    ClassPlan,
+    Home,
+    Manifest,
+    check_file,
+    file_of,
+    parts_of,
+    read_manifest,
+    read_original,
+    read_record,
+    require_same_making,
+    stem_of,
+    still,
+)
+from augment.core.errors import AugmentWarning, Damaged, ImageRejected, Missing, UserError
+from augment.core.schema import as_object, build, read, write
+from augment.measure.reconstruction import psnr
+from augment.sources import Source
+
+
+class Finding(NamedTuple):
+    """Something that is not as it should be.
+
+    Attributes:
+        what: in one line.
+        record: the commit record to remove so that it is made again; None if that would not help.
+    """
+
+    what: str
+    record: Path | None = None
+
+
+def discard(findings: Sequence[Finding]) -> None:
+    """Remove the records of what is damaged, so that the command that made it makes it again.
+
+    Raises:
+        UserError: a record cannot be removed.
+    """
+    for record in {finding.record for finding in findings if finding.record is not None}:
+        try:
+            record.unlink(missing_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"expected to remove {record}, got {error.strerror}; make that possible, and run "
+                "the same command again"
+            ) from None
+
+
+def bank_findings(path: Path, images: Path | Source | None) -> Iterator[Finding]:
+    """Find what is wrong with a bank."""
+    expected = {path / "manifest.json", path / "rejects.jsonl"}
+    parts, old = list(parts_of(path, read_manifest(path))), 0
+    for part in tqdm(parts, "verify", unit="chunk", delay=2, leave=False):
+        record_path = part.stem.with_suffix(".json")
+        expected |= {record_path, part.stem.parent}
+        try:
+            record = read_record(part)
+        except UserError as error:
+            yield Finding(str(error), record_path if isinstance(error, Damaged) else None)
+            expected |= {file_of(part.stem, kind) for kind in KINDS}
+            continue
+        if record is None:
+            yield Finding(f"{part.stem.relative_to(path)}: not made yet")
+            continue
+        old += record.home is None
+        for kind, known in record.files.items():
+            file = file_of(part.stem, kind)
+            expected.add(file)
+            try:
+                check_file(file, known)
+            except (Damaged, Missing) as error:
+                yield Finding(str(error), record_path)
+            except UserError as error:
+                yield Finding(str(error))
+        yield from image_findings(images, record)
+    for file in sorted(path.rglob("*")):
+        if file not in expected:
+            yield Finding(f"{file.relative_to(path)}: not of this bank")
+    if old:
+        warnings.warn(
+            f"expected records with a digest of their own in {path}, got {old} of an older version "
+            "without; what they say cannot be compared: merge the bank into a new one to have them",
+            AugmentWarning,
+            stacklevel=3,
+        )
+
+
+def image_findings(images: Path | Source | None, record: ChunkRecord) -> Iterator[Finding]:
+    """Find the images of a chunk that are no longer what they were."""
+    if images is None:
+        return
+    for image in record.images:
+        try:
+            read_original(images, image.id, image.sha256)
+        except ImageRejected as error:
+            yield Finding(f"image {image.id}: {error}")
+
+
+def repair_bank(path: Path) -> str:
+    """Make a lost or damaged manifest again from the records of the chunks.
+
+    Returns:
+        What was done, in a line.
+
+    Raises:
+        UserError: it cannot be read now, or the records do not say enough, or are of several banks.
+    """
+    try:
+        read_manifest(path)
+        return f"{path}: its manifest is as it was written"
+    except (Missing, Damaged) as error:
+        flaw = error
+    records = list(homed(path))
+    if not records:
+        raise UserError(
+            f"expected records of schema {ChunkRecord.SCHEMA} in {path} to make its manifest of, "
+            "got none; those of older versions do not say what class they are of: copy the "
+            "manifest from elsewhere, or make the bank again in a new folder"
+        ) from flaw
+    settings = [settings_of(record) for _, record in records]
+    newest = max(range(len(records)), key=lambda k: records[k][0].unit)
+    for other in settings:
+        require_same_making(path, other, settings[newest])
+    facts = vars(settings[newest])
+    manifest = Manifest(**facts, schema=Manifest.SCHEMA, classes=classes_of(path, records))
+    write(path / "manifest.json", manifest)
+    return (
+        f"{path}: the manifest is made again from {len(records)} records of "
+        f"{len(manifest.classes)} classes; the command that made the bank makes what is missing"
+    )
+
+
+def homed(path: Path) -> Iterator[tuple[Home, ChunkRecord]]:
+    """Yield the records of a folder that lie where they say that they belong."""
+    for file in sorted(path.glob("[0-9]*/chunk-*.json")):
+        with suppress(Damaged, Missing):
+            record = read(ChunkRecord, file)
+            if record.home and stem_of(path, record.home) == file.with_suffix(""):
+                yield record.home, record
+
+
+def settings_of(record: ChunkRecord) -> BankSettings:
+    """Return how the latents of a chunk are made."""
+    try:
+        return build(BankSettings, record.settings)
+    except ValueError as flaw:
+        raise UserError(
+            f"expected the settings of a bank in its records, got {flaw}; make the bank again"
+        ) from None
+
+
+def classes_of(path: Path, records: list[tuple[Home, ChunkRecord]]) -> list[ClassPlan]:
+    """Return the plan that records were made by.
+
+    Labels move when classes are added, so those of older plans are put in order first, and newer
+    ones among them.
+
+    Raises:
+        UserError: the records are of several banks.
+    """
+    there = {image.id for _, record in records for image in record.images}
+    by_name: dict[str, ClassPlan] = {}
+    classes: list[ClassPlan] = []
+    for home, record in sorted(records, key=lambda r: (r[0].classes, r[0].label, r[0].number)):
+        ids = [image.id for image in record.images]
+        for reject in record.rejects:  # in the order of their places
+            ids.insert(len(ids) if reject.place is None else reject.place, reject.id)
+        later = {reject.id for reject in record.rejects} & there  # they were made good since
+        ids = [image_id for image_id in ids if image_id not in later]
+        if home.name not in by_name:
+            by_name[home.name] = ClassPlan(home.name, home.folder, home.prompt, [])
+            classes.insert(home.label, by_name[home.name])
+        known = by_name[home.name]
+        if (known.folder, known.prompt) != (home.folder, home.prompt):
+            raise UserError(
+                f"expected records of one bank in {path}, got two folders or prompts for class "
+                f"{home.name!r}; remove the records that do not belong to it"
+            )
+        if ids:
+            known.chunks.append(ChunkPlan(home.number, home.unit, ids))
+    for known in classes:
+        known.chunks.sort(key=lambda chunk: chunk.number)
+    return classes
+
+
+def inspect_bank(path: Path) -> str:
+    """Describe what a bank holds, finished or not."""
+    manifest = read_manifest(path)
+    made = {known.name: 0 for known in manifest.classes}
+    planned, size, rejects = 0, 0, 0
+    means: dict[str, list[float]] = {"norm": [], "error": []}
+    for part in parts_of(path, manifest):
+        planned += len(part.ids)
+        record = read_record(part)
+        if record is None:
+            continue
+        count = len(record.images)
+        made[part.home.name] += count
+        rejects += len(still(record, part.ids))
+        size += sum(file.bytes for file in record.files.values())
+        for key, values in means.items():
+            value = getattr(record.statistics, key)
+            values += [] if value is None else [value] * count
+    least, most = min(made, key=made.get), max(made, key=made.get)  # type: ignore[arg-type]
+    lines = [
+        f"bank {path}: {sum(made.values())} of {planned} latents of {len(made)} classes, "
+        f"{made[least]} ({least}) to {made[most]} ({most}) each; {rejects} images left out; "
+        f"{size:,} bytes"
+    ]
+    prints = as_object(manifest.fingerprint) | {"made with": manifest.made_with}
+    for name, facts in prints.items():
+        told = facts if isinstance(facts, str) else ", ".join(f"{k} {v}" for k, v in facts.items())
+        lines.append(f"{name}: {told}")
+    lines.append(f"images: {manifest.source}")
+    if means["norm"]:
+        lines.append(f"norm / √D {fmean(means['norm']):.3f} on average")
+    if means["error"]:
+        lines.append(f"sampled back, images are at {psnr(fmean(means['error'])):.1f} dB (PSNR)")
+    return "\n".join(lines)

@@ -1,0 +1,1 @@
+"""What knows nothing of images: errors, random generators, files, locks, records."""

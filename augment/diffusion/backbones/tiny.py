@@ -1,0 +1,215 @@
+r"""The embedded default backbone: a small latent diffusion of Fashion-MNIST.
+
+Everything a Stable Diffusion has, at a size that samples on a laptop's CPU: a codec, a scalar
+latent scale, a UNet with v-prediction on Stable Diffusion's own schedule, prompts and
+guidance. The codec is the orthonormal 2×2 Haar transform: 32×32 grey pixels become a
+(4, 16, 16) latent whose channels are one average and three details, and back without loss. White
+is zero: Fashion-MNIST keeps negatives of catalogue photographs, and a latent says how dark. So the
+average channel has a mean of −2.2 standard deviations. Stable Diffusion's latents are not centred
+either (1.4, 0.7, 0.0 and −0.7 on ImageNet, in the code of Karras et al., arXiv 2312.02696), and
+without such a mean there is no channel bias for a centroid to amplify.
+
+The network never saw a class label. Its prompts are coarser than the classes (a *top* may be a
+T-shirt, a pullover, a dress, a coat or a shirt) and were dropped half of the time, so that what
+a centroid knows about its class comes from the few inverted images alone.
+``scripts/train_tiny.py`` makes the weights; ``weights/tiny.md`` is the model card.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from augment.core.errors import UserError
+from augment.core.files import write_bytes
+from augment.diffusion.backbone import Condition, Timestep, as_times
+from augment.diffusion.checkpoints.lora import find_lora, fuse_lora
+from augment.diffusion.process import Flow, Process, VariancePreserving
+
+WEIGHTS = Path(__file__).parent / "weights" / "tiny.safetensors"
+PROMPTS = ("", "top", "trousers", "footwear", "bag")
+"""What the network understands; the empty prompt is the unconditional model."""
+PROCESSES: dict[str, Callable[..., Process]] = {"flow": Flow, "diffusion": VariancePreserving}
+"""Noising processes by the name that the weights' config has for them."""
+
+HAAR = 0.5 * torch.tensor(
+    [[1, 1, 1, 1], [1, -1, 1, -1], [1, 1, -1, -1], [1, -1, -1, 1]], dtype=torch.float32
+)
+"""Rows: average, horizontal, vertical, diagonal detail of a 2×2 block. Orthonormal, symmetric."""
+
+
+def haar(pixels: Float[Tensor, "n c h w"]) -> Float[Tensor, "n C H W"]:
+    """One level of the orthonormal Haar transform, four channels of each."""
+    blocks = F.pixel_unshuffle(pixels, 2).unflatten(1, (-1, 4))
+    return torch.einsum("ij,ncjhw->ncihw", HAAR.to(pixels), blocks).flatten(1, 2)
+
+
+def inverse_haar(latents: Float[Tensor, "n C h w"]) -> Float[Tensor, "n c H W"]:
+    """The inverse of `haar`."""
+    blocks = torch.einsum("ji,ncjhw->ncihw", HAAR.to(latents), latents.unflatten(1, (-1, 4)))
+    return F.pixel_shuffle(blocks.flatten(1, 2), 2)
+
+
+ROWS = 32
+"""What the compiled network is called with, whatever the batch: a shape more is a minute more."""
+
+
+def build_network(config: dict[str, Any]) -> nn.Module:
+    """The UNet of the model card, untrained."""
+    from diffusers import UNet2DModel  # here: it takes seconds to import
+
+    network: nn.Module = UNet2DModel(**config)
+    return nn.Module.to(network, memory_format=torch.channels_last)
+
+
+def compiled(network: nn.Module) -> Callable[..., Any]:
+    """The network with its weights laid out for the CPU and what lies between products fused."""
+    return torch.compile(network, dynamic=False, options={"freezing": True})
+
+
+class Tiny:
+    """The embedded backbone, or another of its kind; see `augment.diffusion.backbone.Backbone`.
+
+    Args:
+        weights: a safetensors file that ``scripts/train_tiny.py`` or its like wrote; its config
+            says which prompts there are, and which noising process.
+        device: where the network runs.
+        dtype: the network's precision; latents and solver stay in float32.
+        lora: low-rank weights to add: a safetensors file, a folder, or ``owner/name``.
+        lora_scale: how much of them.
+        compile: compile the network, weights and all, at the first `ROWS` latents: a minute or two
+            of a CPU, less where inductor's cache knows it, for answers in four fifths of the
+            time. Gradients, and rows beyond a multiple of `ROWS`, take the network as it is.
+        local_files_only: take the LoRA from the hub's cache alone, and ask the network nothing.
+
+    Raises:
+        UserError: the weights file is missing or is not one of ours, or the LoRA of another model.
+    """
+
+    part = "unet"
+    resolution = 32
+
+    def __init__(
+        self,
+        weights: Path = WEIGHTS,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        *,
+        lora: str | Path | None = None,
+        lora_scale: float = 1.0,
+        compile: bool = False,
+        local_files_only: bool = False,
+    ) -> None:
+        self.device, self.dtype = torch.device(device), dtype
+        try:
+            with safe_open(weights, framework="pt") as file:
+                self.config = config = json.loads(file.metadata()["config"])
+                state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            self.scale: float = config["scale"]
+            self.white: float = config["white"]
+            self.channels: int = config["unet"]["in_channels"] // 4
+            self.latent_shape: tuple[int, int, int] = (4 * self.channels, 16, 16)
+            self.prompts = tuple(config.get("prompts", PROMPTS))
+            kind, options = config.get("process", ("diffusion", {"prediction": "v"}))
+            self.process: Process = PROCESSES[kind](**options)
+            names = ("feature.weight", "feature.bias")
+            self.feature = {key: state.pop(key) for key in names if key in state}
+            self.unet = build_network(config["unet"])
+            self.unet.load_state_dict(state)
+            # the prompts' embeddings are looked up by us, so that null-text can optimise them
+            self.texts = state["class_embedding.weight"].float().to(self.device)
+            self.unet.class_embedding = nn.Identity()
+        except Exception as error:  # of any type: a hostile header is stumbled over anywhere
+            raise UserError(
+                f"expected weights of the tiny backbone at {weights}, got "
+                f"{' '.join(str(error).split())[:120] or error!r}; "
+                "reinstall latent-augment or run scripts/train_tiny.py"
+            ) from None
+        digest = hashlib.sha256(Path(weights).read_bytes()).hexdigest()
+        self.fingerprint = {"name": "tiny", "weights": digest, "process": repr(self.process)}
+        if lora:
+            self.fingerprint |= fuse_lora(self.unet, find_lora(lora, local_files_only), lora_scale)
+        # not diffusers' own ``to``, which warns of half precision that nobody asked for
+        nn.Module.to(self.unet, self.device, dtype).eval().requires_grad_(False)
+        self.compiled = compiled(self.unet) if compile else None
+        self.recipe: dict[str, Any] = {}
+
+    def encode(self, images: Float[Tensor, "n c 32 32"]) -> Float[Tensor, "n C 16 16"]:
+        return haar(images.to(self.device) - self.white) * self.scale
+
+    def decode(self, clean: Float[Tensor, "n C 16 16"]) -> Float[Tensor, "n c 32 32"]:
+        return (inverse_haar(clean / self.scale) + self.white).clamp(0, 1)
+
+    def condition(self, prompts: Sequence[str]) -> Condition:
+        for prompt in prompts:
+            if prompt not in self.prompts:
+                raise UserError(
+                    f"expected a prompt out of {self.prompts} for the tiny backbone, got "
+                    f"{prompt!r}; choose one of these or none"
+                )
+        numbers = [self.prompts.index(prompt) for prompt in prompts]
+        return {"text": self.texts[torch.tensor(numbers, dtype=torch.long, device=self.device)]}
+
+    def describe(self, prompts: Sequence[str], features: Float[Tensor, "n f"]) -> Condition:
+        """The conditions of prompts and, beside them, of features of images of the class.
+
+        Args:
+            prompts: one a row; those of the training had none or a superclass here.
+            features: of length 1, by the network that the weights' card names, or their means.
+
+        Raises:
+            UserError: the weights did not learn from features, or from others.
+        """
+        weight = self.feature.get("feature.weight", torch.empty(0, 0)).to(features)
+        if features.shape[1] != weight.shape[1]:
+            raise UserError(
+                f"expected {weight.shape[1] or 'no'} features for these weights of the tiny "
+                f"backbone, got {features.shape[1]}; take the network of their card"
+            )
+        more = features @ weight.T + self.feature["feature.bias"].to(features)
+        return {"text": self.condition(prompts)["text"] + more.to(self.texts)}
+
+    def network(
+        self, latent: Float[Tensor, "n C 16 16"], timestep: Timestep, condition: Condition
+    ) -> Float[Tensor, "n C 16 16"]:
+        """The UNet's answer: what the process predicts."""
+        told = latent.to(self.dtype), as_times(timestep, latent), condition["text"].to(self.dtype)
+        if self.compiled is None or torch.is_grad_enabled():
+            return self.unet(*told, return_dict=False)[0].float()
+        parts = zip(*(rows.contiguous().split(ROWS) for rows in told), strict=True)
+        return torch.cat([self._some(part) for part in parts]).float()
+
+    def _some(self, told: tuple[Tensor, ...]) -> Tensor:
+        """The answer for at most `ROWS` latents, compiled if they are so many."""
+        if len(told[0]) < ROWS:
+            return self.unet(*told, return_dict=False)[0]
+        from torch._dynamo.exc import BackendCompilerFailed
+
+        try:
+            return self.compiled(*told, return_dict=False)[0]  # type: ignore[misc]
+        except BackendCompilerFailed as error:
+            raise UserError(
+                "expected to compile the network, for which a C++ compiler has to be there, got "
+                f"{str(error).splitlines()[0]}; leave compile out"
+            ) from None
+
+    def trainable(self) -> nn.Module:
+        """The network, to be trained further; compiled it has the weights of before."""
+        self.compiled = None
+        return self.unet
+
+    def save(self, folder: Path) -> Path:
+        """Write the weights below a folder; the place is what `load_backbone` takes."""
+        state = self.unet.state_dict() | {"class_embedding.weight": self.texts} | self.feature
+        state = {key: value.cpu().contiguous() for key, value in state.items()}
+        path = folder / "tiny.safetensors"
+        write_bytes(path, save(state, {"config": json.dumps(self.config)}))
+        return path

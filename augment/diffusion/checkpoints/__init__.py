@@ -1,0 +1,1 @@
+"""Checkpoints of diffusion models: found, checked, loaded, and their LoRA."""

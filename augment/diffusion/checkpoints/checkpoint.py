@@ -1,0 +1,370 @@
+"""Diffusers checkpoints: their parts, their process, whether they are still the same.
+
+A checkpoint is a pipeline folder with a ``model_index.json``, here or in a repository of the
+Hugging Face hub, or one ``.safetensors`` file with the names of the original releases; which, says
+`augment.diffusion.checkpoints.find`. Weights are read from safetensors alone, which cannot run code
+as pickles can, and no code comes from the hub.
+"""
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from augment.core.errors import UserError
+from augment.core.files import read_json
+from augment.diffusion.checkpoints.hub import INDEX, damaged, explained, quiet
+from augment.diffusion.process import Flow, Process, VariancePreserving
+
+NETWORKS = {
+    "unet": ("UNet2DConditionModel",),
+    "transformer": ("SD3Transformer2DModel", "DiTTransformer2DModel", "Transformer2DModel"),
+    "vae": ("AutoencoderKL",),
+    "text_encoder": ("CLIPTextModel", "CLIPTextModelWithProjection"),
+    "text_encoder_2": ("CLIPTextModelWithProjection",),
+    "text_encoder_3": ("T5EncoderModel",),
+}
+"""The parts of a pipeline that have weights and matter to us, and the classes that may be."""
+
+OTHERS = {
+    "tokenizer": r"CLIPTokenizer(Fast)?",
+    "tokenizer_2": r"CLIPTokenizer(Fast)?",
+    "tokenizer_3": r"T5Tokenizer(Fast)?",
+    "scheduler": r"\w+Scheduler",
+}
+"""The parts without, and what their classes are called."""
+
+LARGEST = 100_000
+"""No number in a config is larger, but those of a vocabulary and its tokens."""
+
+SAMPLED = 4096
+"""Tensors of more values are told apart by `ROWS` of their rows."""
+
+ROWS = 16
+
+PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v"}
+"""Ours by diffusers' names."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint that was found and not yet loaded.
+
+    Attributes:
+        source: what the user called it.
+        kind: the name of its pipeline class in diffusers.
+        folder: of its parts and configs; None as long as they are on the hub.
+        file: that holds all weights, in place of the folder's.
+        revision, variant, local_files_only: as diffusers has them.
+    """
+
+    source: str
+    kind: str
+    folder: Path | None = None
+    file: Path | None = None
+    revision: str | None = None
+    variant: str | None = None
+    local_files_only: bool = False
+
+    def fetch(self, **absent: None) -> "Checkpoint":
+        """The same with its folder here: downloaded, without the ``absent`` parts.
+
+        Raises:
+            UserError: no network, no such repository, or parts that are not safetensors.
+        """
+        if self.folder:
+            return self
+        from diffusers import DiffusionPipeline
+
+        with explained(self.source):
+            folder = DiffusionPipeline.download(
+                self.source,
+                revision=self.revision,
+                variant=self.variant,
+                local_files_only=self.local_files_only,
+                use_safetensors=True,
+                **absent,
+            )
+        return replace(self, folder=Path(folder))
+
+    def parts(self, **absent: None) -> list[str]:
+        """Return those of `NETWORKS` that the index names, without the ``absent``; once fetched.
+
+        Raises:
+            UserError: the index names a class that is not known for its part. Nothing is imported
+                because an index names it.
+        """
+        index = read_index((self.folder or Path()) / INDEX)
+        known = {part: "|".join(names) for part, names in NETWORKS.items()} | OTHERS
+        found = {part: entry for part, entry in index.items() if part in known.keys() - absent}
+        found = {part: entry for part, entry in found.items() if entry not in (None, [None, None])}
+        for part, entry in found.items():
+            library = "transformers" if part.startswith(("text", "token")) else "diffusers"
+            if not (
+                isinstance(entry, list)
+                and len(entry) == 2
+                and entry[0] == library
+                and re.fullmatch(known[part], str(entry[1]))
+            ):
+                raise UserError(
+                    f"expected {part} of {self.source} to be {known[part]} of {library}, got "
+                    f"{entry} in {INDEX}; take another checkpoint"
+                )
+        return [part for part in NETWORKS if part in found]
+
+    def variants(self, part: str) -> dict[str | None, list[list[Path]]]:
+        """Find the sets of safetensors files that one part could be loaded from, by variant."""
+        stem = "model" if part.startswith("text") else "diffusion_pytorch_model"
+        plain = re.compile(rf"{stem}(?:\.(\w+))?\.safetensors")
+        index = re.compile(rf"{stem}(?:\.(\w+))?\.safetensors(?:\.(\w+))?\.index(?:\.(\w+))?\.json")
+        found: dict[str | None, list[list[Path]]] = {}
+        for path in sorted((self.folder or Path()).joinpath(part).glob("*")):
+            if match := plain.fullmatch(path.name):
+                found.setdefault(match[1], []).append([path])
+            elif match := index.fullmatch(path.name):
+                name = match[1] or match[2] or match[3]
+                found.setdefault(name, []).append(shards(path))
+        return found
+
+    def weights(self, part: str) -> list[Path]:
+        """Return the files that one part is loaded from: the variant's if it has them, else plain.
+
+        Raises:
+            UserError: there are none, or two sets of them.
+        """
+        found, folder = self.variants(part), (self.folder or Path()) / part
+        sets = found.get(self.variant) or found.get(None, [])
+        if len(sets) > 1:
+            names = ", ".join(path.name for path in sets[0])
+            raise UserError(
+                f"expected one set of weights in {folder}, got {names} and an index of others; "
+                "remove one of the two"
+            )
+        if not sets:
+            pickles = [path.name for path in folder.glob("*") if path.suffix in (".bin", ".ckpt")]
+            came = f"{pickles[0]}, a pickle that could run code" if pickles else "none"
+            others = " or ".join(repr(name) for name in found if name)
+            raise UserError(
+                f"expected safetensors weights in {folder}, got {came}"
+                + (f" but those of variant {others}; load them with variant=" if others else "; ")
+                + (others or "take a revision or a copy of the checkpoint that has them")
+            )
+        return sets[0]
+
+    def load(self, dtype: torch.dtype, parts: Iterable[str], **options: Any) -> Any:
+        """The diffusers pipeline, on the CPU.
+
+        Args:
+            dtype: of the weights.
+            parts: those that must be there.
+            options: of the pipeline class; a part that is None is left out.
+
+        Raises:
+            UserError: parts that are missing, pickled, damaged or of other shapes.
+        """
+        import diffusers
+
+        pipeline = getattr(diffusers, self.kind)
+        options |= {"dtype": dtype, "local_files_only": True}
+        for path in (self.folder or Path()).glob("*/*"):
+            if path.exists() and not (path.is_file() or path.is_dir()):
+                raise UserError(f"expected files in {self.folder}, got {path}, which is none")
+        for part in (*parts, "scheduler"):
+            self.config(part)
+        if not self.file:
+            found = {part: [*self.variants(part)] for part in parts if self.weights(part)}
+            if self.variant and not any(self.variant in names for names in found.values()):
+                there = sorted({repr(n) for names in found.values() for n in names if n})
+                raise UserError(
+                    f"expected weights of variant {self.variant!r} in {self.folder}, got "
+                    f"{', '.join(there) or 'none of any variant'}; leave variant out, or name one "
+                    "that is there"
+                )
+        with quiet(), damaged(self.source):
+            if self.file:
+                return pipeline.from_single_file(str(self.file), config=str(self.folder), **options)
+            return pipeline.from_pretrained(
+                str(self.folder), variant=self.variant, use_safetensors=True, **options
+            )
+
+    def config(self, part: str) -> dict[str, Any]:
+        """Read the config of a part.
+
+        Raises:
+            UserError: there is none, a number in it is out of all proportion, or its weights are
+                quantised.
+        """
+        name = "scheduler_config.json" if part == "scheduler" else "config.json"
+        path = (self.folder or Path()) / part / name
+        config = read_json(path, f"{part} of a checkpoint")
+        if not isinstance(config, dict):
+            raise UserError(f"expected settings by name in {path}, got others; download it again")
+        if "quantization_config" in config:
+            raise UserError(
+                f"expected weights of {part} in {self.source} as they were trained, got quantised "
+                "ones (quantization_config); take another checkpoint"
+            )
+        for key, value in config.items():
+            if not key.endswith(("vocab_size", "_id", "_ids")) and largest(value) > LARGEST:
+                raise UserError(
+                    f"expected numbers up to {LARGEST:,} in {path}, got {key} = {str(value)[:60]}; "
+                    "download it again"
+                )
+        return config
+
+    def digest(self, parts: Iterable[str]) -> str:
+        """sha256 of the parts' configs and of a sample of each of their tensors, as stored."""
+        total, files = hashlib.sha256(), [("", self.file)] if self.file else []
+        for part in sorted(parts):
+            config = essential(self.config(part))
+            total.update(json.dumps([part, config], sort_keys=True).encode())
+            if not self.file:
+                files += [(part, path) for path in self.weights(part)]
+        for part, path in files:
+            total.update(part.encode())
+            for piece in samples(path):
+                total.update(piece)
+        return total.hexdigest()
+
+
+def read_index(path: Path) -> dict[str, Any]:
+    """Read a ``model_index.json``.
+
+    Raises:
+        UserError: there is none, or it is damaged.
+    """
+    index = read_json(path, "a diffusers pipeline, as save_pretrained writes it,")
+    if not isinstance(index, dict) or not isinstance(index.get("_class_name"), str):
+        raise UserError(
+            f"expected the name of a pipeline class in {path}, got none; download it again, or "
+            "give the folder that save_pretrained wrote"
+        )
+    return index
+
+
+def shards(index: Path) -> list[Path]:
+    """List the files that an index of weights names.
+
+    Raises:
+        UserError: one is no safetensors file beside the index: pickles could run code.
+    """
+    record = read_json(index, "an index of weights")
+    places = record.get("weight_map") if isinstance(record, dict) else None
+    names = sorted({*map(str, places.values())}) if isinstance(places, dict) else []
+    files = [index.parent / name for name in names]
+    for name, path in zip(names or ["no files"], files or [index], strict=True):
+        if not re.fullmatch(r"\w[\w.-]*\.safetensors", name) or not path.is_file():
+            raise UserError(
+                f"expected an index of safetensors files beside it, got {name} in {index}; "
+                "take a revision or a copy of the checkpoint that has them"
+            )
+    return files
+
+
+def check_indices(folder: Path) -> None:
+    """Refuse a model's folder whose index of weights names a pickle; see `shards`."""
+    for path in folder.glob("*.index*.json"):
+        shards(path)
+
+
+def largest(value: Any) -> float:
+    """Find the largest number in a setting, however deep in lists."""
+    if isinstance(value, list | dict):
+        inner = value.values() if isinstance(value, dict) else value
+        return max(map(largest, inner), default=0)
+    return abs(value) if isinstance(value, int | float) else 0
+
+
+def essential(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A part's config without what only says which library wrote it and in what precision."""
+    bookkeeping = ("architectures", "dtype", "torch_dtype", "transformers_version")
+    return {k: v for k, v in config.items() if k not in bookkeeping and not k.startswith("_")}
+
+
+def samples(path: Path) -> Iterator[bytes]:
+    """Name, type and shape of each tensor of a safetensors file, and some of its rows.
+
+    Small tensors come whole, others by `ROWS` rows from the first to the last. Only these are read
+    from the disk; what was changed in all the others alone goes unseen.
+    """
+    with safe_open(path, framework="pt") as file:
+        for key in sorted(file.keys()):
+            rows = file.get_slice(key)
+            shape = rows.get_shape()
+            yield json.dumps([key, rows.get_dtype(), shape]).encode()
+            if math.prod(shape) <= SAMPLED:
+                pieces = [file.get_tensor(key)]
+            else:
+                picked = {round(k * (shape[0] - 1) / (ROWS - 1)) for k in range(ROWS)}
+                pieces = [rows[row : row + 1] for row in sorted(picked)]
+            for piece in pieces:
+                yield piece.reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def read_process(
+    config: Mapping[str, Any],
+    spacing: str = "trailing",
+    clean_end: bool = True,
+    zero_terminal_snr: bool = False,
+) -> Process:
+    """The process of a scheduler's config, whatever sampler it names.
+
+    The spacing is not taken from there: ``trailing`` begins every number of steps at the same,
+    noisiest level, and the files' ``leading`` does not, so that with it a latent inverted with 50
+    steps is none for a sampler with 20.
+
+    Args:
+        config: with its class's defaults filled in.
+        spacing: as in `VariancePreserving`; the offset of ``leading`` is the config's.
+        clean_end: as in `VariancePreserving`.
+        zero_terminal_snr: rescale the schedule, also where the file does not ask for it.
+
+    Raises:
+        UserError: a schedule or prediction that there is no process for.
+    """
+    name = config.get("_class_name", "a scheduler")
+    if name.startswith("FlowMatch"):
+        for field in ("use_dynamic_shifting", "invert_sigmas", "shift_terminal"):
+            if config.get(field):
+                raise UserError(
+                    f"expected a flow with a fixed shift, got {name} with {field}; take another "
+                    "checkpoint"
+                )
+        steps = config.get("num_train_timesteps", 1000)
+        if steps != 1000:
+            raise UserError(
+                f"expected a flow of 1000 trained levels, got {name} with num_train_timesteps "
+                f"{steps}; take another checkpoint"
+            )
+        return Flow(shift=config.get("shift", 1.0), spacing=spacing)
+    for field, usual in (("timestep_type", "discrete"), ("use_flow_sigmas", False)):
+        if config.get(field, usual) != usual:
+            raise UserError(
+                f"expected a schedule of discrete β, got {name} with {field} {config[field]}; take "
+                "another checkpoint"
+            )
+    prediction = PREDICTIONS.get(config.get("prediction_type", ""))
+    if not prediction or "beta_schedule" not in config or config.get("trained_betas") is not None:
+        raise UserError(
+            "expected a linear or scaled_linear noise schedule and a network that predicts epsilon "
+            f"or v, got {name} with {config.get('beta_schedule')} schedule and "
+            f"{config.get('prediction_type')} prediction; take another checkpoint"
+        )
+    return VariancePreserving(
+        prediction=prediction,
+        train_steps=config["num_train_timesteps"],
+        beta_start=config["beta_start"],
+        beta_end=config["beta_end"],
+        betas=config["beta_schedule"],
+        spacing=spacing,
+        offset=config.get("steps_offset", 0) if spacing == "leading" else 0,
+        clean_end=clean_end,
+        zero_terminal_snr=zero_terminal_snr or bool(config.get("rescale_betas_zero_snr")),
+    )

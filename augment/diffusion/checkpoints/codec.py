@@ -1,0 +1,142 @@
+"""The autoencoder of diffusers' latent diffusion models: images to latents and back, in slices."""
+
+import math
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from augment.core.errors import PrecisionWarning, UserError
+from augment.diffusion.checkpoints.checkpoint import check_indices
+from augment.diffusion.checkpoints.hub import damaged, explained, quiet
+
+PIXELS = 2**22
+"""The autoencoder sees so many at a time, which bounds its memory; 16 images of 512 pixels."""
+
+
+class Codec:
+    """An autoencoder between images in [0, 1] and latents of unit variance.
+
+    Where half precision overflows, it goes on in float32.
+
+    Args:
+        vae: diffusers' ``AutoencoderKL``.
+        device, dtype: where and in what precision it runs.
+        tiny: an ``AutoencoderTiny`` to decode with instead.
+    """
+
+    def __init__(
+        self, vae: Any, device: torch.device, dtype: torch.dtype, tiny: Any = None
+    ) -> None:
+        self.vae, self.decoder = vae, tiny or vae
+        self.factor: int = 2 ** (len(vae.config.block_out_channels) - 1)
+        if self.decoder.config.latent_channels != vae.config.latent_channels:
+            raise UserError(
+                f"expected a tiny autoencoder of {vae.config.latent_channels} latent channels, as "
+                f"the model's, got {self.decoder.config.latent_channels}; take one for this model"
+            )
+        for module in (self.vae, self.decoder):
+            nn.Module.to(module, device, dtype)
+            nn.Module.to(module, memory_format=torch.channels_last)
+        with damaged("the autoencoder"):
+            self.affine, self.affine_back = affine(vae), affine(self.decoder)
+
+    def encode(self, images: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n c H W"]:
+        """Posterior means, (x − shift)·scale."""
+        config = self.vae.config
+        if not len(images):
+            height, width = (side // self.factor for side in images.shape[2:])
+            return images.new_zeros(0, config.latent_channels, height, width)
+        clean = self._run(
+            lambda part: self.vae.encode(part.to(self.vae.dtype)).latent_dist.mode(),
+            2 * images - 1,
+            PIXELS // images[0, 0].numel(),
+        )
+        shift, scale = self.affine
+        return (clean - shift) * scale
+
+    def decode(self, clean: Float[Tensor, "n c h w"]) -> Float[Tensor, "n 3 H W"]:
+        """Images, clamped to [0, 1]."""
+        if not len(clean):
+            return clean.new_zeros(0, 3, *(side * self.factor for side in clean.shape[2:]))
+        shift, scale = self.affine_back
+        images = self._run(
+            lambda part: self.decoder.decode(part.to(self.decoder.dtype), return_dict=False)[0],
+            clean / scale + shift,
+            PIXELS // (clean[0, 0].numel() * self.factor**2),
+        )
+        return (images / 2 + 0.5).clamp(0, 1)
+
+    def _run(self, call: Callable[[Tensor], Tensor], rows: Tensor, size: int) -> Tensor:
+        done = torch.cat([call(part).float() for part in rows.split(max(size, 1))])
+        if done.isfinite().all():
+            return done
+        if not rows.isfinite().all():
+            raise UserError(
+                "expected finite numbers, got overflow in what goes into the autoencoder; "
+                "take dtype float32 or bfloat16"
+            )
+        if self.vae.dtype == self.decoder.dtype == torch.float32:
+            raise UserError(
+                "expected finite numbers from the autoencoder, got overflow in float32; "
+                "look whether the checkpoint is whole"
+            )
+        warnings.warn(
+            f"the autoencoder overflowed in {self.vae.dtype} and goes on in float32; "
+            "an autoencoder made for half precision would be faster",
+            PrecisionWarning,
+            stacklevel=4,
+        )
+        for module in (self.vae, self.decoder):
+            module.float()
+        return self._run(call, rows, size)
+
+
+def affine(vae: Any) -> tuple[float | Tensor, float | Tensor]:
+    """Return what to subtract from an autoencoder's latents, and what to multiply them by then.
+
+    A number each; or, by ``latents_mean`` and ``latents_std`` as of SDXL, one a channel.
+
+    Raises:
+        UserError: the config has no such numbers.
+    """
+    config = vae.config
+    shift, scale = config.get("shift_factor") or 0.0, config.scaling_factor
+    mean, std = config.get("latents_mean"), config.get("latents_std")
+    numbers = [1 / scale if scale else math.inf, shift, *(mean or ()), *(1 / s for s in std or ())]
+    if not all(map(math.isfinite, numbers)) or {len(mean or ()), len(std or ())} > {0}:
+        raise UserError(
+            f"expected finite numbers to scale latents by, got scaling_factor {scale}, "
+            f"shift_factor {shift}, latents_mean {mean}, latents_std {std}; download it again"
+        )
+    if mean and std:
+        shift, spread = (
+            torch.tensor(part, device=vae.device)[:, None, None] for part in (mean, std)
+        )
+        scale = scale / spread
+    return shift, scale
+
+
+def load_tiny(source: str | Path | None, local_files_only: bool = False) -> Any:
+    """An ``AutoencoderTiny``, or None for none."""
+    if source is None:
+        return None
+    from diffusers import AutoencoderTiny
+    from huggingface_hub import snapshot_download
+
+    folder = str(source)
+    if not Path(folder).is_dir():
+        with explained(folder):
+            folder = snapshot_download(
+                folder,
+                allow_patterns=["config.json", "*.safetensors", "*.safetensors.index*.json"],
+                local_files_only=local_files_only,
+            )
+    check_indices(Path(folder))
+    with quiet(), damaged(source):
+        tiny = AutoencoderTiny.from_pretrained(folder, use_safetensors=True)
+    return tiny.eval().requires_grad_(False)

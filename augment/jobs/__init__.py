@@ -1,0 +1,1 @@
+"""Jobs: long work in units, done by one process, by ranks, or by a Ray cluster."""

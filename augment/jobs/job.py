@@ -1,0 +1,159 @@
+"""Jobs: long work in units, each finished if and only if its commit record exists.
+
+A unit is a few hundred images: the chunks of a bank that are inverted together, or one shard. It
+is a pure function of the job and its number, so anybody may do it, twice if need be; its files
+appear whole, and last of them a record that says so. What is left to do is what is planned less
+what is committed. So a job may be killed at any moment, moved, and finished by other workers, and
+none of them has to talk to another. An executor says who does the units:
+
+``local``  this process, or its share of them if it is one of several: unit i belongs to rank i mod
+           world, under ``torchrun`` or in a Slurm array (`stripe`)
+``ray``    a pool of Ray actors (`augment.jobs.ray`)
+
+To add one: a function (job, units) → the units as they are finished, and an entry in `EXECUTORS`.
+"""
+
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+from tqdm import tqdm
+
+from augment.core.errors import UserError, lookup
+from augment.core.files import locked
+from augment.jobs.ray import ray_pool
+
+
+@runtime_checkable
+class Job(Protocol):
+    """Work in units. It has to be picklable, for it may be sent to other machines.
+
+    Attributes:
+        path: the folder that everything is written to; all workers must see it.
+        title: of the progress bar.
+    """
+
+    path: Path
+    title: str
+
+    def plan(self) -> Sequence[int]:
+        """Write down what is to be done, unless it is; gives the images of each unit, in order."""
+        ...
+
+    def committed(self, unit: int) -> int:
+        """The bytes of a unit's files, its record among them; 0 if it is not finished."""
+        ...
+
+    def start(self) -> Callable[[int], None]:
+        """Load what the work needs; gives the function that does a unit and commits it."""
+        ...
+
+    def finish(self) -> None:
+        """Called when all units are committed; to do it twice, or at once, must do no harm."""
+        ...
+
+
+Executor = Callable[[Job, Sequence[int]], Iterator[int]]
+
+
+def local(job: Job, units: Sequence[int]) -> Iterator[int]:
+    """Do the units in this process, one after the other."""
+    work = job.start()
+    for unit in units:
+        work(unit)
+        yield unit
+
+
+EXECUTORS: dict[str, Executor] = {"local": local, "ray": ray_pool}
+"""Executors by name."""
+
+
+def stripe() -> tuple[int, int]:
+    """(rank, world) of this process: of ``torchrun``, of a Slurm array, or (0, 1).
+
+    Raises:
+        UserError: the environment names a rank that is none.
+    """
+    env, slurm = os.environ, "SLURM_ARRAY_TASK_"
+    try:
+        if "WORLD_SIZE" in env:
+            rank, world = int(env["RANK"]), int(env["WORLD_SIZE"])
+        elif slurm + "COUNT" in env:
+            first, step = int(env.get(slurm + "MIN", 0)), int(env.get(slurm + "STEP", 1))
+            rank, world = (int(env[slurm + "ID"]) - first) // step, int(env[slurm + "COUNT"])
+        else:
+            return 0, 1
+        if not 0 <= rank < world:
+            raise ValueError(f"rank {rank} of {world}")
+    except (KeyError, ValueError, ZeroDivisionError) as error:
+        raise UserError(
+            "expected RANK and WORLD_SIZE of torchrun, or SLURM_ARRAY_TASK_ID and _COUNT, got "
+            f"{error} in the environment; set both or none"
+        ) from None
+    return rank, world
+
+
+def run(job: Job, executor: str = "local", ranks: tuple[int, int] = (0, 1)) -> bool:
+    """Do what is left of a job.
+
+    Args:
+        job: the work.
+        executor: a key of `EXECUTORS`.
+        ranks: (rank, world) of this process; it does the units whose number is rank modulo world.
+
+    Returns:
+        Whether all units, those of other ranks too, are committed now.
+
+    Raises:
+        UserError: another run is at work in the job's folder, or a unit cannot be done.
+    """
+    execute, (rank, world) = lookup(EXECUTORS, executor, "executor"), ranks
+    with locked(job.path, shared=world > 1) as lock:
+        sizes = job.plan()
+        lock.sweep()
+        mine = range(rank, len(sizes), world)
+        todo = [unit for unit in mine if not job.committed(unit)]
+        total, left = (sum(sizes[unit] for unit in units) for units in (mine, todo))
+        title = job.title if world == 1 else f"{job.title}, rank {rank} of {world}"
+        if todo:
+            with tqdm(total=total, initial=total - left, desc=title, unit="image", delay=2) as bar:
+                for unit in execute(job, todo):
+                    bar.update(sizes[unit])
+        seen = mine if not todo else range(0)  # a moment ago, all of them
+        complete = all(job.committed(unit) for unit in range(len(sizes)) if unit not in seen)
+        if complete:
+            job.finish()
+    if complete:
+        with suppress(UserError), locked(job.path) as lock:  # unless others are still at work
+            lock.sweep()
+    return complete
+
+
+def estimate(job: Job) -> str:
+    """Do the first unit that is left, keep it, and tell what the others will take.
+
+    Raises:
+        UserError: as `run`.
+    """
+    with locked(job.path):
+        sizes = job.plan()
+        todo = [unit for unit in range(len(sizes)) if not job.committed(unit)]
+        left = sum(sizes[unit] for unit in todo)
+        told = f"{len(sizes)} units, {sum(sizes)} images; {len(todo)} units, {left} images to do"
+        if not todo:
+            return told
+        began = time.perf_counter()
+        work = job.start()
+        loaded = time.perf_counter()
+        work(todo[0])
+        seconds, size = time.perf_counter() - loaded, job.committed(todo[0])
+        done = sizes[todo[0]]
+        share = (left - done) / done
+        return (
+            f"{told}\nunit {todo[0]} is made and kept: {done} images in {seconds:.1f} s (and "
+            f"{loaded - began:.1f} s to load), {size:,} bytes\nthe other {left - done} images will "
+            f"take {share * seconds:,.0f} s on one such worker, and {share * size:,.0f} bytes"
+        )

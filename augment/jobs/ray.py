@@ -1,0 +1,166 @@
+"""The units of a job on a Ray cluster: a pool of actors, any of which may die at any time.
+
+Ray starts processes on the machines and tells of their deaths; who does which unit is decided
+here, in the driver, and what is done is known by the commit records alone. An actor loads the job
+once and is given one unit at a time; a unit whose actor, worker or node died goes to another one.
+
+All nodes need the same environment, with this package and the job's class installed, and a file
+system in common that holds the job's folder under the same path. Ray's memory of a job is the
+driver's: if that is killed its actors die, and the same command begins where it stopped.
+"""
+
+import os
+import socket
+import textwrap
+import warnings
+from collections import Counter, deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from augment.core.errors import AugmentWarning, UserError
+
+DEATHS = 3
+"""A unit that this many actors died of is not tried again."""
+
+LOOK = 5.0
+"""Seconds after which the driver looks for new nodes, if no unit was finished before."""
+
+
+class Worker:
+    """A process of the pool, with a GPU or a CPU of its own."""
+
+    def __init__(self, folder: str, threads: int | None) -> None:
+        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+            os.environ.pop(name, None)  # the driver's; who reads them would wait for its peers
+        with suppress(OSError):
+            os.chdir(folder)  # paths may be relative to the driver's, where that exists
+        if threads:
+            torch.set_num_threads(threads)
+
+    def start(self, job: Any) -> None:
+        """Load what the job needs."""
+        if not job.path.is_dir():
+            raise UserError(
+                f"expected {job.path} on every node, got none on {socket.gethostname()}; choose a "
+                "folder of a file system that all nodes share, and give its absolute path"
+            )
+        self.work = job.start()
+
+    def do(self, unit: int) -> None:
+        """Do a unit and commit it."""
+        self.work(unit)
+
+
+@contextmanager
+def connected() -> Iterator[Any]:
+    """Ray with a cluster: the caller's, the one at ``RAY_ADDRESS``, or a new one of this machine.
+
+    Raises:
+        UserError: Ray is not installed, or no cluster answers.
+    """
+    try:
+        import ray
+    except ImportError:
+        raise UserError(
+            "expected the package ray for the executor ray, got none; "
+            "run pip install 'latent-augment[ray]'"
+        ) from None
+    ours = not ray.is_initialized()
+    if ours:
+        address = os.environ.get("RAY_ADDRESS") or "local"
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
+        try:
+            ray.init(address=address, include_dashboard=False, **quiet)
+        except ConnectionError as error:
+            raise UserError(
+                f"expected a Ray cluster at {address}, got {error}; start it with ray start, or "
+                "unset RAY_ADDRESS to use this machine alone"
+            ) from None
+    try:
+        yield ray
+    finally:
+        if ours:
+            ray.shutdown()
+
+
+def death_of(call: Any) -> Exception | None:
+    """What a worker died of that was at a finished call, or None; raises what its code raised."""
+    import ray
+    from ray.exceptions import RayError, RayTaskError
+
+    try:
+        ray.get(call)
+    except RayTaskError as error:
+        raise error.cause from error
+    except RayError as error:
+        return error
+    return None
+
+
+def mourn(death: Exception, unit: int | None, times: int, limit: int) -> None:
+    """Tell of a worker's death; give up at the last that is bearable."""
+    task = "loading the job" if unit is None else f"unit {unit}"
+    cause = textwrap.shorten(str(death).strip().rpartition("\n")[2], 160)
+    if times >= limit:
+        raise UserError(
+            f"expected {task} to be done by a worker, got {times} dead in turn: {cause}; see Ray's "
+            "logs, and run the same command again: nothing that was finished is lost"
+        ) from death
+    warnings.warn(
+        AugmentWarning(f"a worker died at {task}, another takes over: {cause}"), stacklevel=3
+    )
+
+
+def ray_pool(job: Any, units: Sequence[int]) -> Iterator[int]:
+    """Do the units on a pool of Ray actors; an executor of `augment.jobs.job`.
+
+    There is an actor for each GPU of the cluster, or for each CPU if it has no GPU when the job
+    begins, and more as nodes join; while there is none it waits. Actors print to Ray's logs.
+
+    Args:
+        job: an `augment.jobs.job.Job`.
+        units: what to do, in this order.
+
+    Raises:
+        UserError: Ray is missing, a unit cannot be done, or workers die again and again.
+        Exception: whatever a unit raised, as it is.
+    """
+    with connected() as ray:
+        kind = "GPU" if ray.cluster_resources().get("GPU", 0) >= 1 else "CPU"
+        need = {"num_gpus": 1, "num_cpus": 0} if kind == "GPU" else {"num_cpus": 1}
+        hire = ray.remote(max_restarts=0, max_task_retries=0, **need)(Worker).remote
+        shared, left, deaths = ray.put(job), deque(units), Counter[int | None]()
+        # the call that each worker is at, with its unit, or None while it loads the job: one that
+        # waits for a node which is gone keeps no unit from being done
+        busy: dict[Any, tuple[Any, int | None]] = {}
+        try:
+            while (doing := sum(unit is not None for _, unit in busy.values())) or left:
+                size = max(1, int(ray.cluster_resources().get(kind, 0)))
+                for _ in range(min(size, doing + len(left)) - len(busy)):
+                    worker = hire(str(Path.cwd()), 1 if kind == "CPU" else None)
+                    busy[worker.start.remote(shared)] = worker, None
+                for call in ray.wait(list(busy), timeout=LOOK)[0]:
+                    worker, unit = busy[call]
+                    death = death_of(call)
+                    del busy[call]
+                    if death or not left:
+                        ray.kill(worker)
+                    else:
+                        task = left.popleft()
+                        busy[worker.do.remote(task)] = worker, task
+                    if death and (unit is None or not job.committed(unit)):
+                        deaths[unit] += 1
+                        mourn(death, unit, deaths[unit], DEATHS * (size if unit is None else 1))
+                        left.extend([] if unit is None else [unit])
+                    elif unit is None:
+                        deaths[unit] = 0
+                    else:
+                        yield unit
+        finally:
+            for worker, _ in busy.values():
+                ray.kill(worker)

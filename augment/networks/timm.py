@@ -1,0 +1,274 @@
+"""Networks of timm, by name."""
+
+import errno
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from jaxtyping import Float
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from augment.core.errors import UserError
+from augment.diffusion.checkpoints.hub import brief, explained
+from augment.networks.frozen import in_batches, normalise
+
+TRAINED = "training.episodes.features"
+"""The module that opens whole checkpoints of our classifier; by name, for it lies layers above."""
+
+
+SOURCED = ("hf-hub:", "hf_hub:", "local-dir:")
+"""Prefixes of timm's names of models that its own list lacks: a repository, a folder."""
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What a file of weights holds.
+
+    Args:
+        state: the network's state dict.
+        mean_std: (2, channels), mean and deviation of the pixels; None if the file does not say.
+        settings: hyperparameters of a `training.models.classifier.Classifier`; empty for other
+            files.
+        own: whether a `training.models.classifier.Classifier` wrote them.
+        record: all that the file holds.
+    """
+
+    state: dict[str, Tensor]
+    mean_std: Tensor | None
+    settings: dict[str, Any]
+    own: bool
+    record: dict[str, Any]
+
+    def pixels(self, network: nn.Module, channels: int) -> Float[Tensor, "2 c"]:
+        """Return mean and deviation of the pixels that these weights are for.
+
+        Args:
+            network: what they are of; timm's configuration of it holds for weights of others.
+            channels: of the images.
+        """
+        if self.mean_std is not None:
+            return self.mean_std
+        plain = self.own and not self.settings.get("pretrained")  # of an older version
+        return mean_std(None if plain else network, channels)
+
+
+def read_weights(path: str, device: Any = "cpu") -> Weights:
+    """Read a state dict: a ``.safetensors`` file, a file of torch, a checkpoint of our classifier.
+
+    Args:
+        path: the file; nothing is unpickled but tensors and plain values.
+        device: where tensors go.
+
+    Raises:
+        UserError: the file cannot be read, or holds no state dict.
+    """
+    try:
+        if not Path(path).is_file():  # a pipe would never end
+            raise FileNotFoundError(errno.ENOENT, "no such file")
+        if path.endswith(".safetensors"):
+            record: Any = load_file(Path(path))
+        else:
+            record = torch.load(Path(path), map_location=device, weights_only=True)
+        settings = dict(record.get("hyper_parameters", {}))
+        state = next((record[k] for k in ("state_dict", "model") if k in record), record)
+        state = {k.removeprefix("module."): v for k, v in state.items()}
+        if not state or not all(isinstance(value, Tensor) for value in state.values()):
+            raise ValueError("no state dict")
+    except Exception as error:  # of any type: unpicklers stumble over hostile bytes
+        told = getattr(error, "strerror", None) or type(error).__name__
+        raise UserError(
+            "expected weights as a checkpoint of latent-augment train, a state dict or a "
+            f".safetensors file, got {path} ({told}); save a state dict of tensors alone"
+        ) from None
+    prefix = "network."
+    inner = {key[len(prefix) :]: state[key] for key in state if key.startswith(prefix)}
+    rows = state.get("mean_std") if inner else None
+    return Weights(inner or state, rows, settings, bool(inner), record)
+
+
+def mean_std(network: nn.Module | None, channels: int) -> Float[Tensor, "2 c"]:
+    """Return the mean and deviation of the pixels that a network of timm was trained with.
+
+    Args:
+        network: the network; None or one without a configuration gives 0.5 and 0.25.
+        channels: of the images; where the weights were trained with others, as `normalise` has it,
+            the mean over those.
+    """
+    known = getattr(network, "pretrained_cfg", {})
+    rows = torch.tensor([known.get("mean", (0.5,)), known.get("std", (0.25,))])
+    return rows if rows.shape[1] == channels else rows.mean(1, keepdim=True).repeat(1, channels)
+
+
+def timm_network(
+    name: str, weights: str, classes: int, device: torch.device
+) -> Callable[[Float[Tensor, "n c h w"]], Float[Tensor, "n d"]]:
+    """Load a network of timm as a function of images in [0, 1]: logits, or features without a head.
+
+    Images are brought to the size, mean and standard deviation of timm's configuration of the
+    network. Weights that `training.models.classifier.Classifier` wrote bring their own mean and
+    deviation; a whole checkpoint of it (``.ckpt``) brings channels and resolution too, and may be
+    of any network. A bare state dict of it, whose names begin with ``network.``, leaves the images'
+    size alone, and has mean 0.5 and deviation 0.25 if it has no ``mean_std``.
+
+    Args:
+        name: such as ``resnet50``, ``convnext_tiny.fb_in1k``, ``hf-hub:USER/MODEL`` or
+            ``local-dir:FOLDER``; empty is that of a checkpoint.
+        weights: a ``.safetensors`` file, a state dict or a checkpoint; empty takes timm's.
+        classes: how many logits; 0 leaves out the head.
+        device: where it runs.
+
+    Raises:
+        UserError: timm is missing or does not know the name, or the weights are missing, of
+            another network or of another number of classes.
+    """
+    given = read_weights(weights) if weights else Weights({}, None, {}, False, {})
+    if given.settings:
+        trained: Any = import_module(TRAINED)
+        return trained.frozen_classifier(name, weights, classes, device)
+    if not name:
+        raise UserError(f"expected the name of a network for {weights or 'timm'}, got none")
+    timm = find_timm(name)
+    from timm.data import resolve_model_data_config  # type: ignore[attr-defined]
+
+    with torch.random.fork_rng(devices=[]):  # timm draws first weights from the global generator
+        network = build(timm, name, classes, weights, given.state)
+    network.eval().requires_grad_(False).to(device)
+    config, known = resolve_model_data_config(network), network.pretrained_cfg
+    channels = channels_of(cast("dict[str, Any]", known), given.state)
+    size = None if given.own else config["input_size"][1:]
+    mean, std = given.pixels(network, channels).tolist()
+
+    def run(images: Tensor) -> Tensor:
+        inputs = normalise(images.to(device), channels, size, mean, std, config["interpolation"])
+        return network(inputs).flatten(1)
+
+    return lambda images: in_batches(run, images)
+
+
+def network_of(name: str | None, weights: str, usual: str) -> str:
+    """Return the name of a network: as given, or empty for a checkpoint, which knows, or the usual.
+
+    >>> network_of(None, "run/last.ckpt", "resnet50"), network_of(None, "", "resnet50")
+    ('', 'resnet50')
+    """
+    return ("" if weights.endswith(".ckpt") else usual) if name is None else name
+
+
+def find_timm(name: str, known: str = "a network of timm") -> Any:
+    """Import timm, if it has a network of this name.
+
+    Args:
+        name: of the network.
+        known: what may be named, for the error.
+
+    Raises:
+        UserError: timm is missing, or does not know the name.
+    """
+    try:
+        import timm
+    except ModuleNotFoundError:
+        raise UserError(
+            f"expected timm for the network {name!r}, got none; pip install 'latent-augment[train]'"
+        ) from None
+    if not name.startswith(SOURCED) and not timm.is_model(name):
+        raise UserError(f"expected {known}, got {name!r}; see timm.list_models()")
+    return timm
+
+
+def recipe(name: str) -> tuple[str, dict[str, Any], dict[str, Any]]:
+    """Return what builds a network of timm: architecture, options, and timm's configuration.
+
+    Args:
+        name: of the network; a repository or a folder is asked for what it holds.
+
+    Raises:
+        OSError, RuntimeError: there is none, or it cannot be had.
+    """
+    from timm.models import _hub, get_pretrained_cfg
+
+    if not name.startswith(SOURCED):
+        config = get_pretrained_cfg(name)
+        return name, {}, config.to_dict() if config else {}
+    source, _, place = name.partition(":")
+    local = source == "local-dir"
+    load = _hub.load_model_config_from_path if local else _hub.load_model_config_from_hf
+    config, architecture, options = load(place)
+    mine = ("num_classes", "in_chans")  # of what it was trained for
+    return architecture, {k: v for k, v in options.items() if k not in mine}, config
+
+
+def check_classes(found: int, classes: int, source: str) -> None:
+    """Refuse a network for other classes than the bank's."""
+    if found != classes:
+        raise UserError(
+            f"expected a network for the bank's {classes} classes, got {source} for {found}; give "
+            "weights that were trained on them, or take the filter prototype, which needs none"
+        )
+
+
+def other_classes(known: Sequence[str] | None, found: Sequence[str] | None) -> str:
+    """Say how classes differ from those that are known; empty if they do not, or if either is None.
+
+    >>> other_classes(["ant", "bee"], ["bee", "cow"]), other_classes(["a", "b"], ["b", "a"])
+    ('cow new, ant missing', 'another order, b, a')
+    """
+    if known is None or found is None or list(known) == list(found):
+        return ""
+    parts = (
+        (word, [name for name in some if name not in set(others)])
+        for word, some, others in (("new", found, known), ("missing", known, found))
+    )
+    told = [f"{', '.join(some[:5])}{' …' * (len(some) > 5)} {word}" for word, some in parts if some]
+    return ", ".join(told) or f"another order, {', '.join(list(found)[:5])}"
+
+
+def check_names(known: Sequence[str] | None, found: Sequence[str] | None, source: str) -> None:
+    """Refuse images of other classes than weights were trained for.
+
+    Raises:
+        UserError: a class is new, missing or in another place.
+    """
+    problem = other_classes(known, found)
+    if problem:
+        raise UserError(
+            f"expected the {len(known or ())} classes of {source} in their order, got {problem}; "
+            "give images of these classes, in folders of these names, or train anew elsewhere"
+        )
+
+
+def channels_of(config: dict[str, Any], state: dict[str, Tensor]) -> int:
+    """Return the channels that weights are for; 3 if their first layer does not tell."""
+    first = state.get(f"{config.get('first_conv')}.weight")
+    return 3 if first is None else first.shape[1]
+
+
+def build(timm: Any, name: str, classes: int, path: str, state: dict[str, Tensor]) -> nn.Module:
+    """Build a network with its weights: those of a file, or timm's."""
+    source = name if name.startswith(SOURCED) else f"timm/{name}"
+    with explained(source):
+        _, _, config = recipe(name)
+    named = config.get("classifier") or ()
+    heads = (named,) if isinstance(named, str) else named
+    if classes:
+        rows = [len(state[key]) for key in (f"{head}.weight" for head in heads) if key in state]
+        found = rows[0] if rows else 0 if path else config["num_classes"]
+        check_classes(found, classes, path or name)
+    else:
+        state = {k: v for k, v in state.items() if not k.startswith(tuple(f"{h}." for h in heads))}
+    try:
+        if not path:
+            with explained(source):
+                return timm.create_model(name, pretrained=True, num_classes=classes)
+        channels = channels_of(config, state)
+        network = timm.create_model(name, num_classes=classes, in_chans=channels)
+        network.load_state_dict(state)
+    except RuntimeError as error:
+        raise UserError(
+            f"expected weights of {name}, got {path or 'none of timm'}: {brief(error)}; give those "
+            "of this network, or name theirs"
+        ) from None
+    return network

@@ -1,0 +1,255 @@
+"""The planner: draws the plan of every synthetic image from a seed.
+
+``Planner(...)(epoch, index)`` is a pure function of its arguments.
+"""
+
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+import torch
+from jaxtyping import Float, Real
+from torch import Tensor
+
+from augment.core.errors import AugmentWarning, UserError, first_few, lookup
+from augment.core.rng import rng
+from augment.plan.plan import Plan
+from augment.plan.weights import concentrations, dirichlet, expected_count
+
+Images = Mapping[str, tuple[str, ...]]
+"""The image ids of each class, in label order; of a bank they are unpacked when asked for."""
+
+
+CACHED = 2**17
+"""Numbers that a CPU holds in its caches."""
+
+
+def budget(
+    real: np.ndarray,
+    most: int,
+    fill_to: int | None = None,
+    per_real: float | None = None,
+    tail_only: int | None = None,
+) -> np.ndarray:
+    """How many synthetic images each class gets.
+
+    >>> budget(np.array([9, 2]), 100, fill_to=5), budget(np.array([9, 2]), 100, tail_only=5)
+    (array([0, 3]), array([  0, 100]))
+
+    Args:
+        real: the number of real images of each class.
+        most: so many, or instead:
+        fill_to: as many as bring a class to so many;
+        per_real: so many for every real one.
+        tail_only: none for classes with so many real images or more.
+    """
+    counts = np.full(len(real), most)
+    if fill_to is not None:
+        counts = np.maximum(fill_to - real, 0)
+    if per_real is not None:
+        counts = np.floor(per_real * real + 1e-9).astype(np.int64)
+    return counts if tail_only is None else np.where(real < tail_only, counts, 0)
+
+
+def round_robin(per_class: int | dict[str, int], classes: Sequence[str]) -> list[int]:
+    """The label of each image of an epoch: class after class, round after round.
+
+    Args:
+        per_class: images of every class, or of each, which are left out once they are enough; a
+            class that is not named has none.
+        classes: their names, in label order.
+
+    Raises:
+        UserError: a number is negative, all are zero, or a class is not there.
+
+    >>> round_robin({"bee": 3, "ant": 1}, ["ant", "bee"])
+    [0, 1, 1, 1]
+    """
+    given = dict.fromkeys(classes, per_class) if isinstance(per_class, int) else per_class
+    known = dict.fromkeys(classes)
+    for name in given:
+        lookup(known, name, "class")
+    counts = np.array([given.get(name, 0) for name in classes], dtype=np.int64)
+    if not len(counts) or counts.min() < 0 or not counts.any():
+        raise UserError(f"expected at least 1 image a class, or of some, got {per_class}")
+    labels = np.repeat(np.arange(len(counts)), counts)
+    rounds = np.arange(len(labels)) - np.repeat(np.cumsum(counts) - counts, counts)
+    order = labels[np.argsort(rounds, kind="stable")]
+    return np.arange(len(counts)).astype(object)[order].tolist()  # one integer object a class
+
+
+@dataclass(frozen=True)
+class Planner:
+    """Throws the dice of every synthetic image.
+
+    Neighbouring indices belong to different classes (index modulo the number of classes), so any
+    run of indices is a balanced batch.
+
+    Members are drawn anew each time, and a class that has fewer images than are asked for gives all
+    it has (the tail of a long-tailed set). With ``features`` they are neighbours: a randomly drawn
+    anchor first, then the images nearest to it by Euclidean distance, ties by their order.
+
+    Args:
+        images: the image ids of each class, in label order.
+        seed: the run's seed.
+        alpha: concentration of the Dirichlet weights, see `augment.plan.weights.dirichlet`; one
+            number, or one for each member in their order (the first the anchor's, with
+            ``features``).
+        members: how many images of a class a centroid mixes; None is all.
+        noise: share of fresh noise, in [0, 1).
+        classes: how many classes a centroid mixes: the home class, whose members come first, and
+            others drawn at random, each with ``members`` images.
+        features: (n, f) of each class, a row an image in the order of ``images``.
+
+    Raises:
+        UserError: a parameter is out of its range; of several alphas, a class would give more or
+            fewer members; or the features do not fit the images.
+    """
+
+    images: Images
+    seed: int = 0
+    alpha: float | Sequence[float] = 1.0
+    members: int | None = None
+    noise: float = 0.0
+    classes: int = 1
+    features: dict[str, Tensor] | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.noise < 1:
+            raise UserError(f"expected noise in [0, 1), got {self.noise}; 0 is none")
+        if self.members is not None and self.members < 1:
+            raise UserError(f"expected members ≥ 1, got {self.members}; leave it out to mix all")
+        if not 0 <= self.seed < 2**63:
+            raise UserError(f"expected a seed ≥ 0, got {self.seed}; the largest is 2^63 - 1")
+        if not 1 <= self.classes <= max(len(self.images), 1):
+            raise UserError(
+                f"expected classes from 1 to the {len(self.images)} there are, got {self.classes}"
+            )
+        self._check_alpha()
+        if self.features is not None:
+            self._check_features(self.features)
+
+    def _check_alpha(self) -> None:
+        """One number in its range, or as many as there are members, whatever classes are mixed."""
+        if not isinstance(self.alpha, Sequence):
+            concentrations(self.alpha, 1)
+            return
+        concentrations(self.alpha, max(len(self.alpha), 1))
+        for name, ids in self.images.items():
+            mixed = self.classes * min(self.members or len(ids), len(ids))
+            if mixed != len(self.alpha):
+                raise UserError(
+                    f"expected one alpha for each member mixed, {mixed} with class {name!r}, got "
+                    f"{len(self.alpha)}; use one number for all, or members that every class has"
+                )
+
+    def _check_features(self, features: dict[str, Tensor]) -> None:
+        """A finite row for every image, and all of one length."""
+        if self.members is None:
+            raise UserError(
+                "expected a number of members beside features (nearest), got none; say how many "
+                "neighbours to mix"
+            )
+        width = next(iter(features.values()), torch.empty(0)).shape[-1:]
+        for name, ids in self.images.items():
+            rows = features.get(name)
+            if rows is None:
+                found = "none"
+            elif rows.ndim != 2 or rows.shape != (len(ids), *width):
+                found = f"shape {tuple(rows.shape)}"
+            elif not rows.isfinite().all():
+                found = "NaN or infinity"
+            else:
+                continue
+            raise UserError(
+                f"expected the features of class {name!r} as {len(ids)} finite rows, as long as "
+                f"those of any class, got {found}; give every image a row"
+            )
+
+    def __call__(self, epoch: int, index: int, label: int | None = None) -> Plan:
+        """The plan of a sample of an epoch: of class ``index`` modulo their number, or another."""
+        dice = rng(self.seed, "plan", epoch, index)
+        names = self._names
+        label = index % len(names) if label is None else label
+        home = names[label]
+        mixed = [home]
+        if self.classes > 1:  # else nothing is thrown, and the plans of one class stay as they were
+            others = dice.permutation(len(names) - 1)[: self.classes - 1].tolist()
+            mixed += [names[other + (other >= label % len(names))] for other in others]
+        images = {name: self.images[name] for name in mixed}
+        chosen = self._nearest(dice, images) if self.features else self._drawn(dice, images)
+        members = tuple(images[name][row] for name, row in chosen)
+        weights = tuple(dirichlet(dice, self.alpha, len(members)).tolist())
+        classes = tuple(name for name, _ in chosen) if self.classes > 1 else ()
+        return Plan(label, home, members, weights, self.noise, self.seed, epoch, index, classes)
+
+    @cached_property
+    def _names(self) -> tuple[str, ...]:
+        """The classes, in label order."""
+        return tuple(self.images)
+
+    def _drawn(self, dice: np.random.Generator, images: Images) -> list[tuple[str, int]]:
+        """(class, row) of the members drawn from each class, in the class's order."""
+        chosen = []
+        for name, ids in images.items():
+            rows = range(len(ids))
+            if self.members is not None and self.members < len(ids):
+                rows = sorted(dice.permutation(len(ids))[: self.members].tolist())
+            chosen += [(name, row) for row in rows]
+        return chosen
+
+    def _nearest(self, dice: np.random.Generator, images: Images) -> list[tuple[str, int]]:
+        """(class, row) of the images of each class nearest to an anchor in the first."""
+        assert self.features is not None
+        home = next(iter(images))
+        anchor = dice.integers(len(images[home]))
+        point, chosen = self.features[home][anchor], []
+        for name in images:
+            away = distances(self.features[name], point)
+            if name == home:
+                away[anchor] = -1  # before its duplicates
+            rows = away.argsort(stable=True)[: self.members].tolist()
+            chosen += [(name, row) for row in rows]
+        return chosen
+
+
+COPY_THRESHOLD = 1.1
+"""Effective count of points below which a mixture is nearly a copy of one of them."""
+
+
+def warn_of_copies(planner: Planner, labels: Iterable[int]) -> None:
+    """Warn of classes whose synthetic images will nearly be copies of single real ones.
+
+    That is so for a class of one image, and for all classes if alpha is tiny.
+
+    Args:
+        planner: makes the plans.
+        labels: of the images that are asked for.
+    """
+    names, copies = list(planner.images), []
+    for label in sorted(set(labels)):
+        ids = planner.images[names[label]]
+        count = min(planner.members or len(ids), len(ids)) * planner.classes
+        share = (1 - planner.noise) ** 2 / expected_count(planner.alpha, count)
+        if 1 / (share + planner.noise**2) < COPY_THRESHOLD:
+            copies.append(f"{names[label]!r} ({len(ids)} real)")
+    if copies:
+        warnings.warn(
+            f"expected to mix several images, got classes whose synthetic images will be nearly "
+            f"copies of single real ones: {first_few(copies)}; add real images, noise or a "
+            "larger alpha",
+            AugmentWarning,
+            stacklevel=3,
+        )
+
+
+def distances(rows: Real[Tensor, "n f"], point: Real[Tensor, " f"]) -> Float[Tensor, " n"]:
+    """Euclidean distances of rows to a point, float64; of a few rows at a time, which stay near.
+
+    >>> distances(torch.eye(2), torch.zeros(2))
+    tensor([1., 1.], dtype=torch.float64)
+    """
+    parts = rows.split(max(CACHED // max(rows.shape[1], 1), 1))
+    return torch.cat([(part - point).double().norm(dim=1) for part in parts])

@@ -1,0 +1,1 @@
+"""A pool of synthetic images that a process keeps refilling."""

@@ -1,0 +1,343 @@
+"""A replay pool: training draws from images at hand, which a process of its own keeps replacing.
+
+A trainer eats thousands of images a second where a diffusion model makes ten. So each image has
+to be drawn many times; how many, on average, is the *reuse*, which the pool counts.
+
+The pool is one file that every process maps (`augment.replay.store`). The generator, its only
+writer, goes round the slots.
+"""
+
+import atexit
+import copy
+import fcntl
+import os
+import pickle
+import signal
+import sys
+import threading
+import time
+import warnings
+import weakref
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import partialmethod
+from multiprocessing import get_context
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from augment.core.errors import AugmentWarning, UserError
+from augment.plan.plan import Plan
+from augment.replay.store import CONTROL, Record, Store, layout_of, named, nameless
+from augment.synthesis.dataset import Sample, fetch
+
+USER_ERROR = 2  # the generator's exit code, as the command line's
+
+
+class ReplayPool(Dataset[Sample]):
+    """The latest ``capacity`` images of a dataset that a generator process walks through.
+
+    Item i is the image in slot i, modulo the number filled, at the time; no draw ever waits for the
+    generator. It goes through the dataset in order, epoch after epoch, and replaces the oldest
+    image first. If it dies, or makes no image for ``stall_s``, an `AugmentWarning` says so, once,
+    and draws go on with the images there are. It ends with `close`, with a ``with`` block, with the
+    pool, or with the process, killed or not. Workers of a DataLoader, forked or spawned, draw from
+    the same pool.
+
+    What is drawn depends on how fast the generator is, so a run cannot be repeated image by image.
+    Each image can: `record` says what it was made for, `plan` how. Where runs have to be the same,
+    write the images first.
+
+    The generator is spawned: a script needs ``if __name__ == "__main__":``. Where cores are few, it
+    gives way. On a GPU it has a CUDA context and a backbone of its own, in the same memory, and the
+    two processes take turns; on a second GPU they do not. Under DDP every rank has a pool; give
+    each its own seed, and path.
+
+    Args:
+        dataset: a `SyntheticDataset`, or any map-style dataset of float images (C, H, W) in [0, 1]
+            and numbers or tensors as labels; it is pickled, backbone and all. Or a picklable
+            function that makes one, for what is large or cannot be pickled.
+        capacity: slots, at least 2.
+        path: a file to keep the pool in, which the next run goes on with; one run at a time. By
+            default it has no name and is gone with the processes, in memory or, where /dev/shm has
+            not twice the room, in the folder for temporary files.
+        warm_up: images to wait for; by default one of each class, at most ``capacity``.
+        batch_size: images to make at once; by default what the dataset's synthesizer takes, or 1.
+        stall_s: how long no new image may come; during the warm-up it is an error then.
+        threads: of torch in the generator.
+        transform, target_transform: applied to image and label at every draw.
+
+    Raises:
+        UserError: a parameter is out of its range, the dataset cannot be pickled or makes no
+            images, there is no room, or the file is another pool's or in use.
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        capacity: int,
+        path: str | Path | None = None,
+        warm_up: int | None = None,
+        batch_size: int | None = None,
+        stall_s: float = 300.0,
+        threads: int = 1,
+        transform: Callable[[Tensor], Any] | None = None,
+        target_transform: Callable[[Any], Any] | None = None,
+    ) -> None:
+        asked = [1 if n is None else n for n in (warm_up, batch_size, stall_s, threads)]
+        if not all(number > 0 for number in asked) or capacity < max(2, asked[0]):
+            raise UserError(
+                "expected warm_up, batch_size, stall_s and threads above 0, and a capacity of at "
+                f"least 2 and of warm_up, got {asked} and {capacity}"
+            )
+        try:
+            content = pickle.dumps(dataset)  # by value; torch's processes would share each tensor
+        except Exception as error:
+            raise UserError(
+                f"expected a dataset that can be pickled for the generator, got {error}; give a "
+                "function of a module that makes the dataset instead"
+            ) from None
+        self.dataset, self.stall_s = dataset, stall_s
+        self.transform, self.target_transform = transform, target_transform
+        self.store = store = Store(*(named(Path(path)) if path else nameless()))
+        store.control["ready"], store.control["ended"], store.control["error"] = 0, 0, b""
+        store.control["before"] = store.control["made"]
+        store.control["started"] = store.control["beat"] = time.monotonic()
+        process = get_context("spawn").Process(
+            target=generate,
+            args=(store, [content], capacity, batch_size, threads, os.getpid()),
+            daemon=True,
+            name="replay pool",
+        )
+        halt = threading.Event()
+        self._stop = weakref.finalize(self, stop, store, process, halt, os.getpid())
+        try:
+            process.start()
+            atexit.register(self._stop)  # and so before multiprocessing waits for its children
+            self._wait(process, warm_up)
+        except BaseException:
+            self.close()
+            if path and not store.control["layout"].item():
+                Path(path).unlink()
+            raise
+        self.classes: list[str] = store.layout["classes"]
+        self.class_to_idx = {name: label for label, name in enumerate(self.classes)}
+        watcher = store, process, halt, stall_s
+        threading.Thread(target=watch, args=watcher, daemon=True).start()
+
+    def _wait(self, process: BaseProcess, warm_up: int | None) -> None:
+        """Wait for the first images, or for what keeps them from coming."""
+        store = self.store
+        with tqdm(total=warm_up, desc="replay pool", unit="image", delay=2) as bar:
+            while True:
+                alive = process.is_alive()
+                if store.open():
+                    bar.total = warm_up or max(1, min(len(self), len(store.layout["classes"])))
+                    bar.update(min(self.made, bar.total) - bar.n)
+                    if self.made >= bar.total:
+                        return
+                if process.exitcode == USER_ERROR:
+                    raise UserError(store.error)
+                if not alive or store.silence > self.stall_s:
+                    found = f"none for {self.stall_s:g} s" if alive else reason(store, process)
+                    raise UserError(
+                        f"expected the replay pool's generator to make its first images, got "
+                        f"{found}; see whether dataset[0] gives one here"
+                    )
+                time.sleep(0.02)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: self.__dict__[key] for key in self.__dict__ if key not in ("dataset", "_stop")}
+
+    def __len__(self) -> int:
+        return self.store.layout["capacity"]
+
+    @property
+    def made(self) -> int:
+        """Images made since there is the pool, by earlier runs on its file too."""
+        return int(self.store.control["made"])
+
+    @property
+    def filled(self) -> int:
+        """Slots that have had an image."""
+        return min(self.made, len(self))
+
+    @property
+    def draws(self) -> int:
+        """Images drawn since there is the pool, by all processes."""
+        return int(self.store.control["draws"].sum())
+
+    @property
+    def reuse(self) -> float:
+        """How often an image was drawn, on average: `draws` / `made`."""
+        return self.draws / max(self.made, 1)
+
+    def statistics(self) -> dict[str, float]:
+        """What to log: made, draws, reuse, images_per_second of this run, alive (1.0 or 0.0)."""
+        control = self.store.control
+        seconds = max(float(control["beat"] - control["started"]), 1e-9)
+        return {
+            "made": float(self.made),
+            "draws": float(self.draws),
+            "reuse": self.reuse,
+            "images_per_second": (self.made - int(control["before"])) / seconds,
+            "alive": float(not control["ended"] and self.store.silence <= self.stall_s),
+        }
+
+    def record(self, index: int) -> Record:
+        """The image that is in a slot now, without transforms; this is not counted as a draw.
+
+        Raises:
+            IndexError: the index is out of range.
+            UserError: the pool is closed, or its file was harmed.
+        """
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"expected an index below {len(self)}, got {index}")
+        first, filled = index % len(self), self.filled
+        for slot in range(first, first + filled + 8):
+            found = self.store.read(slot % filled)
+            if found is not None:
+                return found
+        raise UserError("expected images in the replay pool, got none that is whole; make it anew")
+
+    def plan(self, record: Record) -> Plan:
+        """The plan of a record's image.
+
+        Raises:
+            UserError: the dataset is not in this process, or has no plans.
+        """
+        dataset: Any = copy.copy(self.__dict__.get("dataset"))
+        if not hasattr(dataset, "plan"):
+            raise UserError(
+                "expected a pool of a dataset that has plans, in the process that made it, got "
+                "none; set the epoch of a dataset like it and ask that for the plan"
+            )
+        dataset.set_epoch(record.epoch)
+        return dataset.plan(record.index)
+
+    def __getitem__(self, index: int) -> Sample:
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[Sample]:
+        """The items of a batch."""
+        records = [self.record(index) for index in indices]
+        self.store.control["draws"][os.getpid() % 4096] += len(records)
+        transform = self.transform or (lambda image: image)
+        target = self.target_transform or (lambda label: label)
+        return [(transform(record.image), target(record.label)) for record in records]
+
+    def close(self) -> None:
+        """Let go of the images and, in the process that made the pool, end the generator."""
+        if "_stop" in self.__dict__:
+            self._stop()
+        self.store.slots = None
+
+    def __enter__(self) -> "ReplayPool":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def generate(
+    store: Store,
+    content: list[bytes],
+    capacity: int,
+    batch_size: int | None,
+    threads: int,
+    parent: int,
+) -> None:
+    """The generator's process: walk through the dataset, from where the file stands, for ever."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the trainer's to handle
+    threading.Thread(target=outlive, args=(parent,), daemon=True).start()
+    tqdm.set_lock(threading.RLock())  # its usual one is a semaphore that a kill would leave behind
+    tqdm.__init__ = partialmethod(tqdm.__init__, disable=True)  # type: ignore[method-assign]
+    torch.set_num_threads(threads)
+    os.nice(5)  # where cores are few, it is the generator that waits
+    try:
+        dataset = built(content.pop())  # the list is kept by multiprocessing
+        usual = getattr(getattr(dataset, "synthesizer", None), "batch_size", 1)
+        store.control["started"] = time.monotonic()
+        while True:
+            epoch, start = divmod(int(store.control["made"]), len(dataset))
+            rows = range(start, min(start + (batch_size or usual), len(dataset)))
+            if hasattr(dataset, "set_epoch"):
+                dataset.set_epoch(epoch)
+            samples = fetch(dataset, list(rows))
+            if not store.layout:
+                store.settle(layout_of(dataset, samples[0], capacity))
+                store.open()
+            store.control["beat"] = time.monotonic()
+            for row, (image, label) in zip(rows, samples, strict=True):
+                store.write(Record(image, label, epoch, row))
+    except Exception as error:
+        known = isinstance(error, UserError)
+        text = str(error) if known else f"{type(error).__name__}: {error}"
+        store.control["error"] = text.encode()[: CONTROL["error"].itemsize]
+        if known:
+            sys.exit(USER_ERROR)
+        raise
+
+
+def built(content: bytes) -> Any:
+    """The dataset that was pickled, or that the function that was makes."""
+    found = pickle.loads(content)
+    return found() if callable(found) else found
+
+
+def outlive(parent: int) -> None:
+    """End this process when its parent is gone, whatever it is doing."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)
+
+
+def reason(store: Store, process: BaseProcess) -> str:
+    """What a generator died of."""
+    code = process.exitcode or 0
+    if store.error:
+        return store.error
+    if code < 0:
+        return signal.Signals(-code).name + (" (out of memory?)" if code == -9 else "")
+    return f'exit code {code} (a script needs if __name__ == "__main__":)'
+
+
+def watch(store: Store, process: BaseProcess, halt: Any, stall_s: float) -> None:
+    """Tell that the generator is gone or stalls, each once.
+
+    In a thread of the process that made the pool, for that one may never draw itself, and the
+    workers that do would all tell.
+    """
+    told = False
+    while not halt.wait(min(1.0, stall_s / 4)):
+        ended, stalled = not process.is_alive(), store.silence > stall_s
+        if halt.is_set() or not (ended or (stalled and not told)):
+            continue
+        told, store.control["ended"] = True, ended
+        found = reason(store, process) if ended else f"none for {stall_s:g} s"
+        warnings.warn(
+            f"expected the replay pool's generator to go on making images, got {found}; draws go "
+            "on with the images there are, start again for others",
+            AugmentWarning,
+            stacklevel=1,
+        )
+        if ended:
+            return
+
+
+def stop(store: Store, process: BaseProcess, halt: Any, owner: int) -> None:
+    """End the generator, which has nothing to lose; only its owner may, not a forked worker."""
+    if os.getpid() != owner:
+        return
+    halt.set()
+    if process.pid is not None:
+        process.kill()
+        process.join(5)
+    store.control["ended"] = 1
+    with suppress(OSError):
+        fcntl.flock(store.files[0], fcntl.LOCK_UN)

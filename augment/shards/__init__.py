@@ -1,0 +1,1 @@
+"""Synthetic images as webdataset shards: format, writing, reading, export."""

@@ -1,0 +1,468 @@
+"""Images at the border: files in, files out, and the one preprocessing that every stage shares.
+
+An image is a float32 tensor (C, H, W) in [0, 1] with C = 1 or 3. A file is read as a viewer shows
+it: upright, in sRGB, what is transparent on a background. Grey is always the luma of ITU-R 601.
+"""
+
+import io
+import os
+import re
+import warnings
+import zlib
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, UInt8
+from PIL import (
+    Image,
+    ImageCms,
+    ImageColor,
+    ImageDraw,
+    UnidentifiedImageError,
+)
+from torch import Tensor
+
+from augment.core.errors import AugmentWarning, ImageRejected, UserError
+
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "AVIF")
+SUFFIXES = (
+    ".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif",
+)  # fmt: skip
+SLENDER = 32  # of a longer strip nearly all would be cut off, after it was enlarged
+LIMIT = "LATENT_AUGMENT_MAX_PIXELS"
+"""The environment variable that sets `MAX_PIXELS`."""
+
+try:
+    MAX_PIXELS = int(os.environ.get(LIMIT) or 89_478_485)
+except ValueError:
+    raise UserError(f"expected a number of pixels in {LIMIT}, got {os.environ[LIMIT]!r}") from None
+"""Largest number of pixels that are decoded; a larger JPEG file is decoded at reduced size."""
+
+MAX_SCANS = 16
+"""Scans of a progressive JPEG file of `MAX_PIXELS`; a smaller one may have more, at equal cost."""
+
+MAX_PROFILE = 2**24
+"""Bytes of an ICC profile."""
+
+STRIP = 2**22
+"""Pixels that are converted to float32 at a time."""
+
+LUMA = (0.299, 0.587, 0.114)
+SRGB = ImageCms.createProfile("sRGB")
+TOLERANCE = 2
+"""Levels out of 255 up to which a colour profile counts as sRGB."""
+
+FITTING = "shorter side by antialiased bilinear, centre crop"
+"""All that a bank says of its preprocessing whose images' colours were read as they are stored."""
+
+ORIENTATION = 0x0112
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What brings an image upright, by its EXIF orientation."""
+
+
+def to_channels(images: Float[Tensor, "*n c h w"], channels: int) -> Float[Tensor, "*n C h w"]:
+    """Make images grey, by the luma of ITU-R 601, or repeat their grey.
+
+    >>> to_channels(torch.tensor([1.0, 0.0, 0.0]).view(3, 1, 1), 1)
+    tensor([[[0.2990]]])
+    """
+    if images.shape[-3] == channels:
+        return images
+    if images.shape[-3] == 3:
+        images = (images * images.new_tensor(LUMA)[:, None, None]).sum(-3, keepdim=True)
+    return images.expand(*images.shape[:-3], channels, *images.shape[-2:])
+
+
+def prepare(
+    images: Float[Tensor, "n c h w"], channels: int, resolution: int
+) -> Float[Tensor, "n C R R"]:
+    """Bring images in [0, 1] to a backbone's format.
+
+    Size is by antialiased bilinear resizing of the shorter side to ``resolution`` and a centre
+    crop; for grey see `to_channels`.
+
+    >>> prepare(torch.ones(2, 3, 28, 40), channels=1, resolution=32).shape
+    torch.Size([2, 1, 32, 32])
+    """
+    images = to_channels(images, channels)
+    size = resized(images.shape[-2], images.shape[-1], resolution)
+    if size != images.shape[-2:]:
+        images = F.interpolate(images, size, mode="bilinear", antialias=True).clamp(0, 1)
+    return centre(images, resolution)
+
+
+def resized(height: int, width: int, resolution: int) -> tuple[int, int]:
+    """Return the size of an image whose shorter side is brought to ``resolution``."""
+    scale = resolution / min(height, width)
+    return round(height * scale), round(width * scale)
+
+
+def centre(images: Tensor, side: int) -> Tensor:
+    """Cut out the central square."""
+    top, left = (images.shape[-2] - side) // 2, (images.shape[-1] - side) // 2
+    return images[..., top : top + side, left : left + side]
+
+
+def fit(pixels: UInt8[Tensor, "c h w"], resolution: int) -> Float[Tensor, "c R R"]:
+    """Do what `prepare` does, to the same bits, without a float32 copy of a large image.
+
+    Each row is resized to its width alone, so a strip of rows can be done at a time.
+    """
+    _, height, width = pixels.shape
+    rows, size = max(STRIP // width, 1), resized(height, width, resolution)
+    strips = pixels.split(rows, dim=1) if max(size) < max(height, width) else (pixels,)
+    if len(strips) == 1:
+        return prepare(pixels[None] / 255, len(pixels), resolution)[0]
+    narrow = [
+        F.interpolate(strip[None] / 255, (strip.shape[1], size[1]), mode="bilinear", antialias=True)
+        for strip in strips
+    ]
+    image = F.interpolate(torch.cat(narrow, -2), size, mode="bilinear", antialias=True)
+    return centre(image.clamp(0, 1), resolution)[0]
+
+
+def pixels_of(image: Image.Image, channels: int) -> UInt8[Tensor, "C h w"]:
+    """Return the pixels of a PIL image, grey (1) or RGB (3)."""
+    mode = "L" if channels == 1 else "RGB"
+    array = np.array(image if image.mode == mode else image.convert(mode))
+    pixels = torch.from_numpy(array)
+    return pixels[None] if channels == 1 else pixels.permute(2, 0, 1)
+
+
+def decode_image(
+    content: bytes, channels: int, resolution: int, background: str = "white"
+) -> Float[Tensor, "C R R"]:
+    """Decode the bytes of an image file and `prepare` them.
+
+    Raises:
+        ImageRejected: see `open_image`.
+    """
+    return fit(pixels_of(open_image(content, background), channels), resolution)
+
+
+def open_image(
+    content: bytes, background: str = "white", name: str = "", quick: bool = False
+) -> Image.Image:
+    """Decode the bytes of an image file as a viewer shows it: grey (L) if it is so, else RGB.
+
+    Of an animated GIF, WebP or AVIF file and of a TIFF file of several pages, this is the first
+    picture.
+
+    Args:
+        content: the bytes; a file of one of `FORMATS`.
+        background: what is seen through transparent pixels.
+        name: of the file, for warnings.
+        quick: decode a JPEG file at an eighth of its size, to see whether it can be read.
+
+    Raises:
+        ImageRejected: they are empty, truncated, no image, an animated PNG file, or one of more
+            than `MAX_PIXELS` pixels.
+    """
+    try:
+        try:
+            return as_shown(decoded(content, quick), background, name)
+        except ValueError:
+            if content[:4] != b"\x89PNG":
+                raise
+            short, profile = without_text(content)  # which Pillow refuses where it is long
+            image = decoded(short)
+            return as_shown(image, background, name, profile)
+    except Exception as error:  # of any type: decoders stumble over hostile bytes as they like
+        unknown = isinstance(error, UnidentifiedImageError)  # whose text has an address in it
+        reason = f"not an image of the formats {', '.join(FORMATS)}" if unknown else str(error)
+        raise ImageRejected(reason if content else "an empty file") from None
+
+
+def decoded(content: bytes, quick: bool = False) -> Image.Image:
+    """Decode the pixels of an image file, which stay as they are stored.
+
+    Raises:
+        Exception: of any type: it is not readable or too large.
+    """
+    # not by Image.open, whose bound is one for the whole process and holds for JPEG files too
+    file = file_of(content)
+    # a photograph with a preview in the same file (MPO) is one picture
+    if file.format == "PNG" and getattr(file, "is_animated", False):
+        raise ValueError("an animation; save one picture of it")
+    width, height = file.size
+    if max(file.size) > SLENDER * min(file.size):
+        raise ValueError(f"{width} × {height} pixels, a strip; cut it")
+    if file.format in ("JPEG", "MPO"):
+        if file.info.get("progressive"):  # in others each scan has its price in bytes
+            check_scans(content, width * height)
+        shrink = 8 if quick else 1
+        while shrink < 8 and width * height > MAX_PIXELS * shrink**2:
+            shrink *= 2
+        if shrink > 1:
+            file.draft(None, (-(-width // shrink), -(-height // shrink)))
+    if file.width * file.height > MAX_PIXELS:
+        raise ValueError(
+            f"{width} × {height} pixels, more than {MAX_PIXELS:,}; set {LIMIT} to more, or "
+            "reduce it"
+        )
+    args = file.tile[0][3] if file.tile else ""
+    file.info["stored"] = args if isinstance(args, str) else str((args or [""])[0])
+    file.load()
+    return file
+
+
+def file_of(content: bytes) -> Any:
+    """Open an image file of one of `FORMATS` by its first bytes.
+
+    Raises:
+        Exception: of any type: it is none, or its header is not readable.
+    """
+    Image.preinit()
+    for name in FORMATS:
+        if name not in Image.OPEN:
+            Image.init()
+        factory, accept = Image.OPEN.get(name, (None, None))
+        if factory and accept and accept(content[:16]) is True:
+            return factory(io.BytesIO(content), "")
+    raise UnidentifiedImageError
+
+
+def check_scans(content: bytes, pixels: int) -> None:
+    """Refuse a JPEG file that goes through its pixels far more often than any encoder does.
+
+    Raises:
+        ValueError: it does.
+    """
+    scans = content.count(b"\xff\xda")
+    if scans * pixels > MAX_SCANS * MAX_PIXELS:
+        raise ValueError(
+            f"a JPEG file of {scans} scans of {pixels:,} pixels; save it again, or set {LIMIT} to "
+            "more"
+        )
+
+
+def without_text(content: bytes) -> tuple[bytes, bytes | None]:
+    """Return a PNG file without its texts and its colour profile, and that profile."""
+    kept, profile, place = [content[:8]], None, 8
+    while place < len(content):
+        end = place + 12 + int.from_bytes(content[place : place + 4], "big")
+        kind = content[place + 4 : place + 8]
+        if kind == b"iCCP":
+            packed = content[place + 8 : end - 4].partition(b"\0")[2][1:]
+            unpacker = zlib.decompressobj()
+            profile = unpacker.decompress(packed, MAX_PROFILE)
+            profile = profile if unpacker.eof else None
+        elif kind not in (b"tEXt", b"zTXt", b"iTXt"):
+            kept.append(content[place:end])
+        place = end
+    return b"".join(kept), profile
+
+
+def as_shown(
+    image: Image.Image, background: str = "white", name: str = "", profile: bytes | None = None
+) -> Image.Image:
+    """Return an image as a viewer shows it: upright, in sRGB, on a background; grey (L) or RGB.
+
+    What changed its colours is its only ``info``: ``converted``.
+
+    Args:
+        image: of 8 or 16 bits a channel.
+        background: what is seen through transparent pixels.
+        name: of the file, for warnings.
+        profile: its ICC profile; by default the one it carries.
+
+    Raises:
+        ValueError: it has 32 bits a channel.
+    """
+    info, turn, converted = image.info, turn_of(image), []
+    shown, alpha = eight_bits(image, name)
+    if is_mask(image):
+        warn_once(
+            "mask",
+            f"expected grey images up to 255, got {name or 'one'} of 0 and 1 alone: a mask, "
+            "perhaps, which is read as black; multiply it by 255",
+        )
+    profile = profile or info.get("icc_profile")
+    transform = to_srgb(profile, shown.mode) if profile else None
+    gamma = info.get("gamma")
+    if transform:
+        coloured: Any = ImageCms.applyTransform(shown, transform)
+        shown = coloured.convert("L") if shown.mode == "L" else coloured
+        converted.append("a colour profile")
+    elif gamma and not profile and "srgb" not in info and abs(2.2 * gamma - 1) > 0.05:
+        shown = shown.point(gamma_table(gamma) * len(shown.getbands()))
+        converted.append("a gamma")
+    if shown.mode not in ("L", "RGB"):
+        shown = shown.convert("RGB")
+    if alpha:
+        under = Image.new("RGB", shown.size, background)
+        under.paste(shown, mask=alpha)
+        shown = under
+        converted.append("transparency")
+    if turn is not None:
+        shown = shown.transpose(turn)
+    shown = shown.copy() if shown is image else shown  # whose info the caller may need
+    shown.info = {"converted": " and ".join(converted)} if converted else {}
+    return shown
+
+
+def eight_bits(image: Image.Image, name: str) -> tuple[Image.Image, Image.Image | None]:
+    """Return the colours of an image in mode L, RGB or CMYK, and its transparency if it has any.
+
+    Raises:
+        ValueError: it has 32 bits a channel.
+    """
+    alpha, key, stored = None, image.info.get("transparency"), str(image.info.get("stored"))
+    if image.mode in ("I", "F"):
+        raise ValueError(
+            f"32 bits a pixel (mode {image.mode}), whose white is unknown; save it with 8 or 16"
+        )
+    if image.mode.startswith("I;16"):  # which Pillow would clip to its lowest 256 levels
+        levels = np.array(image)
+        dark = levels.min() < levels.max() < 2**12  # but an even picture tells nothing
+        shown = Image.fromarray((levels / 257).round().astype(np.uint8))
+        if isinstance(key, int):
+            alpha = Image.fromarray(np.where(levels == key, 0, 255).astype(np.uint8))
+    else:
+        shown = image
+        if image.has_transparency_data:
+            shown = image if image.mode == "RGBA" else image.convert("RGBA")
+            alpha = shown.getchannel("A")
+        if shown.mode not in ("L", "RGB", "CMYK"):
+            shown = shown.convert("L" if shown.mode == "1" else "RGB")
+        # of 16 bits a colour Pillow keeps the upper 8
+        ends = np.array(shown.getextrema()) if ";16" in stored else np.zeros(1)
+        dark = ends.min() < ends.max() < 2**4
+    if dark:
+        warn_once(
+            "12 bits",
+            f"expected 16-bit images up to 65535, got {name or 'one'} whose largest value is below "
+            "4096: 12-bit data, perhaps, which are read as nearly black; multiply them by 16",
+        )
+    if alpha and alpha.getextrema()[0] == 255:
+        alpha = None
+    return shown, alpha
+
+
+def is_mask(image: Image.Image) -> bool:
+    """Return whether the values of a grey image are 0 and 1 alone."""
+    if image.mode != "L" or image.resize((8, 8), Image.Resampling.NEAREST).getextrema()[1] > 1:  # type: ignore[operator]
+        return False
+    return image.getextrema() == (0, 1)
+
+
+def turn_of(image: Image.Image) -> Image.Transpose | None:
+    """Return what brings an image upright; None if it is so, or its tags cannot be read."""
+    try:
+        return TURNS.get(image.getexif().get(ORIENTATION, 1))
+    except Exception:  # of any type: tags are as hostile as pixels
+        return None
+
+
+@lru_cache(64)
+def to_srgb(profile: bytes, mode: str) -> Any:
+    """Return the transform from an ICC profile to sRGB.
+
+    None if there is nothing to do: the profile's colours are those of sRGB, or it is damaged or of
+    another kind of image, which viewers ignore too.
+    """
+    try:
+        own = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        transform = ImageCms.buildTransform(own, SRGB, mode, "RGB")  # type: ignore[arg-type]
+    except Exception:  # of any type: profiles are as hostile as pixels
+        return None
+    if mode == "CMYK":
+        return transform
+    levels = np.arange(0, 256, 17 if mode == "RGB" else 1, dtype=np.uint8)
+    grid = np.stack(np.meshgrid(*[levels] * len(mode), indexing="ij"), -1)
+    colours = Image.fromarray(grid.reshape(1, -1, 3) if mode == "RGB" else grid.reshape(1, -1))
+    seen = ImageCms.applyTransform(colours, transform)
+    off = np.asarray(seen).astype(int) - np.asarray(colours.convert("RGB"))
+    return transform if np.abs(off).max() > TOLERANCE else None
+
+
+def gamma_table(gamma: float) -> list[int]:
+    """Return the sRGB level of each of 256 levels that a PNG file's gAMA chunk speaks of."""
+    linear = np.linspace(0, 1, 256) ** (1 / gamma)
+    low, high = 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055
+    return (255 * np.where(linear <= 0.0031308, low, high)).round().astype(int).tolist()
+
+
+WARNED: set[str] = set()
+"""Kinds of images that were warned of in this process."""
+
+
+def warn_once(kind: str, text: str) -> None:
+    """Warn of the first image of a kind."""
+    if kind not in WARNED:
+        WARNED.add(kind)
+        warnings.warn(text, AugmentWarning, stacklevel=3)
+
+
+def preprocessing(background: str) -> str:
+    """Return what a bank says of how its images were brought to the backbone's format."""
+    return f"sRGB on {background}, {FITTING}"
+
+
+def background_of(text: str) -> str:
+    """Return the background in what `preprocessing` says; white if it is of an older version."""
+    found = re.match(r"sRGB on (#[0-9a-f]{6}),", text)
+    return found[1] if found else "white"
+
+
+def parse_colour(text: str) -> str:
+    """Return a background colour as ``#rrggbb``; white by its name.
+
+    >>> parse_colour("black"), parse_colour("#fff")
+    ('#000000', 'white')
+
+    Raises:
+        UserError: it is not a colour.
+    """
+    try:
+        rgb = ImageColor.getrgb(text)[:3]
+    except (ValueError, AttributeError):
+        raise UserError(
+            f"expected a colour such as white or #ff8000 as the background, got {text!r}"
+        ) from None
+    return "white" if rgb == (255, 255, 255) else "#" + bytes(rgb).hex()
+
+
+def to_pil(image: Float[Tensor, "c h w"]) -> Image.Image:
+    """An 8-bit PIL image, grey or RGB."""
+    pixels = (image.clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy()
+    return Image.fromarray(pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0))
+
+
+def save_image(image: Float[Tensor, "c h w"], path: Path) -> None:
+    """Write a PNG; the file appears whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    to_pil(image).save(temporary, format="PNG")
+    temporary.replace(path)
+
+
+def sheet(
+    rows: dict[str, list[Float[Tensor, "c h w"]]], columns: list[str], zoom: int = 2
+) -> Image.Image:
+    """A labelled contact sheet: one named row of images each, under the headings of the columns."""
+    size = zoom * next(iter(rows.values()))[0].shape[-1]
+    left, gap, top = 90, max(size, 64) + 6, 22
+    page = Image.new("RGB", (left + gap * len(columns), top + (size + 6) * len(rows)), "white")
+    draw = ImageDraw.Draw(page)
+    for column, name in enumerate(columns):
+        draw.text((left + gap * column, 5), name, fill="black")
+    for row, (name, images) in enumerate(rows.items()):
+        y = top + row * (size + 6)
+        draw.text((5, y + size // 2 - 5), name, fill="black")
+        for column, image in enumerate(images):
+            tile = to_pil(image).resize((size, size), Image.Resampling.NEAREST)
+            page.paste(tile, (left + gap * column, y))
+    return page

@@ -1,0 +1,184 @@
+"""Prompts from class folders: what the pictures in a folder show, said to the network.
+
+Data sets name their folders for machines, by WordNet id (``n01440764``) or with numbers
+(``001.Black_footed_Albatross``); a network that takes prompts knows words. The names of the 1000
+classes of ImageNet-1k are in ``sources/imagenet.txt``.
+"""
+
+import re
+import unicodedata
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from string import Formatter
+from typing import Any
+
+from augment.core.errors import UserError, shown
+
+NAMES = Path(__file__).parent / "imagenet.txt"
+FIELDS = ("name", "folder")
+"""What a template may ask for."""
+
+TEXTS = ("prompts", "classes", "class_names")
+"""Options whose values hold class names or texts, and never numbers."""
+
+WORDNET_ID = re.compile(r"n\d{8}")
+NUMBERING = re.compile(r"^(\d+\.|0\d*[\s_-]|n\d{8}[\s_-])[\s_-]*(?=\D)")
+"""``001.`` of CUB, ``007_``, ``n02085620-`` of Stanford Dogs; not the number of ``3-wheeler``."""
+
+ARTICLE = re.compile(r"\b([Aa])n? (?=\{name\})")
+VOWEL = re.compile(
+    r"(?!eu|ew|one\b|uni(?!n|m)|use|u[bcfhjkqrst][aeiou])[aeiou]|hour|heir|honest", re.IGNORECASE
+)
+"""Names that begin with the sound of a vowel: an hourglass, but a unicycle."""
+
+SPELT = re.compile(r"[AEFHILMNORSX](?=[A-Z0-9]{0,3}\b)")
+"""Names that begin with a letter's name, and that with a vowel: an X-ray, an SUV."""
+
+
+def nfc(name: str) -> str:
+    """Return a name in Unicode's form NFC, in which names that look alike by accents are equal."""
+    return unicodedata.normalize("NFC", name)
+
+
+def by_class(texts: Mapping[str, str], classes: Iterable[str]) -> dict[str, str]:
+    """Return texts by class name; their keys may be in another Unicode form than the names."""
+    names = {nfc(name): name for name in classes}
+    return {names.get(nfc(key), key): text for key, text in texts.items()}
+
+
+def quoted(text: str, option: str = "") -> str:
+    r"""Quote what are names in YAML: every key, and what stands below an option of `TEXTS`.
+
+    YAML takes 010 for a number, and no for false.
+
+    >>> quoted("{010: bag, 8: no, b: hat}", "prompts")
+    '{"010": bag, "8": "no", b: hat}\n'
+
+    Args:
+        text: YAML; what is no list or mapping stays as it is.
+        option: whose value it is.
+    """
+    import yaml
+
+    try:
+        node: Any = yaml.compose(text, Loader=yaml.SafeLoader)
+    except (yaml.YAMLError, ValueError):
+        return text
+    if not isinstance(node, yaml.CollectionNode) or not quote(node, option in TEXTS):
+        return text
+    return yaml.serialize(node, Dumper=yaml.SafeDumper, allow_unicode=True, width=1_000_000)
+
+
+def quote(node: Any, inside: bool) -> bool:
+    """Quote the names in a list or mapping of YAML; return whether there were any to quote.
+
+    Args:
+        node: from ``yaml.compose``.
+        inside: whether all its values are names too.
+    """
+    pairs = [item if isinstance(item, tuple) else (None, item) for item in node.value]
+    changed = False
+    for key, value in pairs:
+        last = str(key.value).rpartition(".")[2] if key else ""
+        scalars = [key] if key else []
+        if isinstance(value.value, list):
+            changed |= quote(value, inside or last in TEXTS)
+        elif inside:
+            scalars.append(value)
+        for scalar in scalars:
+            if isinstance(scalar.value, str) and not scalar.tag.endswith((":str", ":merge")):
+                scalar.tag, scalar.style, changed = "tag:yaml.org,2002:str", '"', True
+    return changed
+
+
+@cache
+def imagenet_names() -> dict[str, str]:
+    """The names of the classes of ImageNet-1k by WordNet id, in label order."""
+    lines = NAMES.read_text(encoding="utf-8").splitlines()
+    return dict(line.split(" ", 1) for line in lines if not line.startswith("#"))
+
+
+def class_name(folder: str) -> str:
+    """What people call the class of a folder.
+
+    >>> class_name("n01440764"), class_name("001.Black_footed_Albatross")
+    ('tench', 'Black footed Albatross')
+
+    Args:
+        folder: a WordNet id of ImageNet-1k; or words, of which underscores, hyphens and leading
+            numbering are no part.
+
+    Raises:
+        UserError: a WordNet id out of ImageNet-1k's.
+    """
+    if WORDNET_ID.fullmatch(folder):
+        if folder not in imagenet_names():
+            raise UserError(
+                f"expected a WordNet id of ImageNet-1k, got {folder}, which has no name here; "
+                "give it one"
+            )
+        return imagenet_names()[folder]
+    words = re.split(r"[\s_-]+", NUMBERING.sub("", folder))
+    return " ".join(words).strip() or folder
+
+
+def class_prompts(
+    classes: Sequence[str], template: str, names: dict[str, str] | None = None
+) -> dict[str, str]:
+    """A prompt for each class, such as `augment.fill_bank` takes.
+
+    >>> class_prompts(["n01440764", "great_owl"], "a photo of a {name}", {"great_owl": "owl"})
+    {'n01440764': 'a photo of a tench', 'great_owl': 'a photo of an owl'}
+
+    Args:
+        classes: folder names.
+        template: a prompt with ``{name}``, and ``{folder}`` if the folder's own name is wanted too;
+            braces of its own are doubled. An article right before ``{name}`` becomes a or an
+            by the sound of the name; no other word is changed.
+        names: names of single classes, by folder, in place of `class_name`'s.
+
+    Raises:
+        UserError: a template without ``{name}`` or with another field, a name of a class that is
+            not there, or a class of unknown name.
+    """
+    names = by_class(names or {}, classes)
+    check_template(template)
+    unknown = names.keys() - set(classes)
+    if unknown:
+        raise UserError(
+            f"expected names for classes out of {', '.join(classes)}, got one for "
+            f"{shown(min(unknown))}; choose one of these"
+        )
+    called = {c: names[c] if c in names else class_name(nfc(c)) for c in classes}
+    return {folder: fill(template, folder, name) for folder, name in called.items()}
+
+
+def check_template(template: str) -> None:
+    """Refuse a template without a name, with other fields, or with braces that do not match."""
+    try:
+        parts = [part[1:] for part in Formatter().parse(template) if part[1] is not None]
+    except ValueError as error:
+        raise UserError(
+            f"expected a template such as 'a photo of a {{name}}', got {template!r} ({error}); "
+            "double the braces that are the prompt's own"
+        ) from None
+    for field, form, conversion in parts:
+        if field not in FIELDS or form or conversion:
+            raise UserError(
+                f"expected no field but {{name}} and {{folder}} in a template, got one of "
+                f"{field!r} in {template!r}; double the braces if they are the prompt's own"
+            )
+    if "name" not in {field for field, _, _ in parts}:
+        raise UserError(
+            f"expected {{name}} in a template, got {template!r}; write one such as "
+            "'a photo of a {name}'"
+        )
+
+
+def fill(template: str, folder: str, name: str) -> str:
+    """A template with its fields and the article before the name filled in."""
+    spelt = re.match(r"[A-Z][A-Z0-9]{0,3}\b", name)
+    vowel = SPELT.match(name) if spelt else VOWEL.match(name)
+    article = r"\1n " if vowel else r"\1 "
+    return ARTICLE.sub(article, template).format(name=name, folder=folder)

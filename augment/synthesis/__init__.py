@@ -1,0 +1,1 @@
+"""From plans to images: the synthesizer, refinement, filters, the torch Dataset."""

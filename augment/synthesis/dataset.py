@@ -1,0 +1,235 @@
+"""Synthetic images as a torch Dataset, alone or mixed with real ones.
+
+`torch.utils.data.DataLoader` asks for whole batches through ``__getitems__``; so a batch is one run
+of the sampler. Keep ``num_workers=0`` when the backbone is on a GPU.
+"""
+
+import copy
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, get_worker_info
+
+from augment.bank.bank import LatentBank
+from augment.centroid.rule import Rule
+from augment.core.errors import UserError
+from augment.core.rng import rng
+from augment.diffusion import load_backbone
+from augment.diffusion.backbone import Backbone
+from augment.plan.plan import Plan
+from augment.plan.planner import Planner, round_robin, warn_of_copies
+from augment.synthesis.synthesizer import Synthesizer
+
+Sample = tuple[Any, Any]
+
+
+class SyntheticDataset(Dataset[Sample]):
+    """Images synthesised from random centroids of a bank's latents, on the fly.
+
+    Classes take turns: item i belongs to class ``i % len(classes)``, where all have as many. Its
+    plan depends on (seed, epoch, i) and its class alone.
+    ``set_epoch`` gives fresh images; without it every pass shows the same ones. Where several
+    classes are mixed, that one is the home class, and the label is soft: the share of every class,
+    a float32 tensor (C,); real images to batch with them need labels of that form.
+
+    Args:
+        bank: a bank, or the path of one.
+        backbone: the model it was inverted with; by default it is loaded as it was then.
+        rule: how latents are mixed; see `augment.Rule`.
+        alpha, members, noise, classes: see `augment.plan.planner.Planner`.
+        per_class: images a class and epoch; or how many of each class, by its name.
+        seed: of all dice.
+        solver, steps, guidance, batch_size, interval, prompts: see
+            `augment.synthesis.synthesizer.Synthesizer`.
+        transform, target_transform: applied to the image tensor and to the label.
+        keep: make each image once, at its first use, and keep it in memory, with 8 bits a pixel;
+            ``set_epoch`` then changes nothing. For the few images of few shots.
+        nearest: mix neighbours, by ``latent`` or a file (see `LatentBank.features`), or by features
+            at hand (see `augment.plan.planner.Planner`); None mixes at random.
+
+    Raises:
+        BankMismatch: the bank is of another backbone.
+        UserError: a parameter is out of its range, or the features do not fit the bank.
+    """
+
+    def __init__(
+        self,
+        bank: LatentBank | str | Path,
+        backbone: Backbone | None = None,
+        rule: Rule | str = "fade/chm",
+        alpha: float | Sequence[float] = 1.0,
+        per_class: int | dict[str, int] = 100,
+        seed: int = 0,
+        members: int | None = None,
+        noise: float = 0.0,
+        solver: str = "exact",
+        steps: int | None = None,
+        guidance: float | None = None,
+        batch_size: int = 64,
+        transform: Callable[[Tensor], Any] | None = None,
+        target_transform: Callable[[Any], Any] | None = None,
+        classes: int = 1,
+        nearest: str | Path | dict[str, Tensor] | None = None,
+        interval: tuple[float, float] = (0.0, 1.0),
+        prompts: dict[str, str] | None = None,
+        keep: bool = False,
+    ) -> None:
+        bank = bank if isinstance(bank, LatentBank) else LatentBank.open(bank)
+        backbone = backbone or load_backbone(**bank.recipe)
+        self.synthesizer = Synthesizer(
+            backbone, bank, rule, solver, steps, guidance, batch_size, interval, prompts
+        )
+        features = bank.features(nearest) if isinstance(nearest, (str, Path)) else nearest
+        self.planner = Planner(bank.members, seed, alpha, members, noise, classes, features)
+        self.classes = bank.classes
+        self.class_to_idx = {name: label for label, name in enumerate(self.classes)}
+        self.targets, self.epoch = round_robin(per_class, self.classes), 0
+        warn_of_copies(self.planner, self.targets)
+        """The label of every item; of its home class, where several are mixed."""
+        self.transform, self.target_transform = transform, target_transform
+        self.kept: dict[int, tuple[Tensor, Any]] | None = {} if keep else None
+
+    def subset(self, keep: Callable[[str], bool]) -> "SyntheticDataset":
+        """The same dataset of fewer real images.
+
+        Args:
+            keep: whether an image id stays.
+
+        Raises:
+            UserError: a class would be left without an image, or with fewer than alphas.
+        """
+        other, bank = copy.copy(self), self.synthesizer.bank.subset(keep)
+        rows = {n: [keep(i) for i in ids] for n, ids in self.planner.images.items()}
+        features = self.planner.features and {
+            name: table[torch.tensor(rows[name])] for name, table in self.planner.features.items()
+        }
+        if other.kept is not None and bank.members != self.planner.images:
+            other.kept = {}
+        other.synthesizer = dataclasses.replace(self.synthesizer, bank=bank)
+        other.planner = dataclasses.replace(
+            self.planner, images=bank.members, features=features or None
+        )
+        return other
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Throw the dice of another epoch from now on."""
+        if self.kept is None:
+            self.epoch = epoch
+
+    def plan(self, index: int) -> Plan:
+        """The plan of item ``index`` in this epoch; `Synthesizer.images` makes its image again.
+
+        Raises:
+            IndexError: the index is out of range.
+        """
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"expected an index below {len(self)}, got {index}")
+        index %= len(self)
+        return self.planner(self.epoch, index, self.targets[index])
+
+    def label(self, plan: Plan) -> int | Tensor:
+        """What a plan's image is labelled with: its class, or the share of each if it mixes any."""
+        return plan.soft_label(self.classes) if self.planner.classes > 1 else plan.label
+
+    def __getitem__(self, index: int) -> Sample:
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[Sample]:
+        """The items of a batch, synthesised together."""
+        if get_worker_info() is not None and self.synthesizer.backbone.device.type == "cuda":
+            raise RuntimeError(
+                "expected to synthesise in the main process, got a DataLoader worker and a CUDA "
+                "backbone; set num_workers=0, draw from a ReplayPool, or write the images first "
+                "with latent-augment synthesize"
+            )
+        transform = self.transform or (lambda image: image)
+        target = self.target_transform or (lambda label: label)
+        made = self._made(indices) if self.kept is None else self._kept(indices, self.kept)
+        return [(transform(image), target(label)) for image, label in made]
+
+    def _made(self, indices: Iterable[int]) -> Iterable[Sample]:
+        """Images, synthesised together, and labels."""
+        plans = [self.plan(index) for index in indices]
+        return zip(self.synthesizer.images(plans), map(self.label, plans), strict=True)
+
+    def _kept(self, indices: Sequence[int], kept: dict[int, tuple[Tensor, Any]]) -> list[Sample]:
+        """The same from memory. Those that are not there yet are made in whole blocks.
+
+        So an image's last bits do not depend on who asked first.
+        """
+        rows, size = [range(len(self))[index] for index in indices], self.synthesizer.batch_size
+        for block in sorted({row // size for row in rows if row not in kept}):
+            made = range(block * size, min((block + 1) * size, len(self)))
+            for row, (image, label) in zip(made, self._made(made), strict=True):
+                kept[row] = (image * 255).round().to("cpu", torch.uint8), label
+        return [(pixels.float() / 255, label) for pixels, label in map(kept.__getitem__, rows)]
+
+
+class MixedDataset(Dataset[Sample]):
+    """Real and synthetic images, drawn with replacement.
+
+    Each draw is synthetic with probability ``p_synthetic`` and uniform within its part; draw i of
+    an epoch depends on (seed, epoch, i) alone. The length is yours to choose, so that every run
+    takes the same number of steps whatever the number of images.
+
+    Args:
+        real, synthetic: map-style datasets of (image, label).
+        p_synthetic: in [0, 1].
+        length: draws an epoch.
+        seed: of the draws.
+
+    Raises:
+        UserError: p_synthetic is out of its range.
+    """
+
+    def __init__(
+        self, real: Any, synthetic: Any, p_synthetic: float, length: int, seed: int = 0
+    ) -> None:
+        if not 0 <= p_synthetic <= 1:
+            raise UserError(f"expected p_synthetic in [0, 1], got {p_synthetic}")
+        self.parts, self.p_synthetic = (real, synthetic), p_synthetic
+        self.length, self.seed, self.epoch = length, seed, 0
+
+    def __len__(self) -> int:
+        return self.length
+
+    def set_epoch(self, epoch: int) -> None:
+        """Draw anew from now on, and let the parts that have epochs do so."""
+        self.epoch = epoch
+        for part in self.parts:
+            if hasattr(part, "set_epoch"):
+                part.set_epoch(epoch)
+
+    def draw(self, index: int) -> tuple[int, int]:
+        """(0 real | 1 synthetic, index within it) of a draw."""
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"expected an index below {len(self)}, got {index}")
+        dice = rng(self.seed, "mix", self.epoch, index % len(self))
+        part = int(dice.random() < self.p_synthetic)
+        return part, int(dice.integers(len(self.parts[part])))
+
+    def __getitem__(self, index: int) -> Sample:
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[Sample]:
+        """The items of a batch; each part is asked at most once."""
+        draws = [self.draw(index) for index in indices]
+        streams = [
+            iter(fetch(part, [row for p, row in draws if p == number]))
+            for number, part in enumerate(self.parts)
+        ]
+        return [next(streams[part]) for part, _ in draws]
+
+
+def fetch(dataset: Any, rows: Sequence[int]) -> list[Sample]:
+    """The items of some rows, in one call where the dataset offers that."""
+    if rows and hasattr(dataset, "__getitems__"):
+        return dataset.__getitems__(rows)
+    return [dataset[row] for row in rows]

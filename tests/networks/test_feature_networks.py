@@ -1,0 +1,73 @@
+"""Networks to see by: the embedded one here, others with the filters that use them."""
+
+import gzip
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from augment import UserError
+from augment.networks import NETWORKS, feature_network
+from augment.networks.fashion import WEIGHTS, fashion_net
+from augment.sources import Folder
+from augment.sources.fashion import CLASSES, write_fashion
+from augment.sources.images import prepare
+from augment.synthesis.filters import make_filter
+from augment.synthesis.filters.reference import Reference
+
+CPU = torch.device("cpu")
+DEBIAN = Path("/usr/share/datasets/fashion-mnist")
+
+
+@pytest.fixture(scope="module")
+def clothes(tmp_path_factory):
+    """Five embedded test images a class, by class."""
+    source = Folder(write_fashion(tmp_path_factory.mktemp("test"), "test", list(range(5))))
+    return {name: [source.load(i, 1, 32) for i in source.ids[name]] for name in CLASSES}
+
+
+@pytest.mark.skipif(not DEBIAN.is_dir(), reason="needs the package dataset-fashion-mnist")
+def test_the_embedded_network_knows_the_test_split():
+    raw = gzip.decompress((DEBIAN / "t10k-images-idx3-ubyte.gz").read_bytes())
+    images = np.frombuffer(raw, np.uint8, offset=16).reshape(-1, 1, 28, 28)
+    raw = gzip.decompress((DEBIAN / "t10k-labels-idx1-ubyte.gz").read_bytes())
+    labels = torch.from_numpy(np.frombuffer(raw, np.uint8, offset=8).astype(np.int64))
+    network, x = fashion_net(CPU), prepare(torch.from_numpy(images / np.float32(255)), 1, 32)
+    with torch.no_grad():
+        found = torch.cat([network(part) for part in x.split(500)]).argmax(1)
+    assert (found == labels).float().mean() > 0.92
+    assert WEIGHTS.stat().st_size < 2 * 2**20
+
+
+def test_its_features_tell_classes_apart_in_any_format(clothes):
+    see = feature_network("fashion", "", CPU)
+    images = torch.stack([image for part in clothes.values() for image in part])
+    features = see(images)
+    assert features.shape == (50, 64) and features.dtype == torch.float64
+    near = F.normalize(features, dim=1) @ F.normalize(features, dim=1).T
+    near.fill_diagonal_(-1)
+    assert (near.argmax(1) // 5 == torch.arange(50) // 5).float().mean() > 0.75
+    torch.testing.assert_close(see(images.expand(-1, 3, -1, -1)), features, rtol=1e-4, atol=1e-4)
+    large = F.interpolate(images, (64, 64))
+    assert F.cosine_similarity(see(large), features).mean() > 0.95
+
+
+def test_a_filter_may_see_by_it(clothes):
+    parts = [torch.stack(part) for part in list(clothes.values())[:3]]
+    reference = Reference(list(CLASSES[:3]), [""] * 3, lambda label: parts[label], CPU, [5] * 3)
+    made = make_filter("prototype", model="fashion")
+    scores = made.prepare(reference)
+    assert (scores(parts[1], [1] * 5) > scores(parts[1], [0] * 5)).all()
+
+
+def test_what_cannot_be_had_is_said(monkeypatch):
+    assert list(NETWORKS) == ["fashion", "clip", "inception"]
+    with pytest.raises(UserError, match="no weights for fashion"):
+        feature_network("fashion", "x.safetensors", CPU)
+    monkeypatch.setattr("torchmetrics.image.fid._TORCH_FIDELITY_AVAILABLE", False)
+    with pytest.raises(UserError, match="torch-fidelity"):
+        feature_network("inception", "", CPU)
+    with pytest.raises(UserError, match="a network of timm"):
+        feature_network("no_such_net", "", CPU)

@@ -1,0 +1,60 @@
+"""The demo, from a wheel that is installed alone, in a folder of its own."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.slow
+
+
+def run(*args: str, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        args, cwd=cwd, env=os.environ | env, capture_output=True, text=True, check=False
+    )
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that holds nothing but the unpacked wheel."""
+    folder = tmp_path_factory.mktemp("wheel")
+    built = run(sys.executable, "-m", "build", "--wheel", "-o", str(folder), cwd=ROOT)
+    assert built.returncode == 0, built.stderr
+    wheel = next(folder.glob("*.whl"))
+    pip = (sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target")
+    done = run(*pip, str(folder / "site"), str(wheel), cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return folder / "site"
+
+
+def test_the_demo_of_the_wheel_prints_its_table_and_resumes(site: Path, tmp_path: Path) -> None:
+    env = {"PYTHONPATH": str(site)}
+    where = run(
+        sys.executable, "-c", "import augment; print(augment.__file__)", cwd=tmp_path, **env
+    )
+    assert where.stdout.startswith(str(site))
+    command = (sys.executable, "-m", "augment.cli", "demo", "--seeds", "2")
+    first = run(*command, cwd=tmp_path, **env)
+    assert first.returncode == 0, first.stderr[-2000:]
+    records = json.loads((tmp_path / "runs/demo/results.json").read_text())
+    rows = {record["row"]: record for record in records}
+    names = ("real only", "real + classical augmentation", "real, twice the shots")
+    assert rows.keys() >= {
+        *names,
+        *(f"real + centroids {r}" for r in ("fix/0", "fix/chm", "fade/chm")),
+    }
+    assert all(0.3 < record["accuracy"] < 1 and record["seeds"] == 2 for record in records)
+    assert (
+        rows["real, twice the shots"]["accuracy"]
+        > rows["real + classical augmentation"]["accuracy"]
+    )
+    assert all(row in first.stdout for row in rows)
+    assert (tmp_path / "runs/demo/sheet.png").stat().st_size > 10_000
+    again = run(*command, cwd=tmp_path, **env)
+    assert again.stdout == first.stdout, "a finished demo prints the same table at once"
+    other = run(*command[:-1], "3", cwd=tmp_path, **env)
+    assert other.returncode == 2 and "choose another --out" in other.stderr

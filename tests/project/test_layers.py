@@ -1,0 +1,133 @@
+"""Imports point one way, and heavy libraries stay where they belong."""
+
+import ast
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+import augment
+
+ROOT = Path(__file__).parents[2]
+LAYERS = (
+    {"augment.core"},
+    {"augment.centroid", "augment.diffusion", "augment.plan", "augment.jobs", "augment.sources"},
+    {"augment.inversion", "augment.networks", "augment.measure"},
+    {"augment.bank"},
+    {"augment.synthesis"},
+    {"augment.shards", "augment.replay"},
+    {"augment.report", "augment.explore", "training"},
+    {"augment.cli", "augment.commands", "augment.console", "augment.imports", "training.sweep"},
+)
+HOMES = {
+    "pytorch_lightning": "training",
+    "timm": ("training", "augment.networks"),
+    "torchmetrics": ("training", "augment.networks", "augment.measure"),
+    "diffusers": "augment.diffusion",
+    "transformers": ("augment.diffusion", "augment.networks"),
+    "peft": ("augment.diffusion", "training"),
+    "webdataset": "augment.shards.export",
+    "ray": "augment.jobs.ray",
+    "gradio": "augment.explore",
+    "jsonargparse": ("augment.cli", "augment.imports", "training.sweep"),
+}
+
+
+def modules():
+    """(module name, source) of the two packages."""
+    for path in sorted([*ROOT.glob("augment/**/*.py"), *ROOT.glob("training/**/*.py")]):
+        name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        yield name.removesuffix(".__init__"), path.read_text()
+
+
+def imports(source):
+    """Every module that a source imports, inside functions too."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module
+
+
+def layer(name):
+    """The level of a module, by the longest entry of `LAYERS` that it is in."""
+    found = [
+        (len(room), level)
+        for level, rooms in enumerate(LAYERS)
+        for room in rooms
+        if name == room or name.startswith(room + ".")
+    ]
+    return max(found)[1] if found else None
+
+
+def faults(name, source):
+    """What is wrong with a module's imports."""
+    here = layer(name)
+    for imported in imports(source):
+        there, top = layer(imported), imported.split(".")[0]
+        if top in ("tests", "scripts"):
+            yield f"{name} imports {imported}"
+        if there is not None and here is not None and there > here:
+            yield f"{name} imports {imported}, a layer above it"
+        if top in HOMES and not name.startswith(HOMES[top]):
+            yield f"{name} imports {imported}, which belongs to {HOMES[top]}"
+
+
+@pytest.mark.parametrize(("name", "source"), modules(), ids=lambda value: value[:40])
+def test_imports_point_down_the_layers(name, source):
+    assert list(faults(name, source)) == []
+
+
+def test_every_module_has_a_layer():
+    packages = {"augment", "training"}
+    assert [n for n, _ in modules() if layer(n) is None and n not in packages] == []
+
+
+def test_the_pure_core_knows_torch_alone():
+    for name, source in modules():
+        if name.startswith(("augment.centroid", "augment.diffusion.process")):
+            tops = {imported.split(".")[0] for imported in imports(source)}
+            allowed = {"augment", "torch", "jaxtyping", "math", "bisect", "collections"}
+            assert tops <= allowed | {"dataclasses", "functools", "typing"}, name
+
+
+@pytest.mark.parametrize(
+    ("name", "source"),
+    [
+        ("augment.centroid.norms", "from augment.bank import bank"),
+        ("augment.bank.bank", "def f():\n    import training.data.module"),
+        ("augment.bank.bank", "from augment.synthesis.synthesizer import Synthesizer"),
+        ("augment.bank.bank", "import pytorch_lightning"),
+        ("training.data.module", "from scripts import train_tiny"),
+    ],
+)
+def test_the_check_can_fail(name, source):
+    assert list(faults(name, source)) != []
+
+
+def imported(code, names):
+    """Which of some modules are there after code."""
+    code = f"import sys\n{code}\nprint(*sorted(set(sys.modules) & set({names.split()})))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+def test_importing_augment_is_light():
+    heavy = "diffusers pytorch_lightning timm torchvision torchmetrics transformers jsonargparse"
+    assert (
+        imported("from augment import *; import augment.commands", heavy + " webdataset ray") == ""
+    )
+
+
+def test_the_command_is_there_before_torch():
+    assert imported("import augment, augment.cli", "torch numpy") == ""
+
+
+def test_public_names_are_where_the_table_says():
+    assert list(augment.HOMES) and set(augment.HOMES) == set(augment.__all__)
+    for name, home in augment.HOMES.items():
+        assert getattr(augment, name) is getattr(import_module(f"augment.{home}"), name)
+    with pytest.raises(AttributeError, match="nonsense"):
+        augment.nonsense  # noqa: B018

@@ -1,0 +1,240 @@
+"""Trainings of days: what is stopped goes on as if it had not been; what they write is loaded."""
+
+import argparse
+import csv
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import paint
+from safetensors.torch import load_file, save, save_file
+from torch import nn
+
+from augment import UserError, load_backbone
+from augment.diffusion.process import Flow, VariancePreserving
+
+SCRIPTS = Path(__file__).parents[2] / "scripts"
+STEPS = 7
+
+
+@pytest.fixture
+def scripts(monkeypatch):
+    """The folder of the scripts, importable; signals are handled as before afterwards."""
+    monkeypatch.syspath_prepend(SCRIPTS)
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def small_run(folder: Path, stop: int | None = None):
+    """A run of a linear layer that is sent SIGTERM before a step, if there is one to stop at."""
+    import long_run
+
+    class Run(long_run.LongRun):
+        def __init__(self) -> None:
+            torch.manual_seed(0)
+            self.layer = nn.Linear(3, 1)
+            self.adam = torch.optim.Adam(self.layer.parameters(), 0.1)
+            super().__init__(folder, STEPS, 5, layer=self.layer, adam=self.adam)
+
+        def loss(self):
+            if self.step == stop:
+                os.kill(os.getpid(), signal.SIGTERM)
+            points = torch.randn(5, 3, generator=torch.Generator().manual_seed(self.step))
+            return (self.layer(points) - points.sum(1, keepdim=True)).square().mean()
+
+        def update(self, loss):
+            self.adam.zero_grad()
+            loss.backward()
+            self.adam.step()
+
+        def write(self):
+            (folder / "written").write_text(str(self.step))
+
+    folder.mkdir(exist_ok=True)
+    return Run()
+
+
+def test_a_run_that_is_stopped_goes_on_as_if_it_was_not(scripts, tmp_path, monkeypatch):
+    import long_run
+
+    monkeypatch.setattr(long_run, "LOG_EVERY", 1)
+    whole = small_run(tmp_path / "whole")
+    whole.train()
+    first = small_run(tmp_path / "parts", stop=2)
+    with pytest.raises(SystemExit, match="stopped at step 3; the same command goes on"):
+        first.train()
+    assert (tmp_path / "parts" / "written").read_text() == "3"
+    lines = (tmp_path / "parts" / "log.csv").read_text()
+    (tmp_path / "parts" / "log.csv").write_text(lines + "4,20,1,1,9,9\n")  # lost with its step
+    second = small_run(tmp_path / "parts")
+    assert second.step == 3
+    second.train()
+    assert torch.equal(second.layer.weight, whole.layer.weight)
+    rows = [
+        [line.split(",")[i] for i in (0, 1, 4)]
+        for line in (tmp_path / "parts" / "log.csv").read_text().splitlines()
+    ]
+    assert rows[0] == ["step", "images", "loss"]
+    assert [int(row[0]) for row in rows[1:]] == list(range(1, STEPS + 1))
+    assert rows[4][2] != "9"
+    assert second.core_hours > first.core_hours > 0
+
+
+def test_the_split_is_of_a_hundred_classes(scripts):
+    import cifar_fs
+
+    parts = [cifar_fs.classes_of(part) for part in cifar_fs.PARTS]
+    assert [len(part) for part in parts] == [64, 16, 20]
+    assert len({name for part in parts for name in part}) == 100
+    assert set(parts[0].values()) == set(cifar_fs.SUPERCLASSES)
+
+
+@pytest.fixture
+def run(scripts, tmp_path, monkeypatch):
+    """A run of tiny-cifar with three grey pictures of each class, and features of them."""
+    import train_tiny_cifar as script
+
+    monkeypatch.setitem(script.UNET, "block_out_channels", (16, 32, 32))
+    monkeypatch.setitem(script.UNET, "attention_head_dim", 16)
+    names = script.classes_of("base")
+    labels = torch.arange(len(names)).repeat_interleave(3)
+    images = torch.rand(len(labels), 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr(script, "load_part", lambda root, part: (images, labels))
+    features = nn.functional.normalize(torch.rand(len(labels), script.FEATURES), dim=1)
+    save_file({"base": features}, tmp_path / "features.safetensors")
+    args = argparse.Namespace(
+        **{"run": tmp_path, "features": tmp_path / "features.safetensors", "steps": 2, "batch": 16},
+        **{"lr": 1e-3, "seed": 0, "images": tmp_path, "per_class": 1},
+    )
+    return script.Run(args, script.Data(tmp_path, args.features, "cpu"))
+
+
+def test_what_a_class_is_described_by_are_other_images_of_it(run):
+    rows = torch.arange(0, len(run.data.labels), 5)
+    run.data.features = nn.functional.one_hot(torch.arange(len(run.data.labels))).float()
+    mixed = run.data.describe(rows, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(mixed.sum(1), torch.ones(len(rows)))
+    own = run.data.labels[rows][:, None] == run.data.labels
+    assert not mixed[~own].any()
+    assert not mixed[torch.arange(len(rows)), rows].any()
+    assert (mixed > 0).sum(1).unique().tolist() == [1, 2]
+
+
+def test_the_averaged_weights_are_a_flow_that_hears_prompts_and_features(run):
+    torch.nn.init.normal_(run.network.unet.conv_out.weight)
+    torch.nn.init.normal_(run.network.feature.weight)
+    run.average.load_state_dict(run.network.state_dict())
+    run.train()
+    backbone = load_backbone(run.folder / "ema.safetensors", device="cpu")
+    assert backbone.process == Flow()
+    assert backbone.latent_shape == (12, 16, 16)
+    assert backbone.prompts[:2] == ("", "aquatic_mammals") and "wolf" in backbone.prompts
+    z = torch.randn(2, 12, 16, 16, generator=torch.Generator().manual_seed(1))
+    none = torch.zeros(2, run.average.feature.in_features)
+    prompts = torch.tensor([backbone.prompts.index(name) for name in ("wolf", "fish")])
+    times = torch.full((2,), 300.0)
+    features = torch.rand(2, none.shape[1])
+    told = (features - run.data.mean) / run.data.deviation
+    with torch.no_grad():
+        for condition, more in (
+            (backbone.condition(["wolf", "fish"]), none),
+            (backbone.describe(["wolf", "fish"], features), told),
+        ):
+            answer = backbone.network(z, 300.0, condition)
+            expected = run.average(z, times, prompts, more)
+            assert (answer - expected).norm() < 0.02 * expected.norm()
+        plain = backbone.network(z, 300.0, backbone.condition(["wolf", "fish"]))
+        assert (answer - plain).norm() > 0.1 * plain.norm(), "features are heard"
+    again = load_backbone(backbone.save(run.folder / "again"), device="cpu")
+    texts = [net.describe([""] * 2, features)["text"] for net in (backbone, again)]
+    assert torch.equal(*texts)
+    with pytest.raises(UserError, match=r"expected 320 features .* got 3;"):
+        backbone.describe(["", ""], features[:, :3])
+    with pytest.raises(UserError, match="expected no features"):
+        load_backbone("tiny", device="cpu").describe(["", ""], features)
+
+
+def test_the_report_judges_the_samples_of_every_file(run, monkeypatch):
+    import train_resnet12
+    import train_tiny_cifar as script
+
+    run.train()
+    judge = train_resnet12.resnet12(3, 64, 2)
+    run.args.report = run.folder / "weights.safetensors"
+    config = json.dumps({"width": 2, "classes": list(script.classes_of("base"))})
+    run.args.report.write_bytes(save(judge.state_dict(), {"config": config}))
+    monkeypatch.setattr(script, "HELD_OUT", 2)
+    script.report(run.args)
+    with (run.folder / "report.csv").open(newline="") as file:
+        real, *rows = csv.DictReader(file)
+    assert real["weights"] == "real" and float(real["fid"]) > 0
+    assert [(row["weights"], row["images"]) for row in rows] == 2 * [("ema", "32")]
+    assert [row["guidance"] for row in rows] == ["1.0", "2.0"]
+    for row in rows:
+        assert 0 <= float(row["accuracy"]) < 0.2, "nothing was learnt"
+        assert float(row["fid"]) > 0
+        assert (run.folder / f"ema-{float(row['guidance']):g}.png").stat().st_size > 10_000
+
+
+def test_the_steps_of_a_batch_are_spread_over_all_levels(run):
+    told = []
+    run.network.forward = lambda z, times, *rest: told.append(times) or z
+    run.loss()
+    run.loss()
+    assert torch.equal(*told), "a step's batch is a function of its number"
+    assert told[0].min() < 150 and told[0].max() > 850
+
+
+@pytest.mark.parametrize("zero", [False, True], ids=["as Stable Diffusion", "to pure noise"])
+def test_the_trained_process_is_in_the_weights(scripts, tmp_path, zero):
+    import train_tiny as script
+
+    clean = torch.randn(8, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    data = script.Data(clean, torch.ones(8).long(), script.PROMPTS, 1.0, 1.0, mirror=False)
+    args = argparse.Namespace(
+        **{"run": tmp_path, "out": tmp_path / "out.safetensors", "start": None, "zero_snr": zero},
+        **{"steps": 1, "batch": 8, "lr": 1e-3, "seed": 0, "bf16": False},
+    )
+    run = script.Run(args, data)
+    assert (run.alphas2[-1] == 0) == zero
+    run.train()
+    backbone = load_backbone(args.out, device="cpu")
+    assert backbone.process == VariancePreserving("v", zero_terminal_snr=zero)
+    assert backbone.prompts == script.PROMPTS
+
+
+def test_the_features_of_a_trained_network_are_tried_on_episodes(
+    scripts, tmp_path, monkeypatch, capsys
+):
+    import train_resnet12 as script
+    from cifar_fs import PARTS, classes_of
+
+    counts = {name: 4 if part == "base" else 20 for part in PARTS for name in classes_of(part)}
+    paint(tmp_path / "images", counts, 32)
+    monkeypatch.setattr(script, "HELD_OUT", 2)
+    given = [tmp_path / "images", "--run", tmp_path / "run", "--width", 2, "--epochs", 1]
+    given += ["--episodes", 2, "--batch", 16]
+    monkeypatch.setattr(sys, "argv", ["train_resnet12.py", *map(str, given)])
+    script.main()
+    said = capsys.readouterr().out
+    lines = [line.split(":")[0] for line in said.splitlines()]
+    assert lines[:2] == ["held out images of base classes", "seen images of base classes"]
+    assert len(lines) == 10
+    assert all(part in said for part in ("validation, 5-way 1-shot", "novel, 5-way 5-shot"))
+    log = (tmp_path / "run" / "log.csv").read_text()
+    assert len(log.splitlines()) == 1, "8 steps are not a line"
+    features = load_file(tmp_path / "run" / "features.safetensors")
+    assert {part: len(rows) for part, rows in features.items()} == {
+        **{"base": 64 * 4, "validation": 16 * 20, "novel": 20 * 20}
+    }
+    torch.testing.assert_close(features["novel"].norm(dim=1), torch.ones(400))
+    network = script.load_network(tmp_path / "run" / "weights.safetensors")
+    images, _ = script.load_part(tmp_path / "images", "novel")
+    again = nn.functional.normalize(network[:-1](script.normalised(images)), dim=1)
+    torch.testing.assert_close(again, features["novel"], rtol=0, atol=1e-2)

@@ -1,0 +1,614 @@
+"""Jobs and what they make: shards that anybody may remake, filters, ranks, and hostile records."""
+
+import json
+import os
+import pickle
+import random
+import re
+import shutil
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import COUNTS, amend, snapshot
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from augment import (
+    BankMismatch,
+    LatentBank,
+    Planner,
+    Synthesizer,
+    SyntheticDataset,
+    UserError,
+    open_shards,
+)
+from augment.bank.fill import Inversion, fill_bank
+from augment.bank.merge import merge, split
+from augment.core.errors import AugmentWarning, Damaged
+from augment.core.files import sha256
+from augment.core.schema import sealed
+from augment.diffusion.backbones.gaussian import GaussianBackbone
+from augment.inversion import inverter
+from augment.jobs.job import estimate, run, stripe
+from augment.shards.format import repair_settings, shard_path
+from augment.shards.verify import count_shards, inspect, verify
+from augment.shards.write import Synthesis, write_shards
+from augment.sources import Folder
+from augment.synthesis.filters import Reference
+
+QUIET = settings(
+    deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+
+
+@dataclass(frozen=True)
+class Dark:
+    """Scores by darkness; keeps what is darker than the median of what the plans give."""
+
+    minimum: float | None = -0.5
+
+    def prepare(self, reference: Reference):
+        assert reference.classes == list(COUNTS)
+        assert [len(reference.real(label)) for label in range(3)] == list(COUNTS.values())
+        return lambda images, labels: -images.flatten(1).mean(1)
+
+
+@dataclass(frozen=True)
+class Never:
+    """Keeps nothing; what it says is not even a number."""
+
+    minimum: float | None = 0.0
+
+    def prepare(self, reference: Reference):
+        return lambda images, labels: torch.full((len(images),), torch.nan)
+
+
+@pytest.fixture
+def make(bank, gaussian, tmp_path):
+    """A job of 8 images a class in shards of 10."""
+
+    def make(out: str = "out", alpha: float = 1.0, source=None, **options) -> Synthesis:
+        synthesizer = Synthesizer(gaussian, bank, steps=2, batch_size=4, source=source)
+        planner = Planner(bank.members, alpha=alpha, members=2, noise=0.3)
+        options = {"shard_size": 10, "extension": "png"} | options
+        return Synthesis(tmp_path / out, synthesizer, planner, 8, **options)
+
+    return make
+
+
+def test_anybody_may_remake_any_shard(make, tmp_path):
+    assert run(make())
+    whole = snapshot(tmp_path / "out")
+    for number in (2, 0):
+        job = pickle.loads(pickle.dumps(make("other")))
+        job.path.mkdir(exist_ok=True)
+        job.plan()
+        job.start()(number)
+        name = f"shard-{number:06d}.tar"
+        assert (job.path / name).read_bytes() == whole[name]
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 7])
+def test_ranks_share_a_job_in_any_order(make, world, tmp_path):
+    assert run(make("whole"))
+    done = [run(make(), ranks=(rank, world)) for rank in reversed(range(world))]
+    assert done == [False] * (world - 1) + [True]
+    assert snapshot(tmp_path / "out") == snapshot(tmp_path / "whole")
+
+
+def test_ranks_share_a_bank_too(tmp_path, gaussian, pictures, monkeypatch):
+    monkeypatch.setattr("augment.bank.fill.CHUNK", 2)
+    whole = fill_bank(tmp_path / "whole", gaussian, Folder(pictures), steps=2)
+    for rank in (2, 0, 1):
+        method = inverter("forward_start", steps=2)
+        job = Inversion(tmp_path / "part", Folder(pictures), gaussian, method)
+        assert run(job, ranks=(rank, 3)) == (rank == 1)
+    assert snapshot(tmp_path / "part") == snapshot(whole.path)
+
+
+def test_a_job_sent_elsewhere_loads_its_backbone_by_its_recipe(tiny, tmp_path):
+    from augment.sources.fashion import write_fashion
+
+    source = Folder(write_fashion(tmp_path / "images", "shots", [0]))
+    method = inverter("forward_start", steps=1)
+    job = Inversion(tmp_path / "bank", source, tiny, method, where={"device": "cpu"})
+    job.path.mkdir()
+    job.plan()
+    sent = pickle.loads(pickle.dumps(job))
+    assert sent.backbone is None
+    sent.start()(0)
+    bank = LatentBank.open(tmp_path / "bank")
+    here = fill_bank(tmp_path / "here", tiny, source, steps=1)
+    assert torch.equal(bank.latents("Bag"), here.latents("Bag"))
+    shards = Synthesis(tmp_path / "s", Synthesizer(tiny, bank), Planner(bank.members), 1)
+    assert pickle.loads(pickle.dumps(shards)).synthesizer.backbone is None
+    assert shards.synthesizer.backbone is tiny
+
+
+RANKS = {
+    "none": ({}, (0, 1)),
+    "torchrun": ({"RANK": "2", "WORLD_SIZE": "4"}, (2, 4)),
+    "an array": (
+        {"SLURM_ARRAY_TASK_ID": "9", "SLURM_ARRAY_TASK_COUNT": "3", "SLURM_ARRAY_TASK_MIN": "5",
+         "SLURM_ARRAY_TASK_STEP": "2"}, (2, 3),
+    ),
+    "a rank beyond": ({"RANK": "4", "WORLD_SIZE": "4"}, None),
+    "no rank": ({"WORLD_SIZE": "4"}, None),
+    "a word": ({"RANK": "first", "WORLD_SIZE": "4"}, None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RANKS)
+def test_ranks_are_read_from_the_environment(name, monkeypatch):
+    env, expected = RANKS[name]
+    for key in ("RANK", "WORLD_SIZE", *(f"SLURM_ARRAY_TASK_{k}" for k in ("ID", "COUNT", "MIN"))):
+        monkeypatch.delenv(key, raising=False)
+    for key, value in env.items():
+        monkeypatch.setenv(key, value)
+    if expected:
+        assert stripe() == expected
+        return
+    with pytest.raises(UserError, match="WORLD_SIZE"):
+        stripe()
+
+
+def test_an_estimate_is_of_what_is_left_and_keeps_what_it_made(make, tmp_path):
+    told = estimate(make())
+    assert told.startswith("3 units, 24 images; 3 units, 24 images to do\nunit 0 is made and kept")
+    assert "the other 14 images" in told
+    assert run(make())
+    assert estimate(make()) == "3 units, 24 images; 0 units, 0 images to do"
+
+
+def test_refused_images_are_drawn_again_and_those_kept_pass(make, tmp_path):
+    assert run(make("one", filters={"dark": Dark()}))
+    assert run(make("many", filters={"dark": Dark()}, candidates=8))
+    one, many = open_shards(tmp_path / "one"), open_shards(tmp_path / "many")
+    assert 0 < len(one) < 24 and len(one) < len(many)
+    for shards, tries in ((one, 1), (many, 8)):
+        epochs = set()
+        for index, (image, label) in enumerate(shards):
+            about = shards.about(index)
+            assert -about["scores"]["dark"] == pytest.approx(image.mean().item(), abs=0.003)
+            assert about["scores"]["dark"] >= -0.5
+            assert shards.plan(index).label == label
+            epochs.add(shards.plan(index).epoch)
+        assert epochs <= set(range(tries))
+        assert tries == 1 or len(epochs) > 1
+        tally = count_shards(shards.paths[0].parent)
+        assert (tally.written, tally.wanted) == (len(shards), 24)
+        refused = tally.refused["dark"].total()
+        assert refused == 24 - len(one) if tries == 1 else refused > 24 - len(many)
+        assert "filter dark refused" in inspect(shards.paths[0].parent)
+    firsts = {one.plan(i).index for i in range(len(one))}
+    kept = {p.index for i in range(len(many)) if (p := many.plan(i)).epoch == 0}
+    assert firsts == kept, "what passed at once is not drawn again"
+
+
+def test_a_filter_without_a_minimum_scores_only_and_one_that_fails_all_leaves_none(make, tmp_path):
+    assert run(make("scored", filters={"dark": Dark(None), "never": Never(None)}))
+    scored = open_shards(tmp_path / "scored")
+    assert len(scored) == 24 and {"dark", "never"} == scored.about(0)["scores"].keys()
+    assert scored.about(0)["scores"]["never"] is None, "JSON has no word for what is no number"
+    for _ in range(2):  # also where nothing is left to do
+        with pytest.raises(UserError, match=r"expected 24 .* got none: filters refused 48"):
+            run(make("none", filters={"never": Never()}, candidates=2))
+    assert len(open_shards(tmp_path / "none")) == 0
+    assert count_shards(tmp_path / "none").refused["never"].total() == 48
+    assert verify(tmp_path / "none") == [] == verify(tmp_path / "scored")
+
+
+@dataclass(frozen=True)
+class NoAnt:
+    """Refuse every image of the first class, and the first image of the second."""
+
+    minimum: float | None = 0.0
+
+    def prepare(self, reference: Reference):
+        seen: list[int] = []
+
+        def score(images, labels):
+            values = [-1.0 if k == 0 or (k == 1 and 1 not in seen) else 1.0 for k in labels]
+            seen.extend(labels)
+            return torch.tensor(values)
+
+        return score
+
+
+def test_fewer_images_than_were_asked_for_are_said_by_class(make, tmp_path):
+    for _ in range(2):
+        with pytest.warns(AugmentWarning, match=r"got 'ant' 0 of 8, 'bee' 7 of 8; allow more --c"):
+            assert run(make(filters={"one": NoAnt()}))
+    opened = open_shards(tmp_path / "out")
+    assert [opened.targets.count(label) for label in range(3)] == [0, 7, 8]
+    assert count_shards(tmp_path / "out").by_class(opened.classes)["ant"] == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("options", "words", "found"),
+    [
+        ({}, r"single real ones: 'cat' \(1 real\);", r"got 'cat' 8, of which 1 differ;"),
+        ({"noise": 0.3}, "", ""),
+        ({"alpha": 1e-6}, r"'ant' \(3 real\), 'bee' \(4 real\), 'cat'", "'ant' 8, of which 3"),
+        ({"alpha": 0.02}, r"'ant' \(3 real\), 'bee' \(4 real\), 'cat'", ""),
+        ({"members": 1}, r"'ant' \(3 real\), 'bee' \(4 real\), 'cat'", "'ant' 8, of which 3"),
+    ],
+    ids=str,
+)
+def test_copies_are_said_before_and_after(options, words, found, bank, gaussian, tmp_path):
+    planner = Planner(bank.members, **options)
+    job = Synthesis(tmp_path / "out", Synthesizer(gaussian, bank, steps=2), planner, 8)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        assert run(job)
+    before = [str(w.message) for w in told if "nearly copies" in str(w.message)]
+    after = [str(w.message) for w in told if "different images" in str(w.message)]
+    assert len(before) == bool(words) and all(re.search(words, text) for text in before)
+    assert bool(after) == ("cat" in before[0] if before else False)
+    assert all(re.search(found, text) for text in after)
+
+
+def test_classes_that_get_no_images_are_not_told_as_copies(bank, gaussian, tmp_path):
+    counts = {"ant": 2, "bee": 2}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        synthesizer = Synthesizer(gaussian, bank, steps=2)
+        write_shards(synthesizer, Planner(bank.members), counts, tmp_path / "out")
+
+
+def test_a_dataset_on_the_fly_says_that_it_gives_copies(bank, gaussian):
+    with pytest.warns(AugmentWarning, match=r"single real ones: 'cat' \(1 real\)"):
+        SyntheticDataset(bank, gaussian)
+
+
+def test_filters_ask_for_the_real_images_where_they_are(make, bank, pictures, tmp_path):
+    moved = shutil.copytree(pictures, tmp_path / "moved")
+    shutil.copytree(bank.path, tmp_path / "bank")
+    gone = {"source": str(tmp_path / "gone")}
+    amend(tmp_path / "bank" / "manifest.json", lambda record: record.update(gone))
+    job = make(filters={"dark": Dark()})
+    job.synthesizer.bank = LatentBank.open(tmp_path / "bank")
+    with pytest.raises(UserError, match="--images"):
+        run(job)
+    job = make("found", filters={"dark": Dark()}, source=moved)
+    assert run(job)
+
+
+def test_images_that_changed_are_not_compared_with(make, pictures, tmp_path):
+    moved = shutil.copytree(pictures, tmp_path / "moved")
+    shutil.copy(moved / "ant" / "1.png", moved / "ant" / "0.png")
+    with pytest.raises(UserError, match=r"another image for ant/0\.png"):
+        run(make(filters={"dark": Dark()}, source=moved))
+
+
+def test_a_shard_of_another_place_or_job_is_made_again(make, tmp_path):
+    assert run(make())
+    whole = snapshot(tmp_path / "out")
+    for suffix in ("tar", "json"):
+        shutil.copy(tmp_path / "out" / f"shard-000001.{suffix}",
+                    tmp_path / "out" / f"shard-000000.{suffix}")  # fmt: skip
+    with pytest.raises(UserError, match="of another shard"):
+        open_shards(tmp_path / "out")
+    assert len(verify(tmp_path / "out")) == 1
+    assert run(make())
+    assert snapshot(tmp_path / "out") == whole
+    assert run(make("other", alpha=0.5))
+    for suffix in ("tar", "json"):
+        shutil.copy(tmp_path / "other" / f"shard-000000.{suffix}", tmp_path / "out")
+    assert run(make())
+    assert snapshot(tmp_path / "out") == whole
+
+
+def test_a_bank_with_other_content_is_another_job(make, bank, gaussian, pictures, tmp_path):
+    assert run(make())
+    other = shutil.copytree(pictures, tmp_path / "images")
+    shutil.copy(other / "ant" / "1.png", other / "ant" / "0.png")
+    job = make()
+    job.synthesizer.bank = fill_bank(tmp_path / "bank", gaussian, Folder(other), steps=4)
+    with pytest.raises(UserError, match=r"others \(images\)"):
+        run(job)
+
+
+def test_weights_of_a_filter_are_known_by_their_content(make, tmp_path):
+    @dataclass(frozen=True)
+    class Weighted(Dark):
+        weights: str = ""
+
+    for name, content in (("a", b"1"), ("b", b"1"), ("c", b"2")):
+        (tmp_path / name).write_bytes(content)
+    assert run(make(filters={"dark": Weighted(None, str(tmp_path / "a"))}))
+    assert run(make(filters={"dark": Weighted(None, str(tmp_path / "b"))}))
+    with pytest.raises(UserError, match=r"others \(filters\)"):
+        run(make(filters={"dark": Weighted(None, str(tmp_path / "c"))}))
+
+
+def test_large_images_are_reduced(make, tmp_path):
+    assert run(make(pixels=4))
+    assert open_shards(tmp_path / "out")[0][0].shape == (1, 4, 4)
+
+
+def test_banks_that_do_not_match_are_not_merged(bank, tmp_path, gaussian, pictures):
+    fewer = shutil.copytree(pictures, tmp_path / "fewer")
+    shutil.rmtree(fewer / "ant")
+    for number, settings_ in enumerate(({"steps": 5}, {"keeps": []}, {"inversion": "ddim"})):
+        other = fill_bank(
+            tmp_path / f"b{number}", gaussian, Folder(fewer), **{"steps": 4} | settings_
+        )
+        with pytest.raises(BankMismatch):
+            merge([bank.path, other.path], tmp_path / "out")
+    model = GaussianBackbone(mean=0.2, latent_shape=(1, 8, 8))
+    other = fill_bank(tmp_path / "other", model, Folder(fewer), steps=4)
+    with pytest.raises(BankMismatch, match="weights"):
+        merge([bank.path, other.path], tmp_path / "out")
+    prompted = fill_bank(tmp_path / "prompted", gaussian, Folder(fewer), {"bee": "a bee"}, steps=4)
+    with pytest.raises(UserError, match="one prompt"):
+        merge([bank.path, prompted.path], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(UserError, match="wasp"):
+        split(bank.path, ["wasp"], tmp_path / "out")
+    with pytest.raises(UserError, match="in use"):
+        split(bank.path, ["bee"], prompted.path)
+
+
+def test_a_damaged_bank_is_not_copied(bank, tmp_path):
+    copy = shutil.copytree(bank.path, tmp_path / "copy")
+    content = bytearray((copy / "0001" / "chunk-0000.safetensors").read_bytes())
+    content[-1] ^= 1
+    (copy / "0001" / "chunk-0000.safetensors").write_bytes(content)
+    assert split(copy, ["ant"], tmp_path / "ant").classes == ["ant"]
+    with pytest.raises(UserError, match="verify"):
+        split(copy, ["bee"], tmp_path / "bee")
+
+
+def test_a_bank_in_memory_gives_what_one_on_disk_gives(bank, gaussian, monkeypatch):
+    near, planner = bank.to("cpu"), Planner(bank.members, members=3, noise=0.2)
+    plans = [planner(0, index) for index in range(9)]
+    points, weights = bank.gather(plans)
+    assert points.shape == (9, 3, 1, 8, 8) and weights.shape == (9, 3)
+    for b, plan in enumerate(plans):
+        for k, image_id in enumerate(plan.members):
+            row = bank.members[plan.class_name].index(image_id)
+            assert torch.equal(points[b, k], bank.latents(plan.class_name)[row])
+        assert (
+            not points[b, len(plan.members) :].any() and not weights[b, len(plan.members) :].any()
+        )
+    monkeypatch.setattr(LatentBank, "_read", None)  # it would be an error to read from disk
+    for mine, theirs in zip(near.gather(plans), (points, weights), strict=True):
+        assert torch.equal(mine, theirs)
+    assert near.gather([])[0].shape == (0, 0, 1, 8, 8)
+
+
+def test_a_bank_too_large_for_memory_says_so(bank, monkeypatch):
+    monkeypatch.setattr("augment.bank.bank.free_memory", lambda device: 10)
+    with pytest.raises(UserError, match="from where it is read"):
+        bank.to("cpu")
+
+
+@pytest.fixture(scope="module")
+def hostile(bank, tmp_path_factory) -> Path:
+    return shutil.copytree(bank.path, tmp_path_factory.mktemp("hostile") / "bank")
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(-1e40, 1e40) | st.text(max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3)
+    ),
+    max_leaves=10,
+)
+
+
+def read_all(path: Path) -> None:
+    """Everything that reads a bank's records gives an answer or one of our errors."""
+    for read in (
+        lambda: [LatentBank.open(path).largest_mean(name) for name in COUNTS],
+        lambda: inspect(path),
+        lambda: verify(path),
+    ):
+        try:
+            read()
+        except UserError as error:
+            assert "expected" in str(error)
+
+
+@QUIET
+@given(st.sampled_from(["manifest.json", "0001/chunk-0000.json"]), st.binary(max_size=200))
+def test_arbitrary_bytes_for_a_record_are_one_of_our_errors(hostile, name, content):
+    before = (hostile / name).read_bytes()
+    (hostile / name).write_bytes(content)
+    try:
+        read_all(hostile)
+    finally:
+        (hostile / name).write_bytes(before)
+
+
+def places(value, path=()):
+    """The path of every value in a JSON record."""
+    yield path
+    items = (
+        value.items()
+        if isinstance(value, dict)
+        else enumerate(value)
+        if isinstance(value, list)
+        else ()
+    )
+    for key, inner in items:
+        yield from places(inner, (*path, key))
+
+
+@QUIET
+@given(st.data(), st.sampled_from(["manifest.json", "0001/chunk-0000.json"]))
+def test_any_value_in_any_place_of_a_record_is_one_of_our_errors(hostile, data, name):
+    before = (hostile / name).read_text()
+    record = json.loads(before)
+    *way, last = data.draw(st.sampled_from([place for place in places(record) if place]))
+    inner = record
+    for key in way:
+        inner = inner[key]
+    if data.draw(st.booleans()):
+        inner[last] = data.draw(JSON)
+    else:
+        del inner[last]
+    record.pop("digest", None)  # it is hostile, not harmed
+    (hostile / name).write_bytes(sealed(record))
+    try:
+        read_all(hostile)
+    finally:
+        (hostile / name).write_text(before)
+
+
+@QUIET
+@given(st.data())
+def test_any_value_in_any_place_of_a_shards_record_is_one_of_our_errors(drawn, data):
+    path = drawn / "shard-000000.json"
+    before = path.read_text()
+    record = json.loads(before)
+    *way, last = data.draw(st.sampled_from([place for place in places(record) if place]))
+    inner = record
+    for key in way:
+        inner = inner[key]
+    inner[last] = data.draw(JSON)
+    path.write_text(json.dumps(record))
+    try:
+        for read in (inspect, verify, open_shards):
+            try:
+                read(drawn)
+            except UserError as error:
+                assert "expected" in str(error)
+    finally:
+        path.write_text(before)
+
+
+@pytest.fixture(scope="module")
+def drawn(bank, gaussian, tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("drawn") / "shards"
+    synthesizer = Synthesizer(gaussian, bank, steps=2)
+    write_shards(synthesizer, Planner(bank.members), 2, path, filters={"dark": Dark()})
+    return path
+
+
+def test_a_shard_is_the_same_whatever_its_neighbours_are(bank, gaussian, tmp_path):
+    """Plans and images of a shard depend on its number, not on how many shards there are."""
+    synthesizer = Synthesizer(gaussian, bank, steps=2, batch_size=4)
+    few = write_shards(synthesizer, Planner(bank.members), 4, tmp_path / "few", shard_size=6)
+    many = write_shards(synthesizer, Planner(bank.members), 8, tmp_path / "many", shard_size=6)
+    assert len(many) == 2 * len(few)
+    for name in ("shard-000000.tar", "shard-000001.tar"):
+        assert (tmp_path / "few" / name).read_bytes() == (tmp_path / "many" / name).read_bytes()
+
+
+# --- a lost or damaged synthesis.json
+
+
+@pytest.mark.parametrize("harm", [None, b"", b"{}", b"[]", "bit", "half"])
+def test_lost_settings_are_made_again_from_the_shards(harm, make, tmp_path):
+    """By the same command, whether the job was finished or not, and by repair."""
+    assert run(make())
+    whole, file = snapshot(tmp_path / "out"), tmp_path / "out" / "synthesis.json"
+    content = whole["synthesis.json"]
+    harmed = {"bit": bytes([content[0] ^ 1]) + content[1:], "half": content[: len(content) // 2]}
+
+    def lose() -> None:
+        file.unlink()
+        if harm is not None:
+            file.write_bytes(harmed.get(harm, harm))
+
+    lose()
+    with pytest.raises(UserError):
+        open_shards(tmp_path / "out")
+    assert "made again" in repair_settings(tmp_path / "out")
+    assert snapshot(tmp_path / "out") == whole
+    assert "as it was written" in repair_settings(tmp_path / "out")
+    for number in (1, 2):
+        lose()
+        shard_path(tmp_path / "out", number).with_suffix(".json").unlink()
+        assert run(make())
+        assert snapshot(tmp_path / "out") == whole
+    lose()
+    with pytest.raises(UserError, match=r"others \(alpha\)"):
+        run(make(alpha=0.5))
+    lose()
+    for number in (0, 1):
+        shard_path(tmp_path / "out", number).with_suffix(".json").unlink()
+    with pytest.raises(UserError, match="shard 0 or 1"):
+        repair_settings(tmp_path / "out")
+    with pytest.raises(UserError, match=r"--repair|folder in use|no JSON"):
+        run(make())
+
+
+@pytest.mark.parametrize("name", ["synthesis.json", "shard-000000.json"])
+def test_no_flipped_bit_of_a_record_of_shards_is_read(name, make, tmp_path):
+    assert run(make(shard_size=24))
+    file, dice = tmp_path / "out" / name, random.Random(0)
+    content = file.read_bytes()
+    for bit in dice.sample(range(8 * len(content)), 400):
+        harmed = bytearray(content)
+        harmed[bit // 8] ^= 1 << bit % 8
+        file.write_bytes(harmed)
+        with pytest.raises(Damaged):
+            open_shards(tmp_path / "out")
+
+
+def old(folder: Path) -> Path:
+    """The folder as versions without digests wrote it."""
+    settings = json.loads((folder / "synthesis.json").read_bytes()) | {"schema": 1, "members": None}
+    del settings["digest"]
+    (folder / "synthesis.json").write_text(json.dumps(settings))
+    digest = sha256(json.dumps(settings, sort_keys=True).encode())
+    for path in folder.glob("shard-*.json"):
+        record = json.loads(path.read_bytes()) | {"schema": 1, "settings": digest}
+        known = {key: record[key] for key in record if key not in ("digest", "crc32", "synthesis")}
+        path.write_text(json.dumps(known))
+    (folder / "_info.json").unlink()
+    return folder
+
+
+def test_a_job_of_an_older_version_goes_on(bank, gaussian, tmp_path):
+    def job() -> Synthesis:
+        made = Synthesizer(gaussian, bank, steps=2)
+        return Synthesis(tmp_path / "out", made, Planner(bank.members, noise=0.3), 8, 10)
+
+    assert run(job())
+    before = snapshot(old(tmp_path / "out"))
+    shard_path(tmp_path / "out", 1).with_suffix(".json").unlink()
+    assert run(job())
+    after = snapshot(tmp_path / "out")
+    changed = {name for name in after if after[name] != before.get(name)}
+    assert changed == {"shard-000001.json", "_info.json"}
+    assert verify(tmp_path / "out") == []
+    with pytest.warns(AugmentWarning, match="an older version"):
+        assert len(open_shards(tmp_path / "out")) == 24
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
+def test_what_cannot_be_read_is_not_taken_for_damage(make, tmp_path):
+    assert run(make())
+    for suffix in (".tar", ".json"):
+        path = shard_path(tmp_path / "out", 1).with_suffix(suffix)
+        path.chmod(0)
+        findings = verify(tmp_path / "out")
+        assert len(findings) == 1
+        assert findings[0].record is None
+        with pytest.raises(UserError, match="nothing is known to be wrong"):
+            open_shards(tmp_path / "out")[-1]
+        path.chmod(0o644)
+
+
+def test_a_disk_that_fails_is_not_taken_for_damage(make, monkeypatch, tmp_path):
+    assert run(make())
+    read = os.pread
+
+    def fail(file: int, size: int, offset: int) -> bytes:
+        if offset > 3000:
+            raise OSError(5, "Input/output error")
+        return read(file, size, offset)
+
+    monkeypatch.setattr(os, "pread", fail)
+    findings = verify(tmp_path / "out")
+    assert {finding.record for finding in findings} == {None}
+    assert all("Input/output error" in finding.what for finding in findings)
+    with pytest.raises(UserError, match="nothing is known to be wrong"):
+        open_shards(tmp_path / "out")[-1]

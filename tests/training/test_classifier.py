@@ -1,0 +1,136 @@
+"""What a step's loss is: real and synthetic parts, their norms, re-weighting; and who evaluates."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import paint
+
+from augment import SyntheticDataset, UserError, fill_bank, write_shards
+from augment.core.errors import AugmentWarning
+from augment.shards.export import export_folder
+from augment.sources import FewShot, Folder
+from training.data.module import ImageData
+from training.models.classifier import Classifier
+from training.models.finetune import AuxiliaryBatchNorm
+from training.models.losses import class_weights
+from training.sweep import seeded
+
+COUNTS = [50, 10, 2]
+
+
+def model(**options):
+    torch.manual_seed(0)
+    return Classifier(COUNTS, network=options.pop("network", "small_cnn"), **options)
+
+
+@pytest.fixture
+def batch():
+    dice = torch.Generator().manual_seed(1)
+    images, labels = torch.rand(8, 3, 32, 32, generator=dice), torch.arange(8) % 3
+    return images, labels, torch.tensor([0, 1, 0, 0, 1, 0, 0, 1]).bool()
+
+
+def costs(one, images, labels):
+    return F.cross_entropy(one(images), labels, reduction="none")
+
+
+def test_lambda_weighs_the_means_of_one_forward_pass(batch):
+    images, labels, fake = batch
+    one = model(real_weight=0.8).eval()
+    order = torch.cat([(~fake).nonzero(), fake.nonzero()]).squeeze(1)
+    each = costs(one, images[order], labels[order])
+    expected = 0.8 * each[:5].mean() + 0.2 * each[5:].mean()
+    torch.testing.assert_close(one.loss_of(images, labels, fake), expected)
+    torch.testing.assert_close(
+        one.loss_of(images, labels, torch.zeros(8).bool()), 0.8 * costs(one, images, labels).mean()
+    )
+    before = model(real_weight=0.8).network[1].running_mean
+    one.train().loss_of(images, labels, fake)
+    plain = model()
+    plain.train().loss_of(images, labels, torch.zeros(8).bool())
+    torch.testing.assert_close(one.network[1].running_mean, plain.network[1].running_mean)
+    assert not torch.equal(one.network[1].running_mean, before)
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 7, 8])
+@pytest.mark.parametrize("options", [{"real_weight": 0.5}, {"auxiliary_norms": True}])
+def test_any_number_of_synthetic_images_fits_a_batch(batch, count, options):
+    """A lone image whose features are one pixel has no batch statistics."""
+    images, labels, _ = batch
+    one = model(network="resnet10", **options, mixup=0.3).train()
+    one.loss_of(images, labels, torch.arange(8) < count).backward()
+    missing = [name for name, p in one.named_parameters() if p.grad is None]
+    assert missing == [], "ranks wait for the gradients of all"
+
+
+def test_synthetic_images_have_norms_of_their_own(batch):
+    images, labels, fake = batch
+    one = model(auxiliary_norms=True).train()
+    one.loss_of(images * (1 - 0.9 * fake.float())[:, None, None, None], labels, fake)
+    norm = next(m for m in one.modules() if isinstance(m, AuxiliaryBatchNorm))
+    alone = model().train()
+    alone.loss_of(images[~fake], labels[~fake], fake[~fake])
+    torch.testing.assert_close(norm.main.running_mean, alone.network[1].running_mean)
+    assert not torch.allclose(norm.aux.running_mean, norm.main.running_mean)
+
+
+def test_deferred_weights_keep_the_scale_of_the_loss(batch):
+    images, labels, fake = batch
+    one = model(reweight_from=0).eval()
+    expected = F.cross_entropy(one(images), labels, class_weights(torch.tensor(COUNTS)))
+    torch.testing.assert_close(one.loss_of(images, labels, fake), expected)
+    later = model(reweight_from=1).eval()
+    torch.testing.assert_close(
+        later.loss_of(images, labels, fake), costs(later, images, labels).mean()
+    )
+
+
+def test_the_prior_is_of_real_images_whatever_is_synthetic(tmp_path, tiny):
+    paint(tmp_path / "real", {"Bag": 5, "Coat": 2}, size=28)
+    bank = fill_bank(tmp_path / "bank", tiny, Folder(tmp_path / "real"), steps=1)
+    fly = SyntheticDataset(bank, tiny, per_class={"Coat": 3}, steps=1)
+    for fakes in (None, fly):
+        data = ImageData(str(tmp_path / "real"), synthetic=fakes, channels=1)
+        assert data.counts == [5, 2]
+        assert Classifier(data.counts, channels=1, loss="balanced_softmax").counts.tolist() == [
+            5,
+            2,
+        ]
+
+
+def test_origins_follow_an_export_and_strangers_are_told(tmp_path, tiny):
+    paint(tmp_path / "real", {"Bag": 4, "Coat": 3}, size=28)
+    real = Folder(tmp_path / "real")
+    bank = fill_bank(tmp_path / "bank", tiny, real, steps=1)
+    fly = SyntheticDataset(bank, tiny, per_class=1, steps=1)
+    write_shards(fly.synthesizer, fly.planner, 1, tmp_path / "shards")
+    export_folder(tmp_path / "shards", tmp_path / "exported")
+    for name in ("shards", "exported"):
+        fakes = str(tmp_path / name)
+        with pytest.raises(UserError, match="no test image in the bank"):
+            ImageData(real, test=real, synthetic=fakes, channels=1).setup("fit")
+        ImageData(real, synthetic=fakes, channels=1).setup("fit")
+        few = FewShot(real, 1)
+        with pytest.warns(AugmentWarning, match="5 of 7 images"):
+            ImageData(few, synthetic=fakes, channels=1).setup("fit")
+
+
+@pytest.mark.parametrize("count", [9, 128, 255, 256, 257, 384, 513])
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_ranks_evaluate_each_image_once_in_equal_numbers_of_batches(tmp_path, count, world):
+    root = paint(tmp_path, {"Bag": 2, "Coat": 2}, size=32)
+    data = ImageData(str(root), test=str(root), channels=1)
+    source = data.held_out["test"]
+    source.samples = [source.samples[i % 4] for i in range(count)]
+    loaders = [data._held_out("test", rank, world) for rank in range(world)]
+    assert len({len(loader) for loader in loaders}) == 1
+    rows = [row for loader in loaders for batch in loader.batch_sampler for row in batch]
+    assert sorted(rows) == list(range(count))
+
+
+def test_a_sweep_sets_every_seed():
+    shots = {"class_path": "augment.sources.FewShot", "init_args": {"source": "x", "shots": 1}}
+    config = {"data": {"train": shots, "more": [{"seed": 0}]}}
+    made = seeded(config, 4)
+    assert made["data"]["train"]["init_args"]["seed"] == 4 == made["data"]["more"][0]["seed"]
+    assert "seed" not in shots["init_args"]

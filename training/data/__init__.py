@@ -1,0 +1,1 @@
+"""Real and synthetic images for training: draws, transforms, the data module."""

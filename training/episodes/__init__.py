@@ -1,0 +1,1 @@
+"""N-way K-shot episodes."""

@@ -1,0 +1,1 @@
+"""Classifiers: networks, heads, losses, metrics, fine-tuning."""

@@ -1,0 +1,209 @@
+"""Networks: ours for small images and for long tails, and all of timm's.
+
+A network maps images to logits, and its last layer, the head, can be found by name: timm's say it
+in ``pretrained_cfg["classifier"]``, and so do ours.
+
+To add a network: write the function here (or in a file of its own) and enter it in `NETWORKS`;
+every network of timm is known by its own name.
+"""
+
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from augment.core.errors import UserError
+from augment.diffusion.checkpoints.hub import brief
+from augment.networks.timm import find_timm, recipe
+
+Images = Float[Tensor, "n c h w"]
+
+
+class Chain(nn.Sequential):
+    """Layers in a row, the last of which is the head."""
+
+    @property
+    def pretrained_cfg(self) -> dict[str, str]:
+        """The head's name, told as timm tells it."""
+        return {"classifier": list(self._modules)[-1]}
+
+
+def small_cnn(channels: int, num_classes: int, width: int = 32) -> nn.Sequential:
+    """Three strided 3×3 convolutions with batch norm, mean pooling and a linear head.
+
+    Made for 32×32 images and a few hundred of them: 0.1 M parameters, milliseconds a step.
+    """
+    layers: list[nn.Module] = []
+    for wide in (width, 2 * width, 4 * width):
+        layers += [
+            nn.Conv2d(channels, wide, 3, stride=2, padding=1, bias=False),
+            nn.BatchNorm2d(wide),
+            nn.ReLU(),
+        ]
+        channels = wide
+    return Chain(
+        *layers,
+        nn.AdaptiveAvgPool2d(2),
+        nn.Flatten(),
+        nn.Dropout(0.2),
+        nn.Linear(4 * channels, num_classes),
+    )
+
+
+class Block(nn.Module):
+    """Two 3×3 convolutions beside a shortcut without parameters (option A).
+
+    Where the channels grow, the shortcut takes every ``stride``-th pixel and pads the channels
+    with zeros, half of them on each side.
+    """
+
+    def __init__(self, narrow: int, wide: int) -> None:
+        super().__init__()
+        self.stride, self.pad = wide // narrow, (wide - narrow) // 2
+        self.conv1 = nn.Conv2d(narrow, wide, 3, self.stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(wide)
+        self.conv2 = nn.Conv2d(wide, wide, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(wide)
+
+    def forward(self, x: Images) -> Float[Tensor, "n wide h2 w2"]:
+        """Residual and shortcut."""
+        shortcut = x[:, :, :: self.stride, :: self.stride]
+        shortcut = F.pad(shortcut, (0, 0, 0, 0, self.pad, self.pad))
+        return F.relu(self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x))))) + shortcut)
+
+
+def resnet32(channels: int, num_classes: int) -> nn.Sequential:
+    """ResNet-32 for CIFAR; He et al., arXiv 1512.03385, sec. 4.2: 0.46 M parameters.
+
+    Three stages of five blocks, 16, 32 and 64 wide, and Kaiming's initialisation of every weight,
+    as in the code of LDAM-DRW and BALMS.
+    """
+    widths = [16] * 6 + [32] * 5 + [64] * 5
+    network = Chain(
+        nn.Conv2d(channels, 16, 3, padding=1, bias=False),
+        nn.BatchNorm2d(16),
+        nn.ReLU(),
+        *(Block(*pair) for pair in pairwise(widths)),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(64, num_classes),
+    )
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            nn.init.kaiming_normal_(module.weight)
+    return network
+
+
+class Pooled(nn.Module):
+    """Three 3×3 convolutions beside a 1×1 one, and a maximum of 2×2."""
+
+    def __init__(self, narrow: int, wide: int) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for size in (narrow, wide, wide):
+            conv = nn.Conv2d(size, wide, 3, padding=1, bias=False)
+            layers += [conv, nn.BatchNorm2d(wide), nn.LeakyReLU(0.1)]
+        self.residual = nn.Sequential(*layers[:-1])
+        self.shortcut = nn.Sequential(nn.Conv2d(narrow, wide, 1, bias=False), nn.BatchNorm2d(wide))
+
+    def forward(self, x: Images) -> Float[Tensor, "n wide h2 w2"]:
+        """Residual and shortcut."""
+        return F.max_pool2d(F.leaky_relu(self.residual(x) + self.shortcut(x), 0.1), 2)
+
+
+def resnet12(channels: int, num_classes: int, width: int = 64) -> nn.Sequential:
+    """ResNet-12, the network of CIFAR-FS; Lee et al., arXiv 1904.03758: 12.4 M parameters.
+
+    Four blocks, 1, 2.5, 5 and 10 times ``width`` wide, and the mean of what is left.
+    """
+    widths = [channels, width, 5 * width // 2, 5 * width, 10 * width]
+    network = Chain(
+        *(Pooled(*pair) for pair in pairwise(widths)),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(10 * width, num_classes),
+    )
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, 0.1, "fan_out", "leaky_relu")
+    return network
+
+
+def resnet10(channels: int, num_classes: int) -> nn.Module:
+    """ResNet-10, one basic block a stage: the small network of ImageNet-LT.
+
+    timm's ResNet, with batch norms that begin at one as in Kang et al.'s code (arXiv 1910.09217).
+    """
+    return from_timm("resnet18", channels, num_classes, layers=(1, 1, 1, 1), zero_init_last=False)
+
+
+NETWORKS: dict[str, Callable[[int, int], nn.Module]] = {
+    "small_cnn": small_cnn,
+    "resnet32": resnet32,
+    "resnet12": resnet12,
+    "resnet10": resnet10,
+}
+"""Our networks by name, made of channels and number of classes."""
+
+
+def from_timm(
+    name: str, channels: int, num_classes: int, resolution: int | None = None, **options: Any
+) -> nn.Module:
+    """Build a network of timm; see `build_network`."""
+    timm = find_timm(name, f"{', '.join(NETWORKS)} or a network of timm")
+    try:
+        _, given, config = recipe(name)
+        if resolution and config.get("fixed_input_size"):
+            options["img_size"] = resolution
+        options = {**given, **options}
+        return timm.create_model(name, in_chans=channels, num_classes=num_classes, **options)
+    except (OSError, RuntimeError, TypeError, ValueError, AssertionError) as error:
+        raise UserError(
+            f"expected to build {name} with timm, got: {brief(error).rstrip('.')}; "
+            "see timm.list_models(pretrained=True), check the connection, or train from scratch"
+        ) from None
+
+
+def build_network(
+    name: str,
+    channels: int,
+    num_classes: int,
+    pretrained: bool = False,
+    resolution: int | None = None,
+    options: dict[str, Any] | None = None,
+) -> nn.Module:
+    """Build a network of `NETWORKS` or of timm.
+
+    Args:
+        name: its name; ``hf-hub:USER/MODEL`` and ``local-dir:FOLDER`` are models in timm's format.
+        channels: image channels.
+        num_classes: number of classes.
+        pretrained: with timm's weights, or those of the repository or folder, but for the head.
+        resolution: image pixels, for a network that is made for one size; by default that size.
+        options: of ``timm.create_model``.
+
+    Raises:
+        UserError: the name is unknown, timm is not installed, or the weights do not exist or
+            cannot be downloaded.
+    """
+    if name not in NETWORKS:
+        given = {"pretrained": pretrained, **(options or {})}
+        return from_timm(name, channels, num_classes, resolution, **given)
+    if pretrained:
+        raise UserError(f"expected a network of timm to be pretrained, got {name}; choose another")
+    if options:
+        raise UserError(f"expected no options for {name}, got {', '.join(options)}; leave them out")
+    return NETWORKS[name](channels, num_classes)
+
+
+def usual_resolution(network: nn.Module) -> int:
+    """Return the pixels of the images that a network is made for: timm's, or 32 for ours.
+
+    >>> usual_resolution(small_cnn(1, 2))
+    32
+    """
+    config: Any = getattr(network, "pretrained_cfg", {})
+    return config.get("input_size", (0, 0, 32))[-1]

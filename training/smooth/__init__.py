@@ -1,0 +1,1 @@
+"""Smooth Diffusion: training a backbone to be smooth."""

@@ -1,0 +1,146 @@
+"""What `training.smooth.regulariser` learns from: images with captions or class prompts, noised.
+
+The dice of a training image belong to the seed and its number in the run alone, so that neither
+batch, accumulation, ranks nor an interruption change what is drawn.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+from torch.utils.data import Dataset, Sampler
+
+from augment.core.errors import UserError
+from augment.core.rng import normal, rng
+from augment.diffusion.backbone import Trainable
+from augment.shards.dataset import open_shards
+from augment.shards.format import holds_shards
+from augment.sources import Items, Source, as_source
+from training.data.module import Batches
+
+LEVELS = 1000  # of a process that names no number of trained ones
+
+
+class Noisings(Dataset[dict[str, Any]]):
+    """Images with a prompt, a level, a noise and a direction, drawn by number.
+
+    Args:
+        source: the images, all drawn alike.
+        prompts: one an image, in the source's order.
+        backbone: whose format and levels they are.
+        drop: share of the images that lose their prompt, so that there is an unconditional model.
+        seed: of the dice.
+    """
+
+    def __init__(
+        self, source: Source, prompts: Sequence[str], backbone: Trainable, drop: float, seed: int
+    ) -> None:
+        self.source, self.prompts, self.drop, self.seed = source, prompts, drop, seed
+        self.form, self.shape = (backbone.channels, backbone.resolution), backbone.latent_shape
+        self.levels: int = getattr(backbone.process, "train_steps", LEVELS)
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        dice = rng(self.seed, "step", number)
+        row = int(dice.integers(len(self.prompts)))
+        dropped = dice.random() < self.drop
+        level = float(dice.integers(1, self.levels, endpoint=True)) / self.levels
+        noise, direction = normal(dice, *self.shape), normal(dice, *self.shape)
+        return {
+            "image": self.source.load(self.source.samples[row][0], *self.form),
+            "prompt": "" if dropped else self.prompts[row],
+            "level": level,
+            "noise": noise,
+            "direction": direction / direction.numel() ** 0.5,
+        }
+
+
+class Stream(Sampler[list[int]]):
+    """Numbers of training images, batch by batch, from where the training stands.
+
+    Args:
+        size: images a batch.
+        count: batches in all.
+        done: how many the training has had.
+        rank, world: batches are laid out rank by rank.
+    """
+
+    def __init__(
+        self, size: int, count: int, done: Callable[[], int], rank: int = 0, world: int = 1
+    ) -> None:
+        self.size, self.count, self.done, self.rank, self.world = size, count, done, rank, world
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for batch in range(self.done(), self.count):
+            first = (batch * self.world + self.rank) * self.size
+            yield list(range(first, first + self.size))
+
+
+class NoisingData(pl.LightningDataModule):
+    """`Noisings`, of which every rank takes its own."""
+
+    def __init__(self, rows: Noisings, size: int, workers: int) -> None:
+        super().__init__()
+        self.rows, self.size, self.workers = rows, size, workers
+
+    def train_dataloader(self) -> Batches:
+        """This rank's batches."""
+        trainer: Any = self.trainer
+        progress = trainer.fit_loop.epoch_loop.batch_progress
+        stream = Stream(
+            self.size,
+            trainer.max_steps * trainer.accumulate_grad_batches,
+            lambda: progress.total.processed,
+            trainer.global_rank,
+            trainer.world_size,
+        )
+        return Batches(self.rows, batch_sampler=stream, num_workers=self.workers)
+
+
+def open_source(images: Source | str) -> Source:
+    """A source; of a path an image folder, or shards as ``latent-augment synthesize`` writes them.
+
+    Raises:
+        UserError: there are none.
+    """
+    if isinstance(images, str) and holds_shards(images):
+        return Items(open_shards(images))
+    return as_source(images)
+
+
+def read_captions(path: str | Path, source: Source) -> dict[str, str]:
+    """Captions by image id, of a ``metadata.jsonl`` as Hugging Face's image folders have it.
+
+    A line is an image: ``{"file_name": "class/0.png", "text": "…"}``.
+
+    Raises:
+        UserError: a line is something else, or no image of the source is among them.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        told = getattr(error, "strerror", None) or "bytes that are no text"
+        raise UserError(f"expected captions at {path}, got {told}; correct the path") from None
+    known, found = {image_id for image_id, _ in source.samples}, {}
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line or "{}")
+            name, text = record["file_name"], record["text"]
+        except (ValueError, KeyError, TypeError):
+            name = text = None
+        if not isinstance(name, str) or not isinstance(text, str):
+            raise UserError(
+                f'expected {{"file_name": …, "text": …}} in every line of {path}, got '
+                f"{line[:60]!r} in line {number}; correct it"
+            )
+        found[name] = text
+    if not known & found.keys():
+        raise UserError(
+            f"expected captions in {path} for images such as {min(known)}, got none for any of "
+            "them; name files as below the folder of images"
+        )
+    return {name: found[name] for name in found if name in known}
