@@ -96,8 +96,8 @@ def check_same(old: Mapping[str, str], new: Mapping[str, str], root: Path) -> No
     Raises:
         UserError: those of a part differ.
     """
-    for part in old.keys() & new.keys():
-        if old[part] != new[part]:
+    for part in new:
+        if old.get(part, new[part]) != new[part]:
             raise UserError(
                 f"expected the {part} images that the run in {root} began with (SHA-256 "
                 f"{old[part][:8]}…), got others ({new[part][:8]}…); bring those back, or choose "
@@ -117,9 +117,9 @@ def tell_of_copies(source: Source, digests: Mapping[str, str], name: str) -> Non
     warn_of_copies(rows, name)
 
 
-def tell_of_overlap(training: Mapping[str, str], held_out: Mapping[str, str], name: str) -> None:
+def tell_of_overlap(training: dict[str, str], held_out: Mapping[str, str], name: str) -> None:
     """Warn of held-out images that are trained on."""
-    known = {digest: image_id for image_id, digest in training.items() if digest}
+    known = {digest: image_id for image_id, digest in reversed(training.items()) if digest}
     both = [image_id for image_id, digest in held_out.items() if digest in known]
     if both:
         warn(
