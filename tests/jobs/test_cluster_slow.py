@@ -204,7 +204,9 @@ def test_nodes_may_leave_and_join(cluster: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGINT])
 def test_a_killed_driver_leaves_units_and_no_worker(tmp_path: Path, sign: signal.Signals) -> None:
     job = Squares(tmp_path / "out", count=40, nap=1.0)
-    environment = os.environ | {MARK: str(tmp_path)}
+    tests = Path(__file__).parents[1]
+    paths = os.pathsep.join(map(str, (tests, tests.parent)))
+    environment = os.environ | {MARK: str(tmp_path), "PYTHONPATH": paths}
     environment.pop("RAY_ADDRESS", None)
     driver = subprocess.Popen(
         (sys.executable, __file__, str(job.path)), env=environment, start_new_session=True
