@@ -73,7 +73,7 @@ def test_a_suite_goes_through(suite, benchmark, tmp_path, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("suite", ["training", "startup", "neighbours", "backbones"])
+@pytest.mark.parametrize("suite", ["training", "startup", "backbones"])
 def test_a_long_suite_goes_through(suite, tmp_path):
     command = [sys.executable, str(SCRIPTS / "benchmark.py"), suite, "--quick", "--repeats", "1"]
     subprocess.run([*command, "--out", str(tmp_path)], check=True, capture_output=True)
