@@ -30,6 +30,7 @@ from augment.core.files import (
     write_table,
 )
 from augment.networks.timm import check_names, read_weights
+from training.data.identity import IMAGES
 from training.data.module import ImageData, ReuseLogger
 from training.models.classifier import Classifier, agreed
 
@@ -42,10 +43,6 @@ FREE = (
 
 FORM = ("channels", "resolution")
 """Of the images, which belong to the weights."""
-
-
-IMAGES = "images.json"
-"""The file of a run that says which images it is of."""
 
 
 class Writer:

@@ -21,7 +21,8 @@ from augment.core.errors import UserError
 from augment.core.files import locked, read_json, remember, write_table
 from augment.imports import allowed
 from augment.sources.prompts import quoted
-from training.cli import IMAGES, remove_partial
+from training.cli import remove_partial
+from training.data.identity import IMAGES
 from training.data.module import ImageData
 from training.models.metrics import interval
 

@@ -169,3 +169,28 @@ def test_an_inverted_image_of_two_classes_is_told(place, monkeypatch, capsys):
             monkeypatch, capsys, "invert", "real", "--bank", "bank", "--steps", "1"
         )
     assert code == 0 and "warning: expected every inverted image in one class, got Coat" in told
+
+
+def test_a_smoothing_of_other_images_is_refused(place, monkeypatch, capsys):
+    line = "smooth real --out run --steps 1 --accumulate 1 --rank 1 --device cpu"
+    assert call(monkeypatch, capsys, *line.split())[0] == 0
+    repaint(place / "real")
+    code, _, told = call(monkeypatch, capsys, *line.split())
+    assert code == 2 and "expected the training images that the run in run began with" in told
+
+
+def test_episodes_of_other_images_are_refused(place, tiny, monkeypatch, capsys):
+    line = (
+        "episodes --images real --network fashion --out run --n-way 2 --n-query 1 --n-tasks 3 "
+        "--device cpu"
+    )
+    assert call(monkeypatch, capsys, *line.split())[0] == 0
+    shorter = line.replace("--n-tasks 3", "--n-tasks 2")
+    assert call(monkeypatch, capsys, *shorter.split())[0] == 0
+    fill_bank(place / "bank", tiny, Folder(place / "real"), steps=1)
+    paint(place / "real", COUNTS, size=32, seed=9)
+    code, _, told = call(monkeypatch, capsys, *line.split())
+    assert code == 2 and "expected the episode images that the run in run began with" in told
+    other = f"{line.replace('--out run', '--out other')} --bank bank --noise 0.5"
+    code, _, told = call(monkeypatch, capsys, *other.split())
+    assert code == 2 and "the bank to be of the images of the episodes, got another" in told

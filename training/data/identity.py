@@ -19,7 +19,7 @@ from tqdm import tqdm
 from augment.bank.bank import LatentBank
 from augment.bank.format import DIGITS
 from augment.core.errors import AugmentWarning, ImageRejected, UserError
-from augment.core.files import read_json, sha256
+from augment.core.files import read_json, sha256, write_json
 from augment.replay.pool import ReplayPool
 from augment.shards.dataset import Shards
 from augment.shards.format import read_settings
@@ -27,6 +27,9 @@ from augment.sources import Folder, Source
 from augment.sources.folder import ORIGINS
 from augment.sources.source import warn_of_copies
 from augment.synthesis.dataset import SyntheticDataset
+
+IMAGES = "images.json"
+"""The file of a run that says which images it is of."""
 
 READERS = 8  # threads that read files
 SAMPLES = 8  # images whose size and colour are looked at
@@ -255,3 +258,24 @@ def read_known(path: Path | None) -> dict[str, Any]:
     """Read what a run's folder keeps of its images: ``parts``, and the digests of ``files``."""
     known = read_json(path, "the images of a run") if path and path.exists() else {}
     return {"parts": {}, "files": {}} | (known if isinstance(known, dict) else {})
+
+
+def check_run(root: Path, source: Source, begun: bool, name: str) -> dict[str, str]:
+    """Refuse other images than a run began with; return their digests by id.
+
+    Args:
+        root: the folder of the run, where they are kept.
+        source: all images of the run.
+        begun: whether the run has done anything yet.
+        name: what the images are for, such as training.
+
+    Raises:
+        UserError: they are others.
+    """
+    known = read_known(root / IMAGES)
+    digests = digests_of(source, known["files"])
+    parts = {name: identity(source, digests)}
+    if begun:
+        check_same(known["parts"], parts, root)
+    write_json(root / IMAGES, known | {"parts": parts})
+    return digests

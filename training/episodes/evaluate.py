@@ -30,6 +30,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from augment.bank.bank import LatentBank
+from augment.bank.format import DIGITS
 from augment.centroid.rule import Rule
 from augment.core.errors import AugmentWarning, UserError
 from augment.core.files import check_folder, locked, model_digest, remember, write_bytes
@@ -40,7 +41,9 @@ from augment.plan.plan import Plan
 from augment.plan.planner import Planner
 from augment.sources import Source, as_source
 from augment.sources.images import prepare
+from augment.sources.subsets import Selection
 from augment.synthesis.synthesizer import Synthesizer, solver_of
+from training.data.identity import check_run
 from training.episodes.features import Network, embed, finite
 from training.episodes.protocol import OTHER, Episode, Episodes
 from training.models.heads import Head, make_head
@@ -225,6 +228,21 @@ def open_bank(path: str, episodes: Sequence[Episode], noise: float, members: int
     return bank
 
 
+def check_supports(bank: LatentBank, digests: dict[str, str]) -> None:
+    """Refuse a bank of other images that have the names of those of the episodes.
+
+    Raises:
+        UserError: one of them differs by its content.
+    """
+    for name in bank.classes:
+        for image_id, digest in bank.digests(name).items():
+            if digests.get(image_id, digest[:DIGITS]) != digest[:DIGITS]:
+                raise UserError(
+                    "expected the bank to be of the images of the episodes, got another "
+                    f"{image_id} by its content; invert the images of the episodes"
+                )
+
+
 def run_episodes(
     images: Source | str,
     network: str | None = None,
@@ -322,6 +340,12 @@ def run_episodes(
         settings |= {"head": repr(fitted), **(mixing if opened else {"bank": None})}
         begun = any((root / name).exists() for name in (RESULTS, FEATURES))
         remember(root / "settings.json", settings, "--out", begun)
+        used = Selection(source)
+        asked = {i for task in found.tasks for i in task.images}
+        used.ids = {name: [i for i in ids if i in asked] for name, ids in source.ids.items()}
+        digests = check_run(root, used, begun, "episode")
+        if opened:
+            check_supports(opened, digests)
         rows = read_rows(root / RESULTS)
         if len(rows) < n_tasks:
             model = load_backbone(**{**opened.recipe, "device": device}) if opened else None

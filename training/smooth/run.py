@@ -32,6 +32,7 @@ from training.cli import (
     log_of,
     remove_partial,
 )
+from training.data.identity import check_run
 from training.data.module import brief
 from training.smooth.data import NoisingData, Noisings
 from training.smooth.regulariser import PROJECTIONS, SmoothDiffusion
@@ -115,6 +116,7 @@ def smooth_backbone(
     with locked(out) if is_first_rank() else nullcontext() as lock, calm():
         if lock:
             remove_partial(lock, out, last.parent)
+            check_run(out, source, last.exists(), "training")
         remember(out / "run.json", settings, "--out", last.exists())
         trainer = make_trainer(out, backbone.device, steps, accumulate, devices, precision)
         begun = str(last) if last.exists() else None
