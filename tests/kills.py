@@ -134,6 +134,9 @@ def main() -> None:
             assert code == SIGNALS[number], (code, number, log.read_text()[-3000:])
             mine, kills = mine + 1, kills + 1
         differing += result(job, out) != whole
+        print(
+            f"{kills} kills, {folders} folders, {differing} differing", file=sys.stderr, flush=True
+        )
         left += len([path for path in out.rglob("*.tmp")])
     told = {"job": job, "kills": kills, "folders": folders, "differing": differing, "left": left}
     print(
