@@ -4,7 +4,6 @@ To add one: a file with a frozen dataclass that has the members of `Inverter`, a
 `INVERTERS`.
 """
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
@@ -12,8 +11,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from augment.core.errors import UserError, lookup
+from augment.core.errors import UserError
 from augment.core.files import sha256
+from augment.core.registry import make
 from augment.diffusion.backbone import Backbone, Denoiser, as_prompts, batched, denoiser
 from augment.diffusion.solver import check_steps
 from augment.inversion.ddim import DDIM
@@ -87,26 +87,12 @@ INVERTERS: dict[str, type[Inverter]] = {
 
 
 def inverter(name: str, **settings: Any) -> Inverter:
-    """An inversion by name.
+    """Build an inversion by name.
 
     Raises:
         UserError: an unknown name or setting, or one out of its range.
     """
-    kind = lookup(INVERTERS, name, "inversion")
-    known = {field.name: field.default for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
-    for key, value in settings.items():
-        if key not in known:
-            raise UserError(
-                f"expected settings of {name} out of {', '.join(known)}, got {key!r}; choose one "
-                "of these"
-            )
-        wanted = type(known[key])
-        if type(value) is not wanted and not (wanted is float and type(value) is int):
-            raise UserError(
-                f"expected {key} of {name} as {wanted.__name__}, got {value!r}; the default is "
-                f"{known[key]}"
-            )
-    made = kind(**settings)
+    made = make(INVERTERS, name, settings, "inversion")
     check_steps(made.steps)
     return made
 
