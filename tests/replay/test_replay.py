@@ -103,7 +103,7 @@ def nameless_files() -> list[str]:
     found = []
     for place in Path("/proc/self/fd").iterdir():
         with contextlib.suppress(OSError):  # that of the folder itself is closed again
-            found += [target for target in [os.readlink(place)] if target.endswith("(deleted)")]
+            found += [target for target in [str(place.readlink())] if target.endswith("(deleted)")]
     return found
 
 
