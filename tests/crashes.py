@@ -25,7 +25,7 @@ from tqdm import tqdm
 import augment.bank.fill
 import augment.shards.write
 from augment import LatentBank, Planner, Synthesizer
-from augment.bank.fill import Inversion, fill_bank
+from augment.bank.fill import InversionJob, fill_bank
 from augment.bank.merge import merge as merge_banks
 from augment.diffusion.backbones.gaussian import GaussianBackbone
 from augment.shards.write import Synthesis, write_shards
@@ -91,7 +91,7 @@ def wait(child: int) -> bool:
 
 def counted(log: Path) -> None:
     """Let every unit that is begun be written down."""
-    for kind in (Inversion, Synthesis):
+    for kind in (InversionJob, Synthesis):
         inner = kind.work
 
         def outer(self, loaded, unit, inner=inner):

@@ -10,12 +10,12 @@ from itertools import chain
 from pathlib import Path
 
 from augment.bank.format import (
+    ChunkEntry,
     ChunkPlan,
     ChunkRecord,
-    ClassPlan,
+    ClassEntry,
     ImageRecord,
     Manifest,
-    Part,
     Reject,
     file_of,
     parts_of,
@@ -44,7 +44,7 @@ class Settled:
     ids: set[str] = field(default_factory=set)
     rejects: dict[Path, list[Reject]] = field(default_factory=dict)
 
-    def images(self, parts: Iterable[Part]) -> Iterator[ImageRecord]:
+    def images(self, parts: Iterable[ChunkPlan]) -> Iterator[ImageRecord]:
         """What is recorded of each image that has a latent."""
         for part in parts:
             record = intact(part)
@@ -57,7 +57,7 @@ class Settled:
 
 def assign_chunks(
     path: Path, old: Manifest | None, source: Source, prompts: dict[str, str], size: int
-) -> list[ClassPlan]:
+) -> list[ClassEntry]:
     """The classes of a manifest: chunks there are, and units of ``size`` of the images beside.
 
     Raises:
@@ -79,7 +79,7 @@ def assign_chunks(
         prompt = prompts.get(name, "")
         known = by_name.get(nfc(name))
         if known is None:
-            known, free = ClassPlan(name, f"{free:04d}", prompt, []), free + 1
+            known, free = ClassEntry(name, f"{free:04d}", prompt, []), free + 1
         if known.prompt != prompt:
             raise UserError(
                 f"expected the prompts of the bank {path}, {known.prompt!r} for class {name!r}, "
@@ -100,14 +100,14 @@ def assign_chunks(
         fresh = [i for i in members if i not in settled.ids and i not in planned]
         number = 1 + max((chunk.number for chunk in known.chunks), default=-1)
         while fresh:
-            chunks.append(ChunkPlan(number, unit, fresh[:room]))
+            chunks.append(ChunkEntry(number, unit, fresh[:room]))
             number, fresh, room = number + 1, fresh[room:], room - len(fresh[:room])
             unit, room = (unit, room) if room else (unit + 1, size)
         classes.append(replace(known, chunks=chunks))
     return classes
 
 
-def intact(part: Part) -> ChunkRecord | None:
+def intact(part: ChunkPlan) -> ChunkRecord | None:
     """The record of a chunk; None if it is not committed, or its record is damaged.
 
     Raises:
@@ -119,7 +119,7 @@ def intact(part: Part) -> ChunkRecord | None:
         return None
 
 
-def size_of(part: Part, record: ChunkRecord | None) -> int:
+def size_of(part: ChunkPlan, record: ChunkRecord | None) -> int:
     """Return the bytes of a chunk's files, its record among them; 0 if it is not whole.
 
     Raises:

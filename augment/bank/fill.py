@@ -30,12 +30,12 @@ from augment.bank.chunking import assign_chunks, intact, size_of
 from augment.bank.format import (
     CHUNK,
     BankSettings,
+    ChunkPlan,
     ChunkRecord,
     FileRecord,
     Fingerprint,
     ImageRecord,
     Manifest,
-    Part,
     Reject,
     Statistics,
     file_of,
@@ -47,15 +47,24 @@ from augment.bank.format import (
 from augment.centroid.prior import nominal_norm
 from augment.core.errors import EnlargedWarning, ImageRejected, Missing, UserError
 from augment.core.files import check_folder, in_use, sha256, unreadable, write_bytes
+from augment.core.registry import refuse_reserved
 from augment.core.schema import write
-from augment.diffusion import load_backbone
+from augment.diffusion import load_backbone, parse_dtype
 from augment.diffusion.backbone import Backbone, check_batch
 from augment.diffusion.solver import sample
 from augment.inversion import INVERTERS, Inverter, check_guidance, inverted, inverter
-from augment.jobs.job import run
-from augment.sources import Source
-from augment.sources.images import FITTING, fit, open_image, pixels_of, preprocessing, warn_once
-from augment.sources.prompts import by_class
+from augment.jobs.job import planning_device, run
+from augment.sources import Folder, Source
+from augment.sources.images import (
+    FITTING,
+    fit,
+    open_image,
+    parse_colour,
+    pixels_of,
+    preprocessing,
+    warn_once,
+)
+from augment.sources.prompts import by_class, prompts_of
 from augment.sources.source import check_share, refuse_rejects
 
 ENLARGED = 1.5
@@ -71,7 +80,7 @@ REJECTED = ("id", "bytes", "sha256", "reason")
 
 
 @dataclass
-class Picture:
+class LoadedImage:
     """An image of a unit.
 
     Attributes:
@@ -87,6 +96,80 @@ class Picture:
     reason: str = ""
     converted: str = ""
     row: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class InvertSettings:
+    """Invert labelled images into a bank of latents.
+
+    Args:
+        images: folder with one sub-folder of image files a class; or another source, such as
+            FewShot with --images.source DIR --images.shots 5, or as YAML in a --config.
+        bank: folder of the bank, made if needed; an interrupted job goes on, and images that were
+            added since are appended.
+        backbone: the diffusion model: tiny, sd15, sdxl and so on, a folder or .safetensors file of
+            a checkpoint, or the id of one on the Hugging Face hub.
+        prompt: a template such as 'a photo of a {name}'; WordNet ids of ImageNet get their names.
+        prompts: a prompt for each class, as YAML such as '{Coat: top}'; goes before the template.
+        inversion: forward_start, fireflow, midpoint, fixed_point, ddim, negative_prompt, null_text.
+        steps: solver steps.
+        guidance: scale of classifier-free guidance; by default none but 7.5 for null_text.
+        batch_size: images a network call; halved if a GPU's memory is too small.
+        device: such as cuda or cpu; by default the GPU if there is one.
+        dtype: float32, float16 or bfloat16 of the network; by default what the backbone likes.
+        inversion_options: others of the inversion, as YAML such as '{iterations: 3}'.
+        backbone_options: of the backbone, as YAML such as '{resolution: 384, lora: FILE}'.
+        errors: sample every latent back and keep how much is lost; false halves the time.
+        clean: keep the clean latents too.
+        max_rejects: share of images that may be left out because they cannot be read.
+        links: follow links that lead out of the folder.
+        nested: take the images in all sub-folders of a class folder too.
+        background: the colour that is seen through transparent pixels, such as '#808080'; by
+            default white.
+        executor: local, this process or, under torchrun or in a Slurm array, its share; or ray.
+        dry_run: do and keep one unit of the work, and report how long all will take.
+    """
+
+    images: Source | str
+    bank: str
+    backbone: str = "tiny"
+    prompt: str = ""
+    prompts: dict[str, str] | None = None
+    inversion: str = "forward_start"
+    steps: int = 25
+    guidance: float | None = None
+    batch_size: int = 64
+    device: str | None = None
+    dtype: str | None = None
+    inversion_options: dict[str, Any] | None = None
+    backbone_options: dict[str, Any] | None = None
+    errors: bool = True
+    clean: bool = False
+    max_rejects: float = 0.05
+    links: bool = False
+    nested: bool = False
+    background: str | None = None
+    executor: str = "local"
+    dry_run: bool = False
+
+    def source(self) -> Source:
+        """Return the source of the images.
+
+        Raises:
+            UserError: there is no such folder, or an option of a folder was given with a source.
+        """
+        if isinstance(self.images, str):
+            source: Source = Folder(self.images, self.links, nested=self.nested)
+        elif self.links or self.nested:
+            raise UserError(
+                f"expected {'links' if self.links else 'nested'} with a folder of images, got "
+                f"{type(self.images).__name__}; leave it out, or give it to a Folder therein"
+            )
+        else:
+            source = self.images
+        if self.background:
+            source.background = parse_colour(self.background)
+        return source
 
 
 def fill_bank(
@@ -129,7 +212,7 @@ def fill_bank(
         EnlargedWarning: images are much smaller than the backbone's.
     """
     run_it = inverter(inversion, steps=steps, **settings)
-    job = Inversion(
+    job = InversionJob(
         Path(path), source, backbone, run_it, guidance, prompts or {}, batch_size, tuple(keeps),
         max_rejects,
     )  # fmt: skip
@@ -138,7 +221,7 @@ def fill_bank(
 
 
 @dataclass
-class Inversion:
+class InversionJob:
     """The job of filling a bank: an `augment.jobs.job.Job`.
 
     Args:
@@ -160,8 +243,30 @@ class Inversion:
     title: str = field(default="invert", init=False)
     manifest: Manifest | None = field(default=None, init=False)
     recipe: dict[str, Any] = field(default_factory=dict, init=False)
-    units: list[list[Part]] = field(default_factory=list, init=False)
+    units: list[list[ChunkPlan]] = field(default_factory=list, init=False)
     rejected: dict[Path, int] = field(default_factory=dict, init=False)
+
+    @classmethod
+    def of(cls, settings: InvertSettings) -> "InversionJob":
+        """Load the backbone and the list of images that settings ask for; see `InvertSettings`.
+
+        Raises:
+            UserError: a setting is unknown, or out of its range.
+        """
+        source = settings.source()
+        prompts = prompts_of(source.classes, settings.prompt, settings.prompts)
+        others, options = settings.inversion_options or {}, settings.backbone_options or {}
+        refuse_reserved(others, "steps", "guidance", "batch_size")
+        refuse_reserved(options, "name_or_path", "device", "dtype")
+        method = inverter(settings.inversion, steps=settings.steps, **others)  # before it loads
+        where = {"device": settings.device, "dtype": parse_dtype(settings.dtype)}
+        here = where | {"device": planning_device(settings.device, settings.executor)}
+        kept = [name for name in ("errors", "clean") if getattr(settings, name)]
+        return cls(
+            Path(settings.bank), source, load_backbone(settings.backbone, **here, **options),
+            method, settings.guidance, prompts, settings.batch_size, tuple(kept),
+            settings.max_rejects, where,
+        )  # fmt: skip
 
     def __post_init__(self) -> None:
         """Refuse what can be refused before anything is read or written."""
@@ -232,7 +337,7 @@ class Inversion:
         self.manifest = Manifest(**vars(new), schema=Manifest.SCHEMA, classes=classes)
         if self.manifest != old:
             write(self.path / "manifest.json", self.manifest)
-        units: dict[int, list[Part]] = {}
+        units: dict[int, list[ChunkPlan]] = {}
         for part in parts_of(self.path, self.manifest):
             units.setdefault(part.home.unit, []).append(part)
         remove_strays(self.path, [part.stem for parts in units.values() for part in parts])
@@ -263,19 +368,19 @@ class Inversion:
     def work(self, backbone: Backbone, unit: int) -> None:
         """Read, invert and commit the images of a unit."""
         parts = self.units[unit]
-        read = [[picture(self.source, backbone, i) for i in part.ids] for part in parts]
+        read = [[load_image(self.source, backbone, i) for i in part.ids] for part in parts]
         self._check_colours([p for row in read for p in row])
         pairs = list(zip(parts, read, strict=True))
         seen = [(p, part.home.prompt) for part, row in pairs for p in row if p.pixels is not None]
         made = self.make(backbone, *map(list, zip(*seen, strict=True))) if seen else {}
         for row, (p, _) in enumerate(seen):
-            p.row, p.reason = row, useless(made, row)
+            p.row, p.reason = row, rejection_reason(made, row)
         self._check_rejects(unit, [p for row in read for p in row if p.reason])
         for part, row in pairs:
             commit(part, made, row)
 
     def make(
-        self, backbone: Backbone, pictures: list[Picture], texts: list[str]
+        self, backbone: Backbone, pictures: list[LoadedImage], texts: list[str]
     ) -> dict[str, Tensor]:
         """All that is kept of some images, on the CPU."""
         images = torch.stack([p.pixels for p in pictures if p.pixels is not None])
@@ -300,7 +405,7 @@ class Inversion:
             made["clean"] = torch.cat(clean).half()
         return {key: tensor.cpu() for key, tensor in made.items()}
 
-    def _check_colours(self, pictures: list[Picture]) -> None:
+    def _check_colours(self, pictures: list[LoadedImage]) -> None:
         """Warn if a bank of an older version, which read colours as they were stored, goes on."""
         odd = next((p for p in pictures if p.converted), None)
         old = self.manifest is not None and self.manifest.fingerprint.preprocessing == FITTING
@@ -312,7 +417,7 @@ class Inversion:
                 "a new folder to read all images alike",
             )
 
-    def _check_rejects(self, unit: int, mine: list[Picture]) -> None:
+    def _check_rejects(self, unit: int, mine: list[LoadedImage]) -> None:
         """Stop before more images are left out than may be."""
         if not mine:
             return
@@ -371,7 +476,7 @@ def remove_strays(root: Path, stems: Iterable[Path]) -> None:
             folder.rmdir()  # if it is empty
 
 
-def picture(source: Source, backbone: Backbone, image_id: str) -> Picture:
+def load_image(source: Source, backbone: Backbone, image_id: str) -> LoadedImage:
     """Read an image.
 
     Raises:
@@ -386,15 +491,15 @@ def picture(source: Source, backbone: Backbone, image_id: str) -> Picture:
         if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
             raise unreadable(source.root / image_id, "an image", error) from None
         about = replace(about, bytes=source.size(image_id))
-        return Picture(about, reason=error.strerror or str(error))
+        return LoadedImage(about, reason=error.strerror or str(error))
     except ImageRejected as error:
-        return Picture(about, reason=str(error))
+        return LoadedImage(about, reason=str(error))
     pixels = fit(pixels_of(image, backbone.channels), backbone.resolution)
     about = replace(about, side=min(image.size))
-    return Picture(about, pixels, converted=image.info.get("converted", ""))
+    return LoadedImage(about, pixels, converted=image.info.get("converted", ""))
 
 
-def useless(made: dict[str, Tensor], row: int) -> str:
+def rejection_reason(made: dict[str, Tensor], row: int) -> str:
     """Why a latent is of no use; empty if it is."""
     tensors = [made["latents"][row]]
     if "nulls" in made:
@@ -408,7 +513,7 @@ def useless(made: dict[str, Tensor], row: int) -> str:
     return ""
 
 
-def commit(part: Part, made: dict[str, Tensor], pictures: list[Picture]) -> None:
+def commit(part: ChunkPlan, made: dict[str, Tensor], pictures: list[LoadedImage]) -> None:
     """Write a chunk's files, and last its record."""
     files, statistics = {}, Statistics()
     rows = [p.row for p in pictures if not p.reason]

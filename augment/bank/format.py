@@ -119,7 +119,7 @@ def is_name(value: Any) -> bool:
 
 
 @dataclass(frozen=True)
-class ChunkPlan:
+class ChunkEntry:
     """A chunk that a class is to have.
 
     Args:
@@ -139,13 +139,13 @@ class ChunkPlan:
 
 
 @dataclass(frozen=True)
-class ClassPlan:
+class ClassEntry:
     """A class of a bank: its name, its folder, its prompt, and its chunks."""
 
     name: str
     folder: str
     prompt: str
-    chunks: list[ChunkPlan]
+    chunks: list[ChunkEntry]
 
     def __post_init__(self) -> None:
         """Refuse a folder elsewhere, and two chunks of one number."""
@@ -165,7 +165,7 @@ class Manifest(BankSettings, Record):
     OLDEST: ClassVar = 2
 
     schema: int
-    classes: list[ClassPlan]
+    classes: list[ClassEntry]
 
     def __post_init__(self) -> None:
         """Refuse a class or a folder that is there twice."""
@@ -286,7 +286,7 @@ class ChunkRecord(Record):
             raise ValueError("no home or no settings")
 
 
-class Part(NamedTuple):
+class ChunkPlan(NamedTuple):
     """A planned chunk: the path of its files without suffix, its home, its images, its settings."""
 
     stem: Path
@@ -295,14 +295,14 @@ class Part(NamedTuple):
     settings: dict[str, Any]
 
 
-def parts_of(root: Path, manifest: Manifest) -> Iterator[Part]:
+def parts_of(root: Path, manifest: Manifest) -> Iterator[ChunkPlan]:
     """Give the planned chunks of a bank, class by class."""
     settings, count = manifest.settings, len(manifest.classes)
     for label, known in enumerate(manifest.classes):
         for chunk in known.chunks:
             place = (known.name, known.folder, known.prompt, label, count)
             home = Home(*place, chunk.number, chunk.unit)
-            yield Part(stem_of(root, home), home, chunk.ids, settings)
+            yield ChunkPlan(stem_of(root, home), home, chunk.ids, settings)
 
 
 def stem_of(root: Path, home: Home) -> Path:
@@ -374,7 +374,7 @@ def read_manifest(path: Path) -> Manifest:
         ) from None
 
 
-def read_record(part: Part) -> ChunkRecord | None:
+def read_record(part: ChunkPlan) -> ChunkRecord | None:
     """Read the commit record of a planned chunk; None if it is not committed.
 
     Raises:
@@ -401,7 +401,7 @@ def record_at(stem: Path) -> ChunkRecord | None:
         return None
 
 
-def made_of(record: ChunkRecord, part: Part) -> bool:
+def made_of(record: ChunkRecord, part: ChunkPlan) -> bool:
     """Tell whether a record is of a planned chunk: its place, settings, and images.
 
     Images that were left out may be planned elsewhere by now. A record of schema 2 says neither

@@ -13,11 +13,11 @@ from augment.bank.bank import LatentBank, filled
 from augment.bank.chunking import intact, size_of
 from augment.bank.chunks import Chunk
 from augment.bank.format import (
+    ChunkEntry,
     ChunkPlan,
     ChunkRecord,
-    ClassPlan,
+    ClassEntry,
     Manifest,
-    Part,
     check_file,
     file_of,
     parts_of,
@@ -59,14 +59,14 @@ def assemble(banks: list[tuple[LatentBank, list[str] | None]], out: Path) -> Lat
     if not banks or any(wanted == [] for _, wanted in banks):
         raise UserError("expected at least one bank and one class, got none; name them")
     first = banks[0][0].manifest
-    classes: dict[str, ClassPlan] = {}
+    classes: dict[str, ClassEntry] = {}
     homes: dict[str, Path] = {}
     origins: dict[tuple[str, int], Chunk] = {}
     for bank, wanted in banks:
         require_same_making(bank.path, bank.manifest, first)
         for name in dict.fromkeys(list(bank.classes) if wanted is None else wanted):
             prompt = bank.prompt(name)
-            known = classes.setdefault(name, ClassPlan(name, f"{len(classes):04d}", prompt, []))
+            known = classes.setdefault(name, ClassEntry(name, f"{len(classes):04d}", prompt, []))
             if known.prompt != prompt:
                 raise UserError(
                     f"expected one prompt for class {name!r}, got {known.prompt!r} and "
@@ -81,7 +81,7 @@ def assemble(banks: list[tuple[LatentBank, list[str] | None]], out: Path) -> Lat
                     )
                 homes |= dict.fromkeys(chunk.ids, bank.path)
                 number = len(known.chunks)
-                known.chunks.append(ChunkPlan(number, len(origins), chunk.ids))
+                known.chunks.append(ChunkEntry(number, len(origins), chunk.ids))
                 origins[name, number] = chunk
     manifest = replace(first, schema=Manifest.SCHEMA, classes=list(classes.values()))
     with locked(out) as lock:
@@ -112,7 +112,7 @@ def claim(out: Path, manifest: Manifest) -> None:
         )
 
 
-def copy(chunk: Chunk, part: Part) -> None:
+def copy(chunk: Chunk, part: ChunkPlan) -> None:
     """Copy a chunk, unless it is there, and its record last; what was left out stays behind.
 
     Raises:

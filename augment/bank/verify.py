@@ -16,9 +16,9 @@ from tqdm import tqdm
 from augment.bank.format import (
     KINDS,
     BankSettings,
-    ChunkPlan,
+    ChunkEntry,
     ChunkRecord,
-    ClassPlan,
+    ClassEntry,
     Home,
     Manifest,
     check_file,
@@ -168,7 +168,7 @@ def settings_of(record: ChunkRecord) -> BankSettings:
         ) from None
 
 
-def classes_of(path: Path, records: list[tuple[Home, ChunkRecord]]) -> list[ClassPlan]:
+def classes_of(path: Path, records: list[tuple[Home, ChunkRecord]]) -> list[ClassEntry]:
     """Return the plan that records were made by.
 
     Labels move when classes are added, so those of older plans are put in order first, and newer
@@ -178,8 +178,8 @@ def classes_of(path: Path, records: list[tuple[Home, ChunkRecord]]) -> list[Clas
         UserError: the records are of several banks.
     """
     there = {image.id for _, record in records for image in record.images}
-    by_name: dict[str, ClassPlan] = {}
-    classes: list[ClassPlan] = []
+    by_name: dict[str, ClassEntry] = {}
+    classes: list[ClassEntry] = []
     for home, record in sorted(records, key=lambda r: (r[0].classes, r[0].label, r[0].number)):
         ids = [image.id for image in record.images]
         for reject in record.rejects:  # in the order of their places
@@ -187,7 +187,7 @@ def classes_of(path: Path, records: list[tuple[Home, ChunkRecord]]) -> list[Clas
         later = {reject.id for reject in record.rejects} & there  # they were made good since
         ids = [image_id for image_id in ids if image_id not in later]
         if home.name not in by_name:
-            by_name[home.name] = ClassPlan(home.name, home.folder, home.prompt, [])
+            by_name[home.name] = ClassEntry(home.name, home.folder, home.prompt, [])
             classes.insert(home.label, by_name[home.name])
         known = by_name[home.name]
         if (known.folder, known.prompt) != (home.folder, home.prompt):
@@ -196,7 +196,7 @@ def classes_of(path: Path, records: list[tuple[Home, ChunkRecord]]) -> list[Clas
                 f"{home.name!r}; remove the records that do not belong to it"
             )
         if ids:
-            known.chunks.append(ChunkPlan(home.number, home.unit, ids))
+            known.chunks.append(ChunkEntry(home.number, home.unit, ids))
     for known in classes:
         known.chunks.sort(key=lambda chunk: chunk.number)
     return classes

@@ -7,25 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from augment.core.errors import UserError, lookup
-from augment.sources import Source
+from augment.core.errors import UserError
 from augment.sources.source import warn_of_copies
 
 Record = dict[str, Any]
 """What came of a command, for ``--json``."""
-
-
-def planning_device(device: str | None, executor: str) -> str | None:
-    """Where this process loads the backbone: a rank on its own GPU; on the CPU, if others work."""
-    import os
-
-    import torch
-
-    if executor != "local":
-        return "cpu"
-    if device is None and "LOCAL_RANK" in os.environ and torch.cuda.is_available():
-        return f"cuda:{int(os.environ['LOCAL_RANK']) % torch.cuda.device_count()}"
-    return device
 
 
 def work(job: Any, executor: str, dry_run: bool) -> Record | None:
@@ -95,15 +81,6 @@ def recipe_of(bank: Any, backbone: str | None = None) -> dict[str, Any]:
     return recipe
 
 
-def prompts_of(source: Source, prompt: str, prompts: dict[str, str] | None) -> dict[str, str]:
-    """The prompt of each class that has one, by name: its own, else the template's."""
-    from augment.sources.prompts import by_class, class_prompts
-
-    texts = by_class(prompts or {}, source.classes)
-    rest = [name for name in source.classes if name not in texts]
-    return texts | (class_prompts(rest, prompt) if prompt else {})
-
-
 def listed(text: str, known: Callable[[str], bool]) -> list[str]:
     """Split a text at its commas, but for those of names that are known or in double quotes.
 
@@ -117,28 +94,3 @@ def listed(text: str, known: Callable[[str], bool]) -> list[str]:
         found.append(",".join(parts[:size]) if size else parts[0].strip())
         parts = parts[size or 1 :]
     return found
-
-
-def refuse(options: dict[str, Any], *names: str) -> None:
-    """Refuse options that the command has as its own.
-
-    Raises:
-        UserError: one of the names is among them.
-    """
-    for name in names:
-        if name in options:
-            raise UserError(
-                f"expected {name} as an option of its own, got it among others; see --help"
-            )
-
-
-def parse_dtype(name: str | None) -> Any:
-    """A torch dtype by name, or None.
-
-    Raises:
-        UserError: an unknown name.
-    """
-    import torch
-
-    known = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-    return None if name is None else lookup(known, name, "dtype")

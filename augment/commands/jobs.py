@@ -7,17 +7,12 @@ from typing import Any
 
 from augment.commands.common import (
     Record,
-    parse_dtype,
-    planning_device,
-    prompts_of,
     recipe_of,
-    refuse,
     tell_of_bank,
     work,
 )
 from augment.core.errors import UserError
-from augment.sources import Folder, Source
-from augment.sources.images import parse_colour
+from augment.sources import Source
 from augment.synthesis.refine import SeedSelect, check_sampling
 
 
@@ -73,32 +68,10 @@ def invert(
         executor: local, this process or, under torchrun or in a Slurm array, its share; or ray.
         dry_run: do and keep one unit of the work, and tell how long all will take.
     """
-    from augment.bank.fill import Inversion
-    from augment.diffusion import load_backbone
-    from augment.inversion import inverter
+    settings = dict(locals())
+    from augment.bank.fill import InversionJob, InvertSettings
 
-    if (links or nested) and not isinstance(images, str):
-        raise UserError(
-            f"expected {'links' if links else 'nested'} with a folder of images, got "
-            f"{type(images).__name__}; leave it out, or give it to a Folder therein"
-        )
-    source = Folder(images, links, nested=nested) if isinstance(images, str) else images
-    if background:
-        source.background = parse_colour(background)
-    texts = prompts_of(source, prompt, prompts)
-    settings, options = inversion_options or {}, backbone_options or {}
-    refuse(settings, "steps", "guidance", "batch_size")
-    refuse(options, "name_or_path", "device", "dtype")
-    method = inverter(inversion, steps=steps, **settings)  # before gigabytes are loaded
-    where = {"device": device, "dtype": parse_dtype(dtype)}
-    model = load_backbone(
-        backbone, **{**where, "device": planning_device(device, executor)}, **options
-    )
-    kept = [name for name, keep in (("errors", errors), ("clean", clean)) if keep]
-    job = Inversion(
-        Path(bank), source, model, method, guidance, texts, batch_size, tuple(kept), max_rejects,
-        where,
-    )  # fmt: skip
+    job = InversionJob.of(InvertSettings(**settings))
     return work(job, executor, dry_run) or tell_of_bank(Path(bank))
 
 
@@ -182,7 +155,9 @@ def synthesize(
 
     from augment.bank.bank import LatentBank
     from augment.centroid import Rule
-    from augment.diffusion import load_backbone
+    from augment.core.registry import refuse_reserved
+    from augment.diffusion import load_backbone, parse_dtype
+    from augment.jobs.job import planning_device
     from augment.plan.planner import Planner, budget
     from augment.shards.write import Synthesis
     from augment.sources import place_of
@@ -220,7 +195,7 @@ def synthesize(
         filters = dict.fromkeys(filters.split(","))
     judges = {name: make_filter(name, **(given or {})) for name, given in (filters or {}).items()}
     options = backbone_options or {}
-    refuse(options, "name_or_path", "device", "dtype")
+    refuse_reserved(options, "name_or_path", "device", "dtype")
     recipe = recipe_of(opened, backbone)
     where = {"device": device, "dtype": parse_dtype(dtype)}
     model = load_backbone(

@@ -4,7 +4,7 @@ import json
 import shlex
 from typing import Any, Literal
 
-from augment.commands.common import Record, planning_device, prompts_of, refuse
+from augment.commands.common import Record
 from augment.sources import Source
 
 
@@ -71,17 +71,20 @@ def smooth(
     """
     import torch
 
+    from augment.core.registry import refuse_reserved
     from augment.diffusion import load_backbone
+    from augment.jobs.job import planning_device
+    from augment.sources.prompts import prompts_of
     from training.smooth.data import open_source, read_captions
     from training.smooth.regulariser import PROJECTIONS
     from training.smooth.run import smooth_backbone
 
     source = open_source(images).readable(name="training")
-    texts = prompts_of(source, prompt, prompts)
+    texts = prompts_of(source.classes, prompt, prompts)
     told = None if captions is None else read_captions(captions, source)
     options = backbone_options or {}
-    refuse(options, "name_or_path", "device", "dtype")
-    where = planning_device(device, "local")
+    refuse_reserved(options, "name_or_path", "device", "dtype")
+    where = planning_device(device)
     model = load_backbone(backbone, where, torch.float32, **options)
     place = smooth_backbone(
         model, source, out, texts, told, weight, rank, targets or PROJECTIONS, steps, batch_size,

@@ -69,6 +69,19 @@ def check_settings(
             raise UserError(f"expected {key} of {name} as {words}, got {value!r}{cure}")
 
 
+def refuse_reserved(settings: Mapping[str, Any], *reserved: str) -> None:
+    """Refuse settings among others that a command takes as options of their own.
+
+    Raises:
+        UserError: one of the reserved names is there.
+    """
+    for name in reserved:
+        if name in settings:
+            raise UserError(
+                f"expected {name} as an option of its own, got it among others; see --help"
+            )
+
+
 def _is_a(value: Any, kind: Any) -> bool:
     """Tell whether a value is of an annotated type; true and false are no numbers."""
     if kind in (Any, Parameter.empty):

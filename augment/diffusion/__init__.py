@@ -169,6 +169,17 @@ def find_device(device: torch.device | str | None = None) -> torch.device:
         raise UserError(f"expected a device that is there, got {device!r}: {reason}") from None
 
 
+def parse_dtype(name: str | None) -> torch.dtype | None:
+    """Return the dtype of a name such as ``float16``; None stays None.
+
+    Raises:
+        UserError: an unknown name.
+    """
+    dtypes = (torch.float32, torch.float16, torch.bfloat16)
+    by_name = {str(dtype).removeprefix("torch."): dtype for dtype in dtypes}
+    return None if name is None else lookup(by_name, name, "dtype")
+
+
 def rooted(value: str | Path) -> str:
     """A recipe's path as JSON has it; one that is there is absolute, to be found again."""
     if value in BACKBONES:
@@ -183,5 +194,6 @@ __all__ = [
     "find_device",
     "load_backbone",
     "local_recipe",
+    "parse_dtype",
     "pretrained",
 ]

@@ -20,6 +20,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
+import torch
 from tqdm import tqdm
 
 from augment.core.errors import UserError, lookup
@@ -94,6 +95,22 @@ def stripe() -> tuple[int, int]:
             f"{error} in the environment; set both or none"
         ) from None
     return rank, world
+
+
+def planning_device(device: str | None, executor: str = "local") -> str | None:
+    """Return where this process loads the backbone of a job.
+
+    That is a GPU of its own for a rank of ``torchrun``, and the CPU if other processes do the work.
+
+    Args:
+        device: the device that the user asked for, if any.
+        executor: a key of `EXECUTORS`.
+    """
+    if executor != "local":
+        return "cpu"
+    if device is None and "LOCAL_RANK" in os.environ and torch.cuda.is_available():
+        return f"cuda:{int(os.environ['LOCAL_RANK']) % torch.cuda.device_count()}"
+    return device
 
 
 def run(job: Job, executor: str = "local", ranks: tuple[int, int] = (0, 1)) -> bool:

@@ -154,6 +154,27 @@ def class_prompts(
     return {folder: fill(template, folder, name) for folder, name in called.items()}
 
 
+def prompts_of(
+    classes: Sequence[str], template: str = "", prompts: Mapping[str, str] | None = None
+) -> dict[str, str]:
+    """Return the prompt of each class that has one: its own, else the template's.
+
+    >>> prompts_of(["owl", "cat"], "a {name}", {"cat": "a tabby"})
+    {'cat': 'a tabby', 'owl': 'an owl'}
+
+    Args:
+        classes: folder names.
+        template: see `class_prompts`; empty for none.
+        prompts: prompts of single classes, by folder.
+
+    Raises:
+        UserError: see `class_prompts`.
+    """
+    own = by_class(prompts or {}, classes)
+    rest = [name for name in classes if name not in own]
+    return own | (class_prompts(rest, template) if template else {})
+
+
 def check_template(template: str) -> None:
     """Refuse a template without a name, with other fields, or with braces that do not match."""
     try:

@@ -12,7 +12,7 @@ from safetensors.torch import save
 
 from augment import LatentBank, Planner
 from augment.bank.chunking import assign_chunks
-from augment.bank.fill import Inversion
+from augment.bank.fill import InversionJob
 from augment.bank.format import (
     ChunkRecord,
     FileRecord,
@@ -63,10 +63,10 @@ def long_tail(images: int, classes: int) -> list[int]:
     return (least + np.diff(ends, prepend=0)).tolist()
 
 
-def job(folder: Path, counts: list[int]) -> Inversion:
+def job(folder: Path, counts: list[int]) -> InversionJob:
     """The job that fills a bank of images that are not there."""
     backbone = GaussianBackbone(latent_shape=SHAPE)
-    return Inversion(folder, Nowhere(counts), backbone, inverter("ddim", steps=1), keeps=())
+    return InversionJob(folder, Nowhere(counts), backbone, inverter("ddim", steps=1), keeps=())
 
 
 def bank_of(folder: Path, counts: list[int]) -> None:

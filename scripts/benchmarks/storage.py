@@ -21,8 +21,8 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms.functional import pil_to_tensor
 
 from augment import LatentBank, Planner, open_shards
-from augment.bank.fill import Picture, commit
-from augment.bank.format import ChunkPlan, ClassPlan, Fingerprint, ImageRecord, Manifest, parts_of
+from augment.bank.fill import LoadedImage, commit
+from augment.bank.format import ChunkEntry, ClassEntry, Fingerprint, ImageRecord, Manifest, parts_of
 from augment.core.files import write_json
 from augment.core.schema import write
 from augment.shards.dataset import UNCHECKED, Sample, encode, shard_path, write_shard
@@ -37,7 +37,7 @@ def make_bank(root: Path, classes: int) -> LatentBank:
     names = [f"{label:04d}" for label in range(classes)]
     ids = {name: [f"{name}/{k}.png" for k in range(COUNT)] for name in names}
     plans = [
-        ClassPlan(name, name, "", [ChunkPlan(0, label, ids[name])])
+        ClassEntry(name, name, "", [ChunkEntry(0, label, ids[name])])
         for label, name in enumerate(names)
     ]
     inversion = {"method": "ddim", "steps": 1, "guidance": 1}
@@ -46,7 +46,7 @@ def make_bank(root: Path, classes: int) -> LatentBank:
     for part in parts_of(root, manifest):
         latents = torch.randn(COUNT, *SHAPE).half()
         records = [ImageRecord(i, 1, "", 1) for i in part.ids]
-        pictures = [Picture(record, row=row) for row, record in enumerate(records)]
+        pictures = [LoadedImage(record, row=row) for row, record in enumerate(records)]
         commit(part, {"latents": latents}, pictures)
     write(root / "manifest.json", manifest)
     return LatentBank.open(root)

@@ -17,7 +17,7 @@ from PIL import Image, PngImagePlugin
 
 from augment import BankMismatch, UserError
 from augment.bank.bank import LatentBank
-from augment.bank.fill import Inversion, fill_bank
+from augment.bank.fill import InversionJob, fill_bank
 from augment.bank.merge import merge, split
 from augment.bank.verify import discard
 from augment.cli import main
@@ -431,7 +431,7 @@ def test_what_a_killed_rank_left_does_not_keep_others_out(tmp_path, gaussian, pi
     (place / ".manifest.json.123.0123abcd.tmp").write_text("half")
     method = inverter("forward_start", steps=4)
     for rank in (0, 1):
-        run(Inversion(place, Folder(pictures), gaussian, method), ranks=(rank, 2))
+        run(InversionJob(place, Folder(pictures), gaussian, method), ranks=(rank, 2))
     assert verify(place) == []
     with locked(place, shared=True), locked(place, shared=True) as lock:
         (place / ".x.1.0123abcd.tmp").write_text("at work")
@@ -588,7 +588,7 @@ def test_a_bank_made_otherwise_is_refused_by_the_field_that_differs(
 
 def test_a_job_that_lost_a_file_knows_it(copy, gaussian, pictures):
     source = Folder(pictures)
-    job = Inversion(
+    job = InversionJob(
         copy, source, gaussian, __import__("augment").inversion.inverter("forward_start", steps=4)
     )
     assert job.plan() == [sum(COUNTS.values())]
