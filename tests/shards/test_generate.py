@@ -25,7 +25,7 @@ from augment import (
     UserError,
     open_shards,
 )
-from augment.bank.fill import Inversion, fill_bank
+from augment.bank.fill import InversionJob, fill_bank
 from augment.bank.merge import merge, split
 from augment.core.errors import AugmentWarning, Damaged
 from augment.core.files import sha256
@@ -104,7 +104,7 @@ def test_ranks_share_a_bank_too(tmp_path, gaussian, pictures, monkeypatch):
     whole = fill_bank(tmp_path / "whole", gaussian, Folder(pictures), steps=2)
     for rank in (2, 0, 1):
         method = inverter("forward_start", steps=2)
-        job = Inversion(tmp_path / "part", Folder(pictures), gaussian, method)
+        job = InversionJob(tmp_path / "part", Folder(pictures), gaussian, method)
         assert run(job, ranks=(rank, 3)) == (rank == 1)
     assert snapshot(tmp_path / "part") == snapshot(whole.path)
 
@@ -114,7 +114,7 @@ def test_a_job_sent_elsewhere_loads_its_backbone_by_its_recipe(tiny, tmp_path):
 
     source = Folder(write_fashion(tmp_path / "images", "shots", [0]))
     method = inverter("forward_start", steps=1)
-    job = Inversion(tmp_path / "bank", source, tiny, method, where={"device": "cpu"})
+    job = InversionJob(tmp_path / "bank", source, tiny, method, where={"device": "cpu"})
     job.path.mkdir()
     job.plan()
     sent = pickle.loads(pickle.dumps(job))

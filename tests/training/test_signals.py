@@ -14,7 +14,7 @@ import yaml
 from conftest import call, paint
 from safetensors.torch import save_file
 
-from augment.bank.fill import Inversion
+from augment.bank.fill import InversionJob
 from augment.core.errors import UserError
 from augment.core.files import locked
 from augment.shards.write import Synthesis
@@ -28,7 +28,7 @@ TRAIN = (
     "--data.steps_per_epoch 2 --trainer.max_steps 6 --trainer.accelerator cpu"
 )
 JOBS = {
-    "invert": ("invert images --bank made --steps 1", Inversion, "work"),
+    "invert": ("invert images --bank made --steps 1", InversionJob, "work"),
     "synthesize": (
         "synthesize bank --out made --per-class 2 --shard-size 2 --steps 1", Synthesis, "work",
     ),
