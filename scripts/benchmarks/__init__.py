@@ -1,10 +1,10 @@
 """The suites of ``scripts/benchmark.py``, a file each.
 
-A suite has ``suite(args)``, which yields a `benchmarks.duel.Duel` for every row of its table, and
-may have ``arguments(parser)`` for options of its own. It may hold files or processes open while it
-yields, for a row is timed before the next is asked for. One that compares nothing yields dicts with
-a ``name``, which go into the JSON as they are, and has ``table(rows)``, the lines of its Markdown.
-To add one: a file here and a line below.
+A suite has ``suite(args)``, which yields a `benchmarks.paired.Comparison` for every row of its
+table; ``arguments(parser)`` may add options of its own. It may hold files or processes open while
+it yields, because a row is timed before the next is asked for. A suite that compares nothing yields
+dictionaries with a ``name``, which go into the JSON as they are, and has ``table(rows)``, the lines
+of its Markdown. To add a suite, add a file here and a line below.
 """
 
 SUITES = {

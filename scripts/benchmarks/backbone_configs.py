@@ -1,7 +1,7 @@
 """The models that `benchmarks.backbones` times: configurations of the public ones, and small ones.
 
-Weights are random, so that nothing is downloaded. Text encoders are small stand-ins of the right
-width, off the hot path: ours keeps what they said, the pipeline asks once a batch.
+Weights are random, so that nothing is downloaded. Text encoders are small, of the right width; they
+are off the hot path, because ours keeps their output and the pipeline asks once a batch.
 """
 
 import sys
@@ -23,7 +23,7 @@ CROSS, PLAIN = "CrossAttn{}Block2D", "{}Block2D"
 
 
 def blocks(*kinds: str) -> dict[str, tuple[str, ...]]:
-    """A UNet's block types from those of its way down."""
+    """Return a UNet's block types from those of its way down."""
     down, up = (tuple(kind.format(way) for kind in kinds) for way in ("Down", "Up"))
     return {"down_block_types": down, "up_block_types": up[::-1]}
 
@@ -87,11 +87,11 @@ class Model:
         kind: its pipeline, a key of `PIPELINES`.
         network, vae: their configurations.
         widths: of the text encoders.
-        millions: of parameters, which the network is to have; not checked if 0.
-        resolution: in pixels.
+        millions: expected parameters of the network; not checked if 0.
+        resolution: pixels.
         steps: of DDIM (or Euler), which also inverts, and of DPM++.
-        half: the precision it is meant for on a GPU.
-        options: of `load_backbone`, so that it tells the network as much as diffusers does.
+        half: precision on a GPU.
+        options: of `load_backbone`, so that the network gets the same condition as from diffusers.
     """
 
     kind: str
@@ -169,15 +169,15 @@ PIPELINES: dict[str, Any] = {
 
 
 def network(model: Model) -> Any:
-    """The untrained network of a model."""
+    """Return the untrained network of a model."""
     kind = diffusers.SD3Transformer2DModel if model.kind == "sd3" else None
     return (kind or diffusers.UNet2DConditionModel)(**model.network)
 
 
 def operations(model: Model, resolution: int) -> dict[str, float]:
-    """TFLOP of the network, the encoder and the decoder for one image, counted without computing.
+    """Count the network's parameters, and TFLOP of network, encoder and decoder for an image.
 
-    A multiplication and an addition are two operations. The network's parameters are counted too.
+    A multiplication and an addition are two operations. Nothing is computed.
     """
     with torch.device("meta"):
         net, vae = network(model), diffusers.AutoencoderKL(**model.vae)
@@ -186,16 +186,16 @@ def operations(model: Model, resolution: int) -> dict[str, float]:
             raise SystemExit(f"expected {model.millions} M parameters, got {millions:.1f} M")
         side = resolution // 2 ** (len(model.vae["block_out_channels"]) - 1)
         latent = torch.empty(1, model.vae["latent_channels"], side, side)
-        told: dict[str, Any] = {"encoder_hidden_states": torch.empty(1, 77, model.widths[0])}
+        given: dict[str, Any] = {"encoder_hidden_states": torch.empty(1, 77, model.widths[0])}
         if model.kind == "sdxl":
             text, pooled = torch.empty(1, 77, sum(model.widths)), torch.empty(1, model.widths[1])
-            told = {"encoder_hidden_states": text}
-            told["added_cond_kwargs"] = {"text_embeds": pooled, "time_ids": torch.empty(1, 6)}
+            given = {"encoder_hidden_states": text}
+            given["added_cond_kwargs"] = {"text_embeds": pooled, "time_ids": torch.empty(1, 6)}
         if model.kind == "sd3":
-            told = {"encoder_hidden_states": torch.empty(1, 77 + 256, model.widths[2])}
-            told["pooled_projections"] = torch.empty(1, sum(model.widths[:2]))
+            given = {"encoder_hidden_states": torch.empty(1, 77 + 256, model.widths[2])}
+            given["pooled_projections"] = torch.empty(1, sum(model.widths[:2]))
         calls = {
-            "network": lambda: net(latent, timestep=torch.empty(1), **told),
+            "network": lambda: net(latent, timestep=torch.empty(1), **given),
             "encoder": lambda: vae.encode(torch.empty(1, 3, resolution, resolution)),
             "decoder": lambda: vae.decode(latent),
         }
@@ -225,13 +225,8 @@ def build(model: Model, folder: Path, device: str, dtype: torch.dtype) -> Path:
         parts |= {"safety_checker": None, "feature_extractor": None}
         parts["requires_safety_checker"] = False
     if model.kind == "sd3":
-        small: dict[str, Any] = {
-            "vocab_size": 30,
-            "d_kv": 8,
-            "d_ff": 37,
-            "num_layers": 2,
-            "num_heads": 4,
-        }
+        small: dict[str, Any] = {"vocab_size": 30, "d_kv": 8, "d_ff": 37}
+        small |= {"num_layers": 2, "num_heads": 4}
         config = transformers.T5Config(d_model=model.widths[2], **small)
         parts["text_encoder_3"] = transformers.T5EncoderModel(config)
         parts["tokenizer_3"] = checkpoints.t5_tokenizer()

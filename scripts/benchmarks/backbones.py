@@ -1,13 +1,14 @@
 """Diffusion backbones against diffusers' own pipelines.
 
-Time, memory and operations do not depend on what the weights are, so they are random. Both sides
-read the same folder, and get the same latents and prompts, on the same levels. The model ``small``,
-and its sisters, show on a CPU that every part runs, and that both sides compute the same map.
+Weights are random, because time, memory and operations do not depend on them. Both sides read the
+same folder and get the same latents and prompts, on the same levels. The models ``small``,
+``small-xl`` and ``small-3`` show on a CPU that every part runs and that both sides compute the same
+map.
 
-PSNR (dB) is against ours in float32 on the first two images, of images or inverted latents, the
-peak being their range. The inversion of diffusers asks the network at the level it goes to, and its
-DPM++ for flow has levels of its own: two other maps. It has no inversion of flow models; there the
-other side is a plain Euler loop over its network, whose first step is not quite ours.
+PSNR (dB) is against ours in float32 on the first two images or inverted latents; the peak is their
+range. The inversion of diffusers asks the network at the level it goes to, and its DPM++ for flow
+has levels of its own: these are other maps. It has no inversion of flow models; there the other
+side is a plain Euler loop over its network, whose first step differs a little from ours.
 """
 
 import argparse
@@ -25,14 +26,14 @@ import torch
 from torch import Tensor
 
 from benchmarks.backbone_configs import MODELS, build, operations
-from benchmarks.duel import Duel, settle
+from benchmarks.paired import Comparison, synchronize
 from benchmarks.pipelines import Bench, Run
 
 GIB = 2**30
 
 
 def arguments(parser: argparse._ArgumentGroup) -> None:
-    """Options of this suite."""
+    """Add the options of this suite."""
     cuda = torch.cuda.is_available()
     parser.add_argument(
         "--models", nargs="+", choices=MODELS, default=["sd15" if cuda else "small"]
@@ -51,28 +52,28 @@ def arguments(parser: argparse._ArgumentGroup) -> None:
 
 
 def allocated(device: str) -> int:
-    """Bytes of tensors on the GPU; 0 without one."""
+    """Return the bytes of tensors on the GPU; 0 without one."""
     return torch.cuda.memory_allocated() if device.startswith("cuda") else 0
 
 
 def matmul_rate(device: str) -> float:
-    """TFLOP/s of square matrix products of random numbers, the best of five runs."""
+    """Measure TFLOP/s of square matrix products of random numbers, the best of five runs."""
     cuda = device.startswith("cuda")
     size, count, dtype = (8192, 20, torch.bfloat16) if cuda else (1024, 4, torch.float32)
     left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     best = float("inf")
     for _ in range(5):
-        settle(device)
+        synchronize(device)
         start = time.perf_counter()
         for _ in range(count):
             left @ right
-        settle(device)
+        synchronize(device)
         best = min(best, (time.perf_counter() - start) / count)
     return 2 * size**3 / best / 1e12
 
 
 def psnr(found: Tensor, reference: Tensor) -> float:
-    """Peak signal-to-noise ratio in dB, the peak being the range of the reference."""
+    """Return the peak signal-to-noise ratio in dB; the peak is the reference's range."""
     reference = reference.double().cpu()
     error = (found[: len(reference)].double().cpu() - reference).square().mean()
     return (20 * (reference.max() - reference.min()).log10() - 10 * error.log10()).item()
@@ -84,9 +85,9 @@ class Side:
 
     Args:
         run: does the job.
-        bench: what it does it on.
-        held: bytes of its weights; the other side's are on the GPU too, and do not count.
-        exact: what ours gives in float32 on the first images.
+        bench: its inputs.
+        held: bytes of its weights; those of the other side are on the GPU too, and do not count.
+        exact: result of ours in float32 on the first images.
     """
 
     run: Run
@@ -98,11 +99,11 @@ class Side:
     fidelity: float = float("nan")
 
     def __call__(self) -> None:
-        """Do the job once; the first time, which is a warm-up, look at what comes out."""
+        """Do the job once; the first time, which is a warm-up, measure fidelity and memory."""
         device, start = self.bench.device, time.perf_counter()
         if self.fidelity == self.fidelity:
             self.run(self.bench.batch)
-            settle(device)
+            synchronize(device)
             self.seconds.append(time.perf_counter() - start)
             return
         before, cuda = allocated(device), device.startswith("cuda")
@@ -114,23 +115,25 @@ class Side:
 
 
 def quality(ours: Side, theirs: Side, tflop: float, rate: float) -> str:
-    """What is known beside the times."""
+    """Describe fidelity, speed in TFLOP/s, and memory."""
     done = tflop * ours.bench.batch / statistics.median(ours.seconds)
-    told = f"PSNR to float32 {ours.fidelity:.1f} dB, theirs {theirs.fidelity:.1f}"
-    told += f"; {done:.3g} TFLOP/s, {100 * done / rate:.0f} % of matrix products'"
-    return told + (f"; {ours.memory:.1f} GiB, theirs {theirs.memory:.1f}" if ours.memory else "")
+    text = f"PSNR to float32 {ours.fidelity:.1f} dB, theirs {theirs.fidelity:.1f}"
+    text += f"; {done:.3g} TFLOP/s, {100 * done / rate:.0f} % of matrix products'"
+    return text + (f"; {ours.memory:.1f} GiB, theirs {theirs.memory:.1f}" if ours.memory else "")
 
 
 def loaded(bench: Bench, load: Callable[[], list[Run]], exact: list[Tensor]) -> list[Side]:
-    """A side of every job."""
+    """Load one side; return it for every job."""
     before = allocated(bench.device)
     runs = load()
     held = allocated(bench.device) - before
-    return [Side(run, bench, held, known) for run, known in zip(runs, exact, strict=True)]
+    return [Side(run, bench, held, one) for run, one in zip(runs, exact, strict=True)]
 
 
-def duels(name: str, args: argparse.Namespace, rate: float, folder: Path) -> Iterator[Duel]:
-    """All jobs of a model, each of our sides against each of theirs."""
+def of_model(
+    name: str, args: argparse.Namespace, rate: float, folder: Path
+) -> Iterator[Comparison]:
+    """Compare each of our sides with each of theirs, in all jobs of a model."""
     bench = Bench(MODELS[name], folder, args)
     tflop = operations(bench.model, bench.resolution)
     build(bench.model, folder, args.device, bench.dtype)
@@ -144,20 +147,20 @@ def duels(name: str, args: argparse.Namespace, rate: float, folder: Path) -> Ite
         theirs["diffusers, compiled"] = loaded(bench, lambda: bench.theirs(True), exact)
     about = f"{str(bench.dtype).removeprefix('torch.')}, {bench.resolution} px, batch {bench.batch}"
     for number, (job, each) in enumerate(bench.jobs(tflop).items()):
-        for (how, mine), (who, yours) in itertools.product(ours.items(), theirs.items()):
-            sides = mine[number], yours[number]
-            yield Duel(
+        for (how, one), (who, other) in itertools.product(ours.items(), theirs.items()):
+            sides = one[number], other[number]
+            yield Comparison(
                 f"{name}{how}: {job}; {about}", *sides, who, partial(quality, *sides, each, rate),
                 count=bench.batch,
             )  # fmt: skip
 
 
-def suite(args: argparse.Namespace) -> Iterator[Duel]:
-    """A model after another."""
+def suite(args: argparse.Namespace) -> Iterator[Comparison]:
+    """Compare one model after another."""
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     rate = matmul_rate(args.device)
     for name in args.models:
         with tempfile.TemporaryDirectory() as folder:
-            yield from duels(name, args, rate, Path(folder))
+            yield from of_model(name, args, rate, Path(folder))
         if args.device.startswith("cuda"):
             torch.cuda.empty_cache()

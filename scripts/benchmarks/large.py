@@ -1,7 +1,7 @@
 """Banks, shards and folders of any size, of images that are not there.
 
-Manifests and records are as jobs write them; latents are real but of 4 numbers each, and tars are
-holes. So reading them costs what it costs of real ones, but for the bytes of latents and images.
+Manifests and records are as jobs write them; latents are noise, by default of 4 numbers each, and
+tars are holes. So reading them costs what real ones cost, but for the bytes of latents and images.
 """
 
 from pathlib import Path
@@ -38,7 +38,7 @@ SIZE = 2**31  # bytes of an image that is not there: so large that digests are n
 
 
 class Nowhere(Source):
-    """Images by name and size only, of classes with so many."""
+    """Images that have only a name and a size; ``counts`` of each class."""
 
     def __init__(self, counts: list[int]) -> None:
         self.root = Path("/nowhere")
@@ -49,12 +49,12 @@ class Nowhere(Source):
         }
 
     def size(self, image_id: str) -> int:
-        """The same of all."""
+        """Return the same for all."""
         return SIZE
 
 
 def long_tail(images: int, classes: int) -> list[int]:
-    """Images of each class: so many in all, as ImageNet-LT has 5 to 1280 of 1000 classes."""
+    """Count the images of each class of a tail like ImageNet-LT's, which has 5 to 1280 a class."""
     mean = images / classes
     least, most = max(round(mean * 5 / 115.846), 1), mean * 1280 / 115.846
     power = (most - least) / max(mean - least, 1e-9) - 1  # of a curve with that mean
@@ -63,23 +63,23 @@ def long_tail(images: int, classes: int) -> list[int]:
     return (least + np.diff(ends, prepend=0)).tolist()
 
 
-def job(folder: Path, counts: list[int]) -> InversionJob:
-    """The job that fills a bank of images that are not there."""
-    backbone = GaussianBackbone(latent_shape=SHAPE)
+def job(folder: Path, counts: list[int], shape: tuple[int, int, int] = SHAPE) -> InversionJob:
+    """Return the job that fills a bank of images that are not there."""
+    backbone = GaussianBackbone(latent_shape=shape)
     return InversionJob(folder, Nowhere(counts), backbone, inverter("ddim", steps=1), keeps=())
 
 
-def bank_of(folder: Path, counts: list[int]) -> None:
-    """A bank that is complete, without waiting for the disk."""
-    making = job(folder, counts)
+def bank_of(folder: Path, counts: list[int], shape: tuple[int, int, int] = SHAPE) -> None:
+    """Write a complete bank of noise, without waiting for the disk."""
+    making = job(folder, counts, shape)
     assert making.backbone is not None
     classes = assign_chunks(folder, None, making.source, {}, 256)
     made = making.described(making.backbone)
     manifest = Manifest(**vars(made), schema=Manifest.SCHEMA, classes=classes)
-    dice = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
     for part in parts_of(folder, manifest):
         part.stem.parent.mkdir(parents=True, exist_ok=True)
-        latents = torch.randn(len(part.ids), *SHAPE, generator=dice)
+        latents = torch.randn(len(part.ids), *shape, generator=generator)
         content = save({"latents": latents.half(), "norms": latents.flatten(1).norm(dim=1)})
         file = FileRecord(len(content), sha256(content), ["latents", "norms"])
         images = [ImageRecord(i, SIZE, sha256(i.encode()), 500) for i in part.ids]
@@ -92,14 +92,14 @@ def bank_of(folder: Path, counts: list[int]) -> None:
 
 
 def synthesis(bank: Path, out: Path, per_class: int = 10) -> Synthesis:
-    """The job that makes shards of a bank."""
+    """Return the job that makes shards of a bank."""
     opened = LatentBank.open(bank)
     made = Synthesizer(GaussianBackbone(latent_shape=SHAPE), opened, steps=1)
     return Synthesis(out, made, Planner(opened.members), per_class, shard_size=PER_SHARD)
 
 
 def shards_of(folder: Path, count: int) -> None:
-    """Shards of 1000 images of 1000 classes that are not there: their tars are holes."""
+    """Write shards of 1000 images of 1000 classes; their tars are holes."""
     bank_of(folder.with_name(f"{folder.name}-bank"), [2] * 1000)
     making = synthesis(folder.with_name(f"{folder.name}-bank"), folder, count)
     folder.mkdir()
@@ -119,7 +119,7 @@ def shards_of(folder: Path, count: int) -> None:
 
 
 def folder_of(folder: Path, count: int) -> None:
-    """Empty files in up to 1000 class folders."""
+    """Write empty files in up to 1000 class folders."""
     classes = min(count, 1000)
     for label in range(classes):
         (folder / f"{label:04d}").mkdir(parents=True)

@@ -1,8 +1,9 @@
-"""What other programs on the same cores cost, with and without the command's limit on spinning.
+"""What other programs on the same cores cost, with idle threads that sleep and that spin.
 
 Each side is a process that samples 64 images of ``tiny`` in 8 DDIM steps and times the second of
-two runs. Ours sets what ``latent-augment`` sets (`augment.cli.limit_spinning`); theirs leaves
-OpenMP's defaults. One row for each number of busy programs beside it.
+two runs. Ours sets what ``latent-augment`` sets (`augment.cli.limit_spinning`), or
+``OMP_WAIT_POLICY=PASSIVE``; theirs leaves OpenMP's defaults. The rows have 0, 1 and 2 busy programs
+beside the process.
 """
 
 import argparse
@@ -13,8 +14,9 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
-from benchmarks.duel import Duel
+from benchmarks.paired import Comparison
 
 BUSY = "while True: pass"
 WORK = """
@@ -33,21 +35,23 @@ for _ in range(2):
     end = time.perf_counter(), time.process_time()
 print(json.dumps([b - a for a, b in zip(start, end)]))
 """
+SPINNING = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "OMP_NUM_THREADS")
 
 
 class Side:
-    """Runs `WORK` in a process and keeps the seconds of each run; its own clock."""
+    """Runs `WORK` in a process and keeps the seconds of each run, which are its own clock."""
 
     def __init__(self, kind: str, threads: int, count: int) -> None:
         self.command = [sys.executable, "-c", WORK, kind, str(threads), str(count)]
+        self.env = {k: v for k, v in os.environ.items() if k not in SPINNING}
+        self.env |= {"TQDM_DISABLE": "1"}
+        self.env |= {"OMP_WAIT_POLICY": "PASSIVE"} if kind == "passive" else {}
         self.wall: list[float] = []
         self.cpu: list[float] = []
 
     def __call__(self) -> None:
         """Run once."""
-        spin = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "OMP_NUM_THREADS")
-        env = {k: v for k, v in os.environ.items() if k not in spin} | {"TQDM_DISABLE": "1"}
-        done = subprocess.run(self.command, env=env, check=True, stdout=subprocess.PIPE)
+        done = subprocess.run(self.command, env=self.env, check=True, stdout=subprocess.PIPE)
         wall, cpu = json.loads(done.stdout)
         self.wall.append(wall)
         self.cpu.append(cpu)
@@ -65,25 +69,24 @@ def competitors(count: int) -> Iterator[None]:
             process.wait()
 
 
-def suite(args: argparse.Namespace) -> Iterator[Duel]:
-    """One row for 0, 1 and 2 busy programs."""
+def wall(sides: list[Side]) -> float:
+    """Return the wall seconds that the runs of both sides took so far."""
+    return sum(sum(side.wall) for side in sides)
+
+
+def cpu(sides: list[Side]) -> str:
+    """Describe the CPU seconds of a run; the first one warms up."""
+    ours, theirs = (statistics.median(side.cpu[1:]) for side in sides)
+    return f"CPU {ours:.2f} s against {theirs:.2f} s"
+
+
+def suite(args: argparse.Namespace) -> Iterator[Comparison]:
+    """Compare each way to sleep with the defaults, beside 0, 1 and 2 busy programs."""
     count = 4 if args.quick else 64
-    for busy in (0, 1, 2):
-        sides = [Side(kind, args.threads, count) for kind in ("limited", "default")]
-
-        def clock(sides: list[Side] = sides) -> float:
-            return sum(sum(side.wall) for side in sides)
-
-        def quality(sides: list[Side] = sides) -> str:
-            cpu = [statistics.median(side.cpu[1:]) for side in sides]
-            return f"CPU {cpu[0]:.2f} s against {cpu[1]:.2f} s"
-
+    for kind, busy in [(kind, busy) for kind in ("limited", "passive") for busy in (0, 1, 2)]:
+        sides = [Side(which, args.threads, count) for which in (kind, "default")]
         with competitors(busy):
-            yield Duel(
-                f"beside {busy} busy programs",
-                *sides,
-                "OpenMP's defaults",
-                quality,
-                unit="run",
-                clock=clock,
-            )
+            yield Comparison(
+                f"{kind}, beside {busy} busy programs", *sides, "OpenMP's defaults",
+                partial(cpu, sides), unit="run", clock=partial(wall, sides),
+            )  # fmt: skip

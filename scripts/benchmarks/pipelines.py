@@ -1,4 +1,4 @@
-"""The two sides of `benchmarks.backbones`: a model by us, and by diffusers' pipeline."""
+"""The two sides of `benchmarks.backbones`: a model run by this package and by diffusers."""
 
 import argparse
 import copy
@@ -17,7 +17,7 @@ from augment.diffusion.checkpoints.hub import quiet
 from benchmarks.backbone_configs import PIPELINES, VP, Model
 
 Run = Callable[[int], Tensor]
-"""Does a job for so many images."""
+"""Does a job for a number of images."""
 
 GUIDANCE = 7.5
 
@@ -36,16 +36,16 @@ class Bench:
         self.resolution = args.resolution or model.resolution
         self.batch = args.batch or (16 if cuda else 2)
         self.dtype = getattr(torch, args.dtype or (model.half if cuda else "float32"))
-        dice = torch.Generator().manual_seed(1)
+        generator = torch.Generator().manual_seed(1)
         side = self.resolution // 2 ** (len(model.vae["block_out_channels"]) - 1)
         shape = (self.batch, model.vae["latent_channels"], side, side)
-        self.latents = torch.randn(shape, generator=dice).to(self.device)
-        pixels = torch.rand(self.batch, 3, 8, 8, generator=dice).to(self.device)
+        self.latents = torch.randn(shape, generator=generator).to(self.device)
+        pixels = torch.rand(self.batch, 3, 8, 8, generator=generator).to(self.device)
         self.images = torch.nn.functional.interpolate(pixels, self.resolution, mode="bilinear")
         self.prompts = [f"a photo of a {'cat' if n % 2 else 'tench'}" for n in range(self.batch)]
 
     def jobs(self, tflop: dict[str, float]) -> dict[str, float]:
-        """What is timed, with TFLOP an image."""
+        """Map what is timed to TFLOP an image."""
         (many, few), net = self.model.steps, tflop["network"]
         first = "Euler" if self.model.kind == "sd3" else "DDIM"
         guided = f"guidance {GUIDANCE}"
@@ -56,30 +56,26 @@ class Bench:
         }
 
     def ours(self, dtype: torch.dtype, compiled: bool = False) -> list[Run]:
-        """Our side of the jobs, each a function of how many images."""
+        """Return our side of the jobs, each a function of the number of images."""
         many, few = self.model.steps
         backbone = load_backbone(
-            self.folder,
-            device=self.device,
-            dtype=dtype,
-            resolution=self.resolution,
-            compile=compiled,
-            **self.model.options,
-        )
-        held = {"batch_size": self.batch}
+            self.folder, device=self.device, dtype=dtype, resolution=self.resolution,
+            compile=compiled, **self.model.options,
+        )  # fmt: skip
+        batch = {"batch_size": self.batch}
 
         def sampled(count: int, solver: str, steps: int) -> Tensor:
-            told = self.latents[:count], self.prompts[:count], solver, steps, GUIDANCE
-            return sample(backbone, *told, **held)
+            latents, prompts = self.latents[:count], self.prompts[:count]
+            return sample(backbone, latents, prompts, solver, steps, GUIDANCE, **batch)
 
         return [
-            lambda n: invert(backbone, self.images[:n], self.prompts[:n], "ddim", many, **held),
+            lambda n: invert(backbone, self.images[:n], self.prompts[:n], "ddim", many, **batch),
             lambda n: sampled(n, "ddim", many),
             lambda n: sampled(n, "dpm++", few),
         ]
 
     def theirs(self, compiled: bool = False) -> list[Run]:
-        """The side of diffusers, as its documentation runs it; images stay tensors."""
+        """Return diffusers' side, as its documentation runs it; images stay tensors."""
         with quiet():
             pipe = PIPELINES[self.model.kind].from_pretrained(self.folder, dtype=self.dtype)
             pipe = pipe.to(self.device)
@@ -95,23 +91,23 @@ class Bench:
 
         def run(count: int, scheduler: Any, steps: int, **more: Any) -> Tensor:
             pipe.scheduler = copy.deepcopy(scheduler)
-            told = {"latents": self.latents[:count].to(self.dtype), "guidance_scale": GUIDANCE}
-            told |= {"height": self.resolution, "width": self.resolution, "output_type": "pt"}
-            told |= {"num_inference_steps": steps, **more}
-            return pipe(self.prompts[:count], **told).images
+            options = {"latents": self.latents[:count].to(self.dtype), "guidance_scale": GUIDANCE}
+            options |= {"height": self.resolution, "width": self.resolution, "output_type": "pt"}
+            options |= {"num_inference_steps": steps, **more}
+            return pipe(self.prompts[:count], **options).images
 
         def inverted(count: int) -> Tensor:
             clean = encoded(pipe.vae, self.images[:count], self.dtype)
             if flow:
                 return euler_inverted(pipe, euler, clean, self.prompts[:count], sigmas["sigmas"])
-            told = {"latents": clean, "guidance_scale": 1.0, "output_type": "latent"}
-            return run(count, inverse, many, **told)
+            options = {"latents": clean, "guidance_scale": 1.0, "output_type": "latent"}
+            return run(count, inverse, many, **options)
 
         return [inverted, lambda n: run(n, euler, many, **sigmas), lambda n: run(n, dpm, few)]
 
 
 def schedulers(kind: str, scheduler: Any) -> tuple[Any, Any, Any]:
-    """First order, DPM++ and DDIM inversion of diffusers, on our levels where it has them."""
+    """Return diffusers' first order, DPM++ and DDIM inversion, on our levels if it has them."""
     if kind == "sd3":
         flow = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
         return scheduler, diffusers.DPMSolverMultistepScheduler(**flow), None
@@ -126,7 +122,7 @@ def schedulers(kind: str, scheduler: Any) -> tuple[Any, Any, Any]:
 def euler_inverted(
     pipe: Any, scheduler: Any, clean: Tensor, prompts: list[str], sigmas: list[float]
 ) -> Tensor:
-    """Euler steps up the levels of a scheduler; for level 0, untrained, it asks at the next."""
+    """Take Euler steps up a scheduler's levels; level 0 is untrained, so ask at the next."""
     scheduler = copy.deepcopy(scheduler)
     scheduler.set_timesteps(sigmas=sigmas)
     text, _, pooled, _ = pipe.encode_prompt(prompts, None, None, do_classifier_free_guidance=False)
@@ -139,7 +135,7 @@ def euler_inverted(
 
 
 def encoded(vae: Any, images: Tensor, dtype: torch.dtype) -> Tensor:
-    """Clean latents by diffusers' VAE, in float32 where its configuration asks for that."""
+    """Encode by diffusers' VAE, in float32 where its configuration asks for that."""
     precision = torch.float32 if vae.config.force_upcast else dtype
     torch.nn.Module.to(vae, precision)
     with torch.no_grad():

@@ -1,7 +1,7 @@
-"""The embedded backbone as a user of diffusers would run it: an opponent made of its classes alone.
+"""The embedded backbone as a user of diffusers would run it, made of diffusers' classes alone.
 
-Only the file of weights is shared with `augment.diffusion.backbones.tiny`; network, schedulers and
-loops are those of diffusers' documentation, in its defaults, and the codec is written out again.
+Only the file of weights is shared with `augment.diffusion.backbones.tiny`. Network, schedulers and
+loops are those of diffusers' documentation, with its defaults; the codec is written out again.
 """
 
 import json
@@ -14,7 +14,6 @@ from torch import Tensor
 from torch.nn.functional import mse_loss, pixel_shuffle, pixel_unshuffle
 
 from augment.diffusion.backbones.tiny import WEIGHTS
-from benchmarks.duel import Kept
 
 PROMPTS = ("", "top", "trousers", "footwear", "bag")
 SCHEDULE: dict[str, Any] = {
@@ -25,16 +24,12 @@ SCHEDULE: dict[str, Any] = {
     "timestep_spacing": "trailing",
     "clip_sample": False,
 }
-"""Of the model card; diffusers' defaults else."""
+"""Values of the model card; the others are diffusers' defaults."""
 HAAR = 0.5 * torch.tensor([[1.0, 1, 1, 1], [1, -1, 1, -1], [1, 1, -1, -1], [1, -1, -1, 1]])
 
 
 class Plain:
-    """Network and codec.
-
-    Args:
-        device: where they run.
-    """
+    """Network and codec on a device."""
 
     def __init__(self, device: str) -> None:
         with safe_open(WEIGHTS, framework="pt") as file:
@@ -46,28 +41,28 @@ class Plain:
         self.device, self.haar = device, HAAR.to(device)
 
     def labels(self, prompts: list[str]) -> Tensor:
-        """What the network is told of prompts."""
+        """Return the class labels of prompts."""
         return torch.tensor([PROMPTS.index(prompt) for prompt in prompts], device=self.device)
 
     def encode(self, images: Tensor) -> Tensor:
-        """Images (n, 1, 32, 32) in [0, 1] to clean latents: a Haar transform."""
+        """Turn images (n, 1, 32, 32) in [0, 1] into clean latents by a Haar transform."""
         blocks = pixel_unshuffle(images.to(self.device) - self.config["white"], 2)
         return torch.einsum("ij,njhw->nihw", self.haar, blocks) * self.config["scale"]
 
     def decode(self, clean: Tensor) -> Tensor:
-        """Clean latents to images."""
+        """Turn clean latents into images."""
         blocks = torch.einsum("ij,njhw->nihw", self.haar, clean / self.config["scale"])
         return (pixel_shuffle(blocks, 2) + self.config["white"]).clamp(0, 1)
 
     @torch.no_grad()
     def sample(self, latents: Tensor, prompts: list[str], steps: int) -> Tensor:
-        """Images of latents: the loop of diffusers' ``DDIMPipeline``, with classes."""
+        """Sample images by the loop of diffusers' ``DDIMPipeline``, with classes."""
         scheduler = DDIMScheduler(**SCHEDULE)
         return self.decode(self._walk(scheduler, latents, self.labels(prompts), steps))
 
     @torch.no_grad()
     def invert(self, images: Tensor, prompts: list[str], steps: int) -> Tensor:
-        """Latents of images: the same loop with the inverse scheduler."""
+        """Invert images by the same loop with the inverse scheduler."""
         scheduler = DDIMInverseScheduler(**SCHEDULE)
         return self._walk(scheduler, self.encode(images), self.labels(prompts), steps)
 
@@ -86,10 +81,10 @@ class NullText:
     early stop of its code: torch's Adam on the unconditional embedding of each step.
 
     Args:
-        plain: whose network; its table of prompts is looked up here, so that it can be optimised.
+        plain: the network; its table of prompts moves here, so that it can be optimised.
         steps: solver steps.
-        inner: Adam steps at most for each.
-        guidance: its scale.
+        inner: maximum number of Adam steps for each of them.
+        guidance: scale.
     """
 
     def __init__(self, plain: Plain, steps: int, inner: int, guidance: float) -> None:
@@ -100,19 +95,20 @@ class NullText:
         self.forward.set_timesteps(steps, device=plain.device)
 
     def answer(self, latent: Tensor, t: Tensor, text: Tensor) -> Tensor:
-        """The network's."""
+        """Ask the network."""
         return self.plain.unet(latent, t, class_labels=text).sample
 
     def guided(self, latent: Tensor, t: Tensor, free: Tensor, bound: Tensor) -> Tensor:
-        """The latent after a guided step down."""
+        """Take a guided step down."""
         output = free + self.guidance * (bound - free)
         return self.forward.step(output, t, latent).prev_sample
 
     def pivots(self, image: Tensor, text: Tensor) -> list[Tensor]:
-        """The latents of all levels, from the clean one up; the paper's eq. 3.
+        """Return the latents of all levels, from the clean one up; the paper's eq. 3.
 
-        The network is told the level that is gone to. Its v becomes ε there: diffusers' inverse
-        scheduler takes the level that is left for that, which costs much in few steps.
+        The network is asked at the level that the step goes to, and its v becomes ε there.
+        diffusers' inverse scheduler converts at the level that the step leaves, which costs much
+        in few steps.
         """
         found, here = [self.plain.encode(image)], torch.tensor(1.0, device=self.plain.device)
         for t in self.forward.timesteps.flip(0):
@@ -125,7 +121,7 @@ class NullText:
 
     @torch.no_grad()
     def invert(self, image: Tensor, prompt: str) -> tuple[Tensor, list[Tensor]]:
-        """An image's (1, …) latent and its embeddings, from the noisiest level down."""
+        """Return the latent (1, …) of an image and its embeddings, from the noisiest level down."""
         text, null = (self.texts[self.plain.labels([name])] for name in (prompt, ""))
         pivots, nulls = self.pivots(image, text), []
         latent = pivots[-1]
@@ -141,7 +137,7 @@ class NullText:
     def fit(
         self, latent: Tensor, t: Tensor, bound: Tensor, null: Tensor, goal: Tensor, done: float
     ) -> Tensor:
-        """The embedding that brings a step to its goal."""
+        """Optimise the embedding until a step reaches its goal."""
         null = null.detach().clone().requires_grad_()
         adam = torch.optim.Adam([null], lr=1e-2 * (1 - done / 100))
         for _ in range(self.inner):
@@ -155,20 +151,9 @@ class NullText:
 
     @torch.no_grad()
     def sample(self, latent: Tensor, prompt: str, nulls: list[Tensor]) -> Tensor:
-        """The image again."""
+        """Sample the image again."""
         text = self.texts[self.plain.labels([prompt])]
         for t, null in zip(self.forward.timesteps, nulls, strict=True):
             free, bound = self.answer(latent, t, null), self.answer(latent, t, text)
             latent = self.guided(latent, t, free, bound)
         return self.plain.decode(latent)
-
-
-def psnr(found: Tensor, wanted: Tensor) -> float:
-    """Mean peak signal-to-noise ratio of images in [0, 1], dB."""
-    return -10 * (found.cpu() - wanted.cpu()).square().mean((1, 2, 3)).log10().mean().item()
-
-
-def difference(found: Kept, wanted: Kept) -> str:
-    """How far two ways to one result are apart."""
-    apart = (found.found.cpu() - wanted.found.cpu()).abs().max().item()
-    return f"max difference {apart:.1g}"

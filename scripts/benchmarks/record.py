@@ -1,4 +1,4 @@
-"""What is kept of a benchmark beside its rows, and how they are shown."""
+"""The environment of a benchmark, and the Markdown of its rows."""
 
 import argparse
 import importlib.metadata
@@ -23,11 +23,11 @@ SIGNS = {
     "extra": "≤ {:g} s more",
     "seconds": "≤ {:g} s",
 }
-"""How bars read."""
+"""How a bar of each measure is printed."""
 
 
 def environment(args: argparse.Namespace) -> dict[str, Any]:
-    """What times depend on."""
+    """Return what times depend on: machine, versions, commit, command."""
     device = torch.cuda.get_device_name() if args.device.startswith("cuda") else "none"
     return {
         "date": time.strftime("%Y-%m-%d %H:%M"),
@@ -44,7 +44,7 @@ def environment(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def processor() -> str:
-    """The CPU's model, as Linux knows it, or what kind of machine it is."""
+    """Return the model of the CPU, or the kind of machine."""
     about = Path("/proc/cpuinfo")
     lines = about.read_text().splitlines() if about.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
@@ -52,13 +52,13 @@ def processor() -> str:
 
 
 def cores() -> int:
-    """Cores that this process may run on."""
+    """Count the cores that this process may run on."""
     allowed = getattr(os, "sched_getaffinity", None)  # Linux
     return len(allowed(0)) if allowed else os.cpu_count() or 1
 
 
 def commit() -> str:
-    """The commit, marked where the tree is not quite it; empty outside of a repository."""
+    """Return the commit, marked if the tree has changes; empty outside a repository."""
     ask = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=10", "--exclude=*"]
     try:
         return subprocess.run(ask, capture_output=True, text=True, check=True).stdout.strip()
@@ -67,12 +67,12 @@ def commit() -> str:
 
 
 def digits(value: float) -> str:
-    """Three digits, or all of a whole number's."""
+    """Format a number with three digits, or as a whole number."""
     return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
 
 
 def brief(times: dict[str, Any]) -> str:
-    """Median and, of several times, quartiles, in the unit that suits them."""
+    """Format the median and, of several times, the quartiles, in a fitting unit."""
     sizes = {"s": 1.0, "ms": 1e-3, "µs": 1e-6}
     unit = next((unit for unit, size in sizes.items() if times["median"] >= size), "µs")
     median, low, high = (digits(times[key] / sizes[unit]) for key in ("median", "low", "high"))
@@ -81,7 +81,7 @@ def brief(times: dict[str, Any]) -> str:
 
 
 def verdict(bar: dict[str, Any] | None) -> str:
-    """What was promised, what was found, and whether it holds."""
+    """Format what was promised, what was found, and whether it holds."""
     if bar is None:
         return ""
     promised = SIGNS[bar["measure"]].format(bar["limit"])
@@ -89,34 +89,25 @@ def verdict(bar: dict[str, Any] | None) -> str:
 
 
 def heading(suite: str, where: dict[str, Any]) -> list[str]:
-    """What stands above a table: the command, and what its times depend on."""
-    told = {key: value for key, value in where.items() if key not in ("command", "quick")}
-    lines = [f"## {suite.capitalize()}: `{where['command']}`", ""]
-    lines += [", ".join(f"{key} {value}" for key, value in told.items()) + ".", ""]
+    """Return the lines above a table: the command, and what its times depend on."""
+    facts = [f"{key} {value}" for key, value in where.items() if key not in ("command", "quick")]
+    lines = [f"## {suite.capitalize()}: `{where['command']}`", "", f"{', '.join(facts)}.", ""]
     if where["quick"]:
         lines += ["**Quick: small sizes, few rounds. It goes through; nothing was measured.**", ""]
     return lines
 
 
 def comparisons(rows: list[dict[str, Any]]) -> list[str]:
-    """The Markdown of what `benchmarks.duel.fought` keeps."""
+    """Return the Markdown lines of the records of `benchmarks.paired.timed`."""
     lines = [
         "Times are of one unit: median (quartiles). The ratio is the median of the rounds'.",
         "",
-        "| what | unit | threads | ours | theirs | × as fast | promised | quality | they are |",
+        "| what | unit | threads | ours | theirs | × as fast | promised | quality | baseline |",
         "|---" * 9 + "|",
     ]
     for row in rows:
-        cells = [
-            row["name"],
-            row["unit"],
-            str(row["threads"]),
-            brief(row["ours"]),
-            brief(row["theirs"]),
-            digits(row["ratio"]["median"]),
-            verdict(row["bar"]),
-            row["quality"],
-            row["opponent"],
-        ]
+        cells = [row["name"], row["unit"], str(row["threads"]), brief(row["ours"])]
+        cells += [brief(row["theirs"]), digits(row["ratio"]["median"]), verdict(row["bar"])]
+        cells += [row["quality"], row["baseline"]]
         lines.append(f"| {' | '.join(cells)} |")
     return lines

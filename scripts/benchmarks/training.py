@@ -1,10 +1,10 @@
 """What synthetic images, and our data, cost a training step.
 
-First a plain loop: a small network on 32×32 images, a quarter of its draws synthetic, one thread;
-the embedded backbone refills a replay pool from a process of its own. Where that process has a core
-of its own a step with it takes as long as one with real images only; CPU time is counted too, for
-where it has not. Then Lightning: our data and classifier against a minimal module over
-torchvision's ImageFolder, same images, augmentation, network and optimiser.
+First a plain loop: a small network on 32×32 images, a quarter of its draws synthetic, one thread,
+while the embedded backbone refills a replay pool from another process. Where that process has a
+core of its own, a step takes as long as one with real images only; CPU time is measured too, for
+machines where it has not. Then Lightning: our data and classifier against a minimal module over
+torchvision's ImageFolder, with the same images, augmentation, network and optimiser.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from augment.bank.fill import fill_bank
 from augment.replay.pool import ReplayPool
 from augment.sources import Folder
 from augment.sources.fashion import few_shots, write_fashion
-from benchmarks.duel import Duel
+from benchmarks.paired import Comparison
 from training.cli import hush
 from training.data.module import ImageData
 from training.models.classifier import Classifier
@@ -41,14 +41,7 @@ BATCH, SHARE = 64, 0.25
 
 
 class Loop:
-    """A training that goes on for so many steps at every call.
-
-    Args:
-        real: real images and labels.
-        synthetic: the others.
-        share: of synthetic draws.
-        steps: a call.
-    """
+    """A training that each call continues by ``steps``, with a share of synthetic draws."""
 
     loss = float("nan")
 
@@ -59,7 +52,7 @@ class Loop:
         self.batches: Iterator[Any] = iter(DataLoader(mixed, BATCH))
 
     def __call__(self) -> None:
-        """Train."""
+        """Train some steps."""
         for _ in range(self.steps):
             images, labels = next(self.batches)
             loss = F.cross_entropy(self.network(images - 0.5), labels)
@@ -69,8 +62,8 @@ class Loop:
             self.loss = loss.item()
 
 
-def replay(args: argparse.Namespace, root: Path) -> Iterator[Duel]:
-    """The ways to get at synthetic images, each against none."""
+def replay(args: argparse.Namespace, root: Path) -> Iterator[Comparison]:
+    """Compare each way to get synthetic images with real images only."""
     steps, capacity = (4, 20) if args.quick else (100, 200)
     source = Folder(write_fashion(root / "images", "shots", few_shots(0, 5)))
     backbone = load_backbone("tiny", device="cpu")
@@ -89,14 +82,16 @@ def replay(args: argparse.Namespace, root: Path) -> Iterator[Duel]:
 
 def ways(
     real: list[Any], kept: list[Any], pool: ReplayPool, dataset: Any, steps: int, pid: int
-) -> Iterator[Duel]:
-    """A duel for each; only where it is meant to does the generator run."""
+) -> Iterator[Comparison]:
+    """Yield a comparison for each way; the generator is paused where it should not run."""
 
     def paused(loop: Loop, works: bool = False) -> None:
         os.kill(pid, signal.SIGCONT if works else signal.SIGSTOP)
         loop()
 
-    def against_none(name: str, images: Any, count: int, works: bool = False, **more: Any) -> Duel:
+    def against_none(
+        name: str, images: Any, count: int, works: bool = False, **more: Any
+    ) -> Comparison:
         ours, theirs = Loop(real, images, SHARE, count), Loop(real, [], 0.0, steps)
 
         def quality() -> str:
@@ -104,8 +99,8 @@ def ways(
             return f"loss {ours.loss:.1g} against {theirs.loss:.1g}{drawn}"
 
         calls = partial(paused, ours, works), partial(paused, theirs)
-        told = {"count": count, "theirs_count": steps, "unit": "step", "threads": 1, **more}
-        return Duel(name, *calls, "the same with real images only", quality, **told)
+        more |= {"count": count, "theirs_count": steps, "unit": "step", "threads": 1}
+        return Comparison(name, *calls, "the same with real images only", quality, **more)
 
     bar = ("time", 1.05)
     yield against_none("synthetic images kept in a list", kept, steps)
@@ -117,32 +112,32 @@ def ways(
 
 
 class PlainModule(pl.LightningModule):
-    """The classifier that Lightning's introduction writes."""
+    """The classifier of Lightning's introduction."""
 
     def __init__(self, classes: int, steps: int) -> None:
         super().__init__()
         self.network, self.steps = small_cnn(1, classes), steps
 
     def forward(self, images: Tensor) -> Tensor:
-        """Scores of images in [0, 1]."""
+        """Score images in [0, 1]."""
         return self.network((images - 0.5) / 0.25)
 
     def training_step(self, batch: Any, number: int) -> Tensor:
-        """The loss of a batch."""
+        """Return the loss of a batch."""
         images, labels = batch
         loss = F.cross_entropy(self(images), labels)
         self.log("train_loss", loss)
         return loss
 
     def configure_optimizers(self) -> Any:
-        """AdamW on a half cosine."""
+        """Return AdamW on a half cosine."""
         adam = torch.optim.AdamW(self.parameters(), lr=2e-3, weight_decay=1e-2)
         rate = torch.optim.lr_scheduler.CosineAnnealingLR(adam, self.steps)
         return {"optimizer": adam, "lr_scheduler": {"scheduler": rate, "interval": "step"}}
 
 
 def trainer(steps: int, device: str) -> pl.Trainer:
-    """The same for both, without what Lightning prints and saves."""
+    """Return the trainer of both sides, which prints and saves nothing."""
     hush()
     return pl.Trainer(
         max_steps=steps, accelerator="cpu" if device == "cpu" else "gpu", devices=1, logger=False,
@@ -150,8 +145,8 @@ def trainer(steps: int, device: str) -> pl.Trainer:
     )  # fmt: skip
 
 
-def lightning(args: argparse.Namespace, root: Path) -> Duel:
-    """A whole training each."""
+def lightning(args: argparse.Namespace, root: Path) -> Comparison:
+    """Compare whole trainings."""
     steps = 10 if args.quick else 200
     images = write_fashion(root / "shots", "shots")
     test = Folder(write_fashion(root / "test", "test", list(range(5 if args.quick else 50))))
@@ -180,23 +175,19 @@ def lightning(args: argparse.Namespace, root: Path) -> Duel:
     @torch.no_grad()
     def accuracy(who: str) -> float:
         model = models[who].eval()
-        return (
-            100 * (model(held_out.to(model.device)).argmax(1).cpu() == labels).float().mean().item()
-        )
+        answers = model(held_out.to(model.device)).argmax(1).cpu()
+        return 100 * (answers == labels).float().mean().item()
 
-    return Duel(
-        name=f"Lightning, {steps} steps of {BATCH} of 320 images, small_cnn",
-        ours=ours,
-        theirs=theirs,
-        opponent="a minimal LightningModule over torchvision's ImageFolder",
-        quality=lambda: f"accuracy {accuracy('ours'):.1f} % against {accuracy('theirs'):.1f} %",
-        count=steps,
-        unit="step",
-    )
+    return Comparison(
+        f"Lightning, {steps} steps of {BATCH} of 320 images, small_cnn", ours, theirs,
+        "a minimal LightningModule over torchvision's ImageFolder",
+        lambda: f"accuracy {accuracy('ours'):.1f} % against {accuracy('theirs'):.1f} %",
+        count=steps, unit="step",
+    )  # fmt: skip
 
 
-def suite(args: argparse.Namespace) -> Iterator[Duel]:
-    """The replay pool, then our data."""
+def suite(args: argparse.Namespace) -> Iterator[Comparison]:
+    """Compare the replay pool, then our data."""
     with tempfile.TemporaryDirectory() as folder:
         yield from replay(args, Path(folder))
         yield lightning(args, Path(folder))

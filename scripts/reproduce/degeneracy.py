@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from claims import claim, conclude, once, options
-from eyes import Eyes, better, mean_and_error, open_eyes, pictures, show
+from judge import FeatureJudge, better, mean_and_error, open_judge, pictures, show
 from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm import tqdm
@@ -60,12 +60,12 @@ def largest_mean(latents: Tensor, classes: int) -> float:
     return means.abs().amax(1).mean().item()
 
 
-def measure(cell: dict[str, Tensor], eyes: Eyes, classes: int) -> dict[str, Tensor]:
-    """What the eyes make of a cell, beside what it holds."""
+def measure(cell: dict[str, Tensor], judge: FeatureJudge, classes: int) -> dict[str, Tensor]:
+    """What the judge make of a cell, beside what it holds."""
     labels = torch.arange(len(cell["images"])) % classes
-    found = eyes.judge(cell["images"].float(), labels)
+    found = judge.assess(cell["images"].float(), labels)
     bias = torch.tensor(largest_mean(cell["latents"], classes))
-    return {**cell, **found, "bias": bias, "fid": torch.tensor(eyes.fid(found["features"]))}
+    return {**cell, **found, "bias": bias, "fid": torch.tensor(judge.fid(found["features"]))}
 
 
 def row(rule: str, members: int, cell: dict[str, Tensor]) -> dict[str, Any]:
@@ -178,7 +178,7 @@ def main() -> None:
     draws, steps = (4, 20) if args.quick else (12, 50)
     backbone = load_backbone(args.backbone)
     source, reference = pictures(args, PER_CLASS)
-    eyes = open_eyes(args, backbone, reference)
+    judge = open_judge(args, backbone, reference)
     tag = f"{backbone.fingerprint['weights'][:8]}-{steps}"
     bank = fill_bank(args.out / f"bank-{tag}", backbone, source, None, "ddim", steps, keeps=())
     count = len(bank.classes)
@@ -194,8 +194,8 @@ def main() -> None:
             args.out / f"cells-{tag}" / f"{rule.replace('/', '-')}-{members}-{draws}.safetensors",
             lambda rule=rule, n=members: make(Synthesizer(backbone, bank, rule), n, draws),
         )
-        cells[rule, members] = measure(cell, eyes, count)
-    yardstick = measure(single, eyes, count)
+        cells[rule, members] = measure(cell, judge, count)
+    yardstick = measure(single, judge, count)
     first = [source.ids[name][: len(COUNTS)] for name in source.classes]
     form = backbone.channels, backbone.resolution
     real = torch.stack([torch.stack([source.load(i, *form) for i in ids]) for ids in first])

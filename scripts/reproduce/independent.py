@@ -11,7 +11,7 @@ is one of them; what inversion adds to all alike is what grows.
 
 import torch
 from claims import claim, conclude, once, options
-from eyes import show
+from judge import show
 from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm import tqdm

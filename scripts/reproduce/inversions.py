@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from claims import claim, conclude, once, options
 from degeneracy import largest_mean
-from eyes import open_eyes, pictures, show
+from judge import open_judge, pictures, show
 from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm import tqdm
@@ -67,7 +67,7 @@ def main() -> None:
     many, null_steps, per_class = (200, 20, 8) if args.quick else (1000, 50, 32)
     backbone = load_backbone(args.backbone)
     source, reference = pictures(args, per_class)
-    eyes = open_eyes(args, backbone, reference)
+    judge = open_judge(args, backbone, reference)
     texts = class_prompts(source.classes, "a photo of a {name}")
     prompts = COARSE if args.backbone == "tiny" else texts
     ways: dict[str, tuple[str, int, float]] = {
@@ -99,7 +99,7 @@ def main() -> None:
         row["bias"] = largest_mean(grouped, count)
         for rule in RULES:
             row[f"bias, {rule}"] = largest_mean(cell[f"{rule} latents"], count)
-            found = eyes.judge(cell[f"{rule} images"], torch.arange(count))
+            found = judge.assess(cell[f"{rule} images"], torch.arange(count))
             row[f"distance, {rule}"] = found["distance"].mean().item()
         rows.append(row)
     rows[0] = {**dict.fromkeys(rows[1]), **rows[0]}

@@ -11,7 +11,7 @@ network takes the offset for what is left of a picture, at most 1/α(T)-fold.
 
 import torch
 from claims import claim, conclude, options
-from eyes import show
+from judge import show
 from matplotlib.figure import Figure
 from tqdm import tqdm
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from claims import claim, conclude, once, options
-from eyes import pictures
+from judge import pictures
 from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm import tqdm

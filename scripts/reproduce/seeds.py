@@ -14,7 +14,7 @@ import time
 import torch
 from claims import claim, conclude, once, options
 from degeneracy import make, measure
-from eyes import better, mean_and_error, open_eyes, pictures, told
+from judge import better, mean_and_error, open_judge, pictures, told
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
@@ -38,7 +38,7 @@ def main() -> None:
     noises, per_class, draws, steps = (200, 16, 8, 20) if args.quick else (1000, 64, 40, 50)
     backbone = load_backbone(args.backbone)
     source, reference = pictures(args, per_class)
-    eyes = open_eyes(args, backbone, reference)
+    judge = open_judge(args, backbone, reference)
     tag = f"{backbone.fingerprint['weights'][:8]}-{steps}"
     bank = fill_bank(args.out / f"bank-{tag}", backbone, source, None, "ddim", steps, keeps=())
     # noise at the last level has this mean in training
@@ -50,9 +50,9 @@ def main() -> None:
             args.out / f"norm-{tag}-{noises}-{scale}.safetensors",
             lambda s=scale: {"images": sample(backbone, s * drawn + mean, None, "ddim", steps)},
         )["images"]
-        features = eyes.network(images)
-        kept = precision_recall(eyes.real, features)["precision"].double().mean().item()
-        quality.append((eyes.fid(features), kept))
+        features = judge.network(images)
+        kept = precision_recall(judge.real, features)["precision"].double().mean().item()
+        quality.append((judge.fid(features), kept))
     cells = {}
     for rule in tqdm(RULES, "centroids"):
         synthesizer = Synthesizer(backbone, bank, rule)
@@ -65,7 +65,7 @@ def main() -> None:
             args.out / f"{rule.replace('/', '-')}-{tag}-{draws}.safetensors",
             lambda s=synthesizer: make(s, MEMBERS, draws),
         )
-        cell = cells[rule] = measure(made, eyes, len(bank.classes))
+        cell = cells[rule] = measure(made, judge, len(bank.classes))
         grouped = cell["features"].unflatten(0, (-1, len(bank.classes)))
         variety = sum(diversity(part) for part in grouped.unbind(1)) / len(bank.classes)
         rows.append({

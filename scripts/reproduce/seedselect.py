@@ -6,7 +6,7 @@
 Samuel et al., *Generating images of rare concepts using pre-trained diffusion models*, arXiv
 2304.14530: 30 steps at 0.1 from noise make the class come out. The same authors, arXiv 2306.08687:
 from a centroid 5 at 0.05 do. Loss, cosine distance to the class's mean feature, and whether the
-class is kept, against the step. The eyes are the network that was optimised for, though their means
+class is kept, against the step. The judge is the network that was optimised for, though its means
 are over other images; so a second opinion is had from pixels, where no network looks: the class of
 the nearest of those images, and the distance to the nearest of the own class. Variety is the mean
 distance of two images of a class in pixels: what all are drawn to, one mean, makes them alike.
@@ -25,7 +25,7 @@ from pathlib import Path
 
 import torch
 from claims import claim, conclude, once, options
-from eyes import Eyes, better, mean_and_error, open_eyes, pictures, told
+from judge import FeatureJudge, better, mean_and_error, open_judge, pictures, told
 from matplotlib.figure import Figure
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -87,19 +87,19 @@ def _latents(optimiser: torch.optim.Optimizer, *_: object) -> Tensor:
 
 
 def judged(
-    images: Tensor, eyes: Eyes, real: tuple[Tensor, Tensor], classes: int
+    images: Tensor, judge: FeatureJudge, real: tuple[Tensor, Tensor], classes: int
 ) -> dict[str, Tensor]:
     """Of images (n, looks, C, R, R), class after class, (n, looks) each; variety (classes, looks).
 
     Args:
         images: the images.
-        eyes: a network.
+        judge: a network.
         real: pixels and labels of other real images.
         classes: how many there are.
     """
     flat, labels = images.flatten(0, 1), torch.arange(len(images)) % classes
     rows = labels.repeat_interleave(images.shape[1])
-    seen = eyes.judge(flat, rows)
+    seen = judge.assess(flat, rows)
     pixels, known = real
     far = torch.cdist(flat.flatten(1), pixels) / pixels.shape[1] ** 0.5
     own = far.masked_fill(known[None] != rows[:, None], torch.inf).amin(1)
@@ -190,7 +190,7 @@ def main() -> None:
     each, steps = (3, 8) if args.quick else (4, 20)
     backbone = load_backbone(args.backbone)
     source, reference = pictures(args, 8)
-    eyes, real = open_eyes(args, backbone, reference), others(reference, backbone)
+    judge, real = open_judge(args, backbone, reference), others(reference, backbone)
     tag = f"{backbone.fingerprint['weights'][:8]}-{steps}"
     bank = fill_bank(args.out / f"bank-{tag}", backbone, source, None, "ddim", steps, keeps=())
     found, rows, strips = {}, [], {}
@@ -201,7 +201,7 @@ def main() -> None:
             args.out / f"{start.replace('/', '-')}-{tag}-{each}.safetensors",
             lambda s=synthesizer, b=start: refined(s, b, each),
         )
-        cell = found[start] = made | judged(made["images"], eyes, real, len(bank.classes))
+        cell = found[start] = made | judged(made["images"], judge, real, len(bank.classes))
         looks = STARTS[start][2]
         for number in (0, len(looks) - 1):
             at, take = looks[number], lambda key, n=number, c=cell: c[key][:, n]
@@ -219,10 +219,10 @@ def main() -> None:
     mega = once(args.out / f"memory-{tag}.safetensors", lambda: peaks(args, bank))
     sheet(strips, [name[:10] for name in bank.classes]).save(args.out / "images.png")
     draw(found, mega, args.out / "seedselect.png")
-    conclude(args, rows, judge(found, mega))
+    conclude(args, rows, verdicts(found, mega))
 
 
-def judge(found: dict[str, dict[str, Tensor]], mega: dict[str, Tensor]) -> list[dict[str, str]]:
+def verdicts(found: dict[str, dict[str, Tensor]], mega: dict[str, Tensor]) -> list[dict[str, str]]:
     """The claims."""
     claims, noise = [], found["noise"]
     for start, cell in found.items():

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from claims import claim, conclude, once, options
-from eyes import Eyes, better, open_eyes, pictures, show, told
+from judge import FeatureJudge, better, open_judge, pictures, show, told
 from matplotlib.figure import Figure
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -69,12 +69,12 @@ class Clothes(Dataset[tuple[Tensor, int]]):
 
 
 class Study:
-    """What all backbones are measured by: the same noises, images and eyes."""
+    """What all backbones are measured by: the same noises, images and judge."""
 
     def __init__(self, args: argparse.Namespace, backbone: Backbone) -> None:
         self.quick, self.out = args.quick, args.out
         self.source, reference = pictures(args, 8)
-        self.eyes: Eyes = open_eyes(args, backbone, reference)
+        self.judge: FeatureJudge = open_judge(args, backbone, reference)
         texts = class_prompts(self.source.classes, "a photo of a {name}")
         self.prompts = COARSE if args.backbone == "tiny" else texts
         form = backbone.channels, backbone.resolution
@@ -128,7 +128,7 @@ class Study:
         """A line of the table, and beside it what claims are made of."""
         real, classes = self.real, len(self.source.classes)
         few = real[:: 8 if self.quick else 4]
-        seen = self.eyes.network(made["samples"])
+        seen = self.judge.network(made["samples"])
         back = {name: reconstruction(few if "guided" in name else real, made[name])
                 for name in ("ddim", "ddim guided", "null_text guided")}  # fmt: skip
         cells: dict[str, Any] = {
@@ -137,8 +137,8 @@ class Study:
         }  # fmt: skip
         ends = 255 * (made["slerp"][:, -1] - made["slerp"][:, 0]).double()
         cells["ISTD / end to end"] = cells["ISTD, slerp"] / ends.flatten(1).norm(dim=1)
-        cells["FID"] = frechet_distance(seen, self.eyes.real)
-        cells["FID ±"] = 1.96 * deviation(frechet_distance, seen, self.eyes.real, draws=30)
+        cells["FID"] = frechet_distance(seen, self.judge.real)
+        cells["FID ±"] = 1.96 * deviation(frechet_distance, seen, self.judge.real, draws=30)
         cells["MSE, DDIM"] = back["ddim"]["mse"].mean().item()
         cells["PSNR, DDIM"] = back["ddim"]["psnr"]
         cells["SSIM, DDIM"] = back["ddim"]["ssim"].mean().item()
@@ -146,7 +146,7 @@ class Study:
         cells["PSNR, null-text"] = back["null_text guided"]["psnr"]
         for count in (2, 8):
             labels = torch.arange(len(made[f"of {count}"])) % classes
-            kept = self.eyes.judge(made[f"of {count}"], labels)["kept"]
+            kept = self.judge.assess(made[f"of {count}"], labels)["kept"]
             cells[f"class kept of {count}, %"] = 100 * kept
         return cells
 

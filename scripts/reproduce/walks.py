@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from claims import claim, conclude, once, options
-from eyes import Eyes, better, open_eyes, pictures, told
+from judge import FeatureJudge, better, open_judge, pictures, told
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
@@ -48,13 +48,13 @@ def frames(backbone: Backbone, bank: LatentBank, name: str, pairs: int) -> dict[
     }
 
 
-def judged(images: Tensor, eyes: Eyes) -> tuple[Tensor, Tensor, Tensor]:
+def judged(images: Tensor, judge: FeatureJudge) -> tuple[Tensor, Tensor, Tensor]:
     """InterpScore, share of the inner images that keep the class, and ISTD, of each walk."""
     labels = torch.arange(len(images)).repeat_interleave(images.shape[1] * images.shape[2])
-    found = eyes.judge(images.flatten(0, 2), labels)
+    found = judge.assess(images.flatten(0, 2), labels)
     features, kept = (found[key].unflatten(0, images.shape[:3]) for key in ("features", "kept"))
     scores = [
-        interp_score(features[row, pair], eyes.means[row])
+        interp_score(features[row, pair], judge.means[row])
         for row in range(len(features))
         for pair in range(features.shape[1])
     ]
@@ -71,13 +71,13 @@ def gif(images: Tensor, path: Any) -> None:
     )
 
 
-def scaled(backbone: Backbone, bank: LatentBank, eyes: Eyes) -> dict[str, list[float]]:
+def scaled(backbone: Backbone, bank: LatentBank, judge: FeatureJudge) -> dict[str, list[float]]:
     """One latent of each class at several standard deviations: score and class kept, %."""
     first = torch.stack([bank.latents(name)[0] for name in bank.classes])
     found: dict[str, list[float]] = {"score": [], "kept": []}
     for scale in tqdm(SCALES, "scales"):
         images = sample(backbone, scale * first, None, *solver_of(bank, "exact", None))
-        scores, kept, _ = judged(images[:, None, None].expand(-1, 1, 3, -1, -1, -1), eyes)
+        scores, kept, _ = judged(images[:, None, None].expand(-1, 1, 3, -1, -1, -1), judge)
         found["score"].append(scores.mean().item())
         found["kept"].append(100 * kept.mean().item())
     return found
@@ -89,7 +89,7 @@ def main() -> None:
     pairs = 2 if args.quick else 8
     backbone = load_backbone(args.backbone)
     source, reference = pictures(args, 2 * pairs)
-    eyes = open_eyes(args, backbone, reference)
+    judge = open_judge(args, backbone, reference)
     bank = fill_bank(args.out / f"bank-{pairs}", backbone, source)
     tag, rows, found = backbone.fingerprint["weights"][:8], [], {}
     for name in tqdm(WALKS, "walks"):
@@ -97,7 +97,7 @@ def main() -> None:
             args.out / f"{tag}-{pairs}-{name}.safetensors",
             lambda name=name: frames(backbone, bank, name, pairs),
         )
-        found[name] = judged(made["images"], eyes)
+        found[name] = judged(made["images"], judge)
         gif(made["images"][0, 0], args.out / "gifs" / f"{name}.gif")
         scores, kept, even = found[name]
         rows.append({
@@ -107,7 +107,7 @@ def main() -> None:
         })  # fmt: skip
     strips = {row["walk"]: list(row.pop("strip")) for row in rows}
     sheet(strips, [f"{k / (STOPS - 1):.1f}" for k in range(STOPS)]).save(args.out / "walks.png")
-    scales = scaled(backbone, bank, eyes)
+    scales = scaled(backbone, bank, judge)
     best = SCALES[max(range(len(SCALES)), key=scales["score"].__getitem__)]
     told_scales = ", ".join(f"{s}: {v:.1f}" for s, v in zip(SCALES, scales["score"], strict=True))
     claims = [

@@ -22,9 +22,9 @@ def benchmark(monkeypatch):
 
 
 @pytest.fixture
-def duel(monkeypatch):
+def paired(monkeypatch):
     monkeypatch.syspath_prepend(SCRIPTS)
-    return importlib.import_module("benchmarks.duel")
+    return importlib.import_module("benchmarks.paired")
 
 
 def check(suite, out):
@@ -42,7 +42,7 @@ def check(suite, out):
         for times in (row["ours"], row["theirs"], row["ratio"]):
             assert 0 < times["low"] <= times["median"] <= times["high"]
         assert row["ours"]["rounds"] and row["theirs"]["rounds"]
-        assert row["quality"] and row["opponent"] and row["threads"] > 0
+        assert row["quality"] and row["baseline"] and row["threads"] > 0
         assert row["bar"] is None or row["bar"]["held"] in (True, False)
     return rows
 
@@ -97,11 +97,13 @@ class Clock:
         return call
 
 
-def fought(duel, ours, theirs, **more):
+def timed(paired, ours, theirs, **more):
     clock = Clock()
     args = argparse.Namespace(repeats=5, seconds=1e9, threads=1, device="cpu")
     sides = clock.takes(ours), clock.takes(theirs)
-    return duel.fought(duel.Duel("it", *sides, "they", lambda: "good", clock=clock, **more), args)
+    return paired.timed(
+        paired.Comparison("it", *sides, "they", lambda: "good", clock=clock, **more), args
+    )
 
 
 @pytest.mark.parametrize(
@@ -116,19 +118,19 @@ def fought(duel, ours, theirs, **more):
         (("seconds", 1.9), 2, False),
     ],
 )
-def test_a_bar_is_held_or_not(duel, bar, found, held):
-    row = fought(duel, 4, 12, count=2, bar=bar)
+def test_a_bar_is_held_or_not(paired, bar, found, held):
+    row = timed(paired, 4, 12, count=2, bar=bar)
     assert row["ours"]["median"] == pytest.approx(2) and len(row["ours"]["rounds"]) == 5
     assert row["ratio"]["median"] == pytest.approx(3)
     assert row["bar"]["found"] == pytest.approx(found) and row["bar"]["held"] is held
 
 
-def test_a_slow_side_is_called_once_and_a_quick_one_often(duel):
+def test_a_slow_side_is_called_once_and_a_quick_one_often(paired):
     clock = Clock()
     args = argparse.Namespace(repeats=4, seconds=1e9, threads=1, device="cpu")
-    slow, quick = Clock(), clock.takes(duel.TURN / 10)
-    row = duel.fought(
-        duel.Duel(
+    slow, quick = Clock(), clock.takes(paired.TURN / 10)
+    row = paired.timed(
+        paired.Comparison(
             "it", quick, slow.takes(1), "they", lambda: "good", count=8, theirs_count=1,
             once="theirs", clock=lambda: clock.now + slow.now,
         ),
@@ -136,15 +138,15 @@ def test_a_slow_side_is_called_once_and_a_quick_one_often(duel):
     )  # fmt: skip
     assert slow.calls == 1 and len(row["theirs"]["rounds"]) == 1
     assert clock.calls == pytest.approx(2 + 4 * 10, abs=4)
-    assert row["ratio"]["median"] == pytest.approx(8 * 10 / duel.TURN)
+    assert row["ratio"]["median"] == pytest.approx(8 * 10 / paired.TURN)
 
 
-def test_the_side_that_begins_changes(duel):
+def test_the_side_that_begins_changes(paired):
     order = []
     args = argparse.Namespace(repeats=4, seconds=1e9, threads=1, device="cpu")
     clock = Clock()
     sides = [lambda who=who: order.append(who) or clock.takes(1)() for who in "ab"]
-    duel.fought(duel.Duel("it", *sides, "they", lambda: "good", clock=clock), args)
+    paired.timed(paired.Comparison("it", *sides, "they", lambda: "good", clock=clock), args)
     assert "".join(order[-8:]) == "baabbaab"
 
 

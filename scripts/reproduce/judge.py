@@ -26,7 +26,7 @@ def pictures(args: argparse.Namespace, count: int) -> tuple[Source, Source]:
 
 
 @dataclass(frozen=True)
-class Eyes:
+class FeatureJudge:
     """A network, and what it sees in real images.
 
     Args:
@@ -39,7 +39,7 @@ class Eyes:
     means: Tensor
     real: Tensor
 
-    def judge(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    def assess(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """Of images (n, C, R, R): features, and by the class means whether the class is kept."""
         features = self.network(images)
         cosines = unit(features) @ self.means.T
@@ -52,13 +52,13 @@ class Eyes:
         return frechet_distance(features, self.real)
 
 
-def open_eyes(args: argparse.Namespace, backbone: Backbone, real: Source) -> Eyes:
+def open_judge(args: argparse.Namespace, backbone: Backbone, real: Source) -> FeatureJudge:
     """The network of ``--network``, and its view of real images."""
     network = feature_network(args.network, "", backbone.device)
     seen = see(real, real.classes, network, (backbone.channels, backbone.resolution), "real images")
     rows = unit(seen.features)
     means = [rows[seen.labels == label].mean(0) for label in range(len(real.classes))]
-    return Eyes(network, unit(torch.stack(means)), seen.features)
+    return FeatureJudge(network, unit(torch.stack(means)), seen.features)
 
 
 def mean_and_error(values: Tensor, scale: float = 1.0) -> tuple[float, float]:
