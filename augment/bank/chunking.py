@@ -4,8 +4,8 @@ That is decided before it is inverted, and what is committed never moves: images
 the source become further chunks, and so do those that were left out and have been mended since.
 """
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 
@@ -14,6 +14,8 @@ from augment.bank.format import (
     ChunkPlan,
     ChunkRecord,
     ClassEntry,
+    Committed,
+    FileRecord,
     ImageRecord,
     Manifest,
     Reject,
@@ -26,54 +28,58 @@ from augment.core.files import sha256, unreadable
 from augment.sources import Source
 from augment.sources.prompts import nfc
 
-FULL = 2**30
+MAX_DIGESTED = 2**30
 """Bytes of images up to which a job that goes on compares digests, and not sizes alone."""
 
 
-@dataclass
-class Settled:
-    """What the commit records of a bank say, gathered while their images are gone through.
-
-    So one record is in memory at a time, however large the bank is.
-
-    Attributes:
-        ids: the images that have a latent.
-        rejects: those that were left out, by chunk; a chunk that is not here is not committed.
-    """
-
-    ids: set[str] = field(default_factory=set)
-    rejects: dict[Path, list[Reject]] = field(default_factory=dict)
-
-    def images(self, parts: Iterable[ChunkPlan]) -> Iterator[ImageRecord]:
-        """What is recorded of each image that has a latent."""
-        for part in parts:
-            record = intact(part)
-            if record is not None:
-                self.rejects[part.stem] = record.rejects
-                out = {reject.id for reject in record.rejects}
-                self.ids.update(i for i in part.ids if i not in out)
-                yield from record.images
-
-
 def assign_chunks(
-    path: Path, old: Manifest | None, source: Source, prompts: dict[str, str], size: int
-) -> list[ClassEntry]:
-    """The classes of a manifest: chunks there are, and units of ``size`` of the images beside.
+    path: Path,
+    old: Manifest | None,
+    source: Source,
+    prompts: dict[str, str],
+    size: int,
+    side: int = 0,
+) -> tuple[list[ClassEntry], dict[Path, Committed]]:
+    """Assign the images of a source to chunks and units; what is committed stays where it is.
+
+    Each commit record is read once, and one at a time is in memory.
+
+    Args:
+        path: folder of the bank.
+        old: its manifest; None for a new bank.
+        source: the images.
+        prompts: of classes that have one.
+        size: images of a unit.
+        side: resolution of the backbone in pixels; see `Committed`.
+
+    Returns:
+        The classes of the new manifest, and what is committed, by the stem of its files.
 
     Raises:
         UserError: the bank holds an image that the source lacks or has changed, or other prompts.
     """
-    had = old.classes if old else []
+    old_classes = old.classes if old else []
     parts = list(parts_of(path, old)) if old else []
     stems = {(part.home.name, part.home.number): part.stem for part in parts}
     ids = {image_id for members in source.ids.values() for image_id in members}
-    settled = Settled()
-    check_kept(path, settled.images(parts), source, ids)
-    rejects = chain.from_iterable(settled.rejects.values())
+    committed: dict[Path, Committed] = {}
+    inverted: set[str] = set()
+
+    def stored_images() -> Iterator[ImageRecord]:
+        for part in parts:
+            record = intact(part)
+            if record is not None:
+                known = committed[part.stem] = Committed.of(record, side)
+                rejected = {reject.id for reject in known.rejects}
+                inverted.update(i for i in part.ids if i not in rejected)
+                yield from record.images
+
+    check_source(path, stored_images(), source, ids)
+    rejects = [reject for known in committed.values() for reject in known.rejects]
     refused = {r.id for r in rejects if r.id in ids and same_file(source, r)}
-    classes, by_name = [], {nfc(known.name): known for known in had}
-    free = 1 + max((int(known.folder) for known in had), default=-1)
-    unit = 1 + max((chunk.unit for known in had for chunk in known.chunks), default=-1)
+    classes, by_name = [], {nfc(known.name): known for known in old_classes}
+    free = 1 + max((int(known.folder) for known in old_classes), default=-1)
+    unit = 1 + max((chunk.unit for known in old_classes for chunk in known.chunks), default=-1)
     room = size
     for name, members in source.ids.items():
         prompt = prompts.get(name, "")
@@ -89,22 +95,22 @@ def assign_chunks(
         for chunk in known.chunks:
             left = chunk.ids
             stem = stems[known.name, chunk.number]
-            if stem in settled.rejects:  # a rejected image that was mended, or is gone, leaves it
-                out = {reject.id for reject in settled.rejects[stem]} - refused
+            if stem in committed:  # a rejected image that was repaired, or is gone, leaves it
+                out = {reject.id for reject in committed[stem].rejects} - refused
                 left = [i for i in left if i not in out]
             elif not set(left) <= set(members):
                 continue  # it was never made, and now lacks an image
             if left:
                 chunks.append(replace(chunk, ids=left))
         planned = {i for chunk in chunks for i in chunk.ids}
-        fresh = [i for i in members if i not in settled.ids and i not in planned]
+        fresh = [i for i in members if i not in inverted and i not in planned]
         number = 1 + max((chunk.number for chunk in known.chunks), default=-1)
         while fresh:
             chunks.append(ChunkEntry(number, unit, fresh[:room]))
             number, fresh, room = number + 1, fresh[room:], room - len(fresh[:room])
             unit, room = (unit, room) if room else (unit + 1, size)
         classes.append(replace(known, chunks=chunks))
-    return classes
+    return classes, committed
 
 
 def intact(part: ChunkPlan) -> ChunkRecord | None:
@@ -119,23 +125,21 @@ def intact(part: ChunkPlan) -> ChunkRecord | None:
         return None
 
 
-def size_of(part: ChunkPlan, record: ChunkRecord | None) -> int:
+def size_of(stem: Path, files: dict[str, FileRecord]) -> int:
     """Return the bytes of a chunk's files, its record among them; 0 if it is not whole.
 
     Raises:
         UserError: that cannot be found out now.
     """
-    if record is None:
-        return 0
-    sizes = {file_of(part.stem, kind): known.bytes for kind, known in record.files.items()}
     try:
-        if any(file.stat().st_size != size for file, size in sizes.items()):
+        if any(file_of(stem, kind).stat().st_size != file.bytes for kind, file in files.items()):
             return 0
-        return sum(sizes.values()) + part.stem.with_suffix(".json").stat().st_size
+        record = stem.with_suffix(".json").stat()
     except (FileNotFoundError, NotADirectoryError):
         return 0
     except OSError as error:
-        raise unreadable(part.stem, "the files of a chunk", error) from None
+        raise unreadable(stem, "the files of a chunk", error) from None
+    return sum(file.bytes for file in files.values()) + record.st_size
 
 
 def same_file(source: Source, known: ImageRecord | Reject, read: bool = True) -> bool:
@@ -148,12 +152,12 @@ def same_file(source: Source, known: ImageRecord | Reject, read: bool = True) ->
         return not known.sha256  # as it was then
 
 
-def check_kept(path: Path, kept: Iterator[ImageRecord], source: Source, ids: set[str]) -> None:
+def check_source(path: Path, stored: Iterator[ImageRecord], source: Source, ids: set[str]) -> None:
     """Refuse a source that lacks or has changed an image that a bank holds.
 
     Args:
         path: of the bank.
-        kept: what it says of its images, gone through once.
+        stored: what it says of its images, gone through once.
         source: the images as they are.
         ids: of the source.
 
@@ -161,14 +165,14 @@ def check_kept(path: Path, kept: Iterator[ImageRecord], source: Source, ids: set
         UserError: the first such image is named, or one that cannot be read now.
     """
     few, total = [], 0
-    for image in kept:
+    for image in stored:
         few.append(image)
         total += image.bytes
-        if total > FULL:
+        if total > MAX_DIGESTED:
             break
-    for image in chain(few, kept):
+    for image in chain(few, stored):
         name = image.id
-        if name not in ids or not same_file(source, image, total <= FULL):
+        if name not in ids or not same_file(source, image, total <= MAX_DIGESTED):
             try:
                 source.read(name) if name in ids else None
             except OSError as error:  # nothing is known of what is in it

@@ -13,11 +13,13 @@ import json
 import math
 import re
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.metadata import version
+from itertools import chain
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +31,11 @@ from augment.bank.bank import LatentBank
 from augment.bank.chunking import assign_chunks, intact, size_of
 from augment.bank.format import (
     CHUNK,
+    ENLARGED,
     BankSettings,
     ChunkPlan,
     ChunkRecord,
+    Committed,
     FileRecord,
     Fingerprint,
     ImageRecord,
@@ -42,7 +46,6 @@ from augment.bank.format import (
     parts_of,
     read_manifest,
     require_same_making,
-    still,
 )
 from augment.centroid.prior import nominal_norm
 from augment.core.errors import EnlargedWarning, ImageRejected, Missing, UserError
@@ -66,9 +69,6 @@ from augment.sources.images import (
 )
 from augment.sources.prompts import by_class, prompts_of
 from augment.sources.source import check_share, refuse_rejects
-
-ENLARGED = 1.5
-"""By how much images may be enlarged in silence."""
 
 PIXELS = 2**26
 """How many pixels, of all channels, a unit holds in memory."""
@@ -244,7 +244,7 @@ class InversionJob:
     manifest: Manifest | None = field(default=None, init=False)
     recipe: dict[str, Any] = field(default_factory=dict, init=False)
     units: list[list[ChunkPlan]] = field(default_factory=list, init=False)
-    rejected: dict[Path, int] = field(default_factory=dict, init=False)
+    side: int = field(default=0, init=False)
 
     @classmethod
     def of(cls, settings: InvertSettings) -> "InversionJob":
@@ -333,15 +333,18 @@ class InversionJob:
             new = replace(new, fingerprint=old.fingerprint, **kept)
         most = 16 if self.method.away == "nulls" else CHUNK  # embeddings are large
         size = max(min(most, CHUNK, PIXELS // (backbone.channels * backbone.resolution**2)), 1)
-        classes = assign_chunks(self.path, old, self.source, self.prompts, size)
+        self.side = backbone.resolution
+        where = self.path, old, self.source, self.prompts
+        classes, committed = assign_chunks(*where, size, self.side)
         self.manifest = Manifest(**vars(new), schema=Manifest.SCHEMA, classes=classes)
         if self.manifest != old:
             write(self.path / "manifest.json", self.manifest)
         units: dict[int, list[ChunkPlan]] = {}
         for part in parts_of(self.path, self.manifest):
+            part.committed = committed.get(part.stem)
             units.setdefault(part.home.unit, []).append(part)
-        remove_strays(self.path, [part.stem for parts in units.values() for part in parts])
         self.units = [units[number] for number in sorted(units)]
+        remove_strays(self.path, {part.stem for part in self._parts})
         return [sum(len(part.ids) for part in parts) for parts in self.units]
 
     def _known(self) -> Manifest | None:
@@ -356,10 +359,28 @@ class InversionJob:
             )
         return None
 
+    @property
+    def _parts(self) -> Iterator[ChunkPlan]:
+        return chain.from_iterable(self.units)
+
     def committed(self, unit: int) -> int:
-        """The bytes of a unit's files, its records among them; 0 if it is not finished."""
-        sizes = [size_of(part, intact(part)) for part in self.units[unit]]
+        """Return the bytes of a unit's files, its records among them; 0 if it is not finished."""
+        sizes = [self._size(part) for part in self.units[unit]]
         return sum(sizes) if all(sizes) else 0
+
+    def _size(self, part: ChunkPlan) -> int:
+        """Return the bytes of a chunk's files; 0 if it is not whole, so that it is made again."""
+        known = self._read(part)
+        size = size_of(part.stem, known.files) if known else 0
+        if not size:
+            part.committed = None
+        return size
+
+    def _read(self, part: ChunkPlan) -> Committed | None:
+        """Return what is committed of a chunk; its record is read unless that was done before."""
+        if part.committed is None and (record := intact(part)) is not None:
+            part.committed = Committed.of(record, self.side)
+        return part.committed
 
     def start(self) -> Callable[[int], None]:
         """Load the backbone, unless it is here."""
@@ -377,7 +398,7 @@ class InversionJob:
             p.row, p.reason = row, rejection_reason(made, row)
         self._check_rejects(unit, [p for row in read for p in row if p.reason])
         for part, row in pairs:
-            commit(part, made, row)
+            part.committed = Committed.of(commit(part, made, row), self.side)
 
     def make(
         self, backbone: Backbone, pictures: list[LoadedImage], texts: list[str]
@@ -421,27 +442,16 @@ class InversionJob:
         """Stop before more images are left out than may be."""
         if not mine:
             return
-        planned = sum(len(part.ids) for parts in self.units for part in parts)
-        for part in (p for k, parts in enumerate(self.units) for p in parts if k != unit):
-            if part.stem not in self.rejected and (record := intact(part)):
-                self.rejected[part.stem] = len(still(record, part.ids))
-        count = len(mine) + sum(self.rejected.values())
+        planned = sum(len(part.ids) for part in self._parts)
+        others = chain.from_iterable(parts for k, parts in enumerate(self.units) if k != unit)
+        count = len(mine) + sum(len(part.rejects) for part in others if self._read(part))
         first = f"{mine[0].about.id} ({mine[0].reason})"
         refuse_rejects(count, planned, self.max_rejects, "images", first)
 
     def finish(self) -> None:
         """List the images that were left out, and tell of those that were enlarged much."""
-        rejects, seen, small, least = [], 0, 0, (math.inf, "")
-        assert self.backbone is not None
-        side = self.backbone.resolution
-        for part in (part for parts in self.units for part in parts):
-            record = intact(part)
-            if record is None:
-                continue
-            rejects += still(record, part.ids)
-            enlarged = [(i.side, i.id) for i in record.images if i.side * ENLARGED < side]
-            seen, small = seen + len(record.images), small + len(enlarged)
-            least = min([least, *enlarged], key=lambda found: found[0])
+        done = [known for part in self._parts if (known := self._read(part))]
+        rejects = [reject for part in self._parts for reject in part.rejects]
         file = self.path / "rejects.jsonl"
         if rejects:
             facts = ({key: getattr(r, key) for key in REJECTED} for r in rejects)
@@ -449,22 +459,22 @@ class InversionJob:
             write_bytes(file, lines.encode("utf-8", "surrogatepass"))
         else:
             file.unlink(missing_ok=True)
-        if small:
+        if enlarged := sum(known.enlarged for known in done):
+            least, name = min((known.smallest for known in done), key=itemgetter(0))
             warnings.warn(
-                f"expected images of about {side} pixels, got {small} of {seen} that are enlarged "
-                f"more than {ENLARGED}-fold ({least[1]}: {least[0]}); their latents are of blurred "
-                "images",
+                f"expected images of about {self.side} pixels, got {enlarged} of "
+                f"{sum(known.images for known in done)} that are enlarged more than "
+                f"{ENLARGED}-fold ({name}: {least}); their latents are of blurred images",
                 EnlargedWarning,
                 stacklevel=4,
             )
 
 
-def remove_strays(root: Path, stems: Iterable[Path]) -> None:
+def remove_strays(root: Path, planned: set[Path]) -> None:
     """Remove files of chunks that are not planned, as of images that are gone.
 
     Another chunk may get the name, and must not take them for its own.
     """
-    planned = set(stems)
     for folder in (path for path in root.iterdir() if path.name.isdigit() and path.is_dir()):
         for file in folder.iterdir():
             if (
@@ -513,8 +523,8 @@ def rejection_reason(made: dict[str, Tensor], row: int) -> str:
     return ""
 
 
-def commit(part: ChunkPlan, made: dict[str, Tensor], pictures: list[LoadedImage]) -> None:
-    """Write a chunk's files, and last its record."""
+def commit(part: ChunkPlan, made: dict[str, Tensor], pictures: list[LoadedImage]) -> ChunkRecord:
+    """Write a chunk's files, and last its record, which is returned."""
     files, statistics = {}, Statistics()
     rows = [p.row for p in pictures if not p.reason]
     if rows:
@@ -545,4 +555,6 @@ def commit(part: ChunkPlan, made: dict[str, Tensor], pictures: list[LoadedImage]
     ]
     images = [p.about for p in pictures if not p.reason]
     facts = files, images, rejects, statistics, part.home, part.settings
-    write(part.stem.with_suffix(".json"), ChunkRecord(*facts, schema=ChunkRecord.SCHEMA))
+    record = ChunkRecord(*facts, schema=ChunkRecord.SCHEMA)
+    write(part.stem.with_suffix(".json"), record)
+    return record

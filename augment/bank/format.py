@@ -32,9 +32,11 @@ too: its records have no digest, and do not say which class they are of.
 """
 
 import hashlib
+import math
 import os
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, fields
+from operator import itemgetter
 from pathlib import Path
 from types import NoneType
 from typing import Any, ClassVar, NamedTuple
@@ -50,6 +52,9 @@ from augment.sources.source import Source
 CHUNK = 256
 KINDS = ("latents", "clean", "nulls")
 WRITTEN = "a file of a bank as it was written"
+ENLARGED = 1.5
+"""By how much images may be enlarged without a warning."""
+
 DIGITS = 16
 """Of a SHA-256 in hexadecimal, where images are only told apart."""
 
@@ -286,13 +291,53 @@ class ChunkRecord(Record):
             raise ValueError("no home or no settings")
 
 
-class ChunkPlan(NamedTuple):
-    """A planned chunk: the path of its files without suffix, its home, its images, its settings."""
+class Committed(NamedTuple):
+    """What a job keeps of a commit record, of which it has thousands.
+
+    Args:
+        files: by kind.
+        rejects: the images that were left out.
+        images: number of latents.
+        enlarged: number of images that were enlarged more than `ENLARGED`-fold.
+        smallest: shorter side in pixels and id of the smallest of these.
+    """
+
+    files: dict[str, FileRecord]
+    rejects: list[Reject]
+    images: int
+    enlarged: int
+    smallest: tuple[float, str]
+
+    @classmethod
+    def of(cls, record: ChunkRecord, side: int) -> "Committed":
+        """Return the facts of a record for a backbone of a resolution, ``side`` pixels."""
+        enlarged = [(i.side, i.id) for i in record.images if i.side * ENLARGED < side]
+        smallest = min(enlarged, key=itemgetter(0), default=(math.inf, ""))
+        return cls(record.files, record.rejects, len(record.images), len(enlarged), smallest)
+
+
+@dataclass(slots=True)
+class ChunkPlan:
+    """A planned chunk.
+
+    Args:
+        stem: path of its files without suffix.
+        home: where it belongs.
+        ids: its images.
+        settings: how its latents are made.
+        committed: what its record says, once a job has read it.
+    """
 
     stem: Path
     home: Home
     ids: list[str]
     settings: dict[str, Any]
+    committed: Committed | None = None
+
+    @property
+    def rejects(self) -> list[Reject]:
+        """The images that were left out and are still planned here."""
+        return [r for r in self.committed.rejects if r.id in self.ids] if self.committed else []
 
 
 def parts_of(root: Path, manifest: Manifest) -> Iterator[ChunkPlan]:

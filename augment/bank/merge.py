@@ -119,7 +119,7 @@ def copy(chunk: Chunk, part: ChunkPlan) -> None:
         UserError: it is damaged.
     """
     there = intact(part)
-    if there is not None and there.files == chunk.files and size_of(part, there):
+    if there is not None and there.files == chunk.files and size_of(part.stem, there.files):
         return
     record = chunk.record
     for kind, known in record.files.items():

@@ -73,7 +73,7 @@ def bank_of(folder: Path, counts: list[int], shape: tuple[int, int, int] = SHAPE
     """Write a complete bank of noise, without waiting for the disk."""
     making = job(folder, counts, shape)
     assert making.backbone is not None
-    classes = assign_chunks(folder, None, making.source, {}, 256)
+    classes, _ = assign_chunks(folder, None, making.source, {}, 256)
     made = making.described(making.backbone)
     manifest = Manifest(**vars(made), schema=Manifest.SCHEMA, classes=classes)
     generator = torch.Generator().manual_seed(0)
