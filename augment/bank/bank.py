@@ -37,6 +37,7 @@ from augment.core.files import damaged, unreadable
 from augment.core.schema import as_object
 from augment.diffusion import local_recipe
 from augment.diffusion.backbone import Backbone
+from augment.measure.health import ClassHealth
 from augment.plan.plan import Plan
 from augment.plan.planner import Images
 from augment.sources.images import background_of
@@ -130,6 +131,11 @@ class LatentBank:
     def inversion(self) -> dict[str, Any]:
         """Method, steps, guidance and settings of the inversion."""
         return self.manifest.fingerprint.inversion
+
+    @property
+    def inverted_by(self) -> str:
+        """The inversion in words, such as ``ddim in 50 steps``."""
+        return f"{self.inversion['method']} in {self.inversion['steps']} steps"
 
     @property
     def recipe(self) -> dict[str, Any]:
@@ -258,6 +264,15 @@ class LatentBank:
             UserError: the bank has none, no such class, or a chunk is missing or damaged.
         """
         return self._rows(class_name, lambda c: self._read(c, "latents", "errors")[0]).clone()
+
+    def health(self, class_name: str) -> ClassHealth:
+        """Measure the latents of a class, and what its images lose, if the bank keeps that.
+
+        Raises:
+            UserError: no such class, a chunk is missing or damaged, or a latent is not finite.
+        """
+        errors = self.errors(class_name) if "errors" in self.manifest.keeps else None
+        return ClassHealth.of(class_name, self.latents(class_name), errors)
 
     def nulls(self, class_name: str) -> tuple[Float[Tensor, "g steps ..."], Int[Tensor, " n"]]:
         """A class's embeddings by null-text inversion, float16, and which is whose of ``members``.

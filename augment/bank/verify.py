@@ -4,6 +4,7 @@ Nothing here needs a backbone. Damage is found by the digests that every commit 
 is damaged is discarded by removing its record; the command that made it then makes it again.
 """
 
+import math
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -33,6 +34,7 @@ from augment.bank.format import (
 )
 from augment.core.errors import AugmentWarning, Damaged, ImageRejected, Missing, UserError
 from augment.core.schema import as_object, build, read, write
+from augment.measure.health import norm_finding, reconstruction_finding
 from augment.measure.reconstruction import psnr
 from augment.sources import Source
 
@@ -231,8 +233,9 @@ def inspect_bank(path: Path) -> str:
         told = facts if isinstance(facts, str) else ", ".join(f"{k} {v}" for k, v in facts.items())
         lines.append(f"{name}: {told}")
     lines.append(f"images: {manifest.source}")
-    if means["norm"]:
-        lines.append(f"norm / √D {fmean(means['norm']):.3f} on average")
-    if means["error"]:
-        lines.append(f"sampled back, images are at {psnr(fmean(means['error'])):.1f} dB (PSNR)")
+    if norms := means["norm"]:
+        lines.append(str(norm_finding(fmean(norms), len(norms), math.prod(manifest.latent_shape))))
+    if errors := means["error"]:
+        how = "{method} in {steps} steps".format(**manifest.fingerprint.inversion)
+        lines.append(str(reconstruction_finding(psnr(fmean(errors)), how)))
     return "\n".join(lines)

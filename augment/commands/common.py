@@ -1,7 +1,6 @@
 """What commands share: where work is done, what is told of it, options that need care."""
 
 import csv
-import math
 import shlex
 from collections.abc import Callable
 from pathlib import Path
@@ -38,7 +37,7 @@ def work(job: Any, executor: str, dry_run: bool) -> Record | None:
 def tell_of_bank(path: Path) -> Record:
     """What is in a bank, and what the bias of its latents would do."""
     from augment.bank.bank import LatentBank
-    from augment.measure import latent_statistics, predicted_bias
+    from augment.measure.health import findings
 
     bank = LatentBank.open(path)
     count = sum(map(len, bank.members.values()))
@@ -49,19 +48,15 @@ def tell_of_bank(path: Path) -> Record:
     digests = ((i, name, d) for name in bank.classes for i, d in bank.digests(name).items())
     warn_of_copies(digests, "inverted")
     worst = max(bank.classes, key=bank.largest_mean)
-    found = latent_statistics(bank.latents(worst))
-    print(f"\nclass {worst}, whose channel means are largest:\n{found}")
-    if found.biased:
-        grown = predicted_bias(found, found.count, math.inf)
-        print(
-            f"all {found.count} of them mixed in equal parts by a rule without a mean split "
-            f"(fix/0) would have channel means up to {grown:.2f}; take one with /chm or /lp"
-        )
+    health = bank.health(worst)
+    print(f"\nclass {worst}, whose channel means are largest:")
+    print("\n".join(map(str, findings([health], bank.inverted_by))))
     place, out = shlex.quote(str(path)), shlex.quote(str(path.with_name("synthetic")))
     print(f"\nnext: latent-augment synthesize {place} --out {out}")
     return {
         "complete": True, "bank": str(path), "latents": count, "classes": len(bank.classes),
-        "rejects": rejects, "most_biased": worst, "bias": found.largest[0], "biased": found.biased,
+        "rejects": rejects, "most_biased": worst, "bias": health.statistics.largest[0],
+        "biased": health.statistics.biased,
     }  # fmt: skip
 
 

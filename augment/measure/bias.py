@@ -16,10 +16,13 @@ degeneracies in latent interpolation for diffusion models*, arXiv 2505.07481, se
 
 import math
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from augment.centroid.residuals import TINY
+from augment.centroid.rule import Rule
+from augment.core.rng import rng
 from augment.measure.latents import LatentStatistics
 from augment.plan.weights import expected_count
 
@@ -62,6 +65,25 @@ def predicted_bias(statistics: LatentStatistics, count: int, alpha: float) -> fl
     """
     q, shared = amplification(count, alpha) ** -2, max(statistics.shared, 0.0)
     return statistics.largest[0] / math.sqrt(max(shared + (statistics.energy - shared) * q, TINY))
+
+
+def measured_bias(
+    latents: Float[Tensor, "n c h w"], rule: str, count: int, draws: int = 16
+) -> float:
+    """Measure what a rule makes of the largest |channel mean| of a class.
+
+    Args:
+        latents: latents of the class.
+        rule: name of the rule, such as ``fix/0``.
+        count: number of members of a centroid, in equal parts, at most n.
+        draws: number of centroids to average; one if all n are members.
+    """
+    channel, generator = latents.mean((0, 2, 3)).abs().argmax(), rng(0, "order", count)
+    draws = draws if count < len(latents) else 1
+    rows = [torch.from_numpy(generator.permutation(len(latents))[:count]) for _ in range(draws)]
+    weights = torch.full((draws, count), 1 / count)
+    centroids = Rule.parse(rule)(latents[torch.stack(rows)], weights)
+    return centroids[:, channel].mean().abs().item()
 
 
 def bias_warning(

@@ -68,14 +68,9 @@ class LatentStatistics:
         return len(self.channel_means) * math.erfc(score / math.sqrt(2)) < 0.01
 
     @property
-    def norm_law(self) -> tuple[float, float]:
-        """Mean and standard deviation of ‖z‖/√D for white noise, by the chi law for large D."""
-        return math.sqrt(1 - 1 / (2 * self.dim)), 1 / math.sqrt(2 * self.dim)
-
-    @property
     def norm_sigmas(self) -> float:
         """Deviation of `norm` from that of white latents, in standard errors for n latents."""
-        mean, spread = self.norm_law
+        mean, spread = norm_law(self.dim)
         return (self.norm - mean) / spread * math.sqrt(self.count)
 
     @property
@@ -83,16 +78,10 @@ class LatentStatistics:
         """Standard error of `horizontal` and `vertical` for n white latents."""
         return 1 / math.sqrt(self.count * self.dim)
 
-    def __str__(self) -> str:
-        (largest, error), (mean, spread) = self.largest, self.norm_law
-        return f"""\
-channel means {min(self.channel_means):+.3f} … {max(self.channel_means):+.3f}; the largest, \
-{largest:.3f} ± {error:.3f}, is {"" if self.biased else "not "}significant
-norm / √D {self.norm:.3f} ± {self.norm_spread:.3f} (white noise {mean:.3f} ± {spread:.3f}), mean \
-{self.norm_sigmas:+.1f} standard errors off; log density {self.log_density:+.1f} (white noise -0.5)
-neighbouring pixels correlate {self.horizontal:+.3f} across and {self.vertical:+.3f} down \
-(white noise 0 ± {self.correlation_error:.3f})
-mean latent: {self.shared / max(self.energy, TINY):.1%} of the energy of {self.count} latents"""
+
+def norm_law(dim: int) -> tuple[float, float]:
+    """Return mean and deviation of ‖z‖/√D for white noise of D elements, by the chi law."""
+    return math.sqrt(1 - 1 / (2 * dim)), 1 / math.sqrt(2 * dim)
 
 
 def latent_statistics(latents: Float[Tensor, "n c h w"]) -> LatentStatistics:

@@ -5,6 +5,7 @@ codec alone loses something (:math:`D(E(x))` is not x); no latent can do better 
 """
 
 import math
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -15,6 +16,7 @@ from augment.core.errors import UserError
 from augment.diffusion.checkpoints.hub import brief
 
 Images = Float[Tensor, "n c h w"]
+MIN_LPIPS_SIDE = 64
 
 
 def reconstruction(images: Images, others: Images) -> dict[str, Float[Tensor, " n"]]:
@@ -35,21 +37,21 @@ def reconstruction(images: Images, others: Images) -> dict[str, Float[Tensor, " 
     similar = torch.full_like(mse, math.nan)
     if min(images.shape[-2:]) >= 11:
         parts = [
-            ssim(theirs, mine, data_range=1.0, reduction="none")
-            for mine, theirs in zip(images.split(64), others.split(64), strict=True)
+            ssim(b, a, data_range=1.0, reduction="none")
+            for a, b in zip(images.split(64), others.split(64), strict=True)
         ]
         similar = torch.cat([torch.as_tensor(part).reshape(-1) for part in parts])
     return {"mse": mse, "psnr": -10 * mse.clamp_min(1e-12).log10(), "ssim": similar}
 
 
-def lpips(
-    images: Images, others: Images, network: Literal["alex", "vgg", "squeeze"] = "alex"
-) -> Float[Tensor, " n"]:
-    """Compute LPIPS (Zhang et al., arXiv 1801.03924) of images in [0, 1]; 0 for equal images.
+def load_lpips(
+    network: Literal["alex", "vgg", "squeeze"] = "alex",
+) -> Callable[[Images, Images], Float[Tensor, " n"]]:
+    """Load LPIPS (Zhang et al., arXiv 1801.03924), which compares batches of images in [0, 1].
+
+    The distance of equal images is 0. Images need at least `MIN_LPIPS_SIDE` pixels a side.
 
     Args:
-        images: the originals, (n, C, H, W).
-        others: the reconstructions.
         network: ``alex``, ``vgg`` or ``squeeze``; torchvision downloads its weights once.
 
     Raises:
@@ -64,12 +66,16 @@ def lpips(
             f"expected torchvision's weights of {network} for LPIPS, got none ({brief(error)}); "
             "download them once where there is a network, or leave LPIPS out"
         ) from None
-    with torch.no_grad():
+
+    @torch.no_grad()
+    def compare(images: Images, others: Images) -> Float[Tensor, " n"]:
         parts = [
             net(*(x.float().expand(-1, 3, -1, -1) for x in pair), normalize=True).reshape(-1)
             for pair in zip(images.split(16), others.split(16), strict=True)
         ]
-    return torch.cat(parts).double()
+        return torch.cat(parts).double()
+
+    return compare
 
 
 def psnr(error: float) -> float:

@@ -3,7 +3,7 @@
 Few-shot augmentation is judged by eye first. So one should see one's classes, what is wrong with
 the latents in plain sentences, and the same members mixed by each rule, and then choose.
 
-The file needs no other and no network. `augment.report.health` says what is wrong,
+The file needs no other and no network. `augment.measure.health` says what is wrong,
 `augment.report.plots` draws it, `augment.report.gallery` makes the pictures,
 `augment.report.again` knows how each is made again, `augment.report.facts` has the numbers, and
 `augment.report.page` puts it all together.
@@ -23,10 +23,11 @@ from augment.centroid import Rule
 from augment.core.errors import UserError
 from augment.core.files import write_bytes
 from augment.diffusion.backbone import Backbone
+from augment.measure.bias import BIAS_THRESHOLD
+from augment.measure.health import ClassHealth, findings, from_most_biased
 from augment.report import facts, page
 from augment.report.again import Making
 from augment.report.gallery import BACK, Gallery, side_of
-from augment.report.health import ClassHealth, evenly, findings, measure
 from augment.report.plots import bias_plot, norm_plot
 from augment.report.tiles import sprite
 from augment.sources import Source, place_of
@@ -76,8 +77,8 @@ def write_report(
     names = [str(Rule.parse(rule)) for rule in rules]
     making = Making.of(bank, None if shards is None else Path(shards))
     more = facts.pool_facts(Path(pool)) if pool else {}
-    health = [measure(bank, name) for name in tqdm(bank.classes, "measure", unit="class", delay=2)]
-    some = [] if backbone is None else evenly(health, classes)
+    health = [bank.health(name) for name in tqdm(bank.classes, "measure", unit="class", delay=2)]
+    some = [] if backbone is None else from_most_biased(health, classes)
     side = side_of(bank, backbone, len(health), len(some), len(names))
     gallery = Gallery(making, backbone, names, place_of(images), side)
     if some:
@@ -87,13 +88,13 @@ def write_report(
         "name": escape("/".join(bank.path.parts[-2:])),  # most banks are called bank
         "path": escape(f"{bank.path} · {date.today()} · latent-augment {__version__}"),
         "summary": escape(facts.summary(bank, health)),
-        "findings": page.finding_items(findings(bank, health)),
+        "findings": page.finding_items(findings(health, bank.inverted_by)),
         "facts": page.facts_list(
             facts.bank_facts(bank, health) | facts.making_facts(gallery) | more
         ),
         "norms": norm_plot(health),
         "bias": bias_plot(bank, health),
-        "worst": escape(evenly(health, 1)[0].name),
+        "worst": escape(from_most_biased(health, 1)[0].name),
         "notes": page.paragraphs(facts.notes(gallery, len(some), len(health))),
         "rejects": page.rejects_section(facts.rejects_of(bank)),
         "making": facts.making_section(making, command),
@@ -102,6 +103,7 @@ def write_report(
     data = {
         "side": side,
         "pairs": BACK,
+        "threshold": BIAS_THRESHOLD,
         "columns": facts.columns(making, health),
         "rules": names,
         "minima": {name: settings.get("minimum") for name, settings in filters.items()},
@@ -117,7 +119,13 @@ def record(gallery: Gallery, health: ClassHealth) -> dict[str, Any]:
     """What the page knows of a class."""
     bank, making, name = gallery.bank, gallery.making, health.name
     tiles = gallery.tiles(health)
-    found = {**health.row(), "label": bank.classes.index(name), "prompt": bank.prompt(name)}
+    row = health.row()
+    found = {
+        "name": row.pop("class"),
+        **row,
+        "label": bank.classes.index(name),
+        "prompt": bank.prompt(name),
+    }
     if making.shards is not None:
         why = {key: counts[name] for key, counts in making.tally.refused.items() if counts[name]}
         more = {"synthetic": len(making.rows(name)), "refused": sum(why.values()), "why": why}

@@ -1,14 +1,14 @@
-"""Is a bank healthy, and are synthetic images good? A table, records and a plot.
+"""Evaluate the health of a bank, or the quality of synthetic images: tables, a record and a plot.
 
-A bank is measured by its latents alone (`augment.measure.latents`); images by a frozen network's
+A bank is measured by its latents alone (`augment.measure.health`); images by a frozen network's
 features against those of real images (`augment.measure.features`). Intervals are 95 %: of means by
 their standard error, of FID and KID by the bootstrap.
 """
 
 import io
 import math
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +32,9 @@ from augment.measure.features import (
     nearest_distance,
     precision_recall,
 )
-from augment.measure.latents import LatentStatistics, latent_statistics
-from augment.measure.reconstruction import lpips, psnr, reconstruction
+from augment.measure.health import ClassHealth, Finding, findings
+from augment.measure.latents import norm_law
+from augment.measure.reconstruction import MIN_LPIPS_SIDE, load_lpips, reconstruction
 from augment.networks import BATCH, Network
 from augment.plan.plan import Plan
 from augment.shards.dataset import Shards, open_shards
@@ -42,44 +43,59 @@ from augment.sources import Folder, Source
 from augment.sources.images import prepare
 from augment.synthesis.synthesizer import Synthesizer
 
-Row = dict[str, Any]
-COPY = 0.4
-"""A nearest distance below which an image is taken for a copy, as `duplicate` does."""
+__all__ = [
+    "EmbeddedSet",
+    "Evaluation",
+    "embed",
+    "evaluate_bank",
+    "evaluate_images",
+    "form_of",
+    "lpips_for",
+    "markdown",
+    "open_images",
+]
+
+Row = dict[str, str | float]
+"""Cells by the titles of their columns."""
+Form = tuple[int, int]
+"""Number of channels, and pixels a side."""
+Compare = Callable[[Tensor, Tensor], Tensor]
+
+COPY_THRESHOLD = 0.4  # a nearest distance below which an image counts as a copy
 RECONSTRUCTED = 16  # images a class
-LEARNED = 64  # pixels that the network of LPIPS needs
 NEAREST = 5  # neighbour of precision and recall
-
-
-@dataclass(frozen=True)
-class Seen:
-    """A set of images as a network sees it; labels are numbers of the real images' classes."""
-
-    features: Float[Tensor, "n d"]
-    labels: Int[Tensor, " n"]
+BLUE, RED = "#0072b2", "#d55e00"
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What was measured.
+    """A finished evaluation; its text is Markdown.
 
     Args:
-        title: of what, in a line.
+        title: one line.
         overall: a row a measure.
         classes: a row a class.
         draw: draws a figure of it into a matplotlib figure.
+        findings: sentences on the health of a bank.
     """
 
     title: str
     overall: list[Row]
     classes: list[Row]
     draw: Callable[[Any], None]
+    findings: list[Finding] = field(default_factory=list)
 
     def __str__(self) -> str:
-        return "\n".join([self.title, "", *markdown(self.overall), "", *markdown(self.classes)])
+        lines = [self.title, *map(str, self.findings)]
+        return "\n".join([*lines, "", *markdown(self.overall), "", *markdown(self.classes)])
 
-    def record(self) -> Row:
-        """All of it for JSON, which has no NaN."""
-        return plain({"title": self.title, "overall": self.overall, "classes": self.classes})
+    def record(self) -> dict[str, Any]:
+        """Return the tables for JSON, which has no NaN."""
+        tables = {"overall": self.overall, "classes": self.classes}
+        return {"title": self.title} | {
+            name: [{k: None if _is_nan(v) else v for k, v in row.items()} for row in rows]
+            for name, rows in tables.items()
+        }
 
     def write(self, folder: str | Path) -> None:
         """Write ``evaluation.json``, ``classes.csv`` and ``evaluation.png``.
@@ -100,9 +116,9 @@ class Evaluation:
         write_bytes(root / "evaluation.png", content.getvalue())
 
 
-def markdown(rows: list[Row]) -> Iterator[str]:
-    """A table of rows with the same keys."""
-    cells = [[str(key) for key in rows[0]], *([told(v) for v in row.values()] for row in rows)]
+def markdown(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """Yield the lines of a table of rows with the same keys."""
+    cells = [list(rows[0]), *([_cell(value) for value in row.values()] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     for number, line in enumerate(cells):
         yield "| " + " | ".join(f"{c:{w}}" for c, w in zip(line, widths, strict=True)) + " |"
@@ -110,84 +126,66 @@ def markdown(rows: list[Row]) -> Iterator[str]:
             yield "|" + "|".join("-" * (w + 2) for w in widths) + "|"
 
 
-def told(value: Any) -> str:
-    """A number as it is read."""
-    if value is None or (isinstance(value, float) and math.isnan(value)):
+def _cell(value: Any) -> str:
+    if value is None or _is_nan(value):
         return ""
     if isinstance(value, bool):
         return "yes" if value else "no"
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def plain(value: Any) -> Any:
-    """A record without NaN, which JSON has not."""
-    if isinstance(value, dict):
-        return {key: plain(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [plain(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+def _is_nan(value: Any) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)
 
 
 def evaluate_bank(
     bank: LatentBank, backbone: Backbone | None = None, real: Source | None = None
 ) -> Evaluation:
-    """Whether the latents of a bank are the white noise that rules take them for.
+    """Measure whether the latents of a bank are the white noise that rules take them for.
 
-    Columns: the largest |channel mean| and whether it is significant; what ``fix/0`` would make of
-    it with all members and α = 1; the norm over √D and how many standard errors it is off;
-    correlation of neighbouring pixels; and, if the bank has kept it, how well images come back, as
-    PSNR.
+    The columns are those of `augment.measure.health.ClassHealth.row`; with a backbone and real
+    images also the error of images sampled back, and of the codec alone.
 
     Args:
         bank: the bank.
-        backbone: that it was made with; then some images of each class are sampled back, and
-            compared with the real ones beside what the codec alone makes of them.
+        backbone: the model that it was made with; samples some images of each class back.
         real: the images that it was made of.
 
     Raises:
         BankMismatch: the bank is of another backbone.
         UserError: a class has none of the bank's images.
     """
-    pair = None if backbone is None or real is None else (backbone, real)
-    learned = backbone is not None and backbone.resolution >= LEARNED and has_lpips()
-    found: dict[str, LatentStatistics] = {}
-    for name in tqdm(bank.classes, "classes", unit="class", delay=2):
-        found[name] = latent_statistics(bank.latents(name))
-    kept = "errors" in bank.manifest.keeps
-    rows = []
-    for name, s in found.items():
-        row: Row = {"class": name, "latents": s.count, "bias": s.largest[0], "biased": s.biased}
-        row["fix/0 bias"] = predicted_bias(s, s.count, 1.0)
-        row |= {"norm": s.norm, "norm sigmas": s.norm_sigmas, "correlation": s.horizontal}
-        if kept:
-            row["PSNR"] = psnr(bank.errors(name).mean().item())
-        if pair is not None:
-            row |= reconstruct(bank, *pair, name, learned)
-        rows.append(row)
-    overall = [
-        {"measure": key, "mean": mean, "least": min(values), "most": max(values)}
-        for key in list(rows[0])[2:]
-        for values in [[float(row[key]) for row in rows]]
-        for mean in [sum(values) / len(values)]
-    ]
-    title = f"bank {bank.path}: {sum(s.count for s in found.values())} latents"
-    return Evaluation(title, overall, rows, lambda figure: draw_bank(figure, bank, found))
+    health = [bank.health(c) for c in tqdm(bank.classes, "classes", unit="class", delay=2)]
+    rows: list[Row] = [c.row() for c in health]
+    if backbone is not None and real is not None:
+        lpips = lpips_for(backbone)
+        for row, name in zip(rows, bank.classes, strict=True):
+            row |= _reconstruct(bank, backbone, real, name, lpips)
+    overall: list[Row] = []
+    for title in list(rows[0])[2:]:
+        values = [float(row[title]) for row in rows]
+        mean = sum(values) / len(values)
+        overall.append({"measure": title, "mean": mean, "least": min(values), "most": max(values)})
+    title = f"bank {bank.path}: {sum(c.statistics.count for c in health)} latents"
+    found = findings(health, bank.inverted_by)
+    return Evaluation(title, overall, rows, lambda figure: _draw_bank(figure, health), found)
 
 
-def has_lpips() -> bool:
-    """Whether LPIPS can be measured; tells why if not."""
+def lpips_for(backbone: Backbone) -> Compare | None:
+    """Load LPIPS if it can compare a backbone's images; print why if its weights are missing."""
+    if backbone.resolution < MIN_LPIPS_SIDE:
+        return None
     try:
-        lpips(torch.zeros(1, 3, LEARNED, LEARNED), torch.zeros(1, 3, LEARNED, LEARNED))
+        return load_lpips()
     except UserError as error:
         tqdm.write(f"without LPIPS: {error}")
-        return False
-    return True
+        return None
 
 
-def reconstruct(
-    bank: LatentBank, backbone: Backbone, real: Source, name: str, learned: bool
+def _reconstruct(
+    bank: LatentBank, backbone: Backbone, real: Source, name: str, lpips: Compare | None
 ) -> Row:
-    """How well images of a class come back by the bank's latents, and by the codec alone."""
+    """Compare images of a class with what its latents, and the codec alone, give back."""
     known = set(real.ids.get(name, ()))
     ids = [i for i in bank.members[name] if i in known][:RECONSTRUCTED]
     if not ids:
@@ -195,83 +193,106 @@ def reconstruct(
             f"expected the images that bank {bank.path} was made of, got none of class {name!r}; "
             "give the folder or source that was inverted"
         )
-    label, form = bank.classes.index(name), (backbone.channels, backbone.resolution)
+    label = bank.classes.index(name)
     plans = [Plan.equal(label, name, [i], k) for k, i in enumerate(ids)]
-    images = torch.stack([real.load(i, *form) for i in ids])
+    images = torch.stack([real.load(i, backbone.channels, backbone.resolution) for i in ids])
     made = {
         "back": Synthesizer(backbone, bank, "lin/0").images(plans).cpu(),
         "codec": backbone.decode(backbone.encode(images)).cpu(),
     }
-    row: Row = {}
-    for measure in ("mse", "psnr", "ssim"):
-        for way, others in made.items():
-            row[f"{way} {measure.upper()}"] = reconstruction(images, others)[measure].mean().item()
-    if learned:
+    errors = {way: reconstruction(images, others) for way, others in made.items()}
+    row: Row = {
+        f"{way} {measure.upper()}": errors[way][measure].mean().item()
+        for measure in ("mse", "psnr", "ssim")
+        for way in made
+    }
+    if lpips is not None:
         row |= {f"{way} LPIPS": lpips(images, x).mean().item() for way, x in made.items()}
     return row
 
 
-def draw_bank(figure: Any, bank: LatentBank, found: dict[str, LatentStatistics]) -> None:
-    """Norms against the chi law, and what ``fix/0`` makes of the bias of each class."""
+def _draw_bank(figure: Any, health: Sequence[ClassHealth]) -> None:
+    """Draw norms against the chi law, and what ``fix/0`` makes of the bias of each class."""
     left, right = figure.subplots(1, 2)
-    norms = torch.cat([bank.latents(name).flatten(1).norm(dim=1) for name in bank.classes])
-    some = next(iter(found.values()))
-    root = math.sqrt(some.dim)
-    left.hist((norms / root).tolist(), bins=40, density=True, color="#0072b2", label="this bank")
-    mean, spread = some.norm_law
+    norms = [norm for c in health for norm in c.norms]
+    left.hist(norms, bins=40, density=True, color=BLUE, label="this bank")
+    mean, spread = norm_law(health[0].statistics.dim)
     places = torch.linspace(mean - 4 * spread, mean + 4 * spread, 200)
     law = torch.exp(-(((places - mean) / spread) ** 2) / 2) / (spread * math.sqrt(2 * math.pi))
-    left.plot(places.tolist(), law.tolist(), color="#d55e00", label="white noise")
+    left.plot(places.tolist(), law.tolist(), color=RED, label="white noise")
     left.set(title="Norm of the latents over √D", yticks=[])
     left.legend(frameon=False)
-    for s in list(found.values())[:50]:
+    for s in [c.statistics for c in health[:50]]:
         counts = [n for n in (1, 2, 3, 5, 8, 12, 20, 32, 50, 80, 128) if n <= max(s.count, 2)]
         biases = [predicted_bias(s, n, math.inf) for n in counts]
-        right.plot([math.sqrt(n) for n in counts], biases, color="#d55e00", alpha=0.5)
-        right.plot([1, math.sqrt(counts[-1])], [s.largest[0]] * 2, color="#0072b2", alpha=0.5)
-    right.legend(right.get_lines()[:2], ["fix/0, foretold", "chm rules"], frameon=False)
+        right.plot([math.sqrt(n) for n in counts], biases, color=RED, alpha=0.5)
+        right.plot([1, math.sqrt(counts[-1])], [s.largest[0]] * 2, color=BLUE, alpha=0.5)
+    right.legend(right.get_lines()[:2], ["fix/0, predicted", "chm rules"], frameon=False)
     right.set(xlabel="√members", title="Largest |channel mean| of centroids, by class")
     right.set_ylim(0, None)
+
+
+@dataclass(frozen=True)
+class EmbeddedSet:
+    """Features of a set of images, and the number of each image's class among the real ones."""
+
+    features: Float[Tensor, "n d"]
+    labels: Int[Tensor, " n"]
+
+    def of(self, label: int) -> "EmbeddedSet":
+        """Return the images of a class."""
+        rows = self.labels == label
+        return EmbeddedSet(self.features[rows], self.labels[rows])
+
+    def distance(self, real: "EmbeddedSet") -> Tensor:
+        """Return the `class_distance` of each image."""
+        return class_distance(self.features, self.labels, real.features, real.labels)
+
+    @property
+    def own_distance(self) -> float:
+        """The mean class distance to the other images of the set; NaN if a class has one image."""
+        if self.labels.bincount()[self.labels.unique()].min() < 2:
+            return math.nan
+        pair = self.features, self.labels
+        return class_distance(*pair, *pair, same=True).mean().item()
 
 
 def evaluate_images(
     fake: Source | Shards,
     real: Source | Shards,
     network: Network,
-    form: tuple[int, int] | None = None,
+    form: Form | None = None,
     draws: int = 100,
 ) -> Evaluation:
-    """Synthetic images against real ones.
+    """Compare synthetic images with real ones.
 
     Args:
-        fake: the synthetic images; classes out of those of the real ones.
-        real: the real ones.
-        network: what sees them.
-        form: channels and resolution of both; those of the first synthetic image by default.
-        draws: of the bootstrap of FID and KID; 0 leaves their intervals out.
+        fake: the synthetic images; their classes are among those of the real ones.
+        real: the real images.
+        network: the network whose features to compare.
+        form: channels and resolution of both; by default those of the first synthetic image.
+        draws: draws of the bootstrap of FID and KID; 0 leaves their intervals out.
 
     Raises:
-        UserError: there are too few images, or of another class.
+        UserError: there are too few images, or images of another class.
     """
     form = form or form_of(fake)
-    ours, theirs = (
-        see(part, real.classes, network, form, name)
-        for part, name in ((fake, "synthetic"), (real, "real"))
-    )
+    ours = embed(fake, real.classes, network, form, "synthetic")
+    theirs = embed(real, real.classes, network, form, "real")
     check(2, ours.features, theirs.features)
     near = nearest_distance(ours.features, theirs.features)
     among = nearest_distance(theirs.features, theirs.features, same=True)
-    measured = list(measure(ours, theirs, near, among, draws))
-    rows = list(by_class(ours, theirs, near, real.classes))
+    measures = list(_measures(ours, theirs, near, among, draws))
+    rows = list(_class_rows(ours, theirs, near, real.classes))
     title = f"{len(ours.labels)} synthetic images against {len(theirs.labels)} real ones"
     lacking = [repr(name) for name in real.classes if name not in {row["class"] for row in rows}]
     if lacking:
         title += f"; no synthetic images of {len(lacking)} classes: {first_few(lacking)}"
-    return Evaluation(title, measured, rows, lambda figure: draw_images(figure, near, among, rows))
+    return Evaluation(title, measures, rows, lambda f: _draw_images(f, near, among, rows))
 
 
-def form_of(images: Source | Shards) -> tuple[int, int]:
-    """Channels and shorter side of the first image."""
+def form_of(images: Source | Shards) -> Form:
+    """Return channels and shorter side of the first image."""
     if not len(images):
         raise UserError("expected images to evaluate, got none")
     first = images[0][0]
@@ -280,10 +301,17 @@ def form_of(images: Source | Shards) -> tuple[int, int]:
     return 1 if first.mode == "L" else 3, min(first.size)
 
 
-def see(
-    images: Source | Shards, classes: list[str], network: Network, form: tuple[int, int], name: str
-) -> Seen:
-    """A set as the network sees it.
+def embed(
+    images: Source | Shards, classes: list[str], network: Network, form: Form, name: str
+) -> EmbeddedSet:
+    """Compute the features of a set of images.
+
+    Args:
+        images: the images.
+        classes: classes of the real images.
+        network: see `evaluate_images`.
+        form: see `evaluate_images`.
+        name: name of the set, for the progress bar.
 
     Raises:
         UserError: a class is not among the given ones.
@@ -299,22 +327,23 @@ def see(
     with tqdm(total=len(images), desc=name, unit="image") as bar:
         for start in range(0, len(images), BATCH):
             rows = range(start, min(start + BATCH, len(images)))
-            parts.append(network(torch.stack([load(images, row, form) for row in rows])))
+            parts.append(network(torch.stack([_load(images, row, form) for row in rows])))
             bar.update(len(rows))
-    return Seen(torch.cat(parts), labels)
+    return EmbeddedSet(torch.cat(parts), labels)
 
 
-def load(images: Source | Shards, row: int, form: tuple[int, int]) -> Float[Tensor, "c r r"]:
-    """An image, in a form."""
+def _load(images: Source | Shards, row: int, form: Form) -> Float[Tensor, "c r r"]:
     if isinstance(images, Shards):
         return prepare(images[row][0][None], *form)[0]
     return images.load(images.samples[row][0], *form)
 
 
-def measure(ours: Seen, theirs: Seen, near: Tensor, usual: Tensor, draws: int) -> Iterator[Row]:
-    """A row a measure of all images.
+def _measures(
+    ours: EmbeddedSet, theirs: EmbeddedSet, near: Tensor, among: Tensor, draws: int
+) -> Iterator[Row]:
+    """Yield a row of each measure of all images.
 
-    ``real`` is what so many real images have against the other real ones: as many as there are
+    The column ``real`` compares real images with the other real ones: as many as there are
     synthetic ones, or half of them.
     """
     sets = ours.features, theirs.features
@@ -323,76 +352,63 @@ def measure(ours: Seen, theirs: Seen, near: Tensor, usual: Tensor, draws: int) -
     some, rest = sets[1][order[:count]], sets[1][order[count:]]
     for name, distance in (("FID", frechet_distance), ("KID", kernel_distance)):
         error = 1.96 * deviation(distance, *sets, draws=draws) if draws else math.nan
-        among = distance(some, rest) if count > 1 else math.nan
-        yield {"measure": name, "value": distance(*sets), "±": error, "real": among}
+        usual = distance(some, rest) if count > 1 else math.nan
+        yield {"measure": name, "value": distance(*sets), "±": error, "real": usual}
     if min(len(some), len(sets[0])) > NEAREST:
-        among = precision_recall(rest, some, NEAREST)
+        split = precision_recall(rest, some, NEAREST)
         for name, values in precision_recall(sets[1], sets[0], NEAREST).items():
-            yield {"measure": name, **mean_of(values), "real": among[name].mean().item()}
-    values = class_distance(ours.features, ours.labels, theirs.features, theirs.labels)
-    yield {"measure": "class distance", **mean_of(values), "real": own_distance(theirs)}
-    yield {"measure": "nearest real", **mean_of(near), "real": usual.mean().item()}
-    copies, few = ((x < COPY).double() for x in (near, usual))
-    yield {"measure": f"copies (nearest < {COPY})", **mean_of(copies), "real": few.mean().item()}
+            yield _mean_row(name, values, split[name].mean().item())
+    yield _mean_row("class distance", ours.distance(theirs), theirs.own_distance)
+    yield _mean_row("nearest real", near, among.mean().item())
+    copies, usual = ((x < COPY_THRESHOLD).double() for x in (near, among))
+    yield _mean_row(f"copies (nearest < {COPY_THRESHOLD})", copies, usual.mean().item())
 
 
-def own_distance(theirs: Seen) -> float:
-    """The class distance of real images to the others of their class; NaN if any has none."""
-    if theirs.labels.bincount()[theirs.labels.unique()].min() < 2:
-        return math.nan
-    pair = theirs.features, theirs.labels
-    return class_distance(*pair, *pair, same=True).mean().item()
-
-
-def mean_of(values: Tensor) -> Row:
-    """A mean and the half width of its 95 % interval."""
+def _mean_row(name: str, values: Tensor, real: float) -> Row:
+    """Return a mean and the half width of its 95 % interval."""
     error = 1.96 * values.std().item() / math.sqrt(len(values)) if len(values) > 1 else math.nan
-    return {"value": values.mean().item(), "±": error}
+    return {"measure": name, "value": values.mean().item(), "±": error, "real": real}
 
 
-def by_class(ours: Seen, theirs: Seen, near: Tensor, classes: list[str]) -> Iterator[Row]:
-    """A row a class that has synthetic images."""
+def _class_rows(
+    ours: EmbeddedSet, theirs: EmbeddedSet, near: Tensor, classes: list[str]
+) -> Iterator[Row]:
+    """Yield a row of each class that has synthetic images."""
     for label in ours.labels.unique().tolist():
-        mine, those = ours.labels == label, theirs.labels == label
-        fakes = Seen(ours.features[mine], ours.labels[mine])
-        reals = Seen(theirs.features[those], theirs.labels[those])
-        distance = class_distance(fakes.features, fakes.labels, reals.features, reals.labels)
+        fake, real = ours.of(label), theirs.of(label)
         yield {
             "class": classes[label],
-            "real": len(reals.labels),
-            "synthetic": len(fakes.labels),
-            "class distance": distance.mean().item(),
-            "of real": own_distance(reals),
-            "diversity": diversity(fakes.features),
-            "of real images": diversity(reals.features),
-            "nearest real": near[mine].median().item(),
+            "real": len(real.labels),
+            "synthetic": len(fake.labels),
+            "class distance": fake.distance(real).mean().item(),
+            "of real": real.own_distance,
+            "diversity": diversity(fake.features),
+            "of real images": diversity(real.features),
+            "nearest real": near[ours.labels == label].median().item(),
         }
 
 
-def draw_images(figure: Any, near: Tensor, among: Tensor, rows: Iterable[Row]) -> None:
-    """Class distances by class, and distances to the nearest real image."""
+def _draw_images(figure: Any, near: Tensor, among: Tensor, rows: Iterable[Row]) -> None:
+    """Draw class distances by class, and distances to the nearest real image."""
     left, right = figure.subplots(1, 2)
-    order = sorted(rows, key=lambda row: -row["class distance"])[:40]
+    order = sorted(rows, key=lambda row: -float(row["class distance"]))[:40]
     places = range(len(order))
-    left.barh(places, [row["class distance"] for row in order], color="#0072b2", label="synthetic")
-    left.plot([row["of real"] for row in order], places, "|", ms=12, color="#d55e00", label="real")
+    left.barh(places, [row["class distance"] for row in order], color=BLUE, label="synthetic")
+    left.plot([row["of real"] for row in order], places, "|", ms=12, color=RED, label="real")
     left.set_yticks(places, [row["class"] for row in order], fontsize=7)
     left.set(title="Distance to the class's mean feature")
     left.legend(frameon=False)
-    most = min(4.0, torch.cat([near, among]).max().item())
-    for values, color, label in ((among, "#d55e00", "real"), (near, "#0072b2", "synthetic")):
-        right.hist(
-            values.clamp_max(most).tolist(), bins=40, range=(0, most), density=True,
-            histtype="step", color=color, label=label,
-        )  # fmt: skip
-    right.axvline(COPY, color="black", lw=0.8, ls=":")
-    right.set(title="Distance to the nearest real image (left of the line: copies)")
-    right.set_yticks([])
+    top = min(4.0, torch.cat([near, among]).max().item())
+    style = {"bins": 40, "range": (0, top), "density": True, "histtype": "step"}
+    for values, color, label in ((among, RED, "real"), (near, BLUE, "synthetic")):
+        right.hist(values.clamp_max(top).tolist(), color=color, label=label, **style)
+    right.axvline(COPY_THRESHOLD, color="black", lw=0.8, ls=":")
+    right.set(title="Distance to the nearest real image (left of the line: copies)", yticks=[])
     right.legend(frameon=False)
 
 
 def open_images(path: str | Path) -> Source | Shards:
-    """Shards or a folder of images.
+    """Open shards or a folder of images.
 
     Raises:
         UserError: there are none.

@@ -12,10 +12,11 @@ from augment.bank.bank import LatentBank
 from augment.bank.format import Reject
 from augment.core.errors import UserError, first_few
 from augment.core.schema import as_object
+from augment.measure.health import ClassHealth
+from augment.measure.latents import norm_law
 from augment.replay.store import CONTROL, MAGIC
 from augment.report.again import Making, invert_command, synthesize_command
 from augment.report.gallery import Gallery
-from augment.report.health import ClassHealth
 from augment.report.page import code_block, settings_block
 from augment.sources import Source
 
@@ -36,7 +37,7 @@ def bank_facts(bank: LatentBank, health: Sequence[ClassHealth]) -> dict[str, str
     shape, made = bank.manifest.latent_shape, bank.manifest.made_with
     norms = [norm for c in health for norm in c.norms]
     psnrs = [c.psnr for c in health if c.psnr is not None]
-    law, spread = health[0].statistics.norm_law
+    law, spread = norm_law(health[0].statistics.dim)
     return {
         "latent": " × ".join(map(str, shape)),
         "guidance": f"{bank.inversion['guidance']:g}",
@@ -119,13 +120,23 @@ def rejects_of(bank: LatentBank) -> list[Reject]:
 def columns(making: Making, health: Sequence[ClassHealth]) -> list[dict[str, Any]]:
     """The columns of the table: key, title, digits after the point, and what they are."""
     shown = [
-        ("count", "Images", 0, "real images in the bank"),
+        ("latents", "Images", 0, "real images in the bank"),
         ("bias", "Bias", 3, "the largest |channel mean| of the latents; white noise has 0"),
-        ("grown", "by fix/0", 2, "what fix/0 makes of the bias with all members in equal parts"),
-        ("sigmas", "Norm, σ", 1, "standard errors by which the mean norm is off white noise's"),
+        (
+            "fix/0 bias",
+            "by fix/0",
+            2,
+            "what fix/0 makes of the bias with all members in equal parts",
+        ),
+        (
+            "norm sigmas",
+            "Norm, σ",
+            1,
+            "standard errors by which the mean norm is off white noise's",
+        ),
     ]
-    if any(c.psnrs for c in health):
-        shown.append(("psnr", "Back, dB", 1, "PSNR of the images sampled back from their latents"))
+    if any(c.errors for c in health):
+        shown.append(("PSNR", "Back, dB", 1, "PSNR of the images sampled back from their latents"))
     if making.shards is not None:
         shown.append(("synthetic", "Synthetic", 0, "synthetic images in the shards"))
     if making.tally.refused:

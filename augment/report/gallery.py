@@ -21,9 +21,10 @@ from augment.bank.format import read_original
 from augment.core.errors import BiasWarning, ImageRejected, UserError
 from augment.diffusion.backbone import Backbone
 from augment.diffusion.checkpoints.hub import offline
+from augment.measure.health import ClassHealth
+from augment.measure.reconstruction import psnr
 from augment.plan.plan import Plan
 from augment.report.again import SAMPLING, Making, throws
-from augment.report.health import ClassHealth
 from augment.report.tiles import Tile, rounded, square, told
 from augment.shards.dataset import decode
 from augment.shards.write import score
@@ -159,10 +160,10 @@ class Gallery:
         made = self.made.get(health.name, [])
         real = list(self._real(health.name))
         known = self.bank.members[health.name]
-        psnrs = dict(zip(known, health.psnrs or (), strict=False))
+        errors = dict(zip(known, health.errors or (), strict=False))
         for tile in (*real, *made):
-            if tile.kind in ("real", "back") and tile.about["id"] in psnrs:
-                tile.about["psnr"] = round(psnrs[tile.about["id"]], 1)
+            if tile.kind in ("real", "back") and tile.about["id"] in errors:
+                tile.about["psnr"] = round(psnr(errors[tile.about["id"]]), 1)
         early = [tile for tile in made if tile.kind != "refused"]
         late = [tile for tile in made if tile.kind == "refused"]
         return [*real, *early, *self._kept(health.name), *late]

@@ -11,7 +11,6 @@ const KINDS = {
   refused: "Synthetic image, refused",
 };
 const [FIRST, NEXT] = [40, 240]; // rows at once
-const MUCH = 0.25; // a channel mean from which images suffer, as augment.measure.bias has it
 
 /** An element with properties or attributes, and children. */
 function el(tag, properties = {}, ...children) {
@@ -142,7 +141,7 @@ function row(record) {
   for (const column of data.columns) {
     const cell = el("td", {}, shown(record[column.key], column.digits));
     if (column.key === "bias" && record.biased) cell.title = "significant";
-    if (column.key === "grown" && record.biased && record.grown >= MUCH) {
+    if (column.key === "fix/0 bias" && record.biased && record[column.key] >= data.threshold) {
       cell.className = "much";
       cell.title = "so large that images suffer: take a rule with /chm";
     }

@@ -15,12 +15,12 @@ from importlib.resources import files
 from typing import Any
 
 from augment.bank.format import Reject
-from augment.report.health import Finding
+from augment.measure.health import Finding
 
 REJECTS = 100
 """Images that were left out and are listed."""
 
-MARKS = {"good": ("✓", "Good"), "mind": ("▲", "To see to")}
+MARKS = {"good": ("✓", "Good"), "warning": ("▲", "Warning")}
 """Of the levels of findings, as they are seen and heard."""
 
 

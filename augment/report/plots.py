@@ -13,8 +13,9 @@ import torch
 
 from augment.bank.bank import LatentBank
 from augment.centroid.prior import log_chi, nominal_norm
-from augment.measure.bias import BIAS_THRESHOLD, predicted_bias
-from augment.report.health import ClassHealth, evenly, measured_bias, numbers_of_members
+from augment.measure.bias import BIAS_THRESHOLD, measured_bias, predicted_bias
+from augment.measure.health import ClassHealth, from_most_biased
+from augment.measure.latents import norm_law
 
 WIDTH, HEIGHT = 560, 300
 LEFT, RIGHT, TOP, BOTTOM = 46, 14, 14, 44
@@ -79,9 +80,9 @@ def frame(x: Scale, marks: dict[float, str], words: str) -> list[str]:
 def norm_plot(classes: Sequence[ClassHealth]) -> str:
     """The norms of all latents beside the chi law, each at a height of 1."""
     norms, dim = np.array([n for c in classes for n in c.norms]), classes[0].statistics.dim
-    mean, spread = classes[0].statistics.norm_law
-    low = min(norms.min(), mean - 4.5 * spread) - spread / 2
-    high = max(norms.max(), mean + 4.5 * spread) + spread / 2
+    mean, deviation = norm_law(dim)
+    low = min(norms.min(), mean - 4.5 * deviation) - deviation / 2
+    high = max(norms.max(), mean + 4.5 * deviation) + deviation / 2
     x, y = axes(low, high, 1.06)
     counts, edges = np.histogram(norms, BINS, (low, high))
     heights = counts / counts.max()
@@ -100,33 +101,34 @@ def norm_plot(classes: Sequence[ClassHealth]) -> str:
     label = (
         f"Histogram of the norms of {len(norms)} latents over the square root of D: mean "
         f"{norms.mean():.3f}, standard deviation {norms.std():.3f}. White noise has "
-        f"{mean:.3f} and {spread:.3f}."
+        f"{mean:.3f} and {deviation:.3f}."
     )
     return figure(parts, label)
 
 
 def bias_plot(bank: LatentBank, classes: Sequence[ClassHealth]) -> str:
-    """The largest channel mean of centroids against √members, foretold and measured."""
-    shown = evenly(classes, CURVES)
+    """The largest channel mean of centroids against √members, predicted and measured."""
+    shown = from_most_biased(classes, CURVES)
     worst = shown[0]
     most = max(max(c.statistics.count for c in shown), 2)
-    top = 1.12 * max(BIAS_THRESHOLD, *(c.grown for c in shown))
+    top = 1.12 * max(BIAS_THRESHOLD, *(c.fixed_bias for c in shown))
     x, y = axes(1, math.sqrt(most), top)
     parts = [grid(y, top)]
     for c in reversed(shown):
         kind = "fix worst" if c is worst else "fix"
         parts += [
-            line(x, y, curve(c), kind, f"{c.name}: fix/0, foretold"),
-            line(x, y, flat(c), kind.replace("fix", "chm"), f"{c.name}: fix/chm, foretold"),
+            line(x, y, curve(c), kind, f"{c.name}: fix/0, predicted"),
+            line(x, y, flat(c), kind.replace("fix", "chm"), f"{c.name}: fix/chm, predicted"),
         ]
     latents = bank.latents(worst.name)
-    numbers = numbers_of_members(worst.statistics.count)
     for rule, kind in (("fix/0", "fix"), ("fix/chm", "chm")):
-        for n, bias in measured_bias(latents, rule, numbers):
-            told = f"{worst.name}: {rule}, measured with {n} members: {bias:.3f}"
+        for n in counts_of_members(len(latents)):
+            bias = measured_bias(latents, rule, n)
+            words = f"{worst.name}: {rule}, measured with {n} members: {bias:.3f}"
             place = f'cx="{x(math.sqrt(n)):.1f}" cy="{y(bias):.1f}"'
             parts.append(
-                f'<circle class="{kind} dot" {place} r="3.5"><title>{escape(told)}</title></circle>'
+                f'<circle class="{kind} dot" {place} r="3.5"><title>{escape(words)}</title>'
+                "</circle>"
             )
     parts.append(f'<path class="limit" d="M{LEFT} {y(BIAS_THRESHOLD):.1f}H{WIDTH - RIGHT}"/>')
     marks = {
@@ -137,8 +139,8 @@ def bias_plot(bank: LatentBank, classes: Sequence[ClassHealth]) -> str:
     parts += frame(x, marks, "members of a centroid, in equal parts (on a scale of √N)")
     label = (
         f"Largest channel mean of centroids against the root of their members. With fix/0 it grows "
-        f"to {worst.grown:.2f} for {worst.statistics.count} members of class {worst.name}; with "
-        f"fix/chm it stays at {worst.statistics.largest[0]:.2f}."
+        f"to {worst.fixed_bias:.2f} for {worst.statistics.count} members of class {worst.name}; "
+        f"with fix/chm it stays at {worst.statistics.largest[0]:.2f}."
     )
     return figure(parts, label)
 
@@ -162,3 +164,9 @@ def curve(c: ClassHealth) -> list[tuple[float, float]]:
 def flat(c: ClassHealth) -> list[tuple[float, float]]:
     """What a rule with the split ``chm`` leaves of it."""
     return [(at, c.statistics.largest[0]) for at in (1, math.sqrt(c.statistics.count))]
+
+
+def counts_of_members(total: int) -> list[int]:
+    """Numbers of members to measure, about √2 apart, up to all or 128 of them."""
+    usual, last = (1, 2, 3, 4, 6, 8, 11, 16, 23, 32, 45, 64, 91), min(total, 128)
+    return [*(n for n in usual if n < last), last]

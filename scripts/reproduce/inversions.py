@@ -23,9 +23,9 @@ from tqdm import tqdm
 from augment.bank.bank import LatentBank
 from augment.bank.fill import fill_bank
 from augment.diffusion import Backbone, load_backbone
-from augment.measure.reconstruction import lpips, reconstruction
+from augment.measure.reconstruction import reconstruction
 from augment.plan.plan import Plan
-from augment.report.evaluate import LEARNED, has_lpips
+from augment.report.evaluate import lpips_for
 from augment.sources.fashion import COARSE
 from augment.sources.prompts import class_prompts
 from augment.synthesis.synthesizer import Synthesizer
@@ -54,10 +54,10 @@ def make(backbone: Backbone, bank: LatentBank) -> dict[str, Tensor]:
     return made
 
 
-def errors(images: Tensor, others: Tensor, learned: bool) -> dict[str, float]:
+def errors(images: Tensor, others: Tensor, lpips: Any) -> dict[str, float]:
     """Means over the images."""
     found = {key: value.mean().item() for key, value in reconstruction(images, others).items()}
-    return found | ({"lpips": lpips(images, others).mean().item()} if learned else {})
+    return found | ({"lpips": lpips(images, others).mean().item()} if lpips else {})
 
 
 def main() -> None:
@@ -81,8 +81,8 @@ def main() -> None:
     form = backbone.channels, backbone.resolution
     real = torch.stack([source.load(i, *form) for i, _ in source.samples])
     bound = backbone.decode(backbone.encode(real)).cpu()
-    learned = backbone.resolution >= LEARNED and has_lpips()
-    rows: list[dict[str, Any]] = [{"inversion": "codec alone", **errors(real, bound, learned)}]
+    lpips = lpips_for(backbone)
+    rows: list[dict[str, Any]] = [{"inversion": "codec alone", **errors(real, bound, lpips)}]
     count, made = len(source.classes), {}
     tag = backbone.fingerprint["weights"][:8]
     for name, (method, steps, guidance) in tqdm(ways.items(), "inversions"):
@@ -93,7 +93,7 @@ def main() -> None:
         cell = made[name] = once(
             args.out / f"{stem}.safetensors", lambda bank=bank: make(backbone, bank)
         )
-        row: dict[str, Any] = {"inversion": name, **errors(real, cell["back"], learned)}
+        row: dict[str, Any] = {"inversion": name, **errors(real, cell["back"], lpips)}
         # of latents in the order of classes, so that a class's are a column
         grouped = cell["latents"].unflatten(0, (count, -1)).transpose(0, 1).flatten(0, 1)
         row["bias"] = largest_mean(grouped, count)

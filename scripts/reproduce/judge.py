@@ -10,7 +10,7 @@ from torch import Tensor
 from augment.diffusion import Backbone
 from augment.measure.features import frechet_distance
 from augment.networks import Network, feature_network, unit
-from augment.report.evaluate import see
+from augment.report.evaluate import embed
 from augment.sources import Folder, Slice, Source
 from augment.sources.fashion import write_fashion
 
@@ -55,7 +55,9 @@ class FeatureJudge:
 def open_judge(args: argparse.Namespace, backbone: Backbone, real: Source) -> FeatureJudge:
     """The network of ``--network``, and its view of real images."""
     network = feature_network(args.network, "", backbone.device)
-    seen = see(real, real.classes, network, (backbone.channels, backbone.resolution), "real images")
+    seen = embed(
+        real, real.classes, network, (backbone.channels, backbone.resolution), "real images"
+    )
     rows = unit(seen.features)
     means = [rows[seen.labels == label].mean(0) for label in range(len(real.classes))]
     return FeatureJudge(network, unit(torch.stack(means)), seen.features)

@@ -39,7 +39,7 @@ def test_invert_then_synthesize(monkeypatch, capsys, images, tmp_path):
         "--steps", 2, "--prompts", "{Bag: bag}",
     )  # fmt: skip
     assert code == 0 and told.startswith(f"{bank}: 3 latents of 2 classes\n\nclass ")
-    assert "channel means" in told and "norm / √D" in told
+    assert "channel means" in told and "\nNorm. Latents are" in told
     assert LatentBank.open(bank).prompt("Bag") == "bag"
     command = ("synthesize", "--bank", bank, "--out", out, "--per-class", 3, "--rule", "fix/chm",
                "--alpha", 0.5, "--seed", 7, "--steps", 2)  # fmt: skip
@@ -412,7 +412,7 @@ def test_a_rule_that_enlarges_the_bias_is_told_in_one_line(tmp_path):
     invert = ["invert", "--images", tmp_path / "images", "--bank", bank, "--steps", "10"]
     done = subprocess.run([*command, *invert], capture_output=True, text=True, check=True)
     assert "class Sandal, whose channel means are largest" in done.stdout
-    assert "take one with /chm or /lp" in done.stdout
+    assert "Take a rule with /chm" in done.stdout
     for rule, lines in (("fix/0", 1), ("fix/chm", 0)):
         synthesize = ["synthesize", "--bank", bank, "--out", tmp_path / rule, "--per-class", "4",
                       "--alpha", "inf", "--rule", rule, "--steps", "2"]  # fmt: skip

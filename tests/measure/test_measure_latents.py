@@ -10,6 +10,8 @@ import torch
 from augment import Rule, UserError
 from augment.centroid.means import channel_mean, low_pass
 from augment.measure import amplification, bias_warning, latent_statistics, predicted_bias
+from augment.measure.health import ClassHealth, findings
+from augment.measure.latents import norm_law
 from augment.plan.weights import dirichlet
 
 BIAS = torch.tensor([0.13, -0.06, 0.0, 0.04])[:, None, None]
@@ -35,7 +37,7 @@ def test_white_noise_passes_for_white_noise(shape):
     assert np.abs(scores).max() < 4
     assert abs(statistics.norm_sigmas) < 4
     assert statistics.norm_spread == pytest.approx(
-        statistics.norm_law[1], rel=4 / (2 * count) ** 0.5
+        norm_law(statistics.dim)[1], rel=4 / (2 * count) ** 0.5
     )
     assert statistics.log_density == pytest.approx(-0.5, abs=4 * 0.71 / count**0.5)
     assert np.abs(correlations(statistics)).max() < 4
@@ -58,7 +60,7 @@ def test_white_noise_is_seldom_called_biased(count):
 @pytest.mark.parametrize("dim", [16, 256, 16384])
 def test_the_law_of_the_norm_is_the_chi_law(dim):
     side = math.isqrt(dim)
-    mean, spread = latent_statistics(torch.ones(1, 1, side, side)).norm_law
+    mean, spread = norm_law(latent_statistics(torch.ones(1, 1, side, side)).dim)
     exact = math.exp(math.lgamma((dim + 1) / 2) - math.lgamma(dim / 2)) * math.sqrt(2 / dim)
     assert mean == pytest.approx(exact, abs=0.2 / dim**2)
     assert spread == pytest.approx(math.sqrt(1 - exact**2), rel=1 / dim)
@@ -168,11 +170,10 @@ def test_one_latent_has_statistics_but_no_significance():
 @pytest.mark.parametrize("value", [0.0, 1.0])
 def test_statistics_are_finite_in_every_corner(shape, value):
     statistics = latent_statistics(torch.full(shape, value))
-    numbers = [statistics.norm_sigmas, *statistics.largest, *statistics.norm_law]
+    numbers = [statistics.norm_sigmas, *statistics.largest, *norm_law(statistics.dim)]
     numbers += [predicted_bias(statistics, 4, 1.0), *np.hstack(dataclasses.astuple(statistics))]
     assert np.isfinite(numbers).all()
     assert statistics.biased == (value == 1 and shape[0] > 1)
-    assert str(statistics)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
@@ -249,11 +250,11 @@ def test_the_predicted_bias_grows_with_n_and_saturates():
 
 
 def test_what_a_user_reads_has_the_numbers():
-    statistics = latent_statistics(white() + BIAS)
-    text = str(statistics)
-    assert len(text.splitlines()) == 4
-    assert f"{statistics.largest[0]:.3f} ± {statistics.largest[1]:.3f}, is significant" in text
-    assert "not significant" in str(latent_statistics(white()))
+    health = ClassHealth.of("cup", white() + BIAS)
+    (mean, error), text = health.statistics.largest, str(findings([health], "ddim")[0])
+    assert text.startswith("Bias. ") and f"the {mean:.2f} ± {error:.2f} of cup to" in text
+    noise = findings([ClassHealth.of("cup", white())], "ddim")
+    assert noise[0].text.startswith("No class has a significant channel bias")
 
 
 def test_a_shared_part_that_came_out_negative_counts_as_none():

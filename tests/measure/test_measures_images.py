@@ -9,7 +9,7 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from augment import UserError
 from augment.diffusion.backbones.gaussian import GaussianBackbone
-from augment.measure.reconstruction import lpips, reconstruction
+from augment.measure.reconstruction import load_lpips, reconstruction
 from augment.measure.relations import approach, assignment, offset_response, top_correlations
 from augment.measure.smoothness import interp_score, istd, walks
 
@@ -46,7 +46,7 @@ def test_lpips_says_what_it_lacks(monkeypatch):
 
     monkeypatch.setattr("torchmetrics.functional.image.lpips._LPIPS", refuse)
     with pytest.raises(UserError, match="leave LPIPS out"):
-        lpips(pictures(0, 1, 1, 64, 64), pictures(1, 1, 1, 64, 64))
+        load_lpips()
 
 
 def test_istd_of_worked_walks():

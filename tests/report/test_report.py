@@ -24,11 +24,12 @@ from augment.cli import main
 from augment.commands import report
 from augment.core.schema import write
 from augment.measure import latent_statistics, predicted_bias
+from augment.measure.bias import measured_bias
+from augment.measure.health import ClassHealth, findings, from_most_biased
 from augment.replay.store import CONTROL, MAGIC
 from augment.report import RULES, write_report
 from augment.report.again import Making, invert_command, synthesize_command, throws
 from augment.report.facts import pool_facts, shard_pace
-from augment.report.health import ClassHealth, evenly, findings, measured_bias
 from augment.shards.write import write_shards
 from augment.sources import Folder
 from augment.synthesis.filters import FILTERS
@@ -94,13 +95,13 @@ def test_every_class_has_its_measures_and_its_pictures(page, bank, shards):
     assert [c["name"] for c in page.data["classes"]] == bank.classes
     found = latent_statistics(bank.latents("bee"))
     bee = page.record("bee")
-    assert bee["count"] == 4 and bee["bias"] == pytest.approx(found.largest[0], abs=1e-4)
-    assert bee["grown"] == pytest.approx(predicted_bias(found, 4, float("inf")), abs=1e-4)
+    assert bee["latents"] == 4 and bee["bias"] == pytest.approx(found.largest[0], abs=1e-4)
+    assert bee["fix/0 bias"] == pytest.approx(predicted_bias(found, 4, float("inf")), abs=1e-4)
     assert bee["synthetic"] == open_shards(shards).targets.count(1)
     kinds = {kind: len(page.tiles("bee", kind)) for kind in ("real", "back", "rule", "kept")}
     assert kinds == {"real": 4, "back": 4, "rule": 2 * len(RULES), "kept": 8}
     keys = [column["key"] for column in page.data["columns"]]
-    assert keys == ["count", "bias", "grown", "sigmas", "psnr", "synthetic", "refused"]
+    assert keys == ["latents", "bias", "fix/0 bias", "norm sigmas", "PSNR", "synthetic", "refused"]
     with Image.open(io.BytesIO(base64.b64decode(bee["sprite"].split(",")[1]))) as sprite:
         assert sprite.size == (page.data["side"] * len(bee["tiles"]), page.data["side"])
 
@@ -274,41 +275,43 @@ def test_images_that_were_chosen_one_by_one_are_made_again_too(bank, gaussian, s
 
 def test_classes_are_spread_from_the_most_biased_to_the_least():
     classes = [health(0.1 * k, name=str(k)) for k in range(7)]
-    assert [c.name for c in evenly(classes, 3)] == ["6", "3", "0"]
-    assert [c.name for c in evenly(classes, 1)] == ["6"] and evenly(classes, 0) == []
-    assert len(evenly(classes, 9)) == 7
+    assert [c.name for c in from_most_biased(classes, 3)] == ["6", "3", "0"]
+    assert [c.name for c in from_most_biased(classes, 1)] == ["6"] and from_most_biased(
+        classes, 0
+    ) == []
+    assert len(from_most_biased(classes, 9)) == 7
 
 
 def noise(count=32, seed=0):
     return torch.randn(count, 4, 16, 16, generator=torch.Generator().manual_seed(seed))
 
 
-def health(bias=0.0, count=32, scale=1.0, name="a", psnrs=None, smooth=0.0):
+def health(bias=0.0, count=32, scale=1.0, name="a", errors=None, smooth=0.0):
     latents = scale * noise(count) + bias * torch.tensor([1.0, 0, 0, 0])[:, None, None]
     latents = latents + smooth * latents.roll(1, -1)
-    found = latent_statistics(latents)
-    return ClassHealth(name, found, tuple((latents.flatten(1).norm(dim=1) / 32).tolist()), psnrs)
+    lost = None if errors is None else torch.tensor(errors).repeat(count // len(errors))
+    return ClassHealth.of(name, latents, lost)
 
 
 @pytest.mark.parametrize(
     ("classes", "level", "words"),
     [
         ([health()], "good", "No class has a significant channel bias"),
-        ([health(0.2), health()], "mind", "1 of 2 classes has a channel bias"),
-        ([health(0.2, name="cup")] * 3, "mind", "All 3 classes have"),
-        ([health(0.2)], "mind", r"of a to 0\.\d\d with 32 members. Take a rule with /chm"),
-        ([health(0.05)], "good", "too small to do harm"),
+        ([health(0.2), health()], "warning", "1 of 2 classes has a channel bias"),
+        ([health(0.2, name="cup")] * 3, "warning", "All 3 classes have"),
+        ([health(0.2)], "warning", r"of a to 0\.\d\d with 32 members. Take a rule with /chm"),
+        ([health(0.05)], "good", "too small to matter"),
         ([health()], "good", "as long as white noise"),
-        ([health(scale=0.9)], "mind", "10% shorter than white noise .* nin keeps the length"),
-        ([health(scale=1.1)], "mind", "10% longer"),
-        ([health(smooth=0.3)], "mind", r"correlate, \+0.\d\d across .* forward_start"),
-        ([health(psnrs=(30.0, 30.0))], "good", "come back at 30.0 dB"),
-        ([health(psnrs=(12.0, 14.0))], "mind", "come back at 12.9 dB .* more steps"),
-        ([health(count=1, name="x"), health()], "mind", "1 of 2 classes has one image, such as x"),
+        ([health(scale=0.9)], "warning", "10% shorter than white noise .* nin keeps the length"),
+        ([health(scale=1.1)], "warning", "10% longer"),
+        ([health(smooth=0.3)], "warning", r"correlate, \+0.\d\d across .* forward_start"),
+        ([health(errors=(1e-3, 1e-3))], "good", "come back at 30.0 dB"),
+        ([health(errors=(0.063, 0.04))], "warning", "12.9 dB .* ddim in 5 steps .* more steps"),
+        ([health(count=1, name="x"), health()], "warning", "1 of 2 classes has one image, .* x"),
     ],
 )  # fmt: skip
-def test_what_is_wrong_is_said_in_a_sentence(classes, level, words, bank):
-    told = findings(bank, classes)
+def test_what_is_wrong_is_said_in_a_sentence(classes, level, words):
+    told = findings(classes, "ddim in 5 steps")
     assert any(f.level == level and re.search(words, f.text) for f in told), told
     assert [f.level for f in told] == sorted((f.level for f in told), reverse=True)
 
@@ -316,9 +319,11 @@ def test_what_is_wrong_is_said_in_a_sentence(classes, level, words, bank):
 def test_the_measured_bias_is_the_one_foretold():
     latents = noise(64) + 0.1 * torch.tensor([1.0, 0, 0, 0])[:, None, None]
     found = latent_statistics(latents)
-    for number, bias in measured_bias(latents, "fix/0", [2, 8, 64]):
+    for number in (2, 8, 64):
+        bias = measured_bias(latents, "fix/0", number)
         assert bias == pytest.approx(predicted_bias(found, number, float("inf")), rel=0.1)
-    for number, bias in measured_bias(latents, "fix/chm", [2, 8, 64]):
+    for number in (2, 8, 64):
+        bias = measured_bias(latents, "fix/chm", number)
         assert bias == pytest.approx(found.largest[0], abs=0.2 / number)
 
 
