@@ -1,45 +1,74 @@
-"""The command ``latent-augment``: what is typed becomes a call of one of `augment.commands`.
+"""The command ``latent-augment``: from what is typed to a call of one of `augment.commands`.
 
-They, and torch with them, are imported when `main` is there to tell of an interruption.
+Exit codes: 0 done, 2 a mistake or something found wrong, 130 interrupted, 143 terminated. torch and
+everything that needs it are imported after `main` has set up signals and the environment.
 """
 
 import errno
+import io
 import json
 import os
+import pkgutil
 import signal
 import sys
 import warnings
 from argparse import ArgumentError
-from collections.abc import Iterator
-from contextlib import contextmanager
-from inspect import signature
-from io import TextIOWrapper
-from typing import Any
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager, nullcontext, redirect_stdout
+from inspect import cleandoc, isclass, signature
+from itertools import pairwise
+from textwrap import dedent, indent
+from typing import Any, NoReturn
 
-from augment.console import examples, overview, silence
+from augment.commands import COMMANDS
 from augment.core.errors import AugmentWarning, Terminated, UserError
 from augment.imports import guard_imports, refused, take_allowed
 
-SWITCHES = ("full", "dry_run", "clean", "links", "nested", "discard", "repair")
-"""Options that may be given without a value, for true."""
+OVERVIEW = """usage: latent-augment [--quiet | --json] COMMAND [OPTIONS]
+
+A handful of labelled images, mixed as diffusion latents, into a better classifier.
+
+{commands}
+
+For a start, images in photos/CLASS/*.jpg:
+  latent-augment invert photos --bank mine/bank
+  latent-augment synthesize mine/bank --out mine/synthetic --per-class 100
+  latent-augment train fit --data.train photos --data.test photos-test \\
+      --data.synthetic mine/synthetic --trainer.max_epochs 20
+
+  COMMAND --help    list the options with examples; --config FILE reads options from YAML
+  --allow MODULE    let a --config file name classes of MODULE; see docs/training.md
+  --quiet           print warnings and errors only
+  --json            print the result as one line of JSON
+Exit codes: 0 done, 2 a mistake or something found wrong, 130 interrupted,
+143 terminated."""
+"""What ``latent-augment --help`` prints."""
+
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""Errors of a disk without room for the user's files."""
+
+show_python_warning = warnings.showwarning
 
 
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-"""Errors of a disk without room for a user."""
+def spell(args: list[str], switches: Collection[str]) -> list[str]:
+    """Spell options with underscores, and give a switch without a value the value true.
+
+    >>> spell(["--per-class=a-b", "fade/chm-x", "--dry-run"], ["dry_run"])
+    ['--per_class=a-b', 'fade/chm-x', '--dry_run=true']
+    """
+    words = []
+    for argument, following in pairwise([*args, ""]):
+        name, equals, value = argument.partition("=")
+        if not name.startswith("--"):
+            words.append(argument)
+            continue
+        name = "--" + name[2:].replace("-", "_")
+        bare = name[2:] in switches and not equals and following not in ("true", "false")
+        words.append(f"{name}=true" if bare else f"{name}{equals}{value}")
+    return words
 
 
-def underscored(argument: str) -> str:
-    """``--per-class=3`` as ``--per_class=3``: options may be spelled either way."""
-    if not argument.startswith("--"):
-        return argument
-    name, equals, value = argument[2:].partition("=")
-    name = name.replace("-", "_")
-    if name in SWITCHES and not equals:  # jsonargparse wants a value
-        return f"--{name}=true"
-    return f"--{name}{equals}{value}"
-
-
-def as_texts(args: list[str]) -> list[str]:
+def keep_texts(args: list[str]) -> list[str]:
     """Let class names in options and configurations be text, whatever YAML would make of them."""
     import yaml
     from jsonargparse import get_loader, set_loader
@@ -49,64 +78,73 @@ def as_texts(args: list[str]) -> list[str]:
     load = get_loader("yaml")
     if load.__module__ != __name__:
         set_loader("yaml", lambda text: load(quoted(text)), (yaml.YAMLError, ValueError))
-    args, last = list(args), ""
-    for place, argument in enumerate(args):
+    words, option = [], ""
+    for argument in args:
         name, equals, value = argument.partition("=")
         if equals and name.startswith("--"):
-            args[place] = f"{name}={quoted(value, name.rpartition('.')[2].lstrip('-'))}"
-        elif last:
-            args[place] = quoted(argument, last)
-        last = "" if equals else argument.rpartition(".")[2].lstrip("-")
-        last = last if argument.startswith("--") else ""
-    return args
+            argument = f"{name}={quoted(value, name.rpartition('.')[2].lstrip('-'))}"
+        elif option:
+            argument = quoted(argument, option)
+        words.append(argument)
+        named = argument.startswith("--") and not equals
+        option = argument.rpartition(".")[2].lstrip("-") if named else ""
+    return words
 
 
 def run(args: list[str]) -> Any:
-    """Dispatch, and give what came of it; the commands of `training` are imported when asked for.
+    """Run a command, of which the first required option needs no name, and return its record.
 
-    What follows a command without a name is its first option's value.
+    Raises:
+        UserError: there is no such command, or it reports a mistake.
     """
-    from augment.commands import COMMANDS
-
-    if args[:1] in (["-h"], ["--help"]):
-        print(overview({name: (f.__doc__ or "").splitlines()[0] for name, f in COMMANDS.items()}))
+    name, *args = args or [""]
+    if name in ("-h", "--help"):
+        width = max(map(len, COMMANDS))
+        lines = (f"  {key:{width}}  {documented(command)[0]}" for key, command in COMMANDS.items())
+        print(OVERVIEW.format(commands="\n".join(lines)))
         return None
-    guard_imports()
-    args = as_texts(args)
-    if args[:1] == ["train"]:
-        from training.cli import main as lightning
-
-        return lightning(args[1:]).found
-    from jsonargparse import auto_cli
-
-    commands: Any = COMMANDS
-    if args[:1] == ["sweep"]:
-        from training.sweep import sweep
-
-        commands = {**COMMANDS, "sweep": sweep}
-    elif args[:1] == ["episodes"]:
-        from training.episodes.evaluate import run_episodes
-
-        commands = {**COMMANDS, "episodes": run_episodes}
-    args = [underscored(argument) for argument in args]
-    if len(args) > 1 and args[0] in commands and not args[1].startswith("-"):
-        args[1:1] = [f"--{next(iter(signature(commands[args[0]]).parameters))}"]
-    for place in range(len(args) - 1, 0, -1):  # a switch may be given a value
-        if args[place] in ("true", "false") and args[place - 1].endswith("=true"):
-            args[place - 1 : place + 1] = [args[place - 1].replace("=true", f"={args[place]}")]
-    try:
-        return auto_cli(
-            commands, args=args, as_positional=False, prog="latent-augment", exit_on_error=False
+    if name not in COMMANDS:
+        raise UserError(
+            f"expected a command, {', '.join(COMMANDS)}, got {name or 'none'}; see "
+            "latent-augment --help"
         )
+    guard_imports()
+    args, command = keep_texts(args), COMMANDS[name]
+    if name == "train":  # Lightning parses the rest
+        return command(args)
+    from jsonargparse import ActionConfigFile, ArgumentParser
+
+    settings = command.__annotations__.get("settings")  # its name: annotations are text
+    target = pkgutil.resolve_name(settings) if settings else command
+    options = signature(target).parameters
+    args = spell(args, [key for key, option in options.items() if option.default is False])
+    if args and not args[0].startswith("-"):
+        required = (key for key, option in options.items() if option.default is option.empty)
+        args.insert(0, f"--{next(required, next(iter(options)))}")
+    summary, examples = documented(command)
+    parser = ArgumentParser(prog=f"latent-augment {name}", description=summary, exit_on_error=False)
+    parser.add_argument("--config", action=ActionConfigFile, help="YAML file of options.")
+    add = parser.add_class_arguments if isclass(target) else parser.add_function_arguments
+    add(target, as_group=False, sub_configs=True)
+    try:
+        values = parser.instantiate(parser.parse_args(args))
     except SystemExit:
-        if {"-h", "--help"} & set(args):
-            print(examples(args[0]))
+        if {"-h", "--help"} & {*args} and examples:
+            print(f"\nexamples:\n{indent(dedent(examples), '  ')}")
         raise
+    values.pop("config", None)
+    return command(target(**values)) if isclass(target) else target(**values)
+
+
+def documented(command: Callable[..., Any]) -> tuple[str, str]:
+    """Return the first line of a command's docstring, and its examples."""
+    text = cleandoc(command.__doc__ or "")
+    return text.splitlines()[0], text.partition("Examples:\n")[2]
 
 
 @contextmanager
 def unwrapped() -> Iterator[None]:
-    """Tell what a source or another part complains of, which jsonargparse wraps."""
+    """Raise the `UserError` of a source or another part, which jsonargparse wraps."""
     try:
         yield
     except ValueError as error:
@@ -118,16 +156,12 @@ def unwrapped() -> Iterator[None]:
         raise cause from None
 
 
-SHOW = warnings.showwarning
-"""How Python tells of warnings."""
-
-
 def show_warning(message: Warning | str, category: type[Warning], *where: Any) -> None:
-    """Ours are one line, as errors are."""
+    """Print a warning of ours in one line, as errors are, and others as Python does."""
     if issubclass(category, AugmentWarning):
         print(f"latent-augment: warning: {message}", file=sys.stderr)
     else:
-        SHOW(message, category, *where)
+        show_python_warning(message, category, *where)
 
 
 def limit_spinning() -> None:
@@ -152,43 +186,46 @@ def terminate(*_: Any) -> None:
 
 
 def main() -> None:
-    """Entry point. A user's mistake ends with one sentence and exit code 2, SIGTERM with 143."""
+    """Run what is typed; a mistake ends with one sentence and exit code 2, SIGTERM with 143."""
     if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
         signal.signal(signal.SIGTERM, terminate)
     limit_spinning()
     warnings.showwarning = show_warning
-    if isinstance(sys.stdout, TextIOWrapper):  # names of files may not be in its encoding
+    if isinstance(sys.stdout, io.TextIOWrapper):  # names of files may not be in its encoding
         sys.stdout.reconfigure(errors="backslashreplace")
-    given = sys.argv[1:]
-    args = [argument for argument in given if argument not in ("--quiet", "--json")]
-    silent = len(args) < len(given)
+    typed = sys.argv[1:]
+    args = [argument for argument in typed if argument not in ("--quiet", "--json")]
+    silent = len(args) < len(typed)
+    if silent or not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported
     try:
         args = take_allowed(args)
-        with unwrapped(), silence(silent):
-            found = run(args)
-        if "--json" in given:
-            print(json.dumps(found))
+        with unwrapped(), redirect_stdout(io.StringIO()) if silent else nullcontext():
+            record = run(args)
+        if "--json" in typed:
+            print(json.dumps(record))
     except UserError as error:
-        print(f"latent-augment: {error}", file=sys.stderr)
-        sys.exit(2)
+        fail(str(error))
     except ArgumentError as error:
-        told = " ".join(str(error).split())
-        print(f"latent-augment: {refused(told) or f'{told}; see --help'}", file=sys.stderr)
-        sys.exit(2)
+        message = " ".join(str(error).split())
+        fail(refused(message) or f"{message}; see --help")
     except OSError as error:  # of another package, such as one that writes logs
-        if error.errno not in FULL:
+        if error.errno not in DISK_FULL:
             raise
         place = f" at {error.filename}" if error.filename else ""
-        print(
-            f"latent-augment: expected room to write{place}, got {error.strerror}; make room, and "
-            "run the same command again: nothing that was finished is lost",
-            file=sys.stderr,
+        fail(
+            f"expected room to write{place}, got {error.strerror}; make room, and run the same "
+            "command again: nothing that was finished is lost"
         )
-        sys.exit(2)
     except KeyboardInterrupt as stop:
         ended, code = ("terminated", 143) if isinstance(stop, Terminated) else ("interrupted", 130)
-        print(f"latent-augment: {ended}; run the same command again to go on", file=sys.stderr)
-        sys.exit(code)
+        fail(f"{ended}; run the same command again to go on", code)
+
+
+def fail(message: str, code: int = 2) -> NoReturn:
+    """Print a sentence to standard error, and exit."""
+    print(f"latent-augment: {message}", file=sys.stderr)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

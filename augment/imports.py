@@ -1,8 +1,9 @@
 """What a configuration may name: by default data sets, networks, callbacks and loggers.
 
 A YAML file can name any class that an option takes (``class_path``), with its arguments, and any
-function. Whoever wrote the file would so decide what runs here. Only the modules in `MODULES`, and
-those that the user names with ``--allow``, may be named; of what is no class, only `CALLABLES`.
+function; so whoever wrote the file would decide what runs here. Therefore a file may name classes
+of the modules in `MODULES` and of those that the user passes with ``--allow``, and the functions in
+`CALLABLES`.
 """
 
 import inspect
@@ -19,20 +20,9 @@ MODULES = (
 """Modules whose classes may be named. Not all of torch: some of its classes start processes."""
 
 DENIED = (
-    *(
-        "augment.cli",
-        "augment.jobs.ray",
-        "augment.commands",
-        "augment.explore",
-        "augment.core.files",
-    ),
-    *(
-        "augment.shards.dataset.Reader",
-        "augment.replay.store",
-        "training.cli",
-        "training.demo",
-        "training.sweep",
-    ),
+    *("augment.cli", "augment.commands", "augment.core.files", "augment.explore"),
+    *("augment.jobs.ray", "augment.replay.store", "augment.shards.dataset.Reader"),
+    *("training.cli", "training.demo", "training.sweep"),
     *("torch.utils.data.datapipes", "timm.data.readers"),
 )
 """Parts of `MODULES` whose classes start processes, or open files to write."""
@@ -55,11 +45,11 @@ def take_allowed(args: list[str]) -> list[str]:
         UserError: there is no name of a module after it.
     """
     allowed.clear()
-    left, rest = [], iter(args)
+    remaining, rest = [], iter(args)
     for argument in rest:
         name, equals, value = argument.partition("=")
         if name != "--allow":
-            left.append(argument)
+            remaining.append(argument)
             continue
         value = value if equals else next(rest, "")
         if not re.fullmatch(r"\w+(\.\w+)*", value):
@@ -68,7 +58,7 @@ def take_allowed(args: list[str]) -> list[str]:
                 "my_data"
             )
         allowed.append(value)
-    return left
+    return remaining
 
 
 def guard_imports() -> None:
@@ -95,16 +85,16 @@ def canonical_import_paths(obj: Any) -> set[str]:
 
     paths = ORIGINAL[0](obj)
     for path in () if inspect.isclass(obj) else paths:
-        mine = any(path == name or path.startswith(f"{name}.") for name in allowed)
-        if not mine and path not in CALLABLES:
+        by_user = any(path == name or path.startswith(f"{name}.") for name in allowed)
+        if not by_user and path not in CALLABLES:
             raise ImportDenied(f"Importing '{path}' is not allowed")
     return paths
 
 
-def refused(told: str) -> str | None:
-    """Return the sentence for a name that `guard_imports` refused, if a message speaks of one."""
-    found = re.search(r"Importing '(\S+)' is not allowed", told)
-    return found and (
-        f"expected a configuration of classes of {', '.join(MODULES)}, got {found[1]}; only if "
-        f"you trust the file, pass --allow {found[1].rpartition('.')[0]}"
+def refused(message: str) -> str | None:
+    """Return the sentence for a name that `guard_imports` refused, if a message names one."""
+    match = re.search(r"Importing '(\S+)' is not allowed", message)
+    return match and (
+        f"expected a configuration of classes of {', '.join(MODULES)}, got {match[1]}; only if "
+        f"you trust the file, pass --allow {match[1].rpartition('.')[0]}"
     )

@@ -11,8 +11,9 @@ from conftest import call, paint, snapshot
 from safetensors.torch import save_file
 
 from augment import LatentBank
-from augment.cli import underscored
-from augment.commands import COMMANDS
+from augment.bank.fill import InvertSettings
+from augment.cli import spell
+from augment.commands import COMMANDS, invert
 from augment.shards.dataset import open_shards
 from augment.sources.fashion import write_fashion
 
@@ -26,10 +27,9 @@ def images(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def tiny_bank(images, tmp_path_factory):
-    from augment.commands import invert
-
-    invert(str(images), str(tmp_path_factory.mktemp("cli") / "bank"), steps=2)
-    return next(images.parent.glob("cli*/bank"))
+    bank = tmp_path_factory.mktemp("cli") / "bank"
+    invert(InvertSettings(images=str(images), bank=str(bank), steps=2))
+    return bank
 
 
 def test_invert_then_synthesize(monkeypatch, capsys, images, tmp_path):
@@ -166,7 +166,6 @@ def test_places_that_would_mix_things_up_are_refused(
         code, _, told = call(monkeypatch, capsys, *command)
         assert code == 2 and words in told and told.count("\n") == 1, told
     assert sorted(p.name for p in shards.iterdir())[-1] == "synthesis.json"
-    assert underscored("--dry-run") == "--dry_run=true"
     assert call(monkeypatch, capsys, "verify", "--path", shards, "--discard", "false")[0] == 0
 
 
@@ -393,8 +392,13 @@ def test_a_wrong_command_line_is_no_traceback(monkeypatch, capsys, args):
 
 
 def test_options_may_be_spelled_either_way():
-    assert underscored("--per-class=a-b") == "--per_class=a-b"
-    assert underscored("fade/chm-x") == "fade/chm-x"
+    assert spell(["--per-class=a-b", "fade/chm-x"], []) == ["--per_class=a-b", "fade/chm-x"]
+
+
+def test_a_switch_needs_no_value_but_may_have_one():
+    assert spell(["--dry-run", "--seed", "1"], ["dry_run"]) == ["--dry_run=true", "--seed", "1"]
+    assert spell(["--dry-run", "false"], ["dry_run"]) == ["--dry_run", "false"]
+    assert spell(["--dry-run=false"], ["dry_run"]) == ["--dry_run=false"]
 
 
 def test_the_installed_command_lists_its_commands():

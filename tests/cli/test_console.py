@@ -5,8 +5,8 @@ import json
 import pytest
 from conftest import call
 
+from augment.cli import documented
 from augment.commands import COMMANDS
-from augment.console import EXAMPLES
 
 
 @pytest.mark.parametrize("args", [("--help",), ("-h",)])
@@ -16,10 +16,16 @@ def test_the_overview_has_every_command_and_a_start(monkeypatch, capsys, args):
     assert "latent-augment invert photos --bank mine/bank" in out
 
 
-def test_examples_are_of_commands_that_exist_and_stand_below_the_help(monkeypatch, capsys):
-    assert set(EXAMPLES) <= set(COMMANDS)
+@pytest.mark.parametrize("name", COMMANDS)
+def test_examples_are_of_their_command(name):
+    summary, examples = documented(COMMANDS[name])
+    assert summary.endswith((".", "--help."))
+    assert all(x.split()[:2] == ["latent-augment", name] for x in examples.splitlines())
+
+
+def test_examples_stand_below_the_help(monkeypatch, capsys):
     code, out, _ = call(monkeypatch, capsys, "verify", "--help")
-    assert code == 0 and out.rstrip().endswith("latent-augment verify mine/synthetic --discard")
+    assert code == 0 and out.endswith("\n  latent-augment verify mine/synthetic --discard\n")
 
 
 def test_the_first_option_needs_no_name(monkeypatch, capsys, bank):

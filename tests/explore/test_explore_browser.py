@@ -17,6 +17,7 @@ import pytest
 from PIL import Image
 
 from augment import open_shards
+from augment.bank.fill import InvertSettings
 from augment.commands import invert
 from augment.shards.verify import verify
 from augment.sources.fashion import write_fashion
@@ -38,7 +39,8 @@ PATIENCE_MS = 60_000
 def place(tmp_path_factory):
     root = tmp_path_factory.mktemp("explore")
     write_fashion(root / "images", "shots", [0, 1, 2, 3])
-    invert(str(root / "images"), str(root / "bank"), steps=10, errors=False)
+    images, bank = str(root / "images"), str(root / "bank")
+    invert(InvertSettings(images=images, bank=bank, steps=10, errors=False))
     return root
 
 

@@ -19,7 +19,7 @@ LAYERS = (
     {"augment.synthesis"},
     {"augment.shards", "augment.replay"},
     {"augment.report", "augment.explore", "training"},
-    {"augment.cli", "augment.commands", "augment.console", "augment.imports", "training.sweep"},
+    {"augment.cli", "augment.commands", "augment.imports", "training.sweep"},
 )
 HOMES = {
     "pytorch_lightning": "training",

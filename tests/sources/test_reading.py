@@ -13,7 +13,7 @@ from conftest import paint
 from PIL import Image, ImageCms, PngImagePlugin
 
 from augment import UserError, cli, fill_bank
-from augment.commands.common import listed
+from augment.commands import split_names
 from augment.core.errors import AugmentWarning, ImageRejected
 from augment.diffusion.backbones.gaussian import GaussianBackbone
 from augment.networks.frozen import normalise
@@ -463,4 +463,4 @@ def test_names_of_numbers_booleans_commas_and_blanks_survive_the_command(
 
 
 def test_an_unknown_name_is_split_at_its_commas():
-    assert listed("ant, bee,fly", ["ant", "bee"].__contains__) == ["ant", "bee", "fly"]
+    assert split_names("ant, bee,fly", ["ant", "bee"].__contains__) == ["ant", "bee", "fly"]

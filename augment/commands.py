@@ -1,0 +1,709 @@
+"""The sub-commands of ``latent-augment``.
+
+A command is a function. Its options are its parameters or, if there are many, the fields of the
+settings that it takes; their help is the Args of that docstring, and the lines of Examples are
+printed below the help. It prints what it did and returns a record of it for ``--json``. To add one,
+write it and name it in `COMMANDS`. Only what ``--help`` needs is imported here, heavy modules are
+imported by the functions. The shell's side stands apart in `augment.cli`, which knows no command:
+both in one file would be twice as long as any other.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import shlex
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from statistics import fmean
+from typing import TYPE_CHECKING, Any, Literal
+
+from augment.core.errors import UserError
+
+if TYPE_CHECKING:  # the types of options, which jsonargparse imports when it shows or parses them
+    import augment.bank.fill
+    import training.episodes.evaluate
+    from augment.bank.bank import LatentBank
+    from augment.jobs.job import Job
+    from augment.shards.write import Synthesis
+    from augment.sources import Source
+    from augment.synthesis.refine import SeedSelect
+
+Record = dict[str, Any]
+"""What a command did, as JSON."""
+
+
+def invert(settings: augment.bank.fill.InvertSettings) -> Record:
+    """Invert labelled images into a bank of latents.
+
+    Examples:
+        latent-augment invert photos --bank mine/bank
+        latent-augment invert photos --bank mine/bank --backbone sd15 --prompt 'a photo of a {name}'
+        latent-augment invert photos --bank mine/bank --dry-run
+    """
+    from augment.bank.fill import InversionJob
+
+    job = InversionJob.of(settings)
+    unfinished = work(job, settings.executor, settings.dry_run)
+    return unfinished or summarize_bank(Path(settings.bank))
+
+
+def synthesize(
+    bank: str,
+    out: str,
+    per_class: int = 100,
+    fill_to: int | None = None,
+    tail_only: int | None = None,
+    rule: str = "fade/chm",
+    alpha: float | str = 1.0,
+    seed: int = 0,
+    members: int | None = None,
+    noise: float = 0.0,
+    solver: str = "exact",
+    steps: int | None = None,
+    guidance: float | None = None,
+    interval: tuple[float, float] = (0.0, 1.0),
+    prompt: str = "",
+    batch_size: int = 64,
+    backbone: str | None = None,
+    device: str | None = None,
+    dtype: str | None = None,
+    backbone_options: dict[str, Any] | None = None,
+    nearest: str | None = None,
+    refine: SeedSelect | int | None = None,
+    filters: dict[str, dict[str, Any] | None] | str | None = None,
+    candidates: int = 1,
+    images: Source | str | None = None,
+    extension: str = "jpg",
+    quality: int = 95,
+    pixels: int = 256,
+    shard_size: int = 1000,
+    executor: str = "local",
+    dry_run: bool = False,
+) -> Record:
+    """Synthesize images from random centroids of a bank's latents, as webdataset shards.
+
+    Args:
+        bank: folder of the bank.
+        out: folder for the shards, out/shard-000000.tar and so on; an interrupted job goes on.
+        per_class: images a class.
+        fill_to: instead, as many as bring a class to so many, with the bank's real ones.
+        tail_only: none for classes with so many real images or more.
+        rule: norm rule and mean split, such as fade/chm or fix/0.
+        alpha: concentration of the Dirichlet weights; 1 is uniform on the simplex, inf the centre.
+            Or one for each member, such as 10,1,1.
+        seed: of all dice.
+        members: how many images a centroid mixes; by default all of the class.
+        noise: share of fresh noise, in [0, 1).
+        solver: exact (undoes the bank's inversion), fast (fireflow in 10 steps), or ddim, euler,
+            dpm++, midpoint, fireflow.
+        steps: solver steps; by default those of the bank, or 10 with fast.
+        guidance: scale of classifier-free guidance; by default as the bank was inverted.
+        interval: noise levels between which there is guidance, as YAML such as '[0.2, 0.8]'.
+        prompt: a template such as 'a sketch of a {name}', if other than the bank's prompts.
+        batch_size: images a network call; halved if a GPU's memory is too small.
+        backbone: the diffusion model; by default the one that made the bank.
+        device: such as cuda or cpu; by default the GPU if there is one.
+        dtype: float32, float16 or bfloat16 of the network; by default what the backbone likes.
+        backbone_options: of the backbone, as YAML such as '{compile: true}'.
+        nearest: mix an image, drawn at random, with its neighbours, as many as members says: by
+            the distance of latents (latent), or of the vectors by image id of a .safetensors file.
+        refine: steps of SeedSelect, such as 5, that bring each centroid nearer to its class, in
+            some four times a sampling's time each; or its settings, as --refine.steps 5
+            --refine.network resnet50, or YAML. See --refine.help.
+        filters: what images have to pass, such as degenerate,duplicate, out of classifier,
+            prototype, clip, duplicate, degenerate; or YAML with their settings, such as
+            '{degenerate: {}, duplicate: {minimum: 0.5}}'.
+        candidates: how many plans are tried for an image before it is given up.
+        images: the real images that refine and filters compare with, a folder or another source
+            as for invert; by default where they were.
+        extension: jpg, webp or png.
+        quality: of jpg and webp.
+        pixels: larger images are reduced to this.
+        shard_size: images a shard.
+        executor: local, this process or, under torchrun or in a Slurm array, its share; or ray.
+        dry_run: do and keep one shard, and tell how long all will take.
+
+    Examples:
+        latent-augment synthesize mine/bank --out mine/synthetic --per-class 100
+        latent-augment synthesize mine/bank --out mine/tail --fill-to 300 --members 8
+        latent-augment synthesize mine/bank --out mine/clean --filters degenerate --candidates 4
+    """
+    import numpy as np
+
+    from augment.bank.bank import LatentBank
+    from augment.centroid import Rule
+    from augment.core.registry import refuse_reserved
+    from augment.diffusion import load_backbone, parse_dtype
+    from augment.jobs.job import planning_device
+    from augment.plan.planner import Planner, budget
+    from augment.shards.write import Synthesis
+    from augment.sources import place_of
+    from augment.sources.prompts import class_prompts
+    from augment.synthesis.filters import make_filter
+    from augment.synthesis.refine import SeedSelect, check_sampling
+    from augment.synthesis.synthesizer import Synthesizer, solver_of
+
+    opened = LatentBank.open(bank)
+    try:
+        alphas = [float(number) for number in str(alpha).split(",")]
+    except ValueError:
+        raise UserError(
+            f"expected a number, inf or numbers such as 10,1,1 for alpha, got {alpha!r}"
+        ) from None
+    concentration = alphas if len(alphas) > 1 else alphas[0]
+    features = None if nearest is None else opened.features(nearest)
+    real = np.array([len(ids) for ids in opened.members.values()])
+    numbers = budget(real, per_class, fill_to, None, tail_only).tolist()
+    if not any(numbers):
+        raise UserError(
+            f"expected a class that lacks images, got {min(real)} to {max(real)} real ones each; "
+            "choose a larger --fill-to, --tail-only or --per-class"
+        )
+    plain = fill_to is None and tail_only is None
+    some = {n: m for n, m in zip(opened.members, numbers, strict=True) if m}
+    counts = per_class if plain else some
+    planner = Planner(opened.members, seed, concentration, members, noise, features=features)
+    Rule.parse(rule)  # what can be refused is refused before gigabytes are loaded
+    _, count = solver_of(opened, solver, steps)
+    if isinstance(refine, int):
+        refine = SeedSelect(refine)
+    if refine:
+        check_sampling(count)
+    if isinstance(filters, str):
+        filters = dict.fromkeys(filters.split(","))
+    judges = {name: make_filter(name, **(given or {})) for name, given in (filters or {}).items()}
+    options = backbone_options or {}
+    refuse_reserved(options, "name_or_path", "device", "dtype")
+    recipe = recipe_of(opened, backbone)
+    where = {"device": device, "dtype": parse_dtype(dtype)}
+    model = load_backbone(
+        **{**where, "device": planning_device(device, executor)}, **{**recipe, **options}
+    )
+    texts = class_prompts(opened.classes, prompt) if prompt else None
+    synthesizer = Synthesizer(
+        model, opened, rule, solver, steps, guidance, batch_size, interval, texts, refine,
+        place_of(images),
+    )  # fmt: skip
+    job = Synthesis(
+        Path(out), synthesizer, planner, counts, shard_size, extension, quality, pixels,
+        judges, candidates, where,
+    )  # fmt: skip
+    return work(job, executor, dry_run) or summarize_shards(job)
+
+
+def summarize_shards(job: Synthesis) -> Record:
+    """Print what was made, what was rejected, and how many images a centroid mixes."""
+    tally = job.tally
+    some = range(min(tally.wanted, 1000))
+    plans = [job.planner(0, index, job.labels[index]) for index in some]
+    count = fmean(plan.effective_count for plan in plans)
+    members = fmean(len(plan.members) for plan in plans)
+    print(
+        f"{job.path}: {tally.written} of {tally.wanted} images of {len(job.planner.images)} "
+        f"classes in {tally.shards} shards; each mixes {count:.1f} of {round(members, 1):g} "
+        "members on average (effective count)"
+    )
+    print("".join(line + "\n" for line in tally.refused_lines()), end="")
+    print(
+        "next: latent-augment train fit --data.train IMAGES --data.synthetic "
+        f"{shlex.quote(str(job.path))} --trainer.max_epochs 20"
+    )
+    return {
+        "complete": True, "shards": str(job.path), "written": tally.written,
+        "wanted": tally.wanted, "effective_count": count, "refused": tally.refused,
+        "lacking": job.lacking,
+    }  # fmt: skip
+
+
+def train(args: list[str]) -> dict[str, float] | None:
+    """Train a classifier with Lightning: train fit --config YAML; see train --help."""
+    from training.cli import main
+
+    return main(args).found
+
+
+def sweep(
+    recipe: str,
+    out: str,
+    seeds: int = 5,
+    vary: dict[str, list[Any]] | None = None,
+    given: dict[str, Any] | None = None,
+) -> None:
+    """Train and test with several seeds and values of settings; print means and 95 % intervals.
+
+    Args:
+        recipe: configuration of latent-augment train, in which everything that draws gets the
+            run's seed: so FewShot draws other images.
+        out: folder for the runs and the tables runs.csv and summary.csv; finished runs are not
+            repeated, and an interrupted one is resumed.
+        seeds: number of seeds: 0, 1, and so on.
+        vary: values of settings to try, each with each, as YAML such as
+            '{data.train.init_args.shots: [1, 2, 4]}'.
+        given: settings that replace the configuration's, as YAML such as
+            '{trainer.max_epochs: 10}'.
+    """
+    from training.sweep import sweep
+
+    sweep(recipe, out, seeds, vary, given)
+
+
+def episodes(settings: training.episodes.evaluate.run_episodes) -> None:  # type: ignore[valid-type]
+    """Evaluate N-way K-shot episodes, with and without synthetic images of their supports."""
+
+
+def smooth(
+    images: Source | str,
+    out: str,
+    backbone: str = "tiny",
+    prompt: str = "",
+    prompts: dict[str, str] | None = None,
+    captions: str | None = None,
+    weight: float = 1.0,
+    rank: int = 8,
+    targets: list[str] | None = None,
+    steps: int = 30000,
+    batch_size: int = 3,
+    accumulate: int = 32,
+    lr: float = 1e-4,
+    drop: float = 0.1,
+    seed: int = 0,
+    device: str | None = None,
+    devices: int = 1,
+    precision: Literal["32-true", "bf16-mixed"] = "32-true",
+    workers: int = 0,
+    backbone_options: dict[str, Any] | None = None,
+) -> Record:
+    """Train a backbone so that equal steps of noise are equal steps of image (Smooth Diffusion).
+
+    Args:
+        images: folder with one sub-folder of image files a class, a folder of shards, or
+            another source, as for invert.
+        out: folder of the run, which gets pytorch_lora_weights.safetensors, for
+            --backbone-options '{lora: OUT}'; an interrupted run is resumed.
+        backbone: diffusion model, as for invert.
+        prompt: template of the prompts, such as 'a photo of a {name}'.
+        prompts: prompts by class, as YAML such as '{Coat: top}'; they replace the template's.
+        captions: metadata.jsonl with file_name and text of images; captions replace prompts.
+        weight: weight of the regulariser.
+        rank: rank of the low-rank weights; 0 trains all weights, and leaves a whole backbone.
+        targets: endings of the names of layers that get low-rank weights; by default the
+            projections of the attention.
+        steps: number of optimiser steps.
+        batch_size: images a batch, on each device.
+        accumulate: batches a step.
+        lr: learning rate, which is constant.
+        drop: share of the images that are trained without their prompt, in [0, 1].
+        seed: seed of all random draws.
+        device: device such as cuda or cpu; by default the GPU if there is one.
+        devices: number of processes, each on a device of its own.
+        precision: precision of the training; bf16-mixed computes in bfloat16 where it can.
+        workers: number of processes that load images.
+        backbone_options: options of the backbone, as YAML such as '{resolution: 384}'.
+
+    Examples:
+        latent-augment smooth --config configs/smooth_tiny.yaml
+    """
+    import torch
+
+    from augment.core.registry import refuse_reserved
+    from augment.diffusion import load_backbone
+    from augment.jobs.job import planning_device
+    from augment.sources.prompts import prompts_of
+    from training.smooth.data import open_source, read_captions
+    from training.smooth.regulariser import PROJECTIONS
+    from training.smooth.run import smooth_backbone
+
+    source = open_source(images).readable(name="training")
+    texts = prompts_of(source.classes, prompt, prompts)
+    by_id = None if captions is None else read_captions(captions, source)
+    options = backbone_options or {}
+    refuse_reserved(options, "name_or_path", "device", "dtype")
+    where = planning_device(device)
+    model = load_backbone(backbone, where, torch.float32, **options)
+    place = smooth_backbone(
+        model, source, out, texts, by_id, weight, rank, targets or PROJECTIONS, steps, batch_size,
+        accumulate, lr, drop, seed, devices, precision, workers,
+    )  # fmt: skip
+    option, value = "--backbone", str(place)
+    if rank:
+        option, value = "--backbone-options", json.dumps({"lora": value}, ensure_ascii=False)
+    advice = f"{option} {shlex.quote(value)}"
+    print(f"{place}: written; load it with {advice}")
+    return {"written": str(place), "options": advice}
+
+
+def demo(out: str | None = None, full: bool = False, seeds: int | None = None) -> None:
+    """Do the whole job on embedded images: 5 labelled images a class to a better classifier.
+
+    Args:
+        out: folder for everything the demo makes, by default runs/demo or, with --full,
+            runs/demo-full; an interrupted demo is resumed.
+        full: run every row of the table with more seeds, which takes longer.
+        seeds: number of seeds; by default 3, or 5 with --full.
+
+    Examples:
+        latent-augment demo
+        latent-augment demo --full
+    """
+    from training.demo import run_demo
+
+    run_demo(out, full, seeds)
+
+
+def evaluate(
+    path: str,
+    real: Source | str | None = None,
+    network: str | None = None,
+    weights: str = "",
+    channels: int | None = None,
+    resolution: int | None = None,
+    bootstrap: int = 100,
+    backbone: str | None = None,
+    out: str | None = None,
+    device: str | None = None,
+) -> Record:
+    """Measure the health of a bank, or the quality of synthetic images.
+
+    Args:
+        path: folder of a bank, whose latents are compared with white noise; or folder of shards or
+            of images by class, which are compared with real ones.
+        real: real images to compare synthetic ones with, a folder or another source as for invert;
+            of a bank, the images that it was made of, to sample 16 a class back.
+        network: network whose features are compared: fashion (embedded: grey clothes), clip,
+            inception (that of torch-fidelity), or one of timm such as resnet50; by default that of
+            the checkpoint.
+        weights: weights of the network: a .safetensors file, a state dict, or a checkpoint of
+            latent-augment train; by default those published with the network.
+        channels: channels of the images, 1 or 3; by default those of the first synthetic image.
+        resolution: side that images are resized to, in pixels; by default that of the first
+            synthetic image.
+        bootstrap: number of resamples for the intervals of FID and KID; 0 leaves the intervals
+            out.
+        backbone: diffusion model of a bank, if it is not where it was.
+        out: folder to write evaluation.json, classes.csv and a plot to.
+        device: device such as cuda or cpu; by default the GPU if there is one.
+
+    Examples:
+        latent-augment evaluate mine/bank --real photos
+        latent-augment evaluate mine/synthetic --real photos --network resnet50 --out mine/good
+    """
+    from augment.bank.bank import LatentBank
+    from augment.diffusion import find_device, load_backbone
+    from augment.networks import feature_network
+    from augment.report import evaluate as study
+    from augment.sources import as_source
+
+    if (Path(path) / "manifest.json").exists():
+        bank = LatentBank.open(path)
+        model = None if real is None else load_backbone(**recipe_of(bank, backbone), device=device)
+        found = study.evaluate_bank(bank, model, None if real is None else as_source(real))
+    elif real is None:
+        raise UserError(
+            f"expected --real, the reference images to compare those of {path} with, got none; "
+            "pass a folder of real images (only a bank needs none)"
+        )
+    elif not (network or weights):
+        raise UserError(
+            "expected --network, whose features are compared, or --weights of one, got neither; "
+            "pass --network fashion, resnet50 or another one"
+        )
+    else:
+        fake = study.open_images(path)
+        first = study.form_of(fake)
+        judge = feature_network(network or "", weights, find_device(device))
+        form = (channels or first[0], resolution or first[1])
+        found = study.evaluate_images(fake, as_source(real), judge, form, bootstrap)
+    print(found)
+    if out:
+        found.write(out)
+        print(f"\n{out}: evaluation.json, classes.csv, evaluation.png")
+    return found.record()
+
+
+def report(
+    bank: str,
+    shards: str | None = None,
+    out: str = "report.html",
+    rules: str = "lin/0,fix/0,fix/chm,fade/chm",
+    classes: int = 50,
+    images: Source | str | None = None,
+    pool: str | None = None,
+    backbone: str | None = None,
+    device: str | None = None,
+) -> Record:
+    """Write an HTML report of a bank: its classes, its health, and what each rule makes of it.
+
+    Args:
+        bank: folder of the bank.
+        shards: folder of synthetic images made with the bank, finished or not.
+        out: HTML file to write, which needs no other file and no network.
+        rules: rules whose centroids are compared, separated by commas; '' makes no images, and so
+            needs no backbone.
+        classes: number of classes to make images of, from the most biased to the least.
+        images: real images of the bank, a folder or another source as for invert; by default they
+            are looked for where the bank was made.
+        pool: file of a replay pool, to report its throughput and reuse.
+        backbone: diffusion model; by default the one that made the bank.
+        device: device such as cuda or cpu; by default the GPU if there is one.
+
+    Examples:
+        latent-augment report mine/bank --shards mine/synthetic --out report.html
+    """
+    options = {key: value for key, value in locals().items() if key != "device"}
+    from augment.bank.bank import LatentBank
+    from augment.centroid import Rule
+    from augment.diffusion import load_backbone
+    from augment.report import write_report
+    from augment.report.again import command
+
+    opened, names = LatentBank.open(bank), [name for name in rules.split(",") if name]
+    for name in names:
+        Rule.parse(name)  # what can be refused is refused before gigabytes are loaded
+    model = load_backbone(**recipe_of(opened, backbone), device=device) if names else None
+    typed = command("report", options)
+    write_report(opened, out, shards, model, names, classes, images, pool, typed)
+    print(f"{out}: written; open it in a browser")
+    return {"report": out}
+
+
+def inspect(path: str) -> Record:
+    """Describe what a bank or a folder of shards holds.
+
+    Args:
+        path: folder of a bank or of shards.
+
+    Examples:
+        latent-augment inspect mine/bank
+    """
+    from augment.shards.verify import inspect
+
+    text = inspect(path)
+    print(text)
+    return {"path": path, "told": text.splitlines()}
+
+
+def verify(
+    path: str,
+    images: Source | str | None = None,
+    discard: bool = False,
+    repair: bool = False,
+) -> Record:
+    """Compare every file of a bank or of shards with what was recorded when it was written.
+
+    Args:
+        path: folder of a bank or of shards.
+        images: real images of a bank, to be compared too: a folder, or a source as for invert.
+        discard: delete damaged files; the command that wrote them makes them again.
+        repair: write a lost or damaged manifest.json or synthesis.json again from the records.
+
+    Examples:
+        latent-augment verify mine/synthetic
+        latent-augment verify mine/synthetic --discard
+    """
+    from augment.bank import verify as bank_verify
+    from augment.core.files import locked
+    from augment.shards import verify as shards_verify
+
+    with locked(Path(path)) if discard or repair else nullcontext():  # not beside a job
+        if repair:
+            print(shards_verify.repair(Path(path)))
+        findings = shards_verify.verify(path, images)
+        for finding in findings:
+            print(finding.what)
+        if discard:
+            bank_verify.discard(findings)
+    if findings:
+        damaged = sum(finding.record is not None for finding in findings)
+        advice = "; take it out with --discard" if damaged else ""
+        if discard:
+            advice = ", taken out; run the command that made it again"
+        raise UserError(
+            f"expected {path} as it was written, got {len(findings)} findings, {damaged} of them "
+            f"damage that can be made again{advice}"
+        )
+    print(f"{path}: every file is as it was written")
+    return {"path": path, "findings": 0}
+
+
+def merge(banks: str, out: str) -> Record:
+    """Make one bank of several that were made with the same settings.
+
+    Args:
+        banks: folders of the banks, separated by commas.
+        out: folder of the new bank.
+
+    Examples:
+        latent-augment merge --banks one/bank,other/bank --out both/bank
+    """
+    from augment.bank.merge import merge
+
+    folders = split_names(banks, lambda place: Path(place).exists())
+    return summarize_bank(merge(folders, out).path)
+
+
+def split(bank: str, classes: str, out: str) -> Record:
+    """Make a bank of some classes of another bank.
+
+    Args:
+        bank: folder of the bank.
+        classes: names of classes, separated by commas, in the order of the new labels; a name may
+            contain a comma.
+        out: folder of the new bank.
+
+    Examples:
+        latent-augment split mine/bank --classes ant,bee --out some/bank
+    """
+    from augment.bank.bank import LatentBank
+    from augment.bank.merge import split
+    from augment.sources.prompts import nfc
+
+    known = {nfc(name): name for name in LatentBank.open(bank).classes}
+    names = [known.get(name, name) for name in split_names(nfc(classes), known.__contains__)]
+    return summarize_bank(split(bank, names, out).path)
+
+
+def export(shards: str, out: str) -> Record:
+    """Write the images of shards as a folder by class, with a metadata.jsonl.
+
+    Args:
+        shards: folder of the shards.
+        out: new folder for the images, out/CLASS/00000000.jpg and so on.
+
+    Examples:
+        latent-augment export mine/synthetic --out mine/folder
+    """
+    from augment.shards.export import export_folder
+
+    export_folder(shards, out)
+    print(f"{out}: written")
+    return {"folder": out}
+
+
+def explore(
+    bank: str,
+    out: str | None = None,
+    images: Source | str | None = None,
+    host: str = "127.0.0.1",
+    port: int = 7860,
+    backbone: str | None = None,
+    device: str | None = None,
+) -> None:
+    """Serve a page to mix a bank's latents by hand, compare rules, and walk between images.
+
+    Args:
+        bank: folder of the bank.
+        out: folder that images chosen on the page are exported to, as shards.
+        images: real images of the bank, a folder or another source as for invert; by default they
+            are looked for where the bank was made.
+        host: address to serve at; by default only this machine can open the page.
+        port: port to serve at.
+        backbone: diffusion model; by default the one that made the bank.
+        device: device such as cuda or cpu; by default the GPU if there is one.
+
+    Examples:
+        latent-augment explore mine/bank
+    """
+    from augment.bank.bank import LatentBank
+    from augment.diffusion import load_backbone
+    from augment.explore.server import require, serve
+    from augment.explore.session import Explorer
+    from augment.sources import place_of
+
+    require()  # before gigabytes are loaded
+    opened = LatentBank.open(bank)
+    recipe = recipe_of(opened, backbone) | ({"device": device} if device else {})
+    folder = None if out is None else Path(out)
+    explorer = Explorer(opened, load_backbone(**recipe), recipe, place_of(images), folder)
+    page = serve(explorer, host, port)
+    print(f"http://{host}:{port}: the explorer of {bank}; Ctrl-C ends it", flush=True)
+    page.block_thread()
+
+
+COMMANDS: dict[str, Callable[..., Any]] = {
+    command.__name__: command
+    for command in (
+        *(invert, synthesize, train, sweep, episodes, smooth, demo, evaluate, report),
+        *(inspect, verify, merge, split, export, explore),
+    )
+}
+"""The commands by name, in the order of ``latent-augment --help``."""
+
+
+def work(job: Job, executor: str, dry_run: bool) -> Record | None:
+    """Do a job or this process's share of it; return a record if it is not finished."""
+    from augment.jobs.job import estimate, run, stripe
+
+    if dry_run:
+        text = estimate(job)
+        print(text)
+        return {"complete": False, "estimate": text.splitlines()}
+    rank, world = stripe() if executor == "local" else (0, 1)
+    if run(job, executor, (rank, world)):
+        return None
+    if world == 1:
+        raise UserError(
+            f"expected all units of the job in {job.path}, got some that workers finished and that "
+            "are not there; choose a folder that all machines share"
+        )
+    print(f"{job.path}: the share of rank {rank} of {world} is done; others are not yet")
+    return {"complete": False, "rank": rank, "world": world}
+
+
+def split_names(text: str, known: Callable[[str], bool]) -> list[str]:
+    """Split a text at its commas, except in names that are known or in double quotes.
+
+    >>> split_names('red, big,cat,"a,b"', ["red, big", "cat", "a", "a,b"].__contains__)
+    ['red, big', 'cat', 'a,b']
+    """
+    parts, names = next(csv.reader([text]), []), []
+    while parts:
+        sizes = range(len(parts), 0, -1)
+        size = next((n for n in sizes if known(",".join(parts[:n]))), 0)
+        names.append(",".join(parts[:size]) if size else parts[0].strip())
+        parts = parts[size or 1 :]
+    return names
+
+
+def recipe_of(bank: LatentBank, backbone: str | None = None) -> dict[str, Any]:
+    """Return the arguments of `load_backbone` that make a bank's backbone, or another one."""
+    from augment.diffusion import local_recipe
+
+    recipe = bank.recipe
+    if backbone:
+        recipe = local_recipe({**bank.manifest.recipe, "name_or_path": backbone}, named=True)
+    place = Path(recipe["name_or_path"])
+    if place.is_absolute() and not place.exists():
+        raise UserError(
+            f"expected the backbone that made the bank at {place}, got nothing there; say where it "
+            "is with --backbone"
+        )
+    return recipe
+
+
+def summarize_bank(path: Path) -> Record:
+    """Print what a bank holds, and what the bias of its latents would do to a mixture."""
+    from augment.bank.bank import LatentBank
+    from augment.measure.health import findings
+    from augment.sources.source import warn_of_copies
+
+    bank = LatentBank.open(path)
+    count = sum(map(len, bank.members.values()))
+    print(f"{path}: {count} latents of {len(bank.classes)} classes")
+    rejects = sum(chunk.rejected for chunks in bank.chunks.values() for chunk in chunks)
+    if rejects:
+        print(f"{rejects} images are left out: see {path / 'rejects.jsonl'}")
+    digests = ((i, name, d) for name in bank.classes for i, d in bank.digests(name).items())
+    warn_of_copies(digests, "inverted")
+    worst = max(bank.classes, key=bank.largest_mean)
+    health = bank.health(worst)
+    print(f"\nclass {worst}, whose channel means are largest:")
+    print("\n".join(map(str, findings([health], bank.inverted_by))))
+    place, out = shlex.quote(str(path)), shlex.quote(str(path.with_name("synthetic")))
+    print(f"\nnext: latent-augment synthesize {place} --out {out}")
+    return {
+        "complete": True, "bank": str(path), "latents": count, "classes": len(bank.classes),
+        "rejects": rejects, "most_biased": worst,
+        "bias": health.statistics.largest[0], "biased": health.statistics.biased,
+    }  # fmt: skip
