@@ -1,7 +1,7 @@
 """Draw what centroids of many latents become under four rules: ``python scripts/draw_rules.py``.
 
-The first picture of the README: of each class four of 32 embedded images, their latents sampled
-back, and the centroid of all 32 latents in equal parts.
+The first picture of the README: for each class four of 32 embedded images, sampled back from their
+latents, and the centroid of all 32 latents in equal parts.
 """
 
 import argparse

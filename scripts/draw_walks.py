@@ -1,7 +1,7 @@
 """Draw every walk between two latents of a bank: ``python scripts/draw_walks.py --bank BANK``.
 
-The picture in docs is that of the demo's bank: a walk a row, from the first image of one class to
-the first of another.
+The picture in docs is of the demo's bank: a walk a row, from the first image of one class to the
+first of another.
 """
 
 import argparse

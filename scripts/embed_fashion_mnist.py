@@ -2,8 +2,8 @@
 
     python scripts/embed_fashion_mnist.py
 
-The backbone and the oracle are trained on the training split alone, so nothing in the package has
-seen these images.
+The backbone and the feature network are trained on the training split alone, so nothing in the
+package has seen these images.
 """
 
 from pathlib import Path
@@ -17,9 +17,9 @@ from augment.sources.fashion import DATA, SHOTS, TESTS
 def main() -> None:
     """Write the archive."""
     images, labels = load_split("test")
-    dice = np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     rows = np.stack(
-        [dice.permutation(np.flatnonzero(labels.numpy() == c))[: SHOTS + TESTS] for c in range(10)]
+        [rng.permutation(np.flatnonzero(labels.numpy() == c))[: SHOTS + TESTS] for c in range(10)]
     )
     pixels = (images[:, 0] * 255).round().byte().numpy()[rows]
     np.savez_compressed(DATA, pixels=pixels, rows=rows.astype(np.int16))

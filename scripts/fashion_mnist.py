@@ -1,4 +1,4 @@
-"""Fashion-MNIST in full, for the scripts: Debian's package, else torchvision's download.
+"""Fashion-MNIST in full, for the scripts: Debian's package, or torchvision's download.
 
 Xiao, Rasul, Vollgraf, *Fashion-MNIST*, arXiv 1708.07747 (MIT).
 """
@@ -10,32 +10,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-CLASSES = (
-    "T-shirt",
-    "Trouser",
-    "Pullover",
-    "Dress",
-    "Coat",
-    "Sandal",
-    "Shirt",
-    "Sneaker",
-    "Bag",
-    "Ankle boot",
-)
+from augment.sources.fashion import CLASSES
+
+__all__ = ["CLASSES", "load_split"]
+
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")
 
 
 def load_split(split: str) -> tuple[Tensor, Tensor]:
-    """Images (N, 1, 28, 28) float32 in [0, 1] and labels (N,) of ``train`` or ``test``."""
+    """Load images (N, 1, 28, 28) float32 in [0, 1] and labels (N,) of ``train`` or ``test``."""
     if DEBIAN.is_dir():
         stem = {"train": "train", "test": "t10k"}[split]
         pixels = gzip.decompress((DEBIAN / f"{stem}-images-idx3-ubyte.gz").read_bytes())
         labels = gzip.decompress((DEBIAN / f"{stem}-labels-idx1-ubyte.gz").read_bytes())
         images = np.frombuffer(pixels, np.uint8, offset=16).reshape(-1, 1, 28, 28)
-        targets = np.frombuffer(labels, np.uint8, offset=8)
-        return torch.from_numpy(images / np.float32(255)), torch.from_numpy(
-            targets.astype(np.int64)
-        )
+        targets = np.frombuffer(labels, np.uint8, offset=8).astype(np.int64)
+        return torch.from_numpy(images / np.float32(255)), torch.from_numpy(targets)
     from torchvision.datasets import FashionMNIST
 
     data = FashionMNIST("runs/data", train=split == "train", download=True)

@@ -5,10 +5,10 @@
     python scripts/few_shot_table.py fashion --tune              # the grid that settings come from
 
 Every row trains the same small network for the same number of steps; only the images differ. Shots
-are drawn from images that the backbone did not see (of each class 32 embedded ones; CIFAR-10's
-first 100), and tested on others that it did not see (200 a class; CIFAR-10's last 200). *Twice the
-shots* is the yardstick. Settings are chosen by ``--tune`` on images that neither draw nor test
-takes: Fashion-MNIST's training split, CIFAR-10's images 3800 … 3999. Finished runs stay in --out.
+are drawn from images that the backbone did not see (32 embedded ones a class; CIFAR-10's first
+100), and tested on others that it did not see (200 a class; CIFAR-10's last 200). *Twice the shots*
+is the yardstick. ``--tune`` chooses settings on images that are neither drawn nor tested:
+Fashion-MNIST's training split, CIFAR-10's images 3800 … 3999. Finished runs stay in ``--out``.
 """
 
 import argparse
@@ -52,13 +52,13 @@ class Row:
 
     Args:
         name: as printed.
-        kind: none, centroids, pixels or prompts.
-        rule, alpha, members, noise: of centroids.
-        share: of synthetic draws.
+        kind: of the synthetic images: none, centroids, pixels or prompts.
+        rule, alpha, members, noise: how centroids are mixed.
+        share: share of synthetic draws.
         per_class: synthetic images a class.
         augment: classical augmentation.
         cutmix, mixup: their α.
-        times: so many times the shots.
+        times: factor of the number of shots.
     """
 
     name: str
@@ -105,7 +105,7 @@ TUNED = (
 
 
 class Images(Dataset[tuple[Tensor, int]]):
-    """Images at hand."""
+    """Images in memory."""
 
     def __init__(self, images: Tensor, targets: list[int]) -> None:
         self.images, self.targets = images, targets
@@ -118,7 +118,7 @@ class Images(Dataset[tuple[Tensor, int]]):
 
 
 class Bench:
-    """One data set: where shots and tests come from, and the bank of all that may be drawn."""
+    """A data set: where shots and tests come from, and the bank of all images to draw from."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args, self.out = args, args.out / args.data
@@ -136,56 +136,52 @@ class Bench:
 
     @property
     def names(self) -> list[str]:
-        """The classes."""
+        """Return the classes."""
         return self.pool.classes
 
     def fashion(self) -> tuple[Source, Source]:
-        """The embedded images; to tune by, others of the training split."""
+        """Return the embedded images; with ``--tune``, images of the training split."""
         if not self.args.tune:
             pool = write_fashion(self.out / "pool", "shots")
             return Folder(pool), Folder(write_fashion(self.out / "test", "test"))
         images, labels = load_split("train")
         for label, name in enumerate(CLASSES):
-            mine = images[labels == label]
+            own = images[labels == label]
             for part, first, count in (("pool", 0, 32), ("test", 1000, 200)):
                 for number in range(count):
                     path = self.out / part / name / f"{number:03d}.png"
                     if not path.exists():
-                        save_image(mine[first + number], path)
+                        save_image(own[first + number], path)
         return Folder(self.out / "pool"), Folder(self.out / "test")
 
     def cifar(self) -> tuple[Source, Source]:
-        """CIFAR-10 in class folders."""
+        """Return parts of CIFAR-10 in class folders."""
         root = self.args.images
         last = Slice(root, 3800, 4000) if self.args.tune else Slice(root, -200)
         return Slice(root, 0, 100), last
 
     def synthetic(self, row: Row, real: Source, seed: int) -> tuple[Any, float]:
-        """The synthetic images of a row, and the CPU seconds they took."""
+        """Make the synthetic images of a row; return them and the CPU seconds they took."""
         if row.kind == "none":
             return None, 0.0
         begun = time.process_time()
-        known = {image_id for ids in real.ids.values() for image_id in ids}
-        bank = self.bank.subset(known.__contains__)
-        dice = {"alpha": row.alpha, "noise": row.noise, "members": row.members}
+        drawn = {image_id for ids in real.ids.values() for image_id in ids}
+        bank = self.bank.subset(drawn.__contains__)
         if row.kind == "centroids":
             made: Any = SyntheticDataset(
                 bank, self.backbone, row.rule, per_class=row.per_class, seed=seed, solver="fast",
-                keep=True, **dice,
+                keep=True, alpha=row.alpha, noise=row.noise, members=row.members,
             )  # fmt: skip
             made.__getitems__(range(len(made)))
         else:
             count = row.per_class * len(self.names)
-            images = (
-                self.pixels(bank, real, count, seed)
-                if row.kind == "pixels"
-                else (self.prompted(count, seed))
-            )
+            pixels = row.kind == "pixels"
+            images = self.pixels(bank, real, count, seed) if pixels else self.prompted(count, seed)
             made = Images(images, [index % len(self.names) for index in range(count)])
         return made, time.process_time() - begun
 
     def pixels(self, bank: LatentBank, real: Source, count: int, seed: int) -> Tensor:
-        """The plans that centroids follow, applied to the pixels themselves."""
+        """Mix pixels by the plans that centroids follow."""
         planner, images = Planner(bank.members, seed), []
         for plan in (planner(0, index) for index in range(count)):
             points = torch.stack([real.load(i, self.channels, 32) for i in plan.members])
@@ -194,27 +190,25 @@ class Bench:
         return torch.stack(images)
 
     def prompted(self, count: int, seed: int) -> Tensor:
-        """Samples of noise by coarse prompts: what the backbone knows of a class without images.
+        """Sample noise by coarse prompts, with no image of the class.
 
-        The noise has the channel means of the bank, without which they are too bright.
+        The noise has the channel means of the bank; without them the samples are too bright.
         """
         means = torch.cat([self.bank.latents(name) for name in self.names]).mean((0, 2, 3))
         shape = self.backbone.latent_shape
         noise = torch.stack([normal(rng(seed, "noise", 0, i), *shape) for i in range(count)])
         texts = [self.words[self.names[index % len(self.names)]] for index in range(count)]
-        return sample(
-            self.backbone, noise + means.view(-1, 1, 1), texts, "fireflow", 10, guidance=2.0
-        )
+        noise = noise + means.view(-1, 1, 1)
+        return sample(self.backbone, noise, texts, "fireflow", 10, guidance=2.0)
 
     def run(self, row: Row, shots: int, seed: int) -> dict[str, float]:
-        """Accuracy and CPU seconds of one training; read back if it was measured before."""
+        """Return accuracy and CPU seconds of a training, which are read if it is done already."""
         name = "".join(c if c.isalnum() or c == "." else "-" for c in row.name)
         done = self.out / "runs" / f"{name}-{shots}-{seed}.json"
         settings = json.loads(json.dumps({**asdict(row), "steps": STEPS}))
         if done.exists() and (found := json.loads(done.read_text()))["settings"] == settings:
             return found
-        most = min(self.pool.counts)
-        real = FewShot(self.pool, min(row.times * shots, most), seed)
+        real = FewShot(self.pool, min(row.times * shots, *self.pool.counts), seed)
         fake, made = self.synthetic(row, real, seed)
         torch.manual_seed(seed)
         data = ImageData(
@@ -233,13 +227,17 @@ class Bench:
         return result
 
 
-def told(values: list[float]) -> str:
-    """Mean and 95 % interval, %."""
+def ci95(values: list[float]) -> str:
+    """Format mean and 95 % interval in %."""
     return f"{100 * statistics.mean(values):.1f} ± {100 * interval(values):.1f}"
 
 
 def report(bench: Bench, rows: tuple[Row, ...], shots: list[int], found: dict[Any, Any]) -> None:
     """Print the tables and draw the plot."""
+
+    def mean(name: str, n: int) -> float:
+        return statistics.mean(100 * found[name, n, seed]["accuracy"] for seed in range(SEEDS))
+
     print("\naccuracy, %, and gain over classical, paired by seed; ± 95 % (Student's t)\n")
     print("| row | " + " | ".join(f"{n} shots" for n in shots) + " | CPU seconds, 5 shots |")
     print("|---" * (len(shots) + 2) + "|")
@@ -250,18 +248,14 @@ def report(bench: Bench, rows: tuple[Row, ...], shots: list[int], found: dict[An
             runs = [found[row.name, n, seed]["accuracy"] for seed in range(SEEDS)]
             base = [found[BASE, n, seed]["accuracy"] for seed in range(SEEDS)]
             gains = [a - b for a, b in zip(runs, base, strict=True)]
-            gain = "" if row.name == BASE else f" ({told(gains)})"
-            cells.append(told(runs) + gain)
+            gain = "" if row.name == BASE else f" ({ci95(gains)})"
+            cells.append(ci95(runs) + gain)
         cost = [found[row.name, middle, seed] for seed in range(SEEDS)]
         made, spent = (statistics.mean(c[k] for c in cost) for k in ("synthesis_s", "training_s"))
         print(f"| {row.name} | " + " | ".join(cells) + f" | {made:.1f} + {spent:.1f} |")
     figure, axes = plt.subplots(figsize=(8, 5))
     for row in rows:
-        means = [
-            statistics.mean(100 * found[row.name, n, seed]["accuracy"] for seed in range(SEEDS))
-            - statistics.mean(100 * found[BASE, n, seed]["accuracy"] for seed in range(SEEDS))
-            for n in shots
-        ]
+        means = [mean(row.name, n) - mean(BASE, n) for n in shots]
         style = "k--" if row.name == TWICE else "k-" if row.name == BASE else "-"
         axes.plot(range(len(shots)), means, style, label=row.name, marker=".")
     axes.set_xticks(range(len(shots)), [str(n) for n in shots])
@@ -279,8 +273,8 @@ def main() -> None:
     parser.add_argument("--backbone", default="tiny-cifar")
     parser.add_argument("--shots", type=int, nargs="+", default=list(SHOTS))
     parser.add_argument("--tune", action="store_true")
-    parser.add_argument("--lora", type=Path, help="smooth the backbone; takes an --out of its own")
-    parser.add_argument("--rows", nargs="+", help="some of the table's; classical is always there")
+    parser.add_argument("--lora", type=Path, help="LoRA of the backbone; use another --out")
+    parser.add_argument("--rows", nargs="+", help="names of rows; classical is always there")
     parser.add_argument("--out", type=Path, default=Path("runs/few-shot"))
     args = parser.parse_args()
     if args.tune:

@@ -1,5 +1,7 @@
-"""A training of days on one core, which stops at any time and goes on from where it was."""
+"""Trainings of days on one core that can be stopped at any time and resume."""
 
+import argparse
+import copy
 import csv
 import signal
 import sys
@@ -9,7 +11,7 @@ from types import FrameType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 SAVE_EVERY, LOG_EVERY = 600.0, 100  # seconds, steps
@@ -17,22 +19,22 @@ HEADER = "step,images,hours,core_hours,loss,images_per_s\n"
 
 
 def half_precision(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Copy a state in float16, but for whole numbers."""
+    """Copy a state in float16, except for whole numbers."""
     floats = {k: v.half() if v.is_floating_point() else v for k, v in state.items()}
     return {k: v.contiguous() for k, v in floats.items()}
 
 
 class LongRun:
-    """What a checkpoint holds, the clocks, and the loop.
+    """The checkpoint, the clocks and the loop.
 
-    A subclass defines `loss`, `update` and `write`. What a step draws has to be a function of its
-    number, so that a run that was stopped is the run that was not.
+    A subclass defines `loss`, `update` and `write`. What a step draws must be a function of its
+    number, so that a stopped run ends with the same weights as one that was not stopped.
 
     Args:
         folder: where ``last.pt`` and ``log.csv`` are.
-        steps: how many in all.
+        steps: number in all.
         batch: images a step.
-        parts: what has a ``state_dict``, by name.
+        parts: objects with a ``state_dict``, by name.
     """
 
     def __init__(self, folder: Path, steps: int, batch: int, **parts: Any) -> None:
@@ -47,7 +49,7 @@ class LongRun:
 
     @property
     def clocks(self) -> dict[str, Any]:
-        """The step, and hours by the wall and of the core."""
+        """Return the step, wall hours and CPU hours."""
         return {"step": self.step, "hours": self.hours, "core_hours": self.core_hours}
 
     def loss(self) -> Tensor:
@@ -59,7 +61,7 @@ class LongRun:
         raise NotImplementedError
 
     def write(self) -> None:
-        """Write what others read, beside the checkpoint."""
+        """Write the result beside the checkpoint."""
         raise NotImplementedError
 
     def save(self) -> None:
@@ -81,8 +83,8 @@ class LongRun:
             signal.signal(number, halt)
         log = self.folder / "log.csv"
         lines = log.read_text().splitlines(keepends=True)[1:] if log.exists() else []
-        known = [line for line in lines if int(line.split(",")[0]) <= self.step]
-        log.write_text("".join([HEADER, *known]))
+        done = [line for line in lines if int(line.split(",")[0]) <= self.step]
+        log.write_text("".join([HEADER, *done]))
         saved = wall = time.monotonic()
         core, losses = time.process_time(), []
         with tqdm(total=self.steps, initial=self.step, mininterval=10, unit="step") as bar:
@@ -104,13 +106,48 @@ class LongRun:
                     saved = now
         self.save()
         if halted:
-            sys.exit(f"stopped at step {self.step}; the same command goes on")
+            sys.exit(f"stopped at step {self.step}; the same command resumes")
 
     def log(self, path: Path, losses: list[float], bar: tqdm) -> None:
-        """Add a line, and show loss and pace."""
+        """Add a line to the log, and show loss and pace."""
         mean, pace = sum(losses) / len(losses), bar.format_dict["rate"] or 0.0
         hours = f"{self.hours:.4f}", f"{self.core_hours:.4f}"
         row = self.step, self.step * self.batch, *hours, f"{mean:.5f}", f"{pace * self.batch:.1f}"
         with path.open("a", newline="") as file:
             csv.writer(file, lineterminator="\n").writerow(row)
         bar.set_postfix(loss=f"{mean:.4f}", images_per_s=f"{pace * self.batch:.0f}")
+
+
+class DenoiserRun(LongRun):
+    """A training of a denoising network, with a running average of its weights.
+
+    A subclass defines `loss`, `write`, `rate` and `decay`.
+    """
+
+    def __init__(self, args: argparse.Namespace, network: nn.Module) -> None:
+        self.args, self.network = args, network
+        self.average = copy.deepcopy(network).requires_grad_(False)
+        self.optimizer = torch.optim.AdamW(
+            network.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=1e-2
+        )
+        parts = {"network": network, "average": self.average, "optimizer": self.optimizer}
+        super().__init__(args.run, args.steps, args.batch, **parts)
+
+    def rate(self) -> float:
+        """Return the learning rate of the step."""
+        raise NotImplementedError
+
+    def decay(self) -> float:
+        """Return the weight of the old average in the new one."""
+        raise NotImplementedError
+
+    def update(self, loss: Tensor) -> None:
+        """Make one step of the optimiser, and one of the running average."""
+        self.optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
+        self.optimizer.param_groups[0]["lr"] = self.rate()
+        self.optimizer.step()
+        with torch.no_grad():
+            pairs = [list(net.parameters()) for net in (self.average, self.network)]
+            torch._foreach_lerp_(*pairs, 1 - self.decay())

@@ -1,7 +1,8 @@
 """Make docs/quick-start.ipynb of docs/quick-start.md: ``python scripts/make_notebook.py``.
 
-Text becomes Markdown cells, ``bash`` blocks cells of commands, ``python`` blocks cells of code;
-what needs a download stays text. It is run in a folder with small JPEGs of the embedded images.
+Text becomes Markdown cells, ``bash`` blocks become cells of commands, ``python`` blocks cells of
+code; commands that need a download stay text. The notebook runs in a folder with small JPEGs of the
+embedded images.
 """
 
 import os
@@ -22,10 +23,10 @@ RUN = re.compile(r"^```(bash|python)\n(.*?)^```\n", re.MULTILINE | re.DOTALL)
 
 
 def write_photos(root: Path) -> None:
-    """Three classes of five images to learn from, and two to test on."""
-    some = write_fashion(root / "embedded", "shots", few_shots(0, 7))
+    """Write three classes of five images to train on, and two to test on."""
+    embedded = write_fashion(root / "embedded", "shots", few_shots(0, 7))
     for name in ("Sandal", "Coat", "Bag"):
-        for number, path in enumerate(sorted((some / name).glob("*.png"))):
+        for number, path in enumerate(sorted((embedded / name).glob("*.png"))):
             folder = root / ("photos" if number < 5 else "photos-test") / name
             folder.mkdir(parents=True, exist_ok=True)
             picture = Image.open(path).convert("RGB").resize((60 + 7 * number, 80 - 5 * number))
@@ -33,7 +34,7 @@ def write_photos(root: Path) -> None:
 
 
 def cells(text: str) -> list[nbformat.NotebookNode]:
-    """The cells of a page."""
+    """Return the cells of a page."""
     found, at = [], 0
     for match in RUN.finditer(text):
         if before := text[at : match.start()].strip():

@@ -1,9 +1,9 @@
 """Photograph the pages that are in the README: ``python scripts/screenshots.py [--page report]``.
 
 A page is a function in `PAGES`: it takes a browser and the folder of a small demo (embedded images,
-`tiny`), which is made once under ``runs/screenshots``, and writes its picture to ``docs``. Needs
-the extra ``browser`` (and ``explore`` for the explorer) and Debian's ``chromium``; with the font
-Inter (``apt-get install fonts-inter``) the pictures look as those that are there.
+`tiny`), which is made once under ``runs/screenshots``, and writes its picture to ``docs``. It needs
+the extra ``browser`` (and ``explore`` for the explorer) and Debian's ``chromium``. The existing
+pictures have the font Inter (``apt-get install fonts-inter``).
 """
 
 import argparse
@@ -31,7 +31,7 @@ DOCS = Path("docs")
 
 
 def make_demo(root: Path) -> Path:
-    """A bank of 16 images a class and shards by ``fix/0``, so that there is something to see."""
+    """Make a bank of 16 images a class, and shards by ``fix/0``, whose faults are visible."""
     backbone = load_backbone("tiny")
     source = Folder(write_fashion(root / "images", "shots", list(range(16))))
     bank = fill_bank(root / "bank", backbone, source)
@@ -46,7 +46,7 @@ def make_demo(root: Path) -> Path:
 
 
 def report(browser: Browser, root: Path) -> None:
-    """The report: health and classes in light, an image's detail and classes in dark."""
+    """Photograph the report: health and classes in light, an image and classes in dark."""
     file, bank = root / "report.html", LatentBank.open(root / "bank")
     command = f"latent-augment report --bank {bank.path} --shards {root / 'shards'} --out {file}"
     write_report(bank, file, root / "shards", load_backbone(**bank.recipe), command=command)
@@ -65,7 +65,7 @@ def report(browser: Browser, root: Path) -> None:
 
 
 def explorer(browser: Browser, root: Path) -> None:
-    """The explorer: a mixture under two rules in light, a walk in dark."""
+    """Photograph the explorer: a mixture under two rules in light, a walk in dark."""
     bank = LatentBank.open(root / "bank")
     model = Explorer(bank, load_backbone(**bank.recipe), bank.recipe, out=root / "kept")
     blocks, shots = serve(model, port=7897), []
@@ -81,14 +81,14 @@ def explorer(browser: Browser, root: Path) -> None:
 
 
 def choose(page: Page, control: str, option: str) -> None:
-    """Choose from a list of the explorer's."""
+    """Choose from a list of the explorer."""
     page.get_by_role("combobox", name=control, exact=True).click()
     page.get_by_role("option", name=option, exact=True).click()
     page.wait_for_timeout(3000)
 
 
 def mix(page: Page) -> None:
-    """Three dresses, as they are first and as the dice throw them; both are kept."""
+    """Mix three dresses, the first members and drawn ones; keep both images."""
     choose(page, "Class", "Dress")
     page.locator("#keep-a").click()
     page.get_by_role("button", name="Draw members").click()
@@ -98,7 +98,7 @@ def mix(page: Page) -> None:
 
 
 def stroll(page: Page) -> None:
-    """A walk, stopped on its way."""
+    """Play a walk, and stop it on its way."""
     page.get_by_role("tab", name="Walk").click()
     choose(page, "To", "Sneaker")
     page.get_by_role("button", name="Walk", exact=True).click()
@@ -113,7 +113,7 @@ PAGES: dict[str, Callable[[Browser, Path], Any]] = {"report": report, "explorer"
 
 
 def opened(browser: Browser, file: Path, scheme: str = "light") -> Page:
-    """A page of a file, in light or dark."""
+    """Open a file, in light or dark."""
     view: Any = {"width": 1240, "height": 1000}
     page = browser.new_page(viewport=view, color_scheme=scheme)  # type: ignore[arg-type]
     page.goto(file.resolve().as_uri())
@@ -122,13 +122,13 @@ def opened(browser: Browser, file: Path, scheme: str = "light") -> Page:
 
 
 def photographed(page: Page, path: Path) -> Path:
-    """What is seen of a page, as a PNG."""
+    """Write what is visible of a page as a PNG file; return its path."""
     page.screenshot(path=path)
     return path
 
 
 def tiled(paths: list[Path], columns: int = 2, gap: int = 24) -> Image.Image:
-    """Pictures of one size in rows, at two thirds of it, in 256 colours."""
+    """Tile pictures of one size in rows, at two thirds of that size, in 256 colours."""
     pictures = [Image.open(path).convert("RGB") for path in paths]
     width, height = (side * 2 // 3 for side in pictures[0].size)
     rows = -(-len(pictures) // columns)

@@ -2,8 +2,8 @@
 
     python scripts/train_features.py        # about 9 minutes on one core
 
-Writes augment/networks/fashion.safetensors and prints what its card says. A classifier of ten
-classes: flips, shifts by up to two pixels, dropout; nothing was tuned on the test split.
+Writes augment/networks/fashion.safetensors and prints the accuracy of its model card. A classifier
+of ten classes: flips, shifts by up to two pixels, dropout; nothing was tuned on the test split.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from augment.sources.images import prepare
 
 
 def jitter(images: Tensor) -> Tensor:
-    """Flip each image or not, and shift it by up to 2 pixels."""
+    """Flip each image at random, and shift it by up to 2 pixels."""
     images = torch.where(torch.rand(len(images), 1, 1, 1) < 0.5, images.flip(-1), images)
     (top, left), span = torch.randint(5, (2, len(images), 1, 1)), torch.arange(32)
     which = torch.arange(len(images))[:, None, None]
@@ -30,7 +30,7 @@ def jitter(images: Tensor) -> Tensor:
 
 
 def train(epochs: int) -> FashionNet:
-    """By AdamW with a one-cycle schedule."""
+    """Train by AdamW with a one-cycle schedule."""
     torch.manual_seed(0)
     network = FashionNet().to(memory_format=torch.channels_last)
     images, labels = load_split("train")

@@ -1,11 +1,11 @@
-"""Train ResNet-12 on CIFAR-FS's base classes, and try it on 5-way episodes of the others.
+"""Train ResNet-12 on CIFAR-FS's base classes, and test it on 5-way episodes of the others.
 
     OMP_NUM_THREADS=1 nice -n 19 python scripts/train_resnet12.py CIFAR100 --run RUN [--width 32]
 
 ``CIFAR100`` holds CIFAR-100's training images in class folders. The network learns from all but
-the last 50 images of each base class, on which it is tested. Stop it when you like: the same
-command goes on from ``RUN``. At the end, and with ``--report`` from the last checkpoint, it prints
-its accuracy and writes ``features.safetensors``: features of length 1 of all images, by part.
+the last 50 images of each base class, on which it is tested. Stop it at any time: the same command
+resumes from ``RUN``. At the end, and with ``--report`` from the last checkpoint, it prints its
+accuracy and writes ``features.safetensors``: features of length 1 of all images, by part.
 
 Published with 600 images of each base class and 90 epochs at full width: 71.5 ± 0.8 and
 86.0 ± 0.5 % at 1 and 5 shots (Tian et al., arXiv 2003.11539, table 2, a logistic head on features
@@ -38,7 +38,7 @@ MEAN, DEVIATION = (0.507, 0.487, 0.441), (0.267, 0.256, 0.276)
 
 
 def normalised(images: Tensor) -> Tensor:
-    """Centre images (n, 3, h, w) in [0, 1], and bring them to unit variance."""
+    """Centre images (n, 3, h, w) in [0, 1], and scale them to unit variance."""
     mean, deviation = (torch.tensor(v).view(-1, 1, 1) for v in (MEAN, DEVIATION))
     return (images - mean) / deviation
 
@@ -65,7 +65,7 @@ class Run(LongRun):
         super().__init__(args.run, steps, args.batch, **parts)
 
     def loss(self) -> Tensor:
-        """Measure cross-entropy of the step's batch, mirrored or not and shifted."""
+        """Return the cross-entropy of the step's batch, mirrored and shifted at random."""
         epoch, place = divmod(self.step, self.per_epoch)
         order = torch.Generator().manual_seed(self.args.seed * 1_000_003 + epoch)
         rows = torch.randperm(len(self.images), generator=order)
@@ -83,7 +83,7 @@ class Run(LongRun):
         return F.cross_entropy(self.network.train()(images), labels)
 
     def update(self, loss: Tensor) -> None:
-        """Make a step, at a rate that rises in the first twentieth and falls as a half cosine."""
+        """Make a step; the rate rises in the first twentieth, then falls as a half cosine."""
         share = self.step / self.steps
         cosine = 0.5 * (1 + math.cos(math.pi * share))
         self.optimizer.param_groups[0]["lr"] = self.args.lr * min(1.0, 20 * share + 1e-3) * cosine

@@ -10,13 +10,12 @@
 The last ends at pure noise, where Stable Diffusion's own schedule leaves 7 % of the latent.
 ``augment/diffusion/backbones/weights/*.md`` have the commands of the weights in the package. The
 images are Fashion-MNIST's 60 000 training images, of Debian's package ``dataset-fashion-mnist`` or
-of torchvision's download; or CIFAR-10's in class folders, of which the first 100 of each class are
-left out, to draw few shots from, and those from the 4000th on, to test with.
-Interrupt it when you like: the same command goes on from the last checkpoint in ``--run``.
+of torchvision's download; or CIFAR-10's in class folders. Of those the first 100 of each class are
+left out, for few shots, and so are those from the 4000th on, for tests. Interrupt it at any time:
+the same command resumes from the last checkpoint in ``--run``.
 """
 
 import argparse
-import copy
 import json
 import math
 from pathlib import Path
@@ -24,9 +23,9 @@ from typing import NamedTuple
 
 import torch
 from fashion_mnist import CLASSES, load_split
-from long_run import LongRun, half_precision
+from long_run import DenoiserRun, half_precision
 from safetensors.torch import load_file, save
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from augment.core.files import sha256, write_bytes
@@ -51,7 +50,7 @@ UNET = {
 
 
 class Data(NamedTuple):
-    """What a backbone learns from: clean latents of unit variance, and what makes them."""
+    """Clean latents of unit variance with their prompts, and how they are made."""
 
     clean: Tensor
     prompts: Tensor
@@ -62,7 +61,7 @@ class Data(NamedTuple):
 
 
 def load_fashion() -> Data:
-    """Fashion-MNIST: grey, and white is zero."""
+    """Load Fashion-MNIST: grey, and white is zero."""
     images, labels = load_split("train")
     prompts = torch.tensor([PROMPTS.index(COARSE[name]) for name in CLASSES])[labels]
     clean = torch.cat([haar(prepare(part, 1, 32) - 1.0) for part in images.split(1000)])
@@ -71,7 +70,7 @@ def load_fashion() -> Data:
 
 
 def load_cifar(root: Path) -> Data:
-    """CIFAR-10 in class folders, `KEPT` of each: colour, and mid grey is zero."""
+    """Load CIFAR-10 from class folders, `KEPT` of each: colour, and mid grey is zero."""
     folder = Folder(root)
     kept = [(name, i) for name, names in folder.ids.items() for i in names[KEPT]]
     images = torch.stack([folder.load(i, 3, 32) for _, i in tqdm(kept, "images")])
@@ -83,43 +82,39 @@ def load_cifar(root: Path) -> Data:
 
 
 def mirrored(clean: Tensor) -> Tensor:
-    """The clean latents of mirror images."""
-    sign = torch.tensor([1.0, -1.0, 1.0, -1.0]).repeat(clean.shape[1] // 4)
+    """Return the clean latents of the mirror images."""
+    sign = torch.tensor([1.0, -1.0, 1.0, -1.0], device=clean.device).repeat(clean.shape[1] // 4)
     return clean.flip(-1) * sign.view(-1, 1, 1)
 
 
-class Run(LongRun):
-    """The network, its running average, its optimiser and the schedule of its rate."""
+class Run(DenoiserRun):
+    """A training of ``tiny``'s network by v-prediction."""
 
     def __init__(self, args: argparse.Namespace, data: Data) -> None:
         torch.manual_seed(args.seed)
-        self.args, self.data = args, data
+        self.data = data
         self.process = {"prediction": "v"} | ({"zero_terminal_snr": True} if args.zero_snr else {})
         self.alphas2 = VariancePreserving(**self.process).alphas_cumprod[1:].float()
         channels = data.clean.shape[1]
         sizes = {"in_channels": channels, "out_channels": channels}
         self.unet = UNET | sizes | {"num_class_embeds": len(data.words)}
-        self.network = build_network(self.unet)
+        network = build_network(self.unet)
         if args.start:
-            self.network.load_state_dict(load_file(args.start))
-        self.average = copy.deepcopy(self.network).requires_grad_(False)
-        self.optimizer = torch.optim.AdamW(
-            self.network.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=1e-2
-        )
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self.rate)
-        parts = ("network", "average", "optimizer", "schedule")
-        super().__init__(
-            args.run, args.steps, args.batch, **{name: getattr(self, name) for name in parts}
-        )
-        self.predict = torch.compile(self.network) if args.bf16 else self.network
+            network.load_state_dict(load_file(args.start))
+        super().__init__(args, network)
+        self.predict = torch.compile(network) if args.bf16 else network
 
-    def rate(self, step: int) -> float:
-        """200 steps of warm-up, then a half cosine to 2 %."""
-        cosine = 0.5 * (1 + math.cos(math.pi * step / self.args.steps))
-        return min(1.0, (step + 1) / 200) * (0.02 + 0.98 * cosine)
+    def rate(self) -> float:
+        """Warm up over 200 steps, then follow a half cosine to 2 %."""
+        cosine = 0.5 * (1 + math.cos(math.pi * self.step / self.steps))
+        return self.args.lr * (min(1.0, (self.step + 1) / 200) * (0.02 + 0.98 * cosine))
+
+    def decay(self) -> float:
+        """Average over the last 2000 steps, fewer at the start."""
+        return min(0.9995, (self.step + 1) / (self.step + 20))
 
     def loss(self) -> Tensor:
-        """v-prediction loss of the step's batch, whose draws are a function of the step."""
+        """Return the v-prediction loss of the step's batch, which is a function of the step."""
         generator = torch.Generator().manual_seed(self.args.seed * 1_000_003 + self.step)
         clean, prompts, count = self.data.clean, self.data.prompts, self.batch
         rows = torch.randint(len(clean), (count,), generator=generator)
@@ -135,18 +130,6 @@ class Run(LongRun):
         with torch.autocast("cpu", torch.bfloat16, enabled=self.args.bf16):
             out = self.predict(alpha * z + sigma * noise, times, words, return_dict=False)[0]
         return (out.float() - (alpha * noise - sigma * z)).square().mean()
-
-    def update(self, loss: Tensor) -> None:
-        """One optimiser step, and one of the running average."""
-        self.optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
-        self.optimizer.step()
-        self.schedule.step()
-        decay = min(0.9995, (self.step + 1) / (self.step + 20))
-        with torch.no_grad():
-            pairs = [list(net.parameters()) for net in (self.average, self.network)]
-            torch._foreach_lerp_(*pairs, 1 - decay)
 
     def write(self) -> None:
         """Write the averaged weights in float16."""
@@ -168,8 +151,8 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--images", type=Path, help="CIFAR-10 in class folders")
-    parser.add_argument("--start", type=Path, help="weights to go on from")
-    parser.add_argument("--zero-snr", action="store_true", help="a schedule that ends at noise")
+    parser.add_argument("--start", type=Path, help="weights to begin with")
+    parser.add_argument("--zero-snr", action="store_true", help="schedule that ends at pure noise")
     parser.add_argument("--run", type=Path, default=Path("runs/tiny"))
     parser.add_argument("--out", type=Path, default=WEIGHTS)
     parser.add_argument("--bf16", action="store_true")

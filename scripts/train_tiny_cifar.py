@@ -1,29 +1,27 @@
-"""Train tiny-cifar: a backbone that knows CIFAR-FS's 64 base classes, and no other.
+"""Train tiny-cifar: a backbone of CIFAR-FS's 64 base classes, and no other.
 
     OMP_NUM_THREADS=1 nice -n 19 python scripts/train_tiny_cifar.py CIFAR100 --run RUN
 
-``CIFAR100`` holds CIFAR-100's training images in class folders. Stop it when you like: the same
-command goes on from the checkpoint in ``RUN``, which it writes every ten minutes. There are also
-``log.csv`` (loss against hours), ``ema.safetensors`` (the averaged weights in half precision, for
-`load_backbone`) and one more such file for every two hours of a core. ``--report WEIGHTS``, of
+``CIFAR100`` holds CIFAR-100's training images in class folders. Stop it at any time: the same
+command resumes from the checkpoint in ``RUN``, which is written every ten minutes. The folder also
+gets ``log.csv`` (loss against hours), ``ema.safetensors`` (the averaged weights in half precision,
+for `load_backbone`) and one more such file for every two CPU hours. ``--report WEIGHTS``, of
 ``scripts/train_resnet12.py``, samples from all of these and judges the samples.
 
 The model is a rectified flow on Haar latents. Its condition is one vector: nothing, the image's
-superclass or its class; and, with ``--features``, nothing or the superclass and beside it a
-projection of the mean feature of one to five *other* images of the class, weighted at random. So a
-class that has no name here can be described by the features of a few images. The features come
-from ``scripts/train_resnet12.py``, which saw base classes only.
+superclass or its class. With ``--features`` it is also a projection of the mean feature of one to
+five *other* images of the class, weighted at random, with or without the superclass. So a class
+that has no name here can be described by the features of a few images. The features come from
+``scripts/train_resnet12.py``, which saw base classes only.
 
 Images a second of training in batches of 64, on one core of an Intel Xeon with AVX-512 and without
 AMX, in float32, beside other work: 79 (this UNet, 5.1 M parameters, 0.39 GFLOP an image forward),
 52 (channels 64-128-192, 7.8 M, 0.64), 102 (32-64-128 with two layers as ``tiny``, 4.1 M, 0.27), 46
 (a DiT of 6 layers of 256 with patches of 2, 9.6 M, 0.61). Alone on the machine the second made 63
-and the third 127. ``torch.compile`` changed nothing. For some ten hours of a core more images serve
-better than more parameters; where there is a GPU, 64-128-192 is worth a try.
+and the third 127. ``torch.compile`` changed nothing.
 """
 
 import argparse
-import copy
 import csv
 import json
 from functools import partial
@@ -31,11 +29,12 @@ from pathlib import Path
 
 import torch
 from cifar_fs import SUPERCLASSES, classes_of, load_part
-from long_run import LongRun, half_precision
+from long_run import DenoiserRun, half_precision
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from torchvision.utils import save_image
 from train_resnet12 import HELD_OUT, load_network, normalised
+from train_tiny import mirrored
 
 from augment.core.files import sha256, write_bytes
 from augment.core.rng import normal, rng
@@ -60,13 +59,12 @@ UNET = {
 }
 PROMPTS = ("", *SUPERCLASSES, *classes_of("base"))
 KINDS = {"null": 0.12, "superclass": 0.13, "class": 0.35, "feature": 0.25, "both": 0.15}
-"""How often the condition is what; without features, those two are the class."""
-KEEP_EVERY = 2.0  # hours of a core
-MIRROR = torch.tensor([1.0, -1.0, 1.0, -1.0]).repeat(3).view(-1, 1, 1)
+"""Frequency of each kind of condition; without features, the last two are the class."""
+KEEP_EVERY = 2.0  # CPU hours
 
 
 class Network(nn.Module):
-    """The UNet and what its condition is made of."""
+    """The UNet and the layers that make its condition."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -78,7 +76,7 @@ class Network(nn.Module):
         nn.init.zeros_(self.feature.bias)
 
     def forward(self, z: Tensor, times: Tensor, prompts: Tensor, features: Tensor) -> Tensor:
-        """Predict noise less clean; a row of zeros is no feature."""
+        """Predict noise − clean; a row of zeros is no feature."""
         there = (features != 0).any(1, keepdim=True)
         vector = self.texts(prompts) + torch.where(there, self.feature(features), 0)
         return self.unet(z, times, vector, return_dict=False)[0]
@@ -115,22 +113,13 @@ class Data:
         return torch.einsum("nk,nkf->nf", weights, self.features[others])
 
 
-class Run(LongRun):
-    """The network, its running average and its optimiser."""
+class Run(DenoiserRun):
+    """A training of a rectified flow."""
 
     def __init__(self, args: argparse.Namespace, data: Data) -> None:
         torch.manual_seed(args.seed)
-        self.args, self.data = args, data
-        self.device = data.clean.device
-        self.network = Network().to(self.device)
-        self.average = copy.deepcopy(self.network).requires_grad_(False)
-        self.optimizer = torch.optim.AdamW(
-            self.network.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=1e-2
-        )
-        names = ("network", "average", "optimizer")
-        super().__init__(
-            args.run, args.steps, args.batch, **{name: getattr(self, name) for name in names}
-        )
+        self.data, self.device = data, data.clean.device
+        super().__init__(args, Network().to(self.device))
 
     def rate(self) -> float:
         """Warm up over 500 steps, decay as 1/√step from 20 000 on, cool in the last tenth."""
@@ -138,21 +127,13 @@ class Run(LongRun):
         decay, cool = min(1.0, (2e4 / step) ** 0.5), min(1.0, (steps - step + 1) / (0.1 * steps))
         return self.args.lr * min(1.0, step / 500) * decay * cool
 
-    def update(self, loss: Tensor) -> None:
-        """Make one step of the optimiser, and one of the running average.
+    def decay(self) -> float:
+        """Average over a tenth of all steps so far.
 
-        The average's window is a tenth of all steps so far (Karras et al., *Analyzing and Improving
-        the Training Dynamics of Diffusion Models*, arXiv 2312.02696).
+        Karras et al., *Analyzing and Improving the Training Dynamics of Diffusion Models*, arXiv
+        2312.02696.
         """
-        self.optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
-        self.optimizer.param_groups[0]["lr"] = self.rate()
-        self.optimizer.step()
-        kept = (1 - 1 / (self.step + 1)) ** 7.94
-        with torch.no_grad():
-            pairs = [list(net.parameters()) for net in (self.average, self.network)]
-            torch._foreach_lerp_(*pairs, 1 - kept)
+        return (1 - 1 / (self.step + 1)) ** 7.94
 
     def loss(self) -> Tensor:
         """Draw the step's batch, a function of seed and step, and measure the flow's error."""
@@ -166,7 +147,7 @@ class Run(LongRun):
         clean = data.clean[rows]
         noise = torch.randn(clean.shape, generator=generator, device=self.device)
         flip = draw(count, 1, 1, 1) < 0.5
-        clean = torch.where(flip, clean.flip(-1) * MIRROR.to(self.device), clean)
+        clean = torch.where(flip, mirrored(clean), clean)
         edges = torch.tensor(list(KINDS.values()), device=self.device).cumsum(0)[:-1]
         kind = torch.bucketize(draw(count), edges)
         features = torch.zeros(count, FEATURES, device=self.device)
@@ -186,7 +167,7 @@ class Run(LongRun):
         """Write the averaged weights in half precision, and keep them every few hours."""
         average, data = self.average, self.data
         weights = average.unet.state_dict() | {"class_embedding.weight": average.texts.weight}
-        if data.features is not None:  # for features as they come: the standardisation is in it
+        if data.features is not None:  # takes raw features: the standardisation is in it
             weights["feature.weight"] = average.feature.weight / data.deviation
             weights["feature.bias"] = average.feature.bias - weights["feature.weight"] @ data.mean
         about = {"scale": data.scale, "white": 0.5, "prompts": PROMPTS, "process": ("flow", {})}
@@ -202,16 +183,16 @@ class Run(LongRun):
 
 
 def report(args: argparse.Namespace) -> None:
-    """Write what every kept file's samples are like: ``report.csv``, and a picture of each.
+    """Judge samples from every kept file: write ``report.csv``, and a picture of each.
 
-    A row has the loss near its step, and of samples of each base class the accuracy by the judge
-    and the Fréchet distance, in the judge's features, to images that the judge did not learn from.
-    The row *real* has both of as many other such images.
+    A row has the loss near its step; the accuracy of samples of each base class by the judge; and
+    their Fréchet distance, in the judge's features, to images that the judge did not learn from.
+    The row *real* has both for as many other such images.
     """
     judge = load_network(args.report)
     trunk, count = judge[:-1], args.per_class
 
-    def see(images: Tensor) -> tuple[Tensor, float]:
+    def assess(images: Tensor) -> tuple[Tensor, float]:
         features = in_batches(lambda x: trunk(normalised(x)), images)
         answer = judge[-1](features.float()).argmax(1)
         truth = torch.arange(len(images)) // (len(images) // len(classes_of("base")))
@@ -219,8 +200,8 @@ def report(args: argparse.Namespace) -> None:
 
     images, _ = load_part(args.images, "base")
     kept = images.unflatten(0, (len(classes_of("base")), -1))[:, -HELD_OUT:]
-    reference, _ = see(kept[:, count:].flatten(0, 1))
-    features, accuracy = see(kept[:, :count].flatten(0, 1))
+    reference, _ = assess(kept[:, count:].flatten(0, 1))
+    features, accuracy = assess(kept[:, :count].flatten(0, 1))
     distance = frechet_distance(features, reference)
     rows = [["real", "", "", "", "", f"{accuracy:.4f}", f"{distance:.2f}"]]
     with (args.run / "log.csv").open(newline="") as file:
@@ -235,7 +216,7 @@ def report(args: argparse.Namespace) -> None:
         about = [f"{backbone.config['core_hours']:.2f}", step * backbone.config["batch"]]
         for guidance in (1.0, 2.0):
             images = sample(backbone, noise, names, guidance=guidance)
-            features, accuracy = see(images)
+            features, accuracy = assess(images)
             distance = frechet_distance(features, reference)
             loss = f"{sum(near) / len(near):.4f}" if near else ""
             rows.append([path.stem, *about, loss, guidance, f"{accuracy:.4f}", f"{distance:.2f}"])
@@ -252,7 +233,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("images", type=Path, help="CIFAR-100's training images in class folders")
     parser.add_argument("--run", type=Path, default=Path("runs/tiny-cifar"))
-    parser.add_argument("--features", type=Path, help="what train_resnet12.py wrote")
+    parser.add_argument("--features", type=Path, help="file that train_resnet12.py wrote")
     parser.add_argument("--steps", type=int, default=150_000)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--lr", type=float, default=6e-4)

@@ -1,4 +1,4 @@
-"""What reproductions share: options, finished parts that are kept, claims and verdicts."""
+"""What all reproductions share: options, a cache of finished parts, claims and verdicts."""
 
 import argparse
 from collections.abc import Callable, Sequence
@@ -15,18 +15,18 @@ VERDICTS = {True: "holds", False: "does not hold", None: "within noise"}
 
 
 def options(description: str, name: str) -> argparse.ArgumentParser:
-    """The options that every reproduction has."""
+    """Return a parser of the options that every reproduction has."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--quick", action="store_true", help="fewer samples: minutes on two cores")
     parser.add_argument("--backbone", default="tiny", help="as for latent-augment invert")
-    parser.add_argument("--images", type=Path, help="folder of class folders; by default embedded")
-    parser.add_argument("--network", default="fashion", help="that judges, as for evaluate")
+    parser.add_argument("--images", type=Path, help="folder of class folders; default embedded")
+    parser.add_argument("--network", default="fashion", help="the judge, as for evaluate")
     parser.add_argument("--out", type=Path, default=Path("runs/reproduce") / name)
     return parser
 
 
 def once(path: Path, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Tensors, made if the file is not there."""
+    """Load tensors from a file, which is made first if it is missing."""
     if not path.exists():
         made = {key: value.cpu().contiguous() for key, value in make().items()}
         write_bytes(path, save(made))
@@ -34,7 +34,7 @@ def once(path: Path, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]
 
 
 def claim(claimed: str, here: str, verdict: bool | None) -> dict[str, str]:
-    """One claim: what was published, what was found, and whether it holds; None is noise."""
+    """Return one claim: what was published, what was found, and whether it holds; None is noise."""
     return {"claimed": claimed, "here": here, "verdict": VERDICTS[verdict]}
 
 

@@ -6,10 +6,10 @@
 Landolsi & Kahl, *Addressing degeneracies in latent interpolation for diffusion models*, arXiv
 2505.07481: inverted latents share a small channel bias; averaging N of them and restoring the norm
 lengthens it √N-fold, and images degenerate; rules that take the mean out first do not. Centroids of
-N images of a class in equal parts, the same ones under every rule: sheets (Fig. 1, 8, 9, 12), the
-largest channel mean against √N (Fig. 4), and FID and class distance against N (Fig. 7). FID
-punishes centroids for resembling each other, as those of many members must; with N near the 120
-inverted images a class the draws overlap, and intervals are too small.
+N images of a class in equal parts, the same ones under every rule, give contact sheets (Fig. 1, 8,
+9, 12), the largest channel mean against √N (Fig. 4), and FID and class distance against N (Fig. 7).
+FID is worse for centroids that resemble each other, as those of many members do. With N near the
+120 inverted images a class the draws overlap, and intervals are too small.
 """
 
 import argparse
@@ -46,7 +46,7 @@ Cells = dict[tuple[str, int], dict[str, Tensor]]
 
 
 def make(synthesizer: Synthesizer, members: int, draws: int) -> dict[str, Tensor]:
-    """Centroids of N members and their images, each (draws · classes, …)."""
+    """Return centroids of N members and their images, each (draws · classes, …)."""
     classes = synthesizer.bank.members
     planner = Planner(classes, seed=members, alpha=math.inf, members=members)
     plans = [planner(0, index) for index in range(draws * len(classes))]
@@ -55,21 +55,21 @@ def make(synthesizer: Synthesizer, members: int, draws: int) -> dict[str, Tensor
 
 
 def largest_mean(latents: Tensor, classes: int) -> float:
-    """The largest |channel mean| of a class, averaged over classes."""
+    """Return the largest |channel mean| of a class, averaged over classes."""
     means = latents.float().mean((-2, -1)).unflatten(0, (-1, classes)).mean(0)
     return means.abs().amax(1).mean().item()
 
 
 def measure(cell: dict[str, Tensor], judge: FeatureJudge, classes: int) -> dict[str, Tensor]:
-    """What the judge make of a cell, beside what it holds."""
+    """Add the judge's measures to a cell."""
     labels = torch.arange(len(cell["images"])) % classes
-    found = judge.assess(cell["images"].float(), labels)
+    assessed = judge.assess(cell["images"].float(), labels)
     bias = torch.tensor(largest_mean(cell["latents"], classes))
-    return {**cell, **found, "bias": bias, "fid": torch.tensor(judge.fid(found["features"]))}
+    return {**cell, **assessed, "bias": bias, "fid": torch.tensor(judge.fid(assessed["features"]))}
 
 
 def row(rule: str, members: int, cell: dict[str, Tensor]) -> dict[str, Any]:
-    """A line of the table."""
+    """Return a row of the table."""
     kept, error = mean_and_error(cell["kept"], 100)
     return {
         "rule": rule, "N": members, "class kept, %": kept, "±": error, "FID": cell["fid"].item(),
@@ -79,7 +79,7 @@ def row(rule: str, members: int, cell: dict[str, Tensor]) -> dict[str, Any]:
 
 
 def sheet(cells: Cells, bank: LatentBank, real: Tensor, path: Path) -> None:
-    """Fig. 1, 8, 9, 12: centroids of two classes, rules across and members down."""
+    """Draw Fig. 1, 8, 9, 12: centroids of two classes, rules across and members down."""
     figure = Figure(figsize=(14, 10), layout="constrained")
     classes = len(bank.classes)
     for part, number in zip(figure.subfigures(len(EXHIBITS), 1), EXHIBITS, strict=True):
@@ -97,7 +97,7 @@ def sheet(cells: Cells, bank: LatentBank, real: Tensor, path: Path) -> None:
 
 
 def lines(axes: Any, cells: Cells, value: str, title: str, scale: float = 1.0) -> None:
-    """A line a rule; its colour is the norm rule, its marks and dashes are the mean split."""
+    """Draw a line a rule: the norm rule is its colour, the mean split its marks and dashes."""
     roots = [math.sqrt(n) for n in COUNTS]
     for rule in RULES:
         norm, split = rule.split("/")
@@ -109,7 +109,7 @@ def lines(axes: Any, cells: Cells, value: str, title: str, scale: float = 1.0) -
 
 
 def draw(cells: Cells, bias: float, yardstick: dict[str, Tensor], folder: Path) -> None:
-    """Fig. 4, the bias, and Fig. 7, the quality."""
+    """Draw Fig. 4, the bias, and Fig. 7, the quality."""
     figure = Figure(figsize=(7.4, 4.6), layout="constrained")
     axes = figure.subplots()
     lines(axes, cells, "bias", "Largest |channel mean| of the centroids")
@@ -133,15 +133,15 @@ def draw(cells: Cells, bias: float, yardstick: dict[str, Tensor], folder: Path) 
 
 
 def exponent(cells: Cells, rule: str) -> float:
-    """Of the fit bias ~ N^exponent."""
+    """Fit the exponent of bias ~ N^exponent."""
     x = torch.tensor(COUNTS, dtype=torch.float64).log()
     y = torch.stack([cells[rule, n]["bias"] for n in COUNTS]).double().log()
     x, y = x - x.mean(), y - y.mean()
     return ((x * y).sum() / x.square().sum()).item()
 
 
-def judged(cells: Cells, bias: float) -> list[dict[str, str]]:
-    """The paper's claims, and our own of `fade`."""
+def verdicts(cells: Cells, bias: float) -> list[dict[str, str]]:
+    """Return the paper's claims, and our own of `fade`."""
     power, pure = exponent(cells, "fix/0"), exponent(cells, "vp/0")
     chm = [cells[rule, n]["bias"].item() for rule in RULES if rule.endswith("/chm") for n in COUNTS]
     drift = max(abs(value / bias - 1) for value in chm)
@@ -203,7 +203,7 @@ def main() -> None:
     draw(cells, bias, yardstick, args.out)
     rows = [row("one, sampled back", 1, yardstick)]
     rows += [row(*job, cell) for job, cell in cells.items()]
-    conclude(args, rows, judged(cells, bias))
+    conclude(args, rows, verdicts(cells, bias))
 
 
 if __name__ == "__main__":

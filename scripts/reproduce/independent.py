@@ -1,12 +1,12 @@
-"""Centroids of independent noises do not degenerate; those of the same noises, inverted, do.
+"""Centroids of independent noises do not degenerate; centroids of inverted latents do.
 
     python scripts/reproduce/independent.py --quick
     python scripts/reproduce/independent.py
 
-Landolsi & Kahl, arXiv 2505.07481, Fig. 3 and 5, as we read them: noises are drawn, sampled, and the
-samples inverted again, as they are or perturbed by independent noise in the pixels. Each stage's
-centroids of N, by fix/0 and by fix/chm. The noises are i.i.d., so a centroid that restores the norm
-is one of them; what inversion adds to all alike is what grows.
+Landolsi & Kahl, arXiv 2505.07481, Fig. 3 and 5, as we read them: noises are drawn and sampled, and
+the samples inverted, unchanged or perturbed by independent noise in the pixels. Centroids of N of
+each stage are made by fix/0 and by fix/chm. The noises are i.i.d., so a centroid that restores the
+norm has the same distribution; the bias that inversion adds to all of them grows with N.
 """
 
 import torch
@@ -27,18 +27,18 @@ STAGES = {"noise": None, "inverted": 0.0, "perturbed": 0.1}
 RULES = ("fix/0", "fix/chm")
 
 
-def stage(backbone: Backbone, noises: Tensor, spoil: float | None, steps: int) -> dict[str, Tensor]:
-    """The latents of a stage."""
-    if spoil is None:
+def stage(backbone: Backbone, noises: Tensor, sigma: float | None, steps: int) -> dict[str, Tensor]:
+    """Return the latents of a stage."""
+    if sigma is None:
         return {"latents": noises}
     images = sample(backbone, noises, None, "ddim", steps)
-    dirt = normal(rng(1, "noise"), *images.shape).to(images)
-    images = (images + spoil * dirt).clamp(0, 1)
+    perturbation = normal(rng(1, "noise"), *images.shape).to(images)
+    images = (images + sigma * perturbation).clamp(0, 1)
     return {"latents": inverted(inverter("ddim", steps=steps), backbone, images)["latents"]}
 
 
 def centroids(latents: Tensor, rule: str, count: int, draws: int) -> Tensor:
-    """Of ``count`` latents, drawn without replacement, in equal parts."""
+    """Mix ``count`` latents, drawn without replacement, in equal parts."""
     rows = [torch.from_numpy(rng(count, "plan", k).permutation(len(latents))) for k in range(draws)]
     points = torch.stack([latents[order[:count]] for order in rows])
     return Rule.parse(rule)(points, torch.full((draws, count), 1 / count))
@@ -53,10 +53,10 @@ def main() -> None:
     noises = normal(rng(0, "noise"), total, *backbone.latent_shape)
     tag = f"{backbone.fingerprint['weights'][:8]}-{total}-{steps}"
     rows, biases, pictures = [], {}, {}
-    for name, spoil in tqdm(STAGES.items(), "stages"):
+    for name, sigma in tqdm(STAGES.items(), "stages"):
         made = once(
-            args.out / f"{tag}-{spoil}.safetensors",
-            lambda spoil=spoil: stage(backbone, noises, spoil, steps),
+            args.out / f"{tag}-{sigma}.safetensors",
+            lambda sigma=sigma: stage(backbone, noises, sigma, steps),
         )["latents"]
         own = made.mean((0, -2, -1)).abs().max().item()
         for rule in RULES:
@@ -65,8 +65,8 @@ def main() -> None:
             biases[name, rule] = found
             row = {"stage": name, "rule": rule, "bias of one": own}
             rows.append(row | {f"N = {n}": value for n, value in found.items()})
-            some = torch.cat([x[:2] for x in mixed.values()])
-            pictures[f"{name}, {rule}"] = sample(backbone, some, None, "ddim", steps)
+            shown = torch.cat([x[:2] for x in mixed.values()])
+            pictures[f"{name}, {rule}"] = sample(backbone, shown, None, "ddim", steps)
     figure = Figure(figsize=(2 * len(COUNTS) * 1.1, len(pictures) * 1.3), layout="constrained")
     for line, (name, images) in zip(
         figure.subplots(len(pictures), 2 * len(COUNTS)), pictures.items(), strict=True
@@ -79,18 +79,18 @@ def main() -> None:
     chance = 3 / (draws * noises[0, 0].numel()) ** 0.5
     first, last = COUNTS[0], COUNTS[-1]
     grown = {key: (value[first], value[last]) for key, value in biases.items()}
-    told = {key: "{:.3f} → {:.3f}".format(*pair) for key, pair in grown.items()}
+    texts = {key: "{:.3f} → {:.3f}".format(*pair) for key, pair in grown.items()}
     claims = [
         claim(f"centroids of i.i.d. noises keep a mean of 0, N = {first} … {last}",
-              f"{told['noise', 'fix/0']} (chance: below {chance:.3f})",
+              f"{texts['noise', 'fix/0']} (chance: below {chance:.3f})",
               grown["noise", "fix/0"][1] < 2 * chance),
         *(
-            claim(f"{name}: the bias of fix/0 grows with N", told[name, "fix/0"],
+            claim(f"{name}: the bias of fix/0 grows with N", texts[name, "fix/0"],
                   grown[name, "fix/0"][1] > max(2 * grown[name, "fix/0"][0], 2 * chance))
             for name in list(STAGES)[1:]
         ),
         *(
-            claim(f"{name}: that of fix/chm does not", told[name, "fix/chm"],
+            claim(f"{name}: that of fix/chm does not", texts[name, "fix/chm"],
                   grown[name, "fix/chm"][1] < 1.5 * grown[name, "fix/chm"][0] + chance)
             for name in list(STAGES)[1:]
         ),

@@ -5,8 +5,8 @@
 
 Landolsi & Kahl, arXiv 2505.07481, Fig. 6: b is added to one channel, in the left half only, at
 t = T before sampling, or at t = 0 before decoding. The table has the slope of the clean latent's
-channel mean in b, in each half: 1 and 0 at t = 0, by construction. Sampling amplifies it where the
-network takes the offset for what is left of a picture, at most 1/α(T)-fold.
+channel mean in b, in each half; at t = 0 it is 1 and 0 by construction. Sampling amplifies the
+offset, at most 1/α(T)-fold, where the network takes it for the remainder of an image.
 """
 
 import torch
@@ -38,9 +38,8 @@ def main() -> None:
     for channel in tqdm(range(channels), "channels"):
         slope, late = offset_response(backbone, noises, channel, OFFSETS, steps=steps)
         early = torch.cat([backbone.decode(shifted(clean, channel, b)) for b in OFFSETS]).cpu()
-        rows.append(
-            {"channel": channel, "left half": slope[0].item(), "right half": slope[1].item()}
-        )
+        left, right = slope.tolist()
+        rows.append({"channel": channel, "left half": left, "right half": right})
         for line, images, name in ((0, late, "T"), (1, early, "0")):
             for axes, image, b in zip(grid[2 * channel + line], images, OFFSETS, strict=True):
                 show(axes, image, f"b = {b}")
@@ -51,7 +50,7 @@ def main() -> None:
     there = ", ".join(f"{row['right half']:.2f}" for row in rows)
     strongest = max(rows, key=lambda row: abs(row["left half"]))
     claims = [
-        claim("an offset at T moves that channel of the picture, the same way", here,
+        claim("an offset at T moves that channel of the image, the same way", here,
               all(row["left half"] > 0 for row in rows)),
         claim("more than an offset at 0 does (slope 1)",
               f"{here} (1/α(T) = {1 / max(alpha, 1e-9):.1f})",

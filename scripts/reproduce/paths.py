@@ -1,11 +1,11 @@
-"""The ways of the rules around the circle, in two dimensions.
+"""The paths of the rules between two points, in two dimensions.
 
     python scripts/reproduce/paths.py
 
-Landolsi & Kahl, arXiv 2505.07481, Fig. 2: where each norm rule leads between two points of
-different norms. Left they have no common mean; in the middle they have one and it is ignored
-(split 0): rules that restore a norm measure it from the origin; right it is taken out first (split
-mu, with the true mean) and they go around it. Nothing is sampled, so nothing depends on a backbone.
+Landolsi & Kahl, arXiv 2505.07481, Fig. 2: the path of each norm rule between two points of
+different norms. On the left they have no common mean. In the middle they have one that is ignored
+(split 0), so rules that restore a norm measure it from the origin. On the right it is taken out
+first (split mu, with the true mean), and the paths go around it. No backbone is needed.
 """
 
 import math
@@ -24,8 +24,8 @@ MEAN = torch.tensor([0.9, 0.5])
 STOPS = 101
 
 
-def way(norm: str, split: str, shift: Tensor) -> Tensor:
-    """(STOPS, 2) from one end to the other, by weights (1 − γ, γ)."""
+def path_of(norm: str, split: str, shift: Tensor) -> Tensor:
+    """Return points (STOPS, 2) from one end to the other, by weights (1 − γ, γ)."""
     place = torch.linspace(0, 1, STOPS)
     points = (math.sqrt(2) * (ENDS + shift))[:, None, None].expand(STOPS, -1, -1, -1, -1)
     mu = (math.sqrt(2) * shift)[None, None]
@@ -34,13 +34,8 @@ def way(norm: str, split: str, shift: Tensor) -> Tensor:
     return found[:, 0, 0] / math.sqrt(2)
 
 
-def turn(path: Tensor, centre: Tensor) -> Tensor:
-    """Distances from a centre along a way."""
-    return (path - centre).norm(dim=1)
-
-
 def main() -> None:
-    """Draw the ways, and measure how far they keep from where the points lie around."""
+    """Draw the paths, and measure their distances from the centre of the points."""
     args = options("Paths of the rules in 2-D: arXiv 2505.07481, Fig. 2.", "paths").parse_args()
     zero = torch.zeros(2)
     panels = (("no common mean", "0", zero), ("common mean, split 0", "0", MEAN),
@@ -50,9 +45,9 @@ def main() -> None:
     found: dict[tuple[str, str], Tensor] = {}
     for axes, (title, split, shift) in zip(figure.subplots(1, 3), panels, strict=True):
         for norm in NORMS:
-            path = way(norm, split, shift)
+            path = path_of(norm, split, shift)
             axes.plot(*path.T, label=norm)
-            radii = found[title, norm] = turn(path, shift)
+            radii = found[title, norm] = (path - shift).norm(dim=1)
             row = {"panel": title, "rule": f"{norm}/{split}"}
             rows.append(row | {"least radius": radii.min().item(), "most": radii.max().item()})
         axes.plot(*(ENDS + shift).T, "ko")
@@ -76,7 +71,7 @@ def main() -> None:
         claim("nin begins and ends in the points", " and ".join(f"{v:.2f}" for v in ends),
               bool((ends - lengths).abs().max() < 1e-5)),
         claim("with a common mean fix leaves the circle around it", f"by {off:.2f}", off > 0.1),
-        claim("with the mean taken out all ways are those without one", f"to {same:.0e}",
+        claim("with the mean taken out all paths are those without one", f"to {same:.0e}",
               same < 1e-5),
     ]  # fmt: skip
     conclude(args, rows, claims)

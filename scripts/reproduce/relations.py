@@ -1,13 +1,13 @@
-"""How noises, inverted latents and samples lie to each other.
+"""How noises, inverted latents and samples are related.
 
     python scripts/reproduce/relations.py --quick      # 10 and 50 steps
     python scripts/reproduce/relations.py              # 10, 100 and 1000 steps, more samples
 
 Staniszewski et al., *There and Back Again*, arXiv 2410.23530. Noises are sampled by DDIM, and the
 samples inverted by DDIM in as many steps, and by `forward_start` in place of its first steps.
-Table 1: the 20 largest correlations of 8×8 patches. Assignment: is the nearest sample of a noise
-its own, and the nearest noise of a sample its own? Fig. 5 of the first version: which
-point on the segment from noise to latent does a sample pass on its way, and how near?
+Table 1: the 20 largest correlations of 8×8 patches. Assignment: whether the sample nearest to a
+noise is its own, and the noise nearest to a sample. Fig. 5 of the first version: how near sampling
+comes to each point of the segment from noise to latent.
 """
 
 from itertools import pairwise
@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from claims import claim, conclude, once, options
-from judge import pictures
+from judge import load_all, pictures
 from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm import tqdm
@@ -32,15 +32,13 @@ BATCH = 64
 
 
 def last_mean(backbone: Backbone, source: Source) -> Tensor:
-    """The channel means that noise at the last level has in training: what is left of images."""
-    form = backbone.channels, backbone.resolution
-    images = torch.stack([source.load(i, *form) for i, _ in source.samples])
-    clean = backbone.encode(images).cpu().mean((0, 2, 3))
+    """Return the channel means of noise at the last level in training: the rest of the images."""
+    clean = backbone.encode(load_all(source, backbone)).cpu().mean((0, 2, 3))
     return backbone.process.alpha_sigma(1)[0] * clean.view(-1, 1, 1)
 
 
 def there_and_back(backbone: Backbone, noises: Tensor, steps: int) -> dict[str, Tensor]:
-    """Samples of noises, their latents by two inversions, and ten places on the way."""
+    """Sample noises and invert the samples in two ways; keep ten points of the path."""
     levels = backbone.process.levels(steps)[::-1]
     stops = sorted({round(k * steps / 10) for k in range(11)})
     ddim, ours = inverter("ddim", steps=steps), inverter("forward_start", steps=max(steps // 2, 5))
@@ -65,7 +63,7 @@ def there_and_back(backbone: Backbone, noises: Tensor, steps: int) -> dict[str, 
 
 
 def row(noises: Tensor, made: dict[str, Tensor], steps: int) -> dict[str, Any]:
-    """A line of the table."""
+    """Return a row of the table."""
     flat = {"noise": noises, "DDIM": made["latents"], "forward": made["forward"]}
     flat["sample"] = made["samples"]
     found: dict[str, Any] = {"steps": steps}
@@ -81,7 +79,7 @@ def row(noises: Tensor, made: dict[str, Tensor], steps: int) -> dict[str, Any]:
 
 
 def draw(noises: Tensor, made: dict[int, dict[str, Tensor]], path: Any) -> None:
-    """Distance of a sample on its way to points between noise and latent, for each step count."""
+    """Draw distances from points of the path to points between noise and latent, by steps."""
     figure = Figure(figsize=(4 * len(made), 3.6), layout="constrained")
     for axes, (steps, parts) in zip(
         figure.subplots(1, len(made), squeeze=False)[0], made.items(), strict=True
@@ -113,15 +111,15 @@ def main() -> None:
     rows = [row(noises, made[steps], steps) for steps in counts]
     draw(noises, made, args.out / "relations.png")
     few, many = rows[0], rows[-1]
-    told = " / ".join(f"{many[f'correlation, {n}']:.3f}" for n in ("noise", "DDIM", "sample"))
+    listed = " / ".join(f"{many[f'correlation, {n}']:.3f}" for n in ("noise", "DDIM", "sample"))
     ours = f"{many['correlation, forward']:.3f}"
     white, left = many["correlation, noise"], many["correlation, DDIM"]
     between = white * 1.02 < left < many["correlation, sample"]
     claims = [
-        claim("DDIM latents correlate more than noise, less than samples", told, between),
+        claim("DDIM latents correlate more than noise, less than samples", listed, between),
         claim(
             "a forward start takes most of that away",
-            f"{ours} of {told}",
+            f"{ours} of {listed}",
             many["correlation, forward"] - white < 0.5 * (left - white),
         ),
     ]

@@ -3,10 +3,10 @@
     python scripts/reproduce/seeds.py --quick
     python scripts/reproduce/seeds.py
 
-Samuel et al., *Norm-guided latent space exploration*, arXiv 2306.08687 (they call a latent a seed):
-samples of noises scaled to another norm (their Fig. 2: FID is best at the likely norm), and
-centroids of inverted images in equal parts (their Table 1): Euclidean (lin/0), normalised Euclidean
-(fix/0), spherical (slerp/0), NAO; here with our splits too. Walks are in ``walks.py``.
+Samuel et al., *Norm-guided latent space exploration*, arXiv 2306.08687, call a latent a seed. Their
+Fig. 2: samples of noises scaled to another norm; FID is best at the likely norm. Their Table 1:
+centroids of inverted images in equal parts, Euclidean (lin/0), normalised Euclidean (fix/0),
+spherical (slerp/0) and NAO; here with our splits too. Walks are in ``walks.py``.
 """
 
 import time
@@ -14,7 +14,7 @@ import time
 import torch
 from claims import claim, conclude, once, options
 from degeneracy import make, measure
-from judge import better, mean_and_error, open_judge, pictures, told
+from judge import better, ci95, mean_and_error, open_judge, pictures
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
@@ -69,7 +69,7 @@ def main() -> None:
         grouped = cell["features"].unflatten(0, (-1, len(bank.classes)))
         variety = sum(diversity(part) for part in grouped.unbind(1)) / len(bank.classes)
         rows.append({
-            "rule": rule, "theirs": RULES[rule], "class kept, %": told(cell["kept"], 100),
+            "rule": rule, "theirs": RULES[rule], "class kept, %": ci95(cell["kept"], 100),
             "FID": cell["fid"].item(), "class distance": cell["distance"].mean().item(),
             "diversity": variety, "ms a centroid": 1000 * spent,
         })  # fmt: skip

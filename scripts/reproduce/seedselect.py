@@ -4,15 +4,15 @@
     python scripts/reproduce/seedselect.py
 
 Samuel et al., *Generating images of rare concepts using pre-trained diffusion models*, arXiv
-2304.14530: 30 steps at 0.1 from noise make the class come out. The same authors, arXiv 2306.08687:
-from a centroid 5 at 0.05 do. Loss, cosine distance to the class's mean feature, and whether the
-class is kept, against the step. The judge is the network that was optimised for, though its means
-are over other images; so a second opinion is had from pixels, where no network looks: the class of
-the nearest of those images, and the distance to the nearest of the own class. Variety is the mean
-distance of two images of a class in pixels: what all are drawn to, one mean, makes them alike.
+2304.14530: after 30 steps at 0.1 noise becomes an image of the class. The same authors, arXiv
+2306.08687: a centroid takes 5 steps at 0.05. Measured are the loss, the cosine distance to the mean
+feature of the class, and whether the class is kept, by step. The judge is the network of the loss,
+though its means are over other images. So pixels judge too, without a network: the class of the
+nearest other image, and the distance to the nearest one of the own class. Variety is the mean
+distance of two images of a class in pixels, which one common goal reduces.
 
-Loss and images are those of the best latent up to a step, which is what comes out. Memory is the
-most that a process of its own has in one step, less what it had before.
+Loss and images are those of the best latent up to a step, which is the result. Memory is the peak
+of one step in a process of its own, less what was there before.
 """
 
 import argparse
@@ -25,7 +25,15 @@ from pathlib import Path
 
 import torch
 from claims import claim, conclude, once, options
-from judge import FeatureJudge, better, mean_and_error, open_judge, pictures, told
+from judge import (
+    FeatureJudge,
+    better,
+    ci95,
+    load_all,
+    mean_and_error,
+    open_judge,
+    pictures,
+)
 from matplotlib.figure import Figure
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -48,14 +56,14 @@ STARTS = {
     "fade/chm": (5, 0.05, (0, 1, 2, 3, 5)),
     "nao/chm": (5, 0.05, (0, 1, 2, 3, 5)),
 }
-"""Where to begin: steps, learning rate, and after which steps to look."""
+"""Starting points: steps, learning rate, and the steps to measure at."""
 MEMBERS = 5
 MEMORY_STEPS = (4, 16)
 MEMORY_BATCH = 16
 
 
 def refined(synthesizer: Synthesizer, start: str, each: int) -> dict[str, Tensor]:
-    """``each`` latents a class refined from a start: losses, images along the way, seconds each."""
+    """Refine ``each`` latents a class; return losses, images by step, and seconds a latent."""
     steps, lr, looks = STARTS[start]
     planner = Planner(synthesizer.bank.members, alpha=1.0, members=MEMBERS)
     plans = [planner(0, index) for index in range(each * len(synthesizer.bank.classes))]
@@ -82,28 +90,28 @@ def refined(synthesizer: Synthesizer, start: str, each: int) -> dict[str, Tensor
 
 
 def _latents(optimiser: torch.optim.Optimizer, *_: object) -> Tensor:
-    """What an optimiser has come to."""
+    """Copy an optimiser's parameter."""
     return optimiser.param_groups[0]["params"][0].detach().clone()
 
 
 def judged(
     images: Tensor, judge: FeatureJudge, real: tuple[Tensor, Tensor], classes: int
 ) -> dict[str, Tensor]:
-    """Of images (n, looks, C, R, R), class after class, (n, looks) each; variety (classes, looks).
+    """Assess images (n, looks, C, R, R) of the classes in turn: (n, looks); variety (k, looks).
 
     Args:
         images: the images.
         judge: a network.
         real: pixels and labels of other real images.
-        classes: how many there are.
+        classes: their number k.
     """
     flat, labels = images.flatten(0, 1), torch.arange(len(images)) % classes
     rows = labels.repeat_interleave(images.shape[1])
     seen = judge.assess(flat, rows)
-    pixels, known = real
+    pixels, real_labels = real
     far = torch.cdist(flat.flatten(1), pixels) / pixels.shape[1] ** 0.5
-    own = far.masked_fill(known[None] != rows[:, None], torch.inf).amin(1)
-    nearest = (known[far.argmin(1)] == rows).double()
+    own = far.masked_fill(real_labels[None] != rows[:, None], torch.inf).amin(1)
+    nearest = (real_labels[far.argmin(1)] == rows).double()
     found = {"distance": seen["distance"], "kept": seen["kept"], "pixels": nearest, "near": own}
     groups = images.flatten(2).unflatten(0, (-1, classes)).permute(1, 2, 0, 3)
     pairs = torch.cdist(groups, groups) / groups.shape[-1] ** 0.5
@@ -114,16 +122,16 @@ def judged(
 
 
 def resident(which: str) -> float:
-    """Memory of this process in MB: ``VmRSS``, now, or ``VmHWM``, the most since it was reset."""
+    """Return the memory of this process in MB: ``VmRSS`` now, or ``VmHWM``, the peak."""
     status = Path("/proc/self/status").read_text()
     return int(status.split(f"{which}:")[1].split()[0]) / 1024
 
 
 def memory(job: tuple[str, str, int, bool]) -> float:
-    """MB that one refinement step takes beyond what is there before it, in a process of its own.
+    """Measure the MB of one refinement step, in a process of its own.
 
     Args:
-        job: the backbone's name, the bank's path, solver steps, and whether layers are done again.
+        job: the backbone's name, the bank's path, solver steps, and whether layers are recomputed.
     """
     name, path, steps, again = job
     torch.set_num_threads(1)
@@ -141,7 +149,7 @@ def memory(job: tuple[str, str, int, bool]) -> float:
 
 
 def peaks(args: argparse.Namespace, bank: LatentBank) -> dict[str, Tensor]:
-    """MB by solver steps, with layers done again and with all kept."""
+    """Measure MB by solver steps, with layers recomputed and with all kept."""
     found = {}
     spawn = multiprocessing.get_context("spawn")
     for again in (True, False):
@@ -153,15 +161,13 @@ def peaks(args: argparse.Namespace, bank: LatentBank) -> dict[str, Tensor]:
 
 
 def others(source: Source, backbone: Backbone) -> tuple[Tensor, Tensor]:
-    """Pixels and labels of real images."""
-    form = backbone.channels, backbone.resolution
-    ids = [(label, i) for label, name in enumerate(source.classes) for i in source.ids[name]]
-    pixels = torch.stack([source.load(i, *form).flatten() for _, i in ids])
-    return pixels, torch.tensor([label for label, _ in ids])
+    """Return pixels and labels of real images."""
+    labels = [label for label, name in enumerate(source.classes) for _ in source.ids[name]]
+    return load_all(source, backbone).flatten(1), torch.tensor(labels)
 
 
 def draw(found: dict[str, dict[str, Tensor]], mega: dict[str, Tensor], path: Path) -> None:
-    """Loss, distance and memory."""
+    """Draw loss, distance and memory."""
     figure = Figure(figsize=(12, 3.6), layout="constrained")
     left, middle, right = figure.subplots(1, 3)
     for start, cell in found.items():
@@ -177,7 +183,7 @@ def draw(found: dict[str, dict[str, Tensor]], mega: dict[str, Tensor], path: Pat
     left.set(title="loss", xlabel="step", yscale="log")
     middle.set(title="cosine distance to the class's mean", xlabel="step", yscale="log")
     left.legend()
-    for key, name in (("kept", "all layers kept"), ("again", "layers done again")):
+    for key, name in (("kept", "all layers kept"), ("again", "layers recomputed")):
         right.plot(MEMORY_STEPS, mega[key], "o-", label=name)
     right.set(title=f"memory of a batch of {MEMORY_BATCH}, MB", xlabel="solver steps", yscale="log")
     right.legend()
@@ -206,10 +212,10 @@ def main() -> None:
         for number in (0, len(looks) - 1):
             at, take = looks[number], lambda key, n=number, c=cell: c[key][:, n]
             rows.append({
-                "from": start, "step": at, "loss": told(cell["losses"][:, at]),
-                "distance": told(take("distance")), "class kept, %": told(take("kept"), 100),
-                "by pixels, %": told(take("pixels"), 100), "nearest real": told(take("near")),
-                "variety": told(take("variety")),
+                "from": start, "step": at, "loss": ci95(cell["losses"][:, at]),
+                "distance": ci95(take("distance")), "class kept, %": ci95(take("kept"), 100),
+                "by pixels, %": ci95(take("pixels"), 100), "nearest real": ci95(take("near")),
+                "variety": ci95(take("variety")),
                 "s a sample": f"{cell['seconds'].item():.2g}" if at else "",
             })  # fmt: skip
         strips |= {
@@ -223,34 +229,34 @@ def main() -> None:
 
 
 def verdicts(found: dict[str, dict[str, Tensor]], mega: dict[str, Tensor]) -> list[dict[str, str]]:
-    """The claims."""
+    """Return the claims."""
     claims, noise = [], found["noise"]
     for start, cell in found.items():
         for key, what in (("losses", "loss"), ("distance", "distance to the class's mean")):
             ends = cell[key][:, 0], cell[key][:, -1]
             claims.append(claim(f"the {what} falls from {start}",
-                                " → ".join(map(told, ends)), better(*ends)))  # fmt: skip
-    worse = {start: told(cell["tipped"], 100) for start, cell in found.items()}
+                                " → ".join(map(ci95, ends)), better(*ends)))  # fmt: skip
+    worse = {start: ci95(cell["tipped"], 100) for start, cell in found.items()}
     claims.append(claim("the last step is better than none, for every sample (asked here)",
                         ", ".join(f"worse from {start}: {v} %" for start, v in worse.items()),
                         not any(cell["tipped"].any() for cell in found.values())))  # fmt: skip
     for key, what in (("kept", "the network"), ("pixels", "pixels")):
         ends = noise[key][:, 0], noise[key][:, -1]
-        here = " → ".join(told(end, 100) + " %" for end in ends)
+        here = " → ".join(ci95(end, 100) + " %" for end in ends)
         claims.append(
             claim(f"from noise the class comes out, to {what}", here, better(*ends[::-1]))
         )
     goal = noise["losses"][:, -1]
     for start in list(found)[1:]:
         losses = found[start]["losses"]
-        enough = [k for k in range(losses.shape[1]) if losses[:, k].mean() <= goal.mean()]
-        here = f"{told(losses[:, -1])} after 5 against {told(goal)} after 30"
-        here += f"; step {enough[0]} is there on average" if enough else ""
+        reached = [k for k in range(losses.shape[1]) if losses[:, k].mean() <= goal.mean()]
+        here = f"{ci95(losses[:, -1])} after 5 against {ci95(goal)} after 30"
+        here += f"; step {reached[0]} is there on average" if reached else ""
         claims.append(claim(f"5 steps from {start} reach what 30 do from noise",
                             here, better(goal, losses[:, -1])))  # fmt: skip
     ends = [found[start]["losses"][:, -1] for start in ("fade/chm", "nao/chm")]
     claims.append(claim("NAO's centroids are the better start (asked here)",
-                        f"{told(ends[1])} against {told(ends[0])} with fade/chm",
+                        f"{ci95(ends[1])} against {ci95(ends[0])} with fade/chm",
                         better(*ends)))  # fmt: skip
     kept, again = mega["kept"], mega["again"]
     listed = ", ".join(

@@ -5,11 +5,11 @@
 
 Guo et al., *Smooth Diffusion*, arXiv 2312.04410: ISTD, FID and reconstruction (their Table 1 and
 the ablations of λ and rank). Every run starts from the same backbone and draws the same images;
-`λ 0` is trained on without the regulariser. With ``tiny`` the images are Fashion-MNIST's training
-split, prompts are what it was trained with, and λ goes up to 100: v is about 0.09 there, and the
-regulariser goes with its square. Few steps take a high rate: 3e-3 for LoRA and 3e-4 for all weights
-(``--quick``), else 1e-3 and 1e-4; the paper has 1e-4 for 30 000 steps of 96 images, here 16.
-Interrupt it when you like: the same command goes on.
+`λ 0` is trained without the regulariser. With ``tiny`` the images are Fashion-MNIST's training
+split, the prompts are those of its training, and λ goes up to 100, because v is about 0.09 there
+and the regulariser is proportional to its square. Few steps need a high rate: 3e-3 for LoRA and
+3e-4 for all weights with ``--quick``, otherwise 1e-3 and 1e-4. The paper has 1e-4 for 30 000 steps
+of 96 images; here a step has 16. Interrupt it at any time: the same command resumes.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from claims import claim, conclude, once, options
-from judge import FeatureJudge, better, open_judge, pictures, show, told
+from judge import FeatureJudge, better, ci95, load_all, open_judge, pictures, show
 from matplotlib.figure import Figure
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -47,9 +47,9 @@ RUNS: dict[str, tuple[float, int]] = {
     **{f"λ 10, rank {rank}": (10.0, rank) for rank in (4, 16)},
     "λ 10, all weights": (10.0, 0),
 }
-"""λ and rank of each run; rank 0 trains all weights, the others are of rank 8."""
+"""λ and rank of each run; rank 0 trains all weights."""
 
-GUIDANCE = 7.5  # of null-text, and of DDIM beside it
+GUIDANCE = 7.5  # of null-text and of guided DDIM
 
 
 class Clothes(Dataset[tuple[Tensor, int]]):
@@ -69,7 +69,7 @@ class Clothes(Dataset[tuple[Tensor, int]]):
 
 
 class Study:
-    """What all backbones are measured by: the same noises, images and judge."""
+    """The noises, images and judge by which all backbones are measured."""
 
     def __init__(self, args: argparse.Namespace, backbone: Backbone) -> None:
         self.quick, self.out = args.quick, args.out
@@ -77,8 +77,7 @@ class Study:
         self.judge: FeatureJudge = open_judge(args, backbone, reference)
         texts = class_prompts(self.source.classes, "a photo of a {name}")
         self.prompts = COARSE if args.backbone == "tiny" else texts
-        form = backbone.channels, backbone.resolution
-        self.real = torch.stack([self.source.load(i, *form) for i, _ in self.source.samples])
+        self.real = load_all(self.source, backbone)
         names = self.source.classes
         self.texts = [self.prompts[names[label]] for _, label in self.source.samples]
         kept = backbone.process.alpha_sigma(1)[0]
@@ -86,11 +85,11 @@ class Study:
         self.steps, self.pairs, self.samples = (20, 2, 200) if args.quick else (50, 8, 1000)
 
     def images(self, backbone: Backbone, folder: Path) -> dict[str, Tensor]:
-        """Walks, samples, reconstructions and centroids of a backbone."""
+        """Make walks, samples, reconstructions and centroids of a backbone."""
         words = list(dict.fromkeys(self.prompts.values()))
-        told, how = words * (self.pairs * 2), {"solver": "ddim", "steps": self.steps}
+        prompts, how = words * (self.pairs * 2), {"solver": "ddim", "steps": self.steps}
         made = {
-            name: walks(backbone, told, mean=self.mean, name=name, **how)
+            name: walks(backbone, prompts, mean=self.mean, name=name, **how)
             for name in (("slerp",) if self.quick else ("slerp", "lerp"))
         }
         noises = normal(rng(1, "noise"), self.samples, *backbone.latent_shape)
@@ -102,7 +101,7 @@ class Study:
         made |= self.guided(backbone, self.real[few], self.texts[few], 10 if self.quick else 20)
         bank = fill_bank(folder / "bank", backbone, self.source, keeps=())
         for count in (2, 8):
-            # weights by chance: the plain means of all images of a class would be one and the same
+            # random weights: the plain means of all images of a class would be the same image
             planner = Planner(bank.members, 0, 1.0, count)
             plans = [planner(0, index) for index in range(self.samples // 2)]
             made[f"of {count}"] = Synthesizer(backbone, bank, "fade/chm").images(plans)
@@ -111,7 +110,7 @@ class Study:
     def guided(
         self, backbone: Backbone, real: Tensor, texts: list[str], steps: int
     ) -> dict[str, Tensor]:
-        """Reconstructions under guidance, by DDIM and by null-text."""
+        """Reconstruct under guidance, by DDIM and by null-text."""
         from augment.inversion import inverted, inverter
 
         made = {}
@@ -125,7 +124,7 @@ class Study:
         return made
 
     def row(self, made: dict[str, Tensor]) -> dict[str, Any]:
-        """A line of the table, and beside it what claims are made of."""
+        """Return a row of the table, with the values of the claims."""
         real, classes = self.real, len(self.source.classes)
         few = real[:: 8 if self.quick else 4]
         seen = self.judge.network(made["samples"])
@@ -152,7 +151,7 @@ class Study:
 
 
 def trained(args: argparse.Namespace, name: str, source: Source, prompts: dict[str, str]) -> Path:
-    """The result of a run, which goes on or is done."""
+    """Train a run, or resume it; return its folder."""
     weight, rank = RUNS[name]
     steps, fast = (150, 3.0) if args.quick else (2000, 1.0)
     rate = fast * (1e-3 if rank else 1e-4)
@@ -166,7 +165,7 @@ def trained(args: argparse.Namespace, name: str, source: Source, prompts: dict[s
 
 
 def draw(rows: list[dict[str, Any]], made: dict[str, dict[str, Tensor]], path: Path) -> None:
-    """A walk of each backbone, and ISTD against FID."""
+    """Draw a walk of each backbone, and ISTD against FID."""
     figure = Figure(figsize=(8, 0.75 * len(made) + 3.4), layout="constrained")
     upper, lower = figure.subfigures(2, 1, height_ratios=(0.75 * len(made), 3.4))
     stops = made["none"]["slerp"].shape[1]
@@ -183,8 +182,8 @@ def draw(rows: list[dict[str, Any]], made: dict[str, dict[str, Tensor]], path: P
     figure.savefig(path, dpi=110)
 
 
-def judged(by: dict[str, dict[str, Any]]) -> list[dict[str, str]]:
-    """The paper's claims, of its own λ and rank, so that no run is chosen by how it came out."""
+def verdicts(by: dict[str, dict[str, Any]]) -> list[dict[str, str]]:
+    """Return the paper's claims for its own λ and rank, so that no run is chosen by its result."""
     plain, best = by["none"], "λ 1"
 
     def even(name: str, other: str = "none") -> bool | None:
@@ -200,14 +199,14 @@ def judged(by: dict[str, dict[str, Any]]) -> list[dict[str, str]]:
     strongest, wide = by[line[-1]], by[ranks[-1]]
     worse = strongest["FID"] > plain["FID"] + plain["FID ±"]
     low, high = (by[name]["ISTD, slerp"].mean().item() for name in (ranks[2], ranks[0]))
-    same = abs(high - low) < 0.1 * high  # no difference to be seen among few walks is no proof
+    same = abs(high - low) < 0.1 * high  # few walks that show no difference are no proof
     lower = even(best)
     cheap = by[best]["FID"] <= plain["FID"] + plain["FID ±"]
     return [
         claim("smoothing lowers ISTD and does not worsen FID (38.63 → 16.54, 12.70 → 12.10)",
               f"{best}: ISTD {numbers('ISTD, slerp', 'none', best)}, FID "
               f"{numbers('FID', 'none', best)}", lower if cheap else False),
-        claim("and not by training on alone", f"λ 0 → {best}: "
+        claim("and training alone does not", f"λ 0 → {best}: "
               f"{numbers('ISTD, slerp', 'λ 0', best)}", even(best, "λ 0")),
         claim("the larger λ, the lower ISTD; the largest costs FID (24.23 / 16.54 / 11.51, "
               "12.15 / 12.11 / 17.44)",
@@ -251,10 +250,10 @@ def main() -> None:
         made[name] = once(file, lambda b=backbone, f=folder: study.images(b, f))
         rows.append({"backbone": name, **study.row(made[name])})
     draw(rows, made, args.out / "smooth_diffusion.png")
-    claims = judged({row["backbone"]: row for row in rows})
+    claims = verdicts({row["backbone"]: row for row in rows})
     for row in rows:
         row["FID"] = f"{row['FID']:.2f} ± {row.pop('FID ±'):.2f}"
-        row |= {key: told(cell) for key, cell in row.items() if isinstance(cell, Tensor)}
+        row |= {key: ci95(cell) for key, cell in row.items() if isinstance(cell, Tensor)}
     conclude(args, rows, claims)
 
 

@@ -6,9 +6,9 @@
 Ribeiro, *Exploring the latent space of text-to-image diffusion models*, 2023: InterpScore, strips
 and GIFs of linear, normalised, spherical, translation walks, and one latent at several standard
 deviations. Samuel et al., arXiv 2306.08687: paths of the NAO metric against lerp and slerp. Guo et
-al., *Smooth Diffusion*, arXiv 2312.04410: ISTD. Walks go between two images of a class; there is no
-text here, so InterpScore compares with the mean feature of the class, and quality is whether an
-image is nearest to its own class's. Intervals are 95 %, over the pairs.
+al., *Smooth Diffusion*, arXiv 2312.04410: ISTD. Walks go between two images of a class. There is no
+text, so InterpScore compares with the mean feature of the class, and an image keeps its class if
+that class's mean is the nearest. Intervals are 95 %, over the pairs.
 """
 
 import time
@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from claims import claim, conclude, once, options
-from judge import FeatureJudge, better, open_judge, pictures, told
+from judge import FeatureJudge, better, ci95, open_judge, pictures
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
@@ -34,7 +34,7 @@ SCALES = (0.5, 0.7, 0.85, 1.0, 1.15, 1.3, 1.5)
 
 
 def frames(backbone: Backbone, bank: LatentBank, name: str, pairs: int) -> dict[str, Tensor]:
-    """Images along ``pairs`` walks in each class, and the seconds that the latents took."""
+    """Sample ``pairs`` walks in each class; return images and the seconds of a walk's latents."""
     begun = time.perf_counter()
     latents = torch.cat([
         walk(bank.latents(kind)[2 * pair], bank.latents(kind)[2 * pair + 1], STOPS, name)
@@ -48,8 +48,8 @@ def frames(backbone: Backbone, bank: LatentBank, name: str, pairs: int) -> dict[
     }
 
 
-def judged(images: Tensor, judge: FeatureJudge) -> tuple[Tensor, Tensor, Tensor]:
-    """InterpScore, share of the inner images that keep the class, and ISTD, of each walk."""
+def assessed(images: Tensor, judge: FeatureJudge) -> tuple[Tensor, Tensor, Tensor]:
+    """Return InterpScore, share of inner images that keep the class, and ISTD of each walk."""
     labels = torch.arange(len(images)).repeat_interleave(images.shape[1] * images.shape[2])
     found = judge.assess(images.flatten(0, 2), labels)
     features, kept = (found[key].unflatten(0, images.shape[:3]) for key in ("features", "kept"))
@@ -63,7 +63,7 @@ def judged(images: Tensor, judge: FeatureJudge) -> tuple[Tensor, Tensor, Tensor]
 
 
 def gif(images: Tensor, path: Any) -> None:
-    """There and back, for ever."""
+    """Write a walk, there and back, as an animation without end."""
     shots = [to_pil(image).resize((128, 128), Image.Resampling.NEAREST) for image in images]
     path.parent.mkdir(parents=True, exist_ok=True)
     shots[0].save(
@@ -72,12 +72,12 @@ def gif(images: Tensor, path: Any) -> None:
 
 
 def scaled(backbone: Backbone, bank: LatentBank, judge: FeatureJudge) -> dict[str, list[float]]:
-    """One latent of each class at several standard deviations: score and class kept, %."""
+    """Scale one latent of each class to several deviations; return score and class kept, %."""
     first = torch.stack([bank.latents(name)[0] for name in bank.classes])
     found: dict[str, list[float]] = {"score": [], "kept": []}
     for scale in tqdm(SCALES, "scales"):
         images = sample(backbone, scale * first, None, *solver_of(bank, "exact", None))
-        scores, kept, _ = judged(images[:, None, None].expand(-1, 1, 3, -1, -1, -1), judge)
+        scores, kept, _ = assessed(images[:, None, None].expand(-1, 1, 3, -1, -1, -1), judge)
         found["score"].append(scores.mean().item())
         found["kept"].append(100 * kept.mean().item())
     return found
@@ -97,22 +97,22 @@ def main() -> None:
             args.out / f"{tag}-{pairs}-{name}.safetensors",
             lambda name=name: frames(backbone, bank, name, pairs),
         )
-        found[name] = judged(made["images"], judge)
+        found[name] = assessed(made["images"], judge)
         gif(made["images"][0, 0], args.out / "gifs" / f"{name}.gif")
         scores, kept, even = found[name]
         rows.append({
-            "walk": name, "InterpScore": told(scores), "class kept, %": told(kept, 100),
-            "ISTD": told(even), "ms a walk": f"{1000 * made['seconds'].item():.1f}",
+            "walk": name, "InterpScore": ci95(scores), "class kept, %": ci95(kept, 100),
+            "ISTD": ci95(even), "ms a walk": f"{1000 * made['seconds'].item():.1f}",
             "strip": made["images"][-1, 0],
         })  # fmt: skip
     strips = {row["walk"]: list(row.pop("strip")) for row in rows}
     sheet(strips, [f"{k / (STOPS - 1):.1f}" for k in range(STOPS)]).save(args.out / "walks.png")
     scales = scaled(backbone, bank, judge)
     best = SCALES[max(range(len(SCALES)), key=scales["score"].__getitem__)]
-    told_scales = ", ".join(f"{s}: {v:.1f}" for s, v in zip(SCALES, scales["score"], strict=True))
+    listed = ", ".join(f"{s}: {v:.1f}" for s, v in zip(SCALES, scales["score"], strict=True))
     claims = [
         claim(f"{one} has a better {what} than {other} ({source})",
-              f"{told(found[one][place])} against {told(found[other][place])}",
+              f"{ci95(found[one][place])} against {ci95(found[other][place])}",
               better(found[one][place], found[other][place]))
         for one, other, what, place, source in (
             ("normalised", "lerp", "InterpScore", 0, "Ribeiro"),
@@ -121,9 +121,7 @@ def main() -> None:
             ("nao", "slerp", "class kept", 1, "Samuel et al."),
         )
     ]  # fmt: skip
-    claims.append(
-        claim("a latent is best at standard deviation 1 (Ribeiro)", told_scales, best == 1.0)
-    )
+    claims.append(claim("a latent is best at standard deviation 1 (Ribeiro)", listed, best == 1.0))
     conclude(args, rows, claims)
 
 

@@ -67,7 +67,7 @@ def test_a_run_that_is_stopped_goes_on_as_if_it_was_not(scripts, tmp_path, monke
     whole = small_run(tmp_path / "whole")
     whole.train()
     first = small_run(tmp_path / "parts", stop=2)
-    with pytest.raises(SystemExit, match="stopped at step 3; the same command goes on"):
+    with pytest.raises(SystemExit, match="stopped at step 3; the same command resumes"):
         first.train()
     assert (tmp_path / "parts" / "written").read_text() == "3"
     lines = (tmp_path / "parts" / "log.csv").read_text()
@@ -140,11 +140,11 @@ def test_the_averaged_weights_are_a_flow_that_hears_prompts_and_features(run):
     prompts = torch.tensor([backbone.prompts.index(name) for name in ("wolf", "fish")])
     times = torch.full((2,), 300.0)
     features = torch.rand(2, none.shape[1])
-    told = (features - run.data.mean) / run.data.deviation
+    scaled = (features - run.data.mean) / run.data.deviation
     with torch.no_grad():
         for condition, more in (
             (backbone.condition(["wolf", "fish"]), none),
-            (backbone.describe(["wolf", "fish"], features), told),
+            (backbone.describe(["wolf", "fish"], features), scaled),
         ):
             answer = backbone.network(z, 300.0, condition)
             expected = run.average(z, times, prompts, more)
@@ -183,12 +183,12 @@ def test_the_report_judges_the_samples_of_every_file(run, monkeypatch):
 
 
 def test_the_steps_of_a_batch_are_spread_over_all_levels(run):
-    told = []
-    run.network.forward = lambda z, times, *rest: told.append(times) or z
+    asked = []
+    run.network.forward = lambda z, times, *rest: asked.append(times) or z
     run.loss()
     run.loss()
-    assert torch.equal(*told), "a step's batch is a function of its number"
-    assert told[0].min() < 150 and told[0].max() > 850
+    assert torch.equal(*asked), "a step's batch is a function of its number"
+    assert asked[0].min() < 150 and asked[0].max() > 850
 
 
 @pytest.mark.parametrize("zero", [False, True], ids=["as Stable Diffusion", "to pure noise"])
