@@ -12,7 +12,8 @@ from typing import Any
 from augment.centroid import MEANS, NORMS, WALKS
 from augment.core.errors import UserError
 from augment.diffusion.solver import SOLVERS
-from augment.explore import static, takeaway, widgets
+from augment.explore import takeaway, widgets
+from augment.explore.export import export
 from augment.explore.session import Choice, Explorer, reweighted, toggled
 from augment.plan.plan import Plan
 from augment.synthesis.synthesizer import PROFILES
@@ -57,8 +58,8 @@ class Page:
         gr, first_solver = self.gr, self.explorer.quick
         _, steps, guidance = self.explorer.usual(first_solver)
         self.classes = gr.Dropdown(list(self.named), value=next(iter(self.named)), label="Class")
-        self.grid = gr.HTML(js_on_load=static.GRID)
-        self.mixer = gr.HTML(js_on_load=static.MIXER, elem_id="mixer")
+        self.grid = gr.HTML(js_on_load=widgets.asset("grid.js"))
+        self.mixer = gr.HTML(js_on_load=widgets.asset("mixer.js"), elem_id="mixer")
         with gr.Row(equal_height=True):
             self.alpha = gr.Slider(0.05, 5, 1, step=0.05, label="Dirichlet α", min_width=150)
             self.seed = gr.Number(0, label="Seed", minimum=0, precision=0, min_width=80)
@@ -89,11 +90,7 @@ class Page:
                 self.sides.append((rules, image, keep, python, shell))
         self.tray = gr.HTML(elem_id="tray")
         out = self.explorer.out
-        told = (
-            widgets.shown(f"Export as shards to {out}")
-            if out
-            else "Export as shards: start with --out DIR"
-        )
+        told = widgets.shown(f"Export to {out}") if out else "Export: start with --out DIR"
         with gr.Row(visible=False) as self.tray_buttons:
             self.empty = gr.Button("Empty", size="sm", scale=1)
             self.export = gr.Button(told, size="sm", scale=3, interactive=out is not None)
@@ -113,7 +110,7 @@ class Page:
             self.way = gr.Dropdown(list(WALKS), value="slerp", label="Walk")
             self.frames = gr.Slider(3, 33, 9, step=2, label="Frames")
         self.go = gr.Button("Walk", variant="primary")
-        self.player = gr.HTML(js_on_load=static.PLAYER)
+        self.player = gr.HTML(js_on_load=widgets.asset("player.js"))
 
     def _wire(self) -> None:
         """Which hand does what."""
@@ -266,7 +263,7 @@ class Page:
     def exported(self, kept: list[Choice]) -> list[Any]:
         """Write what is kept; the tray is empty then."""
         try:
-            path = takeaway.export(self.explorer, kept)
+            path = export(self.explorer, kept)
         except UserError as error:
             raise self.gr.Error(widgets.shown(str(error)), print_exception=False) from None
         self.gr.Info(widgets.shown(f"{len(kept)} images written to {path}"))

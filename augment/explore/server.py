@@ -10,13 +10,14 @@ import ipaddress
 import os
 import re
 import warnings
-from collections.abc import Awaitable, Callable, Set
+from collections.abc import Awaitable, Callable, Iterator, Set
+from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any
 
 from augment.core.errors import AugmentWarning, UserError
 from augment.explore.session import Explorer
-from augment.explore.static import CSS
+from augment.explore.widgets import asset
 
 DOORS = re.compile(
     r"/(config|theme\.css|favicon\.ico|(assets|static)/(?!.*\.\.)[\w./-]+)?|"
@@ -98,8 +99,23 @@ def serve(explorer: Explorer, host: str = "127.0.0.1", port: int = 7860) -> Any:
         UserError: gradio is not installed, or the port is taken.
     """
     require()
-    for name in [name for name in os.environ if name.startswith("GRADIO_")]:
-        del os.environ[name]  # which could open what is closed here: folders, a public address
+    with _without_gradio_settings():
+        return _launch(explorer, host, port)
+
+
+@contextmanager
+def _without_gradio_settings() -> Iterator[None]:
+    """Hide variables of the environment that open what is closed here: folders, public addresses."""
+    hidden = {name: value for name, value in os.environ.items() if name.startswith("GRADIO_")}
+    for name in hidden:
+        del os.environ[name]
+    try:
+        yield
+    finally:
+        os.environ.update(hidden)
+
+
+def _launch(explorer: Explorer, host: str, port: int) -> Any:
     import gradio  # type: ignore[import-not-found]
     from starlette.middleware import Middleware  # type: ignore[import-not-found]
 
@@ -111,7 +127,7 @@ def serve(explorer: Explorer, host: str = "127.0.0.1", port: int = 7860) -> Any:
             f"expected an address of this machine alone, got {host}; whoever reaches it sees the "
             "bank's images, and may export",
             AugmentWarning,
-            stacklevel=2,
+            stacklevel=4,
         )
     theme = gradio.themes.Default(
         primary_hue="blue", font=["system-ui", "sans-serif"], font_mono=["monospace"]
@@ -122,7 +138,7 @@ def serve(explorer: Explorer, host: str = "127.0.0.1", port: int = 7860) -> Any:
             server_name=host, server_port=port, share=False, quiet=True, show_error=True,
             prevent_thread_lock=True, ssr_mode=False, mcp_server=False, pwa=False,
             run_history=False, enable_monitoring=False, footer_links=[], allowed_paths=[],
-            max_file_size=1, theme=theme, css=CSS,
+            max_file_size=1, theme=theme, css=asset("page.css"),
             app_kwargs={"middleware": [Middleware(Gate, hosts=hosts)]},
         )  # fmt: skip
     except (OSError, OverflowError):  # gradio's own words are about gradio

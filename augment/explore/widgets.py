@@ -8,6 +8,7 @@ import base64
 import io
 from collections.abc import Sequence
 from html import escape
+from importlib.resources import files
 from pathlib import PurePath
 
 from jaxtyping import Float
@@ -15,14 +16,20 @@ from PIL import Image
 from torch import Tensor
 
 from augment.explore.session import THUMBNAIL, Choice, Explorer
-from augment.explore.static import CORNERS
 from augment.plan.plan import Plan
 from augment.shards.write import reduce
 from augment.sources.images import to_pil
 
+CORNERS = ((80.0, 0.0), (0.0, 138.0), (160.0, 138.0))
+"""Corners of the triangle of three weights, in the units of its drawing."""
 SHOWN = 120
 """Images of a class that are shown to choose from; the dice choose from all."""
 COARSE = 64  # pixels up to which they are shown as squares, not blurred
+
+
+def asset(name: str) -> str:
+    """Return the text of a style sheet or script beside this file."""
+    return (files("augment.explore") / name).read_text("utf-8")
 
 
 def shown(name: str) -> str:

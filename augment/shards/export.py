@@ -6,7 +6,7 @@ webdataset, timm and Hugging Face's datasets also read the tars as they are.
 import json
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
@@ -78,13 +78,7 @@ def export_folder(folder: str | Path, out: str | Path) -> None:
             images have one key, or there is something else at ``out``.
     """
     shards, out = open_shards(folder), Path(out)
-    for name in shards.classes:
-        good = re.fullmatch(r"(?!\.)[^/\0\ud800-\udfff]+", name)
-        if not good or len(name.encode()) > 255 or name == METADATA:
-            raise UserError(
-                f"expected class names that a folder can have, got {name!r}; read the shards by "
-                "open_shards instead"
-            )
+    check_names(shards.classes)
     counts = np.bincount(shards.rows[:, 1], minlength=len(shards.classes))
     if not counts.any():
         raise UserError(f"expected images to export in {folder}, got none; synthesize some")
@@ -113,6 +107,17 @@ def export_folder(folder: str | Path, out: str | Path) -> None:
             AugmentWarning,
             stacklevel=2,
         )
+
+
+def check_names(classes: Iterable[str]) -> None:
+    """Refuse the names of classes that can be no folder."""
+    for name in classes:
+        good = re.fullmatch(r"(?!\.)[^/\0\ud800-\udfff]+", name)
+        if not good or len(name.encode()) > 255 or name == METADATA:
+            raise UserError(
+                f"expected class names that a folder can have, got {name!r}; read the shards by "
+                "open_shards instead"
+            )
 
 
 def claim(out: Path, shards: Shards) -> None:

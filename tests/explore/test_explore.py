@@ -5,7 +5,7 @@ import json
 import os
 import shlex
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -13,12 +13,15 @@ import torch
 from conftest import paint
 from PIL import Image
 
-from augment import LatentBank, Planner, Synthesizer, UserError, open_shards
+from augment import LatentBank, Plan, Planner, Synthesizer, UserError, open_shards
 from augment.bank.fill import fill_bank
+from augment.bank.format import DIGITS
+from augment.core.files import sha256
 from augment.explore import Choice, Explorer, server, takeaway, widgets
+from augment.explore.export import export
 from augment.explore.session import MOST, reweighted, toggled
-from augment.shards.verify import inspect, verify
 from augment.sources import Folder
+from training.data.identity import check_apart, origins
 
 COUNTS = {"Bag": 6, "Coat": 2, "<b>${1}": 1}
 
@@ -138,33 +141,43 @@ def test_a_walk_begins_and_ends_in_its_images(explorer):
     assert widgets.player(images, norms).count("<img") == 4
 
 
-def test_an_export_is_a_folder_of_shards(explorer, choice):
-    others = [drawn(explorer, choice), replace(choice, rule="fix/0")]
-    assert takeaway.export(explorer, [choice]).name == "shard-000000.tar"
-    assert takeaway.export(explorer, others).name == "shard-000001.tar"
-    shards = open_shards(explorer.out)
-    for index, mine in enumerate([choice, *others]):
-        image, label = shards[index]
+def test_an_export_is_an_image_folder_with_plans(explorer, choice, tmp_path):
+    choices = [choice, drawn(explorer, choice), replace(choice, rule="fix/0")]
+    assert export(explorer, choices[:1]) == export(explorer, choices[1:]) == explorer.out
+    lines = (explorer.out / "metadata.jsonl").read_text().splitlines()
+    for line, mine in zip(map(json.loads, lines), choices, strict=True):
+        with Image.open(explorer.out / line["file_name"]) as file:
+            image = torch.from_numpy(np.array(file))[None] / 255
         assert (image - explorer.image(mine)).abs().max() < 1 / 255
-        assert (label, shards.plan(index)) == (mine.plan.label, mine.plan)
-        assert shards.about(index)["rule"] == mine.rule
-    assert verify(explorer.out) == []
-    assert "2 of 2, 3 of 3 images" in inspect(explorer.out)
+        plan = {key: line[key] for key in asdict(mine.plan)}
+        assert Plan.from_json(json.dumps(plan)) == mine.plan
+        assert (line["rule"], line["steps"], line["alpha"]) == (mine.rule, 2, mine.alpha)
+    assert Folder(explorer.out).classes == explorer.bank.classes  # those without images too
+
+
+def test_held_out_images_are_found_among_the_origins_of_an_export(explorer, choice, path):
+    """Whose images it comes from is written beside it, as `export_folder` does."""
+    export(explorer, [choice])
+    known = origins(Folder(explorer.out))
+    held_out = {"Bag/3.png": sha256((path / "images" / "Bag" / "3.png").read_bytes())[:DIGITS]}
+    with pytest.raises(UserError, match=r"Bag/3\.png"):
+        check_apart(known, held_out, "test")
+    check_apart(known, {"Bag/9.png": "0" * DIGITS}, "test")
 
 
 def test_an_export_goes_to_a_folder_of_its_own(explorer, choice, tmp_path):
     with pytest.raises(UserError, match="got 0 images"):
-        takeaway.export(explorer, [])
+        export(explorer, [])
     with pytest.raises(UserError, match="no folder"):
-        takeaway.export(replace(explorer, out=None), [choice])
+        export(replace(explorer, out=None), [choice])
     (tmp_path / "used").mkdir()
     (tmp_path / "used" / "mine.txt").write_text("mine")
     with pytest.raises(UserError, match="another --out"):
-        takeaway.export(replace(explorer, out=tmp_path / "used"), [choice])
-    takeaway.export(explorer, [choice])
+        export(replace(explorer, out=tmp_path / "used"), [choice])
+    export(explorer, [choice])
     bank = explorer.bank.subset(lambda image_id: image_id != "Bag/5.png")
     with pytest.raises(UserError, match="another --out"):
-        takeaway.export(replace(explorer, bank=bank), [choice])
+        export(replace(explorer, bank=bank), [choice])
 
 
 def test_names_are_not_taken_for_html(explorer):

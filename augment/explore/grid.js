@@ -1,0 +1,5 @@
+// A click on an image of the class: `element`, `trigger` and `watch` are gradio's.
+element.addEventListener('click', e => {
+  const button = e.target.closest('button');
+  if (button) trigger('pick', {row: +button.dataset.row});
+});
