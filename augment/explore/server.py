@@ -105,7 +105,7 @@ def serve(explorer: Explorer, host: str = "127.0.0.1", port: int = 7860) -> Any:
 
 @contextmanager
 def _without_gradio_settings() -> Iterator[None]:
-    """Hide variables of the environment that open what is closed here: folders, public addresses."""
+    """Hide variables of the environment that would open folders or a public address."""
     hidden = {name: value for name, value in os.environ.items() if name.startswith("GRADIO_")}
     for name in hidden:
         del os.environ[name]
