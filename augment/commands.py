@@ -594,7 +594,8 @@ def explore(
 
     Args:
         bank: folder of the bank.
-        out: folder that images chosen on the page are exported to, as shards.
+        out: folder that images chosen on the page are exported to: PNG files by class, and their
+            plans in metadata.jsonl.
         images: real images of the bank, a folder or another source as for invert; by default they
             are looked for where the bank was made.
         host: address to serve at; by default only this machine can open the page.
