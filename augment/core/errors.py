@@ -1,7 +1,7 @@
-"""The few errors a caller may want to tell apart.
+"""Errors and warnings.
 
 Every message has one form: what was expected, what came, what to do. The command line prints the
-message alone and ends with exit code 2; a traceback means a fault of ours.
+message alone and ends with exit code 2; a traceback means a fault of this package.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,7 +11,7 @@ T = TypeVar("T")
 
 
 class UserError(ValueError):
-    """A wrong argument, file or folder; the message says how to mend it."""
+    """A wrong argument, file or folder; the message says what to do."""
 
 
 class BankMismatch(UserError):
@@ -27,10 +27,10 @@ class Missing(UserError):
 
 
 class Damaged(UserError):
-    """A file that was read, or need not be, and is not what was written.
+    """A file that is not what was written.
 
-    A file that cannot be read now (no permission, too many open files, a disk that fails) is a
-    plain `UserError`: nothing is known of what is in it, so nothing may be removed because of it.
+    One that cannot be read now (no permission, too many open files, a failing disk) is a plain
+    `UserError`: its content is unknown, so nothing may be removed because of it.
     """
 
 
@@ -43,19 +43,19 @@ class AugmentWarning(UserWarning):
 
 
 class BiasWarning(AugmentWarning):
-    """A rule makes a bias of the bank's latents so large that images will degenerate."""
+    """A rule amplifies a bias of the bank's latents so much that images degenerate."""
 
 
 class PrecisionWarning(AugmentWarning):
-    """Half precision was too narrow for a part of the backbone, which went on in float32."""
+    """A part of the backbone overflowed in half precision and went on in float32."""
 
 
 class EnlargedWarning(AugmentWarning):
-    """Images are much smaller than the backbone's and have to be enlarged."""
+    """Images are much smaller than the backbone's resolution."""
 
 
 def first_few(names: Sequence[str]) -> str:
-    """Return names for a sentence, five at most.
+    """Join at most five names for a sentence.
 
     >>> first_few(list("abcdefg"))
     'a, b, c, d, e and 2 others'
@@ -65,7 +65,7 @@ def first_few(names: Sequence[str]) -> str:
 
 
 def shown(name: str) -> str:
-    r"""Quote a name so that it can be told from others that look alike.
+    r"""Quote a name so that it differs visibly from others that look alike.
 
     >>> shown("ant"), shown("e\u0301")
     ("'ant'", "'e\u0301' ('e\\u0301')")
@@ -74,8 +74,12 @@ def shown(name: str) -> str:
 
 
 def lookup(table: Mapping[str, T], name: str, what: str) -> T:
-    """The entry ``name`` of an extension table, or a `UserError` that lists the right names."""
+    """Return the entry ``name`` of a table.
+
+    Raises:
+        UserError: there is none; the message lists the names.
+    """
     if name not in table:
-        known = ", ".join(table)
-        raise UserError(f"expected a {what} out of {known}, got {name!r}; choose one of these")
+        names = ", ".join(table)
+        raise UserError(f"expected a {what} out of {names}, got {name!r}; choose one of these")
     return table[name]

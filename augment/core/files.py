@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and folders that one run at a time works on."""
+"""Files that are written whole or not at all, and locks of folders."""
 
 import csv
 import fcntl
@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 from augment.core.errors import Damaged, Missing, UserError
 
@@ -26,15 +26,15 @@ def check_folder(path: Path) -> None:
 
 @contextmanager
 def replacing(path: Path, sync: bool = True) -> Iterator[BinaryIO]:
-    """A file to write that takes its place when it is complete, and leaves nothing if it is not.
+    """Open a file to write that takes its place when it is complete, and else is removed.
 
     It is written under a temporary name in the same folder, synchronised, renamed, and the folder
-    synchronised: after a power cut there is the old file or the new one. A kill leaves the
-    temporary file at most, for `Lock.sweep`.
+    synchronised: after a power cut there is the old file or the new one. A kill leaves at most
+    the temporary file, for `Lock.sweep`.
 
     Args:
         path: the file.
-        sync: wait for the disk; where all is compared again there is no need to.
+        sync: wait for the disk; not needed where its digest is compared later.
 
     Raises:
         UserError: the disk is full, the folder read-only or the like.
@@ -54,11 +54,7 @@ def replacing(path: Path, sync: bool = True) -> Iterator[BinaryIO]:
                 temporary.unlink()
             raise
         if sync:
-            folder = os.open(path.parent, os.O_RDONLY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
+            _sync_folder(path.parent)
     except OSError as error:
         raise UserError(
             f"expected to write {path}, got {error.strerror or error}; make room there or choose "
@@ -66,59 +62,65 @@ def replacing(path: Path, sync: bool = True) -> Iterator[BinaryIO]:
         ) from None
 
 
+def _sync_folder(path: Path) -> None:
+    folder = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
 def write_bytes(path: Path, content: bytes, sync: bool = True) -> None:
-    """Write a file at once, by `replacing`."""
+    """Write a file, by `replacing`."""
     with replacing(path, sync) as file:
         file.write(content)
 
 
 def write_json(path: Path, record: Any) -> None:
-    """Write a record as indented JSON."""
+    """Write a record as indented JSON, by `replacing`."""
     text = json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     write_bytes(path, text.encode("utf-8", "surrogatepass"))  # names of files may be no UTF-8
 
 
 def write_table(path: Path, rows: Iterable[Sequence[Any]]) -> None:
-    """Write a CSV file at once."""
+    """Write a CSV file, by `replacing`."""
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(rows)
     write_bytes(path, text.getvalue().encode("utf-8", "surrogatepass"))
 
 
 TEMPORARY = re.compile(r"\..+\.\d+\.[0-9a-f]{8}\.tmp")
-PATIENCE_S = 5.0  # for a rank that looks whether it is alone in a shared folder
+PATIENCE_S = 5.0  # while another rank checks whether it is alone in a shared folder
 
 
 def in_use(folder: Path) -> bool:
-    """Whether there is anything in a folder but files that are, or were, being written."""
+    """Tell whether a folder holds anything but temporary files of `replacing`."""
     return any(not TEMPORARY.fullmatch(path.name) for path in folder.iterdir())
 
 
 def leftovers(folder: Path) -> list[Path]:
-    """Return the files in a folder that are, or were, being written."""
+    """Return the temporary files of `replacing` in a folder."""
     with suppress(OSError):
-        found = [path for path in folder.rglob(".*.tmp") if TEMPORARY.fullmatch(path.name)]
-        return [path for path in found if path.is_file()]
+        files = [path for path in folder.rglob(".*.tmp") if path.is_file()]
+        return [path for path in files if TEMPORARY.fullmatch(path.name)]
     return []
 
 
-HANDLES: set[int] = set()
+_HANDLES: set[int] = set()
 """File handles of the locks that this process holds."""
 
 
-def close_handles() -> None:
+def _close_handles() -> None:
     """Close, in a forked process, its copies of handles: a lock ends with the run that took it."""
-    while HANDLES:
-        os.close(HANDLES.pop())
+    while _HANDLES:
+        os.close(_HANDLES.pop())
 
 
-os.register_at_fork(after_in_child=close_handles)
+os.register_at_fork(after_in_child=_close_handles)
 
 
-class Lock:
+class Lock(NamedTuple):
     """The lock of a folder; see `locked`.
-
-    It is never changed while it is held: to ask the kernel for more would be to let go first.
 
     Args:
         path: the folder.
@@ -126,11 +128,12 @@ class Lock:
         dead: what killed writers had left when it was taken.
     """
 
-    def __init__(self, path: Path, alone: bool, dead: Sequence[Path] = ()) -> None:
-        self.path, self.alone, self.dead = path, alone, dead
+    path: Path
+    alone: bool
+    dead: Sequence[Path] = ()
 
     def sweep(self) -> None:
-        """Remove what killed writers left; beside others only what was there before all of them."""
+        """Remove what killed writers left; beside others only what preceded them."""
         for path in leftovers(self.path) if self.alone else self.dead:
             with suppress(OSError):
                 path.unlink()
@@ -138,11 +141,11 @@ class Lock:
 
 @contextmanager
 def locked(path: Path, shared: bool = False) -> Iterator[Lock]:
-    """Hold a folder, made if needed, for one run, or for several that know of each other.
+    """Hold a folder, made if needed, for one run, or for the ranks of one job.
 
     The lock is the kernel's (``flock`` on the folder), so that a killed run leaves none behind.
-    Where a file system has none (NFS) there is none, and nothing is swept: two runs then repeat
-    each other's work, no more.
+    A file system without locks (NFS) gives none, and nothing is swept: two runs then repeat each
+    other's work, no more.
 
     Raises:
         UserError: another run holds it.
@@ -151,14 +154,14 @@ def locked(path: Path, shared: bool = False) -> Iterator[Lock]:
         new = [folder for folder in (path, *path.parents) if not folder.exists()]
         path.mkdir(parents=True, exist_ok=True)
         handle = os.open(path, os.O_RDONLY)
-        HANDLES.add(handle)
+        _HANDLES.add(handle)
     except OSError as error:
         raise UserError(
             f"expected a folder to write to at {path}, got {error.strerror}; choose another place"
         ) from None
     try:
         try:
-            lock = take(path, handle, shared)
+            lock = _take(path, handle, shared)
         except BlockingIOError:
             raise UserError(
                 f"expected {path} for this run alone, got one that another run is at "
@@ -168,46 +171,59 @@ def locked(path: Path, shared: bool = False) -> Iterator[Lock]:
             lock = Lock(path, alone=False)
         yield lock
     finally:
-        if handle in HANDLES:  # not so in a forked process
-            HANDLES.remove(handle)
+        if handle in _HANDLES:  # not so in a forked process
+            _HANDLES.remove(handle)
             os.close(handle)
         for folder in new:
             with suppress(OSError):
                 folder.rmdir()  # nothing came of it
 
 
-def take(path: Path, handle: int, shared: bool) -> Lock:
+def _take(path: Path, handle: int, shared: bool) -> Lock:
     """Lock an open folder for one run, or for several.
 
-    A rank tries to be alone first, to see what was left by writers that are dead. To share the
-    folder it then lets go for a moment; it has not begun to work, so nothing is lost if another
-    comes first: it tries again.
+    A rank tries to be alone first, to list the files of dead writers. The kernel lets go for a
+    moment before it shares a lock; if another run comes first, the rank waits for it.
 
     Raises:
         BlockingIOError: another run holds it.
         OSError: the file system has no locks.
     """
     if not shared:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock_handle(handle)
         return Lock(path, alone=True)
-    end = time.monotonic() + PATIENCE_S
+    dead: list[Path] = []
+    with suppress(BlockingIOError):
+        lock_handle(handle)
+        dead = leftovers(path)
+    lock_handle(handle, fcntl.LOCK_SH, PATIENCE_S)
+    return Lock(path, alone=False, dead=dead)
+
+
+def lock_handle(handle: int, kind: int = fcntl.LOCK_EX, patience_s: float = 0.0) -> None:
+    """Take the kernel's lock of an open file or folder, which ends when all its copies are closed.
+
+    Args:
+        handle: of the file.
+        kind: ``fcntl.LOCK_EX`` or ``LOCK_SH``.
+        patience_s: seconds to wait for another process.
+
+    Raises:
+        BlockingIOError: another process holds it.
+        OSError: the file system has no locks.
+    """
+    end = time.monotonic() + patience_s
     while True:
-        dead: list[Path] = []
         try:
-            with suppress(BlockingIOError):
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                dead = leftovers(path)
-            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            return Lock(path, alone=False, dead=dead)
+            return fcntl.flock(handle, kind | fcntl.LOCK_NB)
         except BlockingIOError:
-            if time.monotonic() > end:
+            if time.monotonic() >= end:
                 raise
         time.sleep(0.1)
 
 
 LARGEST_RECORD = 2**28
-"""Bytes of a record. The manifest of a bank of seven million images has so many."""
-
+"""Maximum bytes of a record: those of the manifest of a bank of seven million images."""
 
 REMOVE = "remove it, or copy it anew"
 
@@ -279,16 +295,15 @@ def parse_json(content: bytes, path: Path, what: str, cure: str = REMOVE) -> Any
         raise damaged(path, what, f"no JSON ({error})", cure) from None
 
 
-def no_constant(name: str) -> None:
-    """Refuse NaN and infinity, which JSON has not."""
+def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is no number")
 
 
-DECODER = json.JSONDecoder(parse_constant=no_constant)
+DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
 
 
 def sha256(content: bytes) -> str:
-    """Hexadecimal SHA-256 digest."""
+    """Return the hexadecimal SHA-256 digest."""
     return hashlib.sha256(content).hexdigest()
 
 
@@ -302,47 +317,44 @@ def model_digest(place: str) -> str | None:
         The digest; None if there is no model on the disk.
     """
     path = Path(place.removeprefix("local-dir:"))
-    files = [path]
-    if (path / "config.json").is_file():
-        files = sorted(file for file in path.iterdir() if file.is_file())
-    elif not path.is_file():
+    if path.is_file():
+        return _file_digest(path)
+    if not (path / "config.json").is_file():
         return None
-    digests = []
-    for file in files:
-        with file.open("rb") as content:
-            digests.append(hashlib.file_digest(content, "sha256").hexdigest())
-    if files == [path]:
-        return digests[0]
-    names = [file.name for file in files]
-    return sha256(json.dumps([*zip(names, digests, strict=True)]).encode())
+    files = sorted(file for file in path.iterdir() if file.is_file())
+    return sha256(json.dumps([(file.name, _file_digest(file)) for file in files]).encode())
+
+
+def _file_digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def remember(path: Path, settings: dict[str, Any], option: str, begun: bool = True) -> None:
-    """Write the settings of a job into its folder, or check that what is there is of the same.
+    """Write the settings of a job into its folder; refuse to resume a job of other settings.
 
     Args:
         path: a JSON file in the folder.
-        settings: what a job that goes on has in common with the one before; may be nested.
-        option: what names another folder.
-        begun: whether there is anything yet that depends on them.
+        settings: what must not change when the job is resumed; may be nested.
+        option: the command's option that names the folder, for errors.
+        begun: whether anything that depends on the settings is there.
 
     Raises:
-        UserError: it is of others; the first that differs is named.
+        UserError: the folder is of other settings; the first that differs is named.
     """
     settings = json.loads(json.dumps(settings))
-    known = read_json(path, "the settings of a job") if begun and path.exists() else settings
-    other = difference(known, settings)
-    if other:
-        name, old, new = other
+    old = read_json(path, "the settings of a job") if begun and path.exists() else settings
+    if other := difference(old, settings):
+        name, before, now = other
         raise UserError(
-            f"expected {path.parent} to be new or of {name} {new}, got {old}; choose another "
+            f"expected {path.parent} to be new or of {name} {now}, got {before}; choose another "
             f"{option}, or the same settings to go on"
         )
     write_json(path, settings)
 
 
 def difference(old: Any, new: Any, name: str = "") -> tuple[str, str, str] | None:
-    """The first setting that differs, by its dotted name, and both values.
+    """Return the first setting that differs, by its dotted name, and both values.
 
     >>> difference({"model": {"lr": 0.1}}, {"model": {"lr": 0.2}})
     ('model.lr', '0.1', '0.2')
@@ -350,6 +362,6 @@ def difference(old: Any, new: Any, name: str = "") -> tuple[str, str, str] | Non
     if isinstance(old, dict) and isinstance(new, dict):
         parts = (difference(old.get(k), new.get(k), f"{name}.{k}") for k in {**new, **old})
         return next(filter(None, parts), None)
-    return (
-        None if old == new else (name.lstrip(".") or "settings", json.dumps(old), json.dumps(new))
-    )
+    if old == new:
+        return None
+    return name.lstrip(".") or "settings", json.dumps(old), json.dumps(new)

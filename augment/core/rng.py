@@ -1,9 +1,9 @@
-"""Random numbers that depend on what they are for, never on who asked first.
+"""Random generators, one for each purpose of each sample.
 
-Every draw of this package comes from ``rng(seed, *counters)``: NumPy's Philox, a counter-based
-generator, keyed through SeedSequence by the run's seed and the sample's coordinates (epoch,
-index, purpose). So a sample's dice are the same in any batch, order, worker or rank. Numbers are
-drawn on the CPU whatever the device, for the same reason.
+Every random number of this package comes from ``rng(seed, purpose, *counters)``: NumPy's Philox, a
+counter-based generator, keyed through SeedSequence by the run's seed and the sample's coordinates.
+So a sample has the same draws in any batch, order, worker or rank. They are made on the CPU
+whatever the device, for the same reason.
 """
 
 import numpy as np
@@ -19,10 +19,10 @@ PURPOSES = {
 
 
 def rng(seed: int, purpose: str, *counters: int) -> np.random.Generator:
-    """The generator of one purpose of one sample.
+    """Return the generator of one purpose of one sample.
 
     Args:
-        seed: non-negative integer, the run's seed.
+        seed: of the run, a non-negative integer.
         purpose: a key of `PURPOSES`.
         counters: non-negative integers, such as (epoch, index).
 
@@ -34,6 +34,6 @@ def rng(seed: int, purpose: str, *counters: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(sequence))
 
 
-def normal(dice: np.random.Generator, *shape: int) -> Float[Tensor, "..."]:
-    """Standard normal noise in float32."""
-    return torch.from_numpy(dice.standard_normal(shape, dtype=np.float32))
+def normal(generator: np.random.Generator, *shape: int) -> Float[Tensor, "..."]:
+    """Draw standard normal noise in float32."""
+    return torch.from_numpy(generator.standard_normal(shape, dtype=np.float32))
