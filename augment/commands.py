@@ -692,7 +692,7 @@ def summarize_bank(path: Path) -> Record:
     bank = LatentBank.open(path)
     count = sum(map(len, bank.members.values()))
     print(f"{path}: {count} latents of {len(bank.classes)} classes")
-    rejects = sum(chunk.rejected for chunks in bank.chunks.values() for chunk in chunks)
+    rejects = sum(len(chunk.rejects) for chunks in bank.chunks.values() for chunk in chunks)
     if rejects:
         print(f"{rejects} images are left out: see {path / 'rejects.jsonl'}")
     digests = ((i, name, d) for name in bank.classes for i, d in bank.digests(name).items())

@@ -1,14 +1,14 @@
 """The bank: per class, the latents of its labelled images, read from disk as they are needed.
 
-What lies there, and when it counts, is told in `augment.bank.format`.
-
-Chunks are read by mapping them into memory, their size checked first, for a file cut short while
-mapped would kill the reader; their digests are checked the first time a process reads them.
+`augment.bank.format` describes the files. They are mapped into memory, their size checked first,
+since a file cut short while mapped would kill the reader; their digests are checked the first time
+a process reads them.
 """
 
 import hashlib
 import json
 import os
+from array import array
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
@@ -21,11 +21,13 @@ from jaxtyping import Float, Int
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from augment.bank.chunks import Chunk, Members, pack
 from augment.bank.format import (
+    Chunk,
     Manifest,
+    Members,
     changed,
     check_file,
+    pack,
     parts_of,
     read_manifest,
     read_record,
@@ -54,7 +56,7 @@ class LatentBank:
         manifest: its manifest, without the chunks of its classes.
         chunks: the committed chunks of each class, in label order.
         members: the image ids of each class that this view shows, in label order.
-        device: where latents are given: ``cpu``, unless it was moved by `to`.
+        device: of the latents that are returned: ``cpu`` unless `to` moved them.
     """
 
     path: Path
@@ -67,7 +69,7 @@ class LatentBank:
 
     @classmethod
     def open(cls, path: str | Path) -> "LatentBank":
-        """A bank on disk.
+        """Open a bank.
 
         Raises:
             UserError: there is none, it is of another schema, or its inversion did not finish.
@@ -75,33 +77,36 @@ class LatentBank:
         path = Path(path)
         manifest = read_manifest(path)
         chunks: dict[str, list[Chunk]] = {known.name: [] for known in manifest.classes}
-        missing = 0
+        missing, hashes = 0, array("q")
         for part in parts_of(path, manifest):
-            done = read_record(part)
-            if done is None:
+            record = read_record(part)
+            if record is None:
                 missing += len(part.ids)
                 continue
-            means = done.statistics.channel_means
+            means = record.statistics.channel_means
             if means and len(means) != manifest.latent_shape[0]:
                 place = part.stem.with_suffix(".json")
-                raise damaged(place, done.WHAT, "means of other channels", done.CURE)
-            chunks[part.home.name].append(Chunk.of(part.stem, done, part.ids))
+                raise damaged(place, record.WHAT, "means of other channels", record.CURE)
+            hashes.extend([hash(image.id) for image in record.images])
+            chunks[part.home.name].append(Chunk.of(part.stem, record, part.ids))
         manifest = replace(manifest, classes=[replace(c, chunks=[]) for c in manifest.classes])
         if missing:
             raise UserError(
                 f"expected a complete bank at {path}, got one that lacks {missing} images; "
                 "run the command that made it again to finish it"
             )
-        if repeated(chunks.values()):
-            raise UserError(f"expected each image once in {path}, got some twice; invert again")
+        packed = {name: tuple(chunk.packed for chunk in own) for name, own in chunks.items()}
+        if len(np.unique(hashes)) < len(hashes):  # by chance, or of one image
+            ids = [i for parts in packed.values() for part in parts for i in json.loads(part)]
+            if len(set(ids)) < len(ids):
+                raise UserError(f"expected each image once in {path}, got some twice; invert again")
         for name, own in chunks.items():
             if not filled(own):
                 raise UserError(
                     f"expected a latent of each class in {path}, got none of {name!r}: all its "
-                    "images are in rejects.jsonl; mend them or remove the class, and invert again"
+                    "images are in rejects.jsonl; repair them or remove the class, and invert again"
                 )
-        members = Members({name: tuple(c.packed for c in own) for name, own in chunks.items()})
-        return cls(path, manifest, chunks, members)
+        return cls(path, manifest, chunks, Members(packed))
 
     @property
     def classes(self) -> list[str]:
@@ -110,11 +115,11 @@ class LatentBank:
 
     @property
     def fingerprint(self) -> dict[str, Any]:
-        """How the latents were made; see the module's docstring."""
+        """How the latents were made; see `augment.bank.format.Fingerprint`."""
         return asdict(self.manifest.fingerprint)
 
     def prompt(self, class_name: str) -> str:
-        """The prompt a class was inverted with; empty if none."""
+        """Return the prompt that a class was inverted with; empty if none."""
         self._chunks(class_name)
         return self._prompts[class_name]
 
@@ -124,7 +129,7 @@ class LatentBank:
 
     @property
     def background(self) -> str:
-        """The colour that its images had in place of transparent pixels."""
+        """The colour that replaced transparent pixels of its images."""
         return background_of(self.manifest.fingerprint.preprocessing)
 
     @property
@@ -139,15 +144,12 @@ class LatentBank:
 
     @property
     def recipe(self) -> dict[str, Any]:
-        """The arguments of `load_backbone` that made the backbone, by its name if unknown.
-
-        They ask no hub; see `augment.diffusion.local_recipe`.
-        """
+        """Arguments of `load_backbone` that make the backbone without asking a hub."""
         name = self.manifest.fingerprint.backbone["name"]
         return local_recipe(self.manifest.recipe or {"name_or_path": name})
 
     def to(self, device: torch.device | str) -> "LatentBank":
-        """The same bank with all its latents, float16, in a device's memory.
+        """Load all latents, float16, into a device's memory.
 
         What is computed there equals what a CPU computes but for the last bits.
 
@@ -157,13 +159,13 @@ class LatentBank:
         device = torch.device(device)
         chunks = [chunk for own in self.chunks.values() for chunk in filled(own)]
         size = sum(chunk.files["latents"].bytes for chunk in chunks)
-        room = free_memory(device)
+        room = _free_memory(device)
         if size > room:
             raise UserError(
                 f"expected memory for {size:,} bytes of latents on {device}, got {room:,}; leave "
                 "the bank on disk, from where it is read as needed"
             )
-        # cloned, for on the CPU they are still the file's otherwise
+        # cloned, since on the CPU they would stay the file's
         resident = {
             c.stem: self._read(c, "latents", "latents")[0].clone().to(device) for c in chunks
         }
@@ -172,10 +174,10 @@ class LatentBank:
     def gather(
         self, plans: Sequence[Plan]
     ) -> tuple[Float[Tensor, "b k c h w"], Float[Tensor, "b k"]]:
-        """What plans mix: their members' latents, and the weights, float32 on the bank's device.
+        """Read the latents of plans' members and their weights, float32 on the bank's device.
 
-        Only the rows that are asked for are read. A plan with fewer members than another has
-        points of zeros at its end, of weight 0, which no rule sees.
+        Only their rows are read. A plan with fewer members than another has points of zeros at its
+        end, of weight 0, which no rule sees.
 
         Raises:
             UserError: the bank lacks one of the images, a plan's lists differ in length, or a chunk
@@ -199,24 +201,15 @@ class LatentBank:
             homes = zip(plan.member_classes, plan.members, strict=True)
             for k, (name, image_id) in enumerate(homes):
                 spots.setdefault(name, {}).setdefault(image_id, []).append(b * count + k)
-        for name, mine in spots.items():
-            for chunk, rows in self._places(name, mine):
-                pairs = [(spot, row) for i, row in rows.items() for spot in mine[i]]
+        for name, wanted in spots.items():
+            for chunk, rows in self._places(name, wanted):
+                pairs = [(spot, row) for i, row in rows.items() for spot in wanted[i]]
                 places, rows = torch.tensor(pairs, device=self.device).T
                 points.index_copy_(0, places, self._latents(chunk)[rows].float())
         return points.view(len(plans), count, *shape), weights.float().to(self.device)
 
-    def place(self, class_name: str, image_id: str) -> tuple[Chunk, int]:
-        """The chunk and row of one of the members.
-
-        Raises:
-            UserError: the bank has no such image in the class.
-        """
-        chunk, rows = self._places(class_name, [image_id])[0]
-        return chunk, rows[image_id]
-
     def _places(self, class_name: str, ids: Iterable[str]) -> list[tuple[Chunk, dict[str, int]]]:
-        """By chunk, the rows of some members of a class."""
+        """Return, by chunk, the rows of some members of a class."""
         wanted = set(ids)
         shown = wanted.intersection(self.members.get(class_name, ()))
         if shown < wanted:
@@ -225,24 +218,21 @@ class LatentBank:
                 f"expected the plan's images in class {class_name!r} of {self.path}, got no "
                 f"{missing} there; use the bank that the plan was made for"
             )
-        parts = []
-        for chunk in self.chunks[class_name]:
-            if mine := {i: chunk.rows[i] for i in wanted & chunk.rows.keys()}:
-                parts.append((chunk, mine))
-        return parts
+        found = ((c, c.rows, wanted & c.rows.keys()) for c in self.chunks[class_name])
+        return [(chunk, {i: rows[i] for i in here}) for chunk, rows, here in found if here]
 
     def digests(self, class_name: str) -> dict[str, str]:
-        """SHA-256 of the image files of a class, by id, in the order of ``members``.
+        """Return the SHA-256 of a class's image files by id, in the order of ``members``.
 
         Raises:
             UserError: no such class.
         """
         records = (chunk.record for chunk in self._chunks(class_name))
-        known = {image.id: image.sha256 for record in records for image in record.images}
-        return {image_id: known[image_id] for image_id in self.members[class_name]}
+        digests = {image.id: image.sha256 for record in records for image in record.images}
+        return {image_id: digests[image_id] for image_id in self.members[class_name]}
 
     def latents(self, class_name: str) -> Float[Tensor, "n c h w"]:
-        """The latents of a class in float32, in the order of ``members``.
+        """Read the latents of a class in float32, in the order of ``members``.
 
         Raises:
             UserError: no such class, or a chunk is missing or damaged.
@@ -250,7 +240,7 @@ class LatentBank:
         return self._rows(class_name, self._latents).float()
 
     def clean(self, class_name: str) -> Float[Tensor, "n c h w"]:
-        """The clean latents of a class in float32, in the order of ``members``.
+        """Read the clean latents of a class in float32, in the order of ``members``.
 
         Raises:
             UserError: the bank has none, no such class, or a chunk is missing or damaged.
@@ -258,7 +248,7 @@ class LatentBank:
         return self._rows(class_name, lambda c: self._read(c, "clean", "clean")[0]).float()
 
     def errors(self, class_name: str) -> Float[Tensor, " n"]:
-        """What each image of a class loses on the way to its latent and back: mean squared error.
+        """Read the mean squared error of each image of a class to its latent sampled back.
 
         Raises:
             UserError: the bank has none, no such class, or a chunk is missing or damaged.
@@ -274,8 +264,13 @@ class LatentBank:
         errors = self.errors(class_name) if "errors" in self.manifest.keeps else None
         return ClassHealth.of(class_name, self.latents(class_name), errors)
 
-    def nulls(self, class_name: str) -> tuple[Float[Tensor, "g steps ..."], Int[Tensor, " n"]]:
-        """A class's embeddings by null-text inversion, float16, and which is whose of ``members``.
+    def null_embeddings(
+        self, class_name: str
+    ) -> tuple[Float[Tensor, "g steps ..."], Int[Tensor, " n"]]:
+        """Read a class's embeddings by null-text inversion, float16.
+
+        Returns:
+            The embeddings, and the row of each of ``members`` among them.
 
         Raises:
             UserError: the bank has none, no such class, or a file is missing or damaged.
@@ -289,11 +284,14 @@ class LatentBank:
         return torch.cat(nulls), torch.tensor([rows[i] for i in self.members[class_name]])
 
     def features(self, which: str | Path) -> dict[str, Float[Tensor, "n f"]]:
-        """A vector of every image, by class, in the order of ``members``: what nearness goes by.
+        """Return a vector of every image, by class, to choose nearest neighbours by.
 
         Args:
-            which: ``latent``, the latents themselves, flattened (all are read into memory); or a
-                .safetensors file that has under each image's id its vector, all of one length.
+            which: ``latent``, the flattened latents, which are all read into memory; or a
+                .safetensors file that holds a vector under each image's id, all of one length.
+
+        Returns:
+            Vectors in the order of ``members``.
 
         Raises:
             UserError: no such file, it lacks an image, or a vector is of another length or not
@@ -306,14 +304,14 @@ class LatentBank:
         return {name: torch.stack([vectors[i] for i in m]) for name, m in self.members.items()}
 
     def largest_mean(self, class_name: str) -> float:
-        """The largest |channel mean| of a class's latents, from their records."""
+        """Return the largest absolute channel mean of a class's latents, from their records."""
         chunks = filled(self._chunks(class_name))
         rows = torch.tensor([chunk.means for chunk in chunks])
         counts = torch.tensor([len(chunk.rows) for chunk in chunks])
         return ((counts[:, None] * rows).sum(0) / counts.sum()).abs().max().item()
 
     def subset(self, keep: Callable[[str], bool]) -> "LatentBank":
-        """A view of the images whose id passes ``keep``; classes and labels stay.
+        """Show only the images whose id passes ``keep``; classes and labels stay.
 
         Raises:
             UserError: a class would be left without an image.
@@ -329,7 +327,7 @@ class LatentBank:
         return replace(self, members=Members(kept))
 
     def check(self, backbone: Backbone) -> None:
-        """Refuse a backbone the latents were not made with.
+        """Refuse a backbone that the latents were not made with.
 
         Raises:
             BankMismatch: the first field that differs is named.
@@ -340,8 +338,8 @@ class LatentBank:
 
     @cached_property
     def digest(self) -> str:
-        """Of all that images depend on: latents and embeddings, ids and prompts of every class."""
-        digest = hashlib.sha256(b"[")  # of a JSON list, which is never whole in memory
+        """The SHA-256 of what images depend on: latents, embeddings, ids and prompts."""
+        digest = hashlib.sha256(b"[")  # of a JSON list that is never whole in memory
         for number, (name, chunks) in enumerate(self.chunks.items()):
             files = [[c.files.get(k) for k in ("latents", "nulls")] for c in chunks]
             facts = [name, self.prompt(name), [c.ids for c in chunks], files]
@@ -358,7 +356,7 @@ class LatentBank:
         return self.chunks[class_name]
 
     def _rows(self, class_name: str, read: Callable[[Chunk], Tensor]) -> Tensor:
-        """A class's rows of a kind, in the order of its members."""
+        """Read a class's rows of a kind, in the order of its members."""
         chunks = filled(self._chunks(class_name))
         ids, members = tuple(i for c in chunks for i in c.rows), self.members[class_name]
         parts = [read(chunk) for chunk in chunks]
@@ -369,12 +367,12 @@ class LatentBank:
         return stored[[rows[image_id] for image_id in members]]
 
     def _latents(self, chunk: Chunk) -> Tensor:
-        """A chunk's latents as they are stored, from where they are nearest."""
+        """Return a chunk's latents as they are stored, from the device or the disk."""
         resident = self._resident.get(chunk.stem)
         return self._read(chunk, "latents", "latents")[0] if resident is None else resident
 
     def _read(self, chunk: Chunk, kind: str, *keys: str) -> list[Tensor]:
-        """Tensors of one of a chunk's files."""
+        """Read tensors of one of a chunk's files."""
         path, known = chunk.file(kind), chunk.files.get(kind)
         if known is None or not set(keys) <= set(known.holds):
             raise UserError(
@@ -398,7 +396,7 @@ class LatentBank:
             raise unreadable(path, "a file of a bank", error) from None
 
     def _check_shape(self, chunk: Chunk, path: Path, file: Any) -> None:
-        """Refuse a file that has not a row, of the right shape, for each image."""
+        """Refuse a file without a row of the right shape for each image."""
         shape = self.manifest.latent_shape
         for key in set(file.keys()) & {"latents", "clean", "errors", "null_rows"}:
             wanted = [len(chunk.rows), *(shape if key in ("latents", "clean") else [])]
@@ -408,22 +406,12 @@ class LatentBank:
 
 
 def filled(chunks: list[Chunk]) -> list[Chunk]:
-    """Those of which not all images were rejected."""
+    """Return the chunks that contain at least one image."""
     return [chunk for chunk in chunks if "latents" in chunk.files]
 
 
-def repeated(classes: Iterable[list[Chunk]]) -> bool:
-    """Whether an image is there twice."""
-    parts = [chunk.packed for chunks in classes for chunk in chunks]
-    hashes = np.fromiter((hash(i) for part in parts for i in json.loads(part)), np.int64)
-    if len(np.unique(hashes)) == len(hashes):
-        return False
-    ids = [image_id for part in parts for image_id in json.loads(part)]
-    return len(set(ids)) < len(ids)
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that a device has to spare, a fifth left for others."""
+def _free_memory(device: torch.device) -> int:
+    """Return four fifths of the free bytes of a device."""
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0]
     else:

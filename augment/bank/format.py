@@ -11,31 +11,34 @@ A bank is a folder::
     0000/chunk-0000.nulls.safetensors   what null-text inversion adds: ``nulls`` (g, steps, …)
                                   float16 and ``null_rows`` (n,), which of them is an image's
     0000/chunk-0000.json          the chunk's commit record
-    rejects.jsonl                 the images that were left out, and why
+    rejects.jsonl                 the rejected images, with the reason
 
 The manifest (schema 3) is a `Manifest`: the latent shape; the **fingerprint**, which must match
-before latents may be mixed or sampled; for information the **recipe**, how `load_backbone` makes
-the backbone again, the **source** of the images and the versions it was made **with**; and the
+before latents may be mixed or sampled; for information the **recipe**, by which `load_backbone`
+makes the backbone, the **source** of the images and the versions it was made **with**; and the
 classes in label order, each with its folder, prompt and chunks: their number, the ids of their
 images, at most `CHUNK`, and the unit of the job that makes them (`augment.bank.fill`).
 
 A commit record is a `ChunkRecord`: bytes and SHA-256 of each of the chunk's files; bytes, SHA-256
-and shorter side of each image's file; the images left out, with the reason; statistics of the
-latents; and all that the manifest says of the chunk, so that `augment.bank.verify.repair_bank`
-makes the manifest again from the records. It is written last, and **a chunk counts if and only if
-its record is there**; the manifest changes only where images were added or mended, or went before
-they were inverted. So any number of workers may fill a bank, be killed and go on, and
+and shorter side of each image's file; the rejected images, with the reason; statistics of the
+latents; and all that the manifest says of the chunk, so that `augment.bank.verify.repair_bank` can
+make the manifest from the records. It is written last, and **a chunk counts if and only if its
+record is there**; the manifest changes only where images were added or repaired, or were removed
+before they were inverted. So any number of workers may fill a bank, be killed and resume, and
 `LatentBank.open` refuses one that is not complete.
 
-Manifest and records end with their own digests (`augment.core.schema`). A bank of schema 2 is read
-too: its records have no digest, and do not say which class they are of.
+Manifest and records end with their own digests (`augment.core.schema`). A bank of schema 2 can be
+read: its records have no digest, and do not say which class they are of.
 """
 
 import hashlib
+import json
 import math
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import lru_cache
+from itertools import chain
 from operator import itemgetter
 from pathlib import Path
 from types import NoneType
@@ -56,7 +59,10 @@ ENLARGED = 1.5
 """By how much images may be enlarged without a warning."""
 
 DIGITS = 16
-"""Of a SHA-256 in hexadecimal, where images are only told apart."""
+"""Hexadecimal digits of a SHA-256 where it only has to identify an image."""
+
+UNPACKED = 256
+"""Chunks whose ids a process keeps unpacked after they were used."""
 
 
 @dataclass(frozen=True)
@@ -92,9 +98,9 @@ class BankSettings:
     Args:
         latent_shape: channels, height, width.
         fingerprint: what must match before latents are mixed or sampled.
-        recipe: the arguments of `load_backbone` that make the backbone again; empty if unknown.
+        recipe: arguments of `load_backbone` that make the backbone; empty if unknown.
         source: where the images were, for information.
-        keeps: what is kept beside the latents: errors, clean.
+        keeps: what is stored beside the latents: errors, clean.
         made_with: versions of packages, and the device, for information.
     """
 
@@ -111,27 +117,21 @@ class BankSettings:
             raise ValueError("a latent_shape that is not of three")
         if self.recipe and type(self.recipe.get("name_or_path")) is not str:
             raise ValueError("a recipe without a name_or_path")
-        if not all(is_name(self.recipe[key]) for key in PATHS if key in self.recipe):
+        if not all(_is_path(self.recipe[key]) for key in PATHS if key in self.recipe):
             raise ValueError("a recipe with a name that no file has")
         if {"device", "dtype"} & self.recipe.keys():
             raise ValueError("a recipe with a device or dtype")
 
 
-def is_name(value: Any) -> bool:
-    """Tell whether a value is text that an operating system takes for a path; or None."""
+def _is_path(value: Any) -> bool:
+    """Tell whether a value is None, or text that an operating system takes for a path."""
     text = value or ""
     return isinstance(text, str) and len(text) < 4096 and max(map(len, text.split("/"))) < 256
 
 
 @dataclass(frozen=True)
 class ChunkEntry:
-    """A chunk that a class is to have.
-
-    Args:
-        number: of the chunk in its class.
-        unit: of the job that makes it.
-        ids: its images.
-    """
+    """A chunk in the manifest: its number in its class, the job's unit, the ids of its images."""
 
     number: int
     unit: int
@@ -145,7 +145,7 @@ class ChunkEntry:
 
 @dataclass(frozen=True)
 class ClassEntry:
-    """A class of a bank: its name, its folder, its prompt, and its chunks."""
+    """A class in the manifest: its name, folder, prompt and chunks."""
 
     name: str
     folder: str
@@ -153,7 +153,7 @@ class ClassEntry:
     chunks: list[ChunkEntry]
 
     def __post_init__(self) -> None:
-        """Refuse a folder elsewhere, and two chunks of one number."""
+        """Refuse a folder outside the bank, and two chunks of one number."""
         if not (self.folder.isascii() and self.folder.isdigit()):
             raise ValueError("a folder that is not a number")
         if len({chunk.number for chunk in self.chunks}) < len(self.chunks):
@@ -173,7 +173,7 @@ class Manifest(BankSettings, Record):
     classes: list[ClassEntry]
 
     def __post_init__(self) -> None:
-        """Refuse a class or a folder that is there twice."""
+        """Refuse two classes of one name or folder."""
         BankSettings.__post_init__(self)
         names, folders = {c.name for c in self.classes}, {c.folder for c in self.classes}
         if not len(names) == len(folders) == len(self.classes) > 0:
@@ -181,7 +181,7 @@ class Manifest(BankSettings, Record):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """How the latents are made, as each record of a chunk has it."""
+        """How the latents are made, as each commit record holds it."""
         plain = {field.name: getattr(self, field.name) for field in fields(BankSettings)}
         return plain | {"fingerprint": as_object(self.fingerprint)}
 
@@ -195,7 +195,7 @@ class FileRecord:
     holds: list[str]
 
 
-@dataclass(slots=True)  # to freeze it would take seven times as long, of each of a million images
+@dataclass(slots=True)  # not frozen, which takes seven times as long for each of a million images
 class ImageRecord:
     """An image that has a latent: size and SHA-256 of its file, and its shorter side in pixels."""
 
@@ -207,7 +207,7 @@ class ImageRecord:
 
 @dataclass(frozen=True, slots=True)
 class Reject:
-    """An image that was left out, the reason, and its place among the planned ones."""
+    """A rejected image, the reason, and its place among the planned ones."""
 
     id: str
     bytes: int
@@ -218,7 +218,7 @@ class Reject:
 
 @dataclass(frozen=True, slots=True)
 class Statistics:
-    """Of the latents of a chunk: mean norm over √D, mean of each channel, mean error if kept."""
+    """Statistics of a chunk's latents: mean norm over √D, channel means, mean error if stored."""
 
     norm: float | None = None
     channel_means: list[float] | None = None
@@ -227,12 +227,12 @@ class Statistics:
 
 @dataclass(frozen=True, slots=True)
 class Home:
-    """Where a chunk belongs: all that the manifest says of it but for the ids.
+    """Where a chunk belongs: what the manifest says of it, without the ids.
 
     Args:
         name, folder, prompt: of its class.
-        label: of its class when it was made, and how many ``classes`` there were.
-        number, unit: its own.
+        label, classes: of its class, and the number of classes, when it was made.
+        number, unit: of the chunk.
     """
 
     name: str
@@ -244,22 +244,22 @@ class Home:
     unit: int
 
     def same(self, other: "Home") -> bool:
-        """Tell whether both are one place; labels move when classes are added."""
+        """Tell whether both are the same place; labels change when classes are added."""
         fixed = ("name", "folder", "prompt", "number", "unit")
         return all(getattr(self, key) == getattr(other, key) for key in fixed)
 
 
 @dataclass(frozen=True, slots=True)
 class ChunkRecord(Record):
-    """The commit record of a chunk; `Manifest`'s settings and its home are there to repair that.
+    """The commit record of a chunk.
 
     Args:
         files: by kind.
         images: those that have a latent, row by row.
-        rejects: those that were left out.
+        rejects: the rejected ones.
         statistics: of the latents.
-        home: where it belongs; None in a record of schema 2.
-        settings: how the latents are made; None in a record of schema 2.
+        home: where it belongs, to repair a manifest; None in a record of schema 2.
+        settings: `Manifest.settings`, for the same; None in a record of schema 2.
     """
 
     WHAT: ClassVar = "the commit record of a chunk"
@@ -292,11 +292,11 @@ class ChunkRecord(Record):
 
 
 class Committed(NamedTuple):
-    """What a job keeps of a commit record, of which it has thousands.
+    """What a job keeps in memory of a commit record.
 
     Args:
         files: by kind.
-        rejects: the images that were left out.
+        rejects: the rejected images.
         images: number of latents.
         enlarged: number of images that were enlarged more than `ENLARGED`-fold.
         smallest: shorter side in pixels and id of the smallest of these.
@@ -336,12 +336,12 @@ class ChunkPlan:
 
     @property
     def rejects(self) -> list[Reject]:
-        """The images that were left out and are still planned here."""
+        """The rejected images that are still planned here."""
         return [r for r in self.committed.rejects if r.id in self.ids] if self.committed else []
 
 
 def parts_of(root: Path, manifest: Manifest) -> Iterator[ChunkPlan]:
-    """Give the planned chunks of a bank, class by class."""
+    """Yield the planned chunks of a bank, class by class."""
     settings, count = manifest.settings, len(manifest.classes)
     for label, known in enumerate(manifest.classes):
         for chunk in known.chunks:
@@ -387,7 +387,7 @@ def require_same_making(path: Path, have: BankSettings, want: BankSettings) -> N
     require_same(path, old.backbone, new.backbone)
     require_same(path, old.inversion, new.inversion)
     require_same(path, {"kept": have.keeps}, {"kept": want.keeps})
-    # a bank of before may go on: only images with transparency or a colour profile differ
+    # a bank of an older version may grow: only images with transparency or a colour profile differ
     now = {FITTING: preprocessing("white")}
     ways = [now.get(way, way) for way in (old.preprocessing, new.preprocessing)]
     require_same(path, *({"preprocessing": way} for way in ways))
@@ -447,10 +447,10 @@ def record_at(stem: Path) -> ChunkRecord | None:
 
 
 def made_of(record: ChunkRecord, part: ChunkPlan) -> bool:
-    """Tell whether a record is of a planned chunk: its place, settings, and images.
+    """Tell whether a record is of a planned chunk: its place, settings and images.
 
-    Images that were left out may be planned elsewhere by now. A record of schema 2 says neither
-    place nor settings.
+    Rejected images may be planned elsewhere by now. A record of schema 2 says neither place nor
+    settings.
     """
     if record.home is not None and record.settings is not None:
         keys = ("latent_shape", "fingerprint", "keeps")
@@ -458,31 +458,31 @@ def made_of(record: ChunkRecord, part: ChunkPlan) -> bool:
             return False
         if any(record.settings.get(key) != part.settings[key] for key in keys):
             return False
-    rejects = {reject.id for reject in record.rejects}
-    return [i for i in part.ids if i not in rejects] == [image.id for image in record.images]
-
-
-def still(record: ChunkRecord, ids: Collection[str]) -> list[Reject]:
-    """Return the rejects of a chunk that are planned still: repaired ones have left it."""
-    return [reject for reject in record.rejects if reject.id in ids]
+    ids = part.ids
+    if rejects := {reject.id for reject in record.rejects}:
+        ids = [i for i in ids if i not in rejects]
+    return ids == [image.id for image in record.images]
 
 
 def read_original(root: Path | Source, image_id: str, digest: str) -> bytes:
-    """Read the file of a real image of a bank, and no other: its digest is compared.
+    """Read the file of a bank's real image, and compare its digest.
 
     Args:
-        root: the folder of the images, or their source.
-        image_id: the path below it.
+        root: folder of the images, or their source.
+        image_id: path below it.
         digest: the SHA-256 that the bank has recorded.
 
     Raises:
-        ImageRejected: there is none, or another one, or it cannot be read; in a few words.
+        ImageRejected: there is none, or another one, or it cannot be read.
     """
     if "\0" in image_id or image_id[:1] == "/" or ".." in image_id.split("/"):
         raise ImageRejected("a path out of the folder")
     try:
-        known = isinstance(root, Source)
-        content = root.read(image_id) if known else read_file(root / image_id, "an image")
+        content = (
+            root.read(image_id)
+            if isinstance(root, Source)
+            else read_file(root / image_id, "an image")
+        )
     except (Missing, FileNotFoundError):
         raise ImageRejected("no such file") from None
     except (OSError, UserError) as error:
@@ -490,3 +490,107 @@ def read_original(root: Path | Source, image_id: str, digest: str) -> bytes:
     if sha256(content) != digest:
         raise ImageRejected("another image")
     return content
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """A chunk of an open bank.
+
+    Ids are packed, one string a chunk, so that a bank of a million images has no object for each:
+    garbage collection would visit it, and each worker process copy it.
+
+    Args:
+        stem: path of its files without suffix.
+        packed: ids of the images that have a latent, row by row; see `pack`.
+        files: by kind.
+        means: of each channel of its latents; empty if all images were rejected.
+        rejects: the images that are still rejected.
+    """
+
+    stem: Path
+    packed: str
+    files: dict[str, FileRecord]
+    means: tuple[float, ...]
+    rejects: tuple[Reject, ...]
+
+    @classmethod
+    def of(cls, stem: Path, record: ChunkRecord, planned: Sequence[str] = ()) -> "Chunk":
+        """Return the chunk of a commit record, whose repaired rejects are not ``planned`` here."""
+        means = tuple(record.statistics.channel_means or ())
+        rejects = tuple(reject for reject in record.rejects if reject.id in planned)
+        return cls(stem, _packed_ids(record), record.files, means, rejects)
+
+    def file(self, kind: str) -> Path:
+        """Return the path of its file of a kind."""
+        return file_of(self.stem, kind)
+
+    @property
+    def rows(self) -> Mapping[str, int]:
+        """The row of each of its images, in order."""
+        return unpack(self.packed)
+
+    @property
+    def ids(self) -> list[str]:
+        """The images that have a latent, row by row."""
+        return list(self.rows)
+
+    @property
+    def record(self) -> ChunkRecord:
+        """Its commit record, read from disk.
+
+        Raises:
+            UserError: it is no longer the one that the bank was opened with.
+        """
+        record = record_at(self.stem)
+        if record is None or (record.files, _packed_ids(record)) != (self.files, self.packed):
+            raise UserError(
+                f"expected the commit record at {self.stem.with_suffix('.json')} as it was when "
+                "the bank was opened, got another; open the bank again, or see latent-augment "
+                "verify"
+            )
+        return record
+
+
+class Members(Mapping[str, tuple[str, ...]]):
+    """The ids of each class, in label order, unpacked when a class is asked for.
+
+    Args:
+        packed: the packed ids of each class, in one part or several.
+    """
+
+    def __init__(self, packed: dict[str, tuple[str, ...]]) -> None:
+        self.packed = packed
+
+    def __getitem__(self, name: str) -> tuple[str, ...]:
+        return tuple(chain.from_iterable(map(unpack, self.packed[name])))
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.packed
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.packed)
+
+    def __len__(self) -> int:
+        return len(self.packed)
+
+    def __repr__(self) -> str:
+        return f"Members of {len(self)} classes"
+
+
+def pack(ids: Iterable[str]) -> str:
+    """Write ids as one string: JSON in ASCII."""
+    return json.dumps(list(ids))
+
+
+def _packed_ids(record: ChunkRecord) -> str:
+    return pack(image.id for image in record.images)
+
+
+@lru_cache(UNPACKED)
+def unpack(packed: str) -> Mapping[str, int]:
+    """Return the place of each packed id; an id that is there twice counts once.
+
+    >>> unpack(pack(["ant/0.png", "ant/1.png"]))
+    {'ant/0.png': 0, 'ant/1.png': 1}
+    """
+    return {image_id: row for row, image_id in enumerate(json.loads(packed))}

@@ -1,6 +1,6 @@
 """Merge banks of the same settings, and split a bank by classes.
 
-Both may be interrupted and go on; neither needs a backbone.
+Both may be interrupted and resumed; neither needs a backbone.
 """
 
 from collections.abc import Sequence
@@ -11,8 +11,8 @@ from tqdm import tqdm
 
 from augment.bank.bank import LatentBank, filled
 from augment.bank.chunking import intact, size_of
-from augment.bank.chunks import Chunk
 from augment.bank.format import (
+    Chunk,
     ChunkEntry,
     ChunkPlan,
     ChunkRecord,
@@ -30,30 +30,26 @@ from augment.core.schema import write
 
 
 def merge(banks: Sequence[str | Path], out: str | Path) -> LatentBank:
-    """One bank of the images of several, of the same settings; classes go by their names.
-
-    A merge that was interrupted goes on.
+    """Merge banks of the same settings into a new one, or resume that; classes go by their names.
 
     Raises:
         BankMismatch: their settings differ.
         UserError: an image or a prompt differs, a bank is incomplete or damaged, or ``out`` is in
             use.
     """
-    return assemble([(LatentBank.open(bank), None) for bank in banks], Path(out))
+    return _assemble([(LatentBank.open(bank), None) for bank in banks], Path(out))
 
 
 def split(bank: str | Path, classes: Sequence[str], out: str | Path) -> LatentBank:
-    """A bank of some classes of another, in the order that they are named in.
-
-    A split that was interrupted goes on.
+    """Copy some classes of a bank, in the order given, to a new one, or resume that.
 
     Raises:
         UserError: no such class, the bank is incomplete or damaged, or ``out`` is in use.
     """
-    return assemble([(LatentBank.open(bank), list(classes))], Path(out))
+    return _assemble([(LatentBank.open(bank), list(classes))], Path(out))
 
 
-def assemble(banks: list[tuple[LatentBank, list[str] | None]], out: Path) -> LatentBank:
+def _assemble(banks: list[tuple[LatentBank, list[str] | None]], out: Path) -> LatentBank:
     """Copy classes of banks to a new one: its manifest, then chunk by chunk what is not there."""
     check_folder(out)
     if not banks or any(wanted == [] for _, wanted in banks):
@@ -85,16 +81,16 @@ def assemble(banks: list[tuple[LatentBank, list[str] | None]], out: Path) -> Lat
                 origins[name, number] = chunk
     manifest = replace(first, schema=Manifest.SCHEMA, classes=list(classes.values()))
     with locked(out) as lock:
-        claim(out, manifest)
+        _claim(out, manifest)
         lock.sweep()
         for part in tqdm(list(parts_of(out, manifest)), "copy", unit="chunk", delay=2, leave=False):
-            copy(origins[part.home.name, part.home.number], part)
+            _copy(origins[part.home.name, part.home.number], part)
         lock.sweep()
     return LatentBank.open(out)
 
 
-def claim(out: Path, manifest: Manifest) -> None:
-    """Begin a bank in a new folder, or find the same one there, begun or finished.
+def _claim(out: Path, manifest: Manifest) -> None:
+    """Write the manifest of a bank into a new folder, unless it is there.
 
     Raises:
         UserError: there is something else.
@@ -112,8 +108,8 @@ def claim(out: Path, manifest: Manifest) -> None:
         )
 
 
-def copy(chunk: Chunk, part: ChunkPlan) -> None:
-    """Copy a chunk, unless it is there, and its record last; what was left out stays behind.
+def _copy(chunk: Chunk, part: ChunkPlan) -> None:
+    """Copy a chunk, unless it is there, and its record last, without the rejected images.
 
     Raises:
         UserError: it is damaged.

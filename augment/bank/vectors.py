@@ -1,4 +1,4 @@
-"""Vectors of images, of your own making: what nearness may go by."""
+"""User-supplied feature vectors, used to choose nearest neighbours."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from augment.core.files import reading
 
 
 def read_vectors(path: Path, ids: list[str]) -> dict[str, Float[Tensor, " f"]]:
-    """The vectors of images in a .safetensors file, float32; see `LatentBank.features`."""
+    """Read the vectors of images from a .safetensors file as float32; see `LatentBank.features`."""
     try:
         with reading(path, "vectors") as file:  # no pipe, which would never end
             vectors = {key: vector.float() for key, vector in load(file.read()).items()}
@@ -34,6 +34,6 @@ def read_vectors(path: Path, ids: list[str]) -> dict[str, Float[Tensor, " f"]]:
             found = "NaN or infinity" if vector.shape == shape else f"shape {tuple(vector.shape)}"
             raise UserError(
                 f"expected finite vectors in {path}, all of shape {shape}, got {found} for "
-                f"{image_id}; mend that one"
+                f"{image_id}; repair that one"
             )
     return vectors

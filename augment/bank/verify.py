@@ -1,7 +1,7 @@
 """Verify a bank against its records, repair its manifest, describe what it holds.
 
-Nothing here needs a backbone. Damage is found by the digests that every commit record holds. What
-is damaged is discarded by removing its record; the command that made it then makes it again.
+Nothing here needs a backbone. Damage is found by the digests in every commit record. A damaged
+chunk is discarded by removing its record; the command that made it then makes it again.
 """
 
 import math
@@ -30,7 +30,6 @@ from augment.bank.format import (
     read_record,
     require_same_making,
     stem_of,
-    still,
 )
 from augment.core.errors import AugmentWarning, Damaged, ImageRejected, Missing, UserError
 from augment.core.schema import as_object, build, read, write
@@ -40,11 +39,11 @@ from augment.sources import Source
 
 
 class Finding(NamedTuple):
-    """Something that is not as it should be.
+    """A fault of a bank or of shards.
 
-    Attributes:
-        what: in one line.
-        record: the commit record to remove so that it is made again; None if that would not help.
+    Args:
+        what: the fault, in one line.
+        record: the commit record to remove so that the work is redone; None if that is no remedy.
     """
 
     what: str
@@ -52,7 +51,7 @@ class Finding(NamedTuple):
 
 
 def discard(findings: Sequence[Finding]) -> None:
-    """Remove the records of what is damaged, so that the command that made it makes it again.
+    """Remove the records of what is damaged, so that it is made again.
 
     Raises:
         UserError: a record cannot be removed.
@@ -68,7 +67,7 @@ def discard(findings: Sequence[Finding]) -> None:
 
 
 def bank_findings(path: Path, images: Path | Source | None) -> Iterator[Finding]:
-    """Find what is wrong with a bank."""
+    """Compare a bank with its records, and with its images if they are given."""
     expected = {path / "manifest.json", path / "rejects.jsonl"}
     parts, old = list(parts_of(path, read_manifest(path))), 0
     for part in tqdm(parts, "verify", unit="chunk", delay=2, leave=False):
@@ -83,7 +82,7 @@ def bank_findings(path: Path, images: Path | Source | None) -> Iterator[Finding]
         if record is None:
             yield Finding(f"{part.stem.relative_to(path)}: not made yet")
             continue
-        old += record.home is None
+        old += record.home is None  # of schema 2
         for kind, known in record.files.items():
             file = file_of(part.stem, kind)
             expected.add(file)
@@ -93,7 +92,7 @@ def bank_findings(path: Path, images: Path | Source | None) -> Iterator[Finding]
                 yield Finding(str(error), record_path)
             except UserError as error:
                 yield Finding(str(error))
-        yield from image_findings(images, record)
+        yield from _image_findings(images, record)
     for file in sorted(path.rglob("*")):
         if file not in expected:
             yield Finding(f"{file.relative_to(path)}: not of this bank")
@@ -106,8 +105,8 @@ def bank_findings(path: Path, images: Path | Source | None) -> Iterator[Finding]
         )
 
 
-def image_findings(images: Path | Source | None, record: ChunkRecord) -> Iterator[Finding]:
-    """Find the images of a chunk that are no longer what they were."""
+def _image_findings(images: Path | Source | None, record: ChunkRecord) -> Iterator[Finding]:
+    """Compare the images of a chunk with its record."""
     if images is None:
         return
     for image in record.images:
@@ -118,10 +117,10 @@ def image_findings(images: Path | Source | None, record: ChunkRecord) -> Iterato
 
 
 def repair_bank(path: Path) -> str:
-    """Make a lost or damaged manifest again from the records of the chunks.
+    """Make a lost or damaged manifest from the records of the chunks.
 
     Returns:
-        What was done, in a line.
+        A line that says what was done.
 
     Raises:
         UserError: it cannot be read now, or the records do not say enough, or are of several banks.
@@ -131,19 +130,19 @@ def repair_bank(path: Path) -> str:
         return f"{path}: its manifest is as it was written"
     except (Missing, Damaged) as error:
         flaw = error
-    records = list(homed(path))
+    records = list(_records_at_home(path))
     if not records:
         raise UserError(
             f"expected records of schema {ChunkRecord.SCHEMA} in {path} to make its manifest of, "
             "got none; those of older versions do not say what class they are of: copy the "
             "manifest from elsewhere, or make the bank again in a new folder"
         ) from flaw
-    settings = [settings_of(record) for _, record in records]
+    settings = [_settings_of(record) for _, record in records]
     newest = max(range(len(records)), key=lambda k: records[k][0].unit)
     for other in settings:
         require_same_making(path, other, settings[newest])
     facts = vars(settings[newest])
-    manifest = Manifest(**facts, schema=Manifest.SCHEMA, classes=classes_of(path, records))
+    manifest = Manifest(**facts, schema=Manifest.SCHEMA, classes=_classes_of(path, records))
     write(path / "manifest.json", manifest)
     return (
         f"{path}: the manifest is made again from {len(records)} records of "
@@ -151,7 +150,7 @@ def repair_bank(path: Path) -> str:
     )
 
 
-def homed(path: Path) -> Iterator[tuple[Home, ChunkRecord]]:
+def _records_at_home(path: Path) -> Iterator[tuple[Home, ChunkRecord]]:
     """Yield the records of a folder that lie where they say that they belong."""
     for file in sorted(path.glob("[0-9]*/chunk-*.json")):
         with suppress(Damaged, Missing):
@@ -160,7 +159,7 @@ def homed(path: Path) -> Iterator[tuple[Home, ChunkRecord]]:
                 yield record.home, record
 
 
-def settings_of(record: ChunkRecord) -> BankSettings:
+def _settings_of(record: ChunkRecord) -> BankSettings:
     """Return how the latents of a chunk are made."""
     try:
         return build(BankSettings, record.settings)
@@ -170,11 +169,11 @@ def settings_of(record: ChunkRecord) -> BankSettings:
         ) from None
 
 
-def classes_of(path: Path, records: list[tuple[Home, ChunkRecord]]) -> list[ClassEntry]:
-    """Return the plan that records were made by.
+def _classes_of(path: Path, records: list[tuple[Home, ChunkRecord]]) -> list[ClassEntry]:
+    """Return the classes of the manifest that records were made by.
 
-    Labels move when classes are added, so those of older plans are put in order first, and newer
-    ones among them.
+    Labels change when classes are added, so records of older manifests are sorted first, and newer
+    ones inserted among them.
 
     Raises:
         UserError: the records are of several banks.
@@ -186,7 +185,7 @@ def classes_of(path: Path, records: list[tuple[Home, ChunkRecord]]) -> list[Clas
         ids = [image.id for image in record.images]
         for reject in record.rejects:  # in the order of their places
             ids.insert(len(ids) if reject.place is None else reject.place, reject.id)
-        later = {reject.id for reject in record.rejects} & there  # they were made good since
+        later = {reject.id for reject in record.rejects} & there  # these were repaired since
         ids = [image_id for image_id in ids if image_id not in later]
         if home.name not in by_name:
             by_name[home.name] = ClassEntry(home.name, home.folder, home.prompt, [])
@@ -217,7 +216,7 @@ def inspect_bank(path: Path) -> str:
             continue
         count = len(record.images)
         made[part.home.name] += count
-        rejects += len(still(record, part.ids))
+        rejects += len({r.id for r in record.rejects}.intersection(part.ids))
         size += sum(file.bytes for file in record.files.values())
         for key, values in means.items():
             value = getattr(record.statistics, key)
@@ -230,8 +229,8 @@ def inspect_bank(path: Path) -> str:
     ]
     prints = as_object(manifest.fingerprint) | {"made with": manifest.made_with}
     for name, facts in prints.items():
-        told = facts if isinstance(facts, str) else ", ".join(f"{k} {v}" for k, v in facts.items())
-        lines.append(f"{name}: {told}")
+        text = facts if isinstance(facts, str) else ", ".join(f"{k} {v}" for k, v in facts.items())
+        lines.append(f"{name}: {text}")
     lines.append(f"images: {manifest.source}")
     if norms := means["norm"]:
         lines.append(str(norm_finding(fmean(norms), len(norms), math.prod(manifest.latent_shape))))

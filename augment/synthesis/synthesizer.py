@@ -267,7 +267,7 @@ class Synthesizer:
         parts = []
         for name, image_id in zip(plan.member_classes, plan.members, strict=True):
             if name not in self._nulls:
-                self._nulls[name] = self.bank.nulls(name)
+                self._nulls[name] = self.bank.null_embeddings(name)
             nulls, owner = self._nulls[name]
             parts.append(nulls[owner[self.bank.members[name].index(image_id)]])
         rows = torch.stack(parts).float()

@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 import augment.bank.chunking
 import augment.core.schema
 from augment import LatentBank, Planner, UserError, open_shards
-from augment.bank.chunks import Chunk, Members, pack, unpack
 from augment.bank.fill import InversionJob
+from augment.bank.format import Chunk, Members, pack, unpack
 from augment.core.errors import EnlargedWarning
 from augment.core.files import sha256
 from augment.inversion import inverter
@@ -247,15 +247,13 @@ def test_members_that_a_view_does_not_show_are_refused(root):
     name = bank.classes[4]
     hidden, shown = bank.members[name][280], bank.members[name][299]
     part = bank.subset(lambda image_id: image_id != hidden)
-    chunk, row = part.place(name, shown)
-    assert (chunk, chunk.ids[row]) == (bank.chunks[name][-1], shown)
+    assert part.gather([Plan.equal(4, name, [shown])])[0].shape[:2] == (1, 1)
     plans = [Plan.equal(4, name, [hidden, shown])]
     assert bank.gather(plans)[0].shape[:2] == (1, 2)
-    for ask in (lambda: part.gather(plans), lambda: part.place(name, hidden)):
-        with pytest.raises(UserError, match=hidden):
-            ask()
+    with pytest.raises(UserError, match=hidden):
+        part.gather(plans)
     with pytest.raises(UserError, match="nobody"):
-        bank.place("nobody", shown)
+        bank.gather([Plan.equal(4, "nobody", [shown])])
 
 
 def test_the_rows_of_a_batch_are_those_of_its_classes(root):
@@ -292,7 +290,7 @@ def test_a_chunk_knows_what_its_record_says(root):
     bank = LatentBank.open(root)
     chunk = bank.chunks[bank.classes[0]][1]
     assert chunk.ids == [image.id for image in chunk.record.images]
-    assert list(chunk.rows.values()) == list(range(44)) and chunk.rejected == 0
+    assert list(chunk.rows.values()) == list(range(44)) and chunk.rejects == ()
     assert chunk == Chunk.of(chunk.stem, chunk.record)
     assert np.allclose(chunk.means, bank.latents(bank.classes[0])[256:].mean((0, 2, 3)), atol=1e-3)
 

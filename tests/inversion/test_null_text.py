@@ -110,11 +110,11 @@ def test_a_bank_keeps_the_embeddings_and_samples_with_them(tiny, bank, tmp_path)
         "method": "null_text", "solver": "ddim", "guidance": GUIDANCE, "steps": STEPS, "inner": 3,
         "shared": False,
     }  # fmt: skip
-    nulls, rows = bank.nulls("Coat")
+    nulls, rows = bank.null_embeddings("Coat")
     assert nulls.shape == (2, STEPS, 128)
     assert rows.tolist() == [0, 1]
     one = bank.subset(lambda image_id: image_id != "Coat/000.png")
-    assert one.nulls("Coat")[1].tolist() == [1]
+    assert one.null_embeddings("Coat")[1].tolist() == [1]
     synthesizer = Synthesizer(tiny, bank, "nin/0")
     assert (synthesizer.solver, synthesizer.steps, synthesizer.guidance) == (
         "ddim",
@@ -128,7 +128,7 @@ def test_a_bank_keeps_the_embeddings_and_samples_with_them(tiny, bank, tmp_path)
     empty = tiny.condition([""])["text"]
     expected = 0.5 * nulls.float().mean(0) + 0.5 * empty
     torch.testing.assert_close(synthesizer.null(half), expected)
-    assert LatentBank.open(bank.path).nulls("Bag")[0].shape == (2, STEPS, 128)
+    assert LatentBank.open(bank.path).null_embeddings("Bag")[0].shape == (2, STEPS, 128)
     images = synthesizer.images([Planner(bank.members)(0, i) for i in range(2)])
     assert images.shape == (2, 1, 32, 32)
 
@@ -141,7 +141,7 @@ def test_a_harmed_file_of_embeddings_is_named(tiny, bank, tmp_path):
             (copy / name).write_bytes(content)
     (copy / "0001" / "chunk-0000.nulls.safetensors").write_bytes(b"cut")
     with pytest.raises(UserError, match=r"chunk-0000\.nulls\.safetensors"):
-        LatentBank.open(copy).nulls("Coat")
+        LatentBank.open(copy).null_embeddings("Coat")
 
 
 def test_a_bank_of_another_inversion_has_no_embeddings(tiny, tmp_path):
@@ -151,7 +151,7 @@ def test_a_bank_of_another_inversion_has_no_embeddings(tiny, tmp_path):
     assert not (tmp_path / "bank").exists()
     plain = fill_bank(tmp_path / "bank", tiny, source, steps=1)
     with pytest.raises(UserError, match="null_text"):
-        plain.nulls("Coat")
+        plain.null_embeddings("Coat")
 
 
 def test_negative_prompt_inverts_without_guidance_whatever_it_samples_with(tiny, coats):

@@ -382,7 +382,7 @@ def test_a_bank_in_memory_gives_what_one_on_disk_gives(bank, gaussian, monkeypat
 
 
 def test_a_bank_too_large_for_memory_says_so(bank, monkeypatch):
-    monkeypatch.setattr("augment.bank.bank.free_memory", lambda device: 10)
+    monkeypatch.setattr("augment.bank.bank._free_memory", lambda device: 10)
     with pytest.raises(UserError, match="from where it is read"):
         bank.to("cpu")
 
