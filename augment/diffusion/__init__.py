@@ -4,17 +4,18 @@ To add one: a file with a class that has the members of `augment.diffusion.backb
 an entry in `BACKBONES`; or, for a pipeline class of diffusers, in `PIPELINES`.
 """
 
-import inspect
 import os
 from collections.abc import Callable
 from functools import partial
+from inspect import Parameter
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from augment.core.errors import UserError, lookup
-from augment.diffusion.backbone import Backbone
+from augment.core.registry import check_settings, parameters
+from augment.diffusion.backbone import Backbone, Recipe
 from augment.diffusion.backbones.dit import DiT
 from augment.diffusion.backbones.stable_diffusion import StableDiffusion, StableDiffusionXL
 from augment.diffusion.backbones.stable_diffusion3 import StableDiffusion3
@@ -31,26 +32,14 @@ PIPELINES: dict[str, Callable[..., Backbone]] = {
 """Backbones by diffusers' pipeline class."""
 
 PATHS = ("name_or_path", "config", "lora", "tiny_vae")
-"""What of a recipe may be a path."""
-
-TAKEN = ("self", "checkpoint", "source", "weights", "device", "dtype", "options")
+"""Keys of a recipe whose values may be paths."""
 
 
-def known_options(factory: Callable[..., Backbone]) -> dict[str, Any]:
-    """A factory's own options with their defaults."""
-    parameters = inspect.signature(factory).parameters.values()
-    return {p.name: p.default for p in parameters if p.name not in TAKEN}
-
-
-def check_options(name: str, options: dict[str, Any], known: dict[str, Any]) -> None:
-    """Refuse options that a backbone has not."""
-    for option in options:
-        if option not in known:
-            names = ", ".join(known) or "none"
-            raise UserError(
-                f"expected an option out of {names} for the backbone {name}, got {option!r}; "
-                "leave it out"
-            )
+def known_options(factory: Callable[..., Backbone]) -> dict[str, Parameter]:
+    """Return the options of a backbone's class or factory, beside device and precision."""
+    kinds = getattr(factory, "__mro__", (factory, object))[-2::-1]  # base classes first
+    other = {"checkpoint", "source", "weights", "device", "dtype", *getattr(factory, "fixed", ())}
+    return {name: known for name, known in parameters(*kinds).items() if name not in other}
 
 
 def pretrained(
@@ -63,17 +52,11 @@ def pretrained(
     config: str | Path | None = None,
     **options: Any,
 ) -> Backbone:
-    """The backbone of a diffusers checkpoint.
+    """Load the backbone of a diffusers checkpoint.
 
-    Args:
-        source: see `find_checkpoint`.
-        revision: branch, tag or commit on the hub.
-        variant: of the weights' files, ``fp16`` for instance.
-        local_files_only: ask the network nothing.
-        config: of a single file; see `find_checkpoint`.
-        device: where it runs.
-        dtype: the networks' precision.
-        options: of the class in `PIPELINES` that the checkpoint asks for.
+    For the named parameters see `load_backbone` and `find_checkpoint`. The options are those of
+    `augment.diffusion.backbones.latent_diffusion.LatentDiffusion`, or of the class in `PIPELINES`
+    for the checkpoint.
 
     Raises:
         UserError: see `find_checkpoint`; a checkpoint or an option of another kind.
@@ -81,8 +64,7 @@ def pretrained(
     require("transformers", "accelerate")
     checkpoint = find_checkpoint(source, revision, variant, local_files_only, config)
     factory = lookup(PIPELINES, checkpoint.kind, "diffusers pipeline")
-    known = known_options(pretrained) | known_options(factory)
-    check_options(str(source), options, known)
+    check_settings(str(source), options, known_options(pretrained) | known_options(factory))
     return factory(checkpoint, device=device, dtype=dtype, **options)
 
 
@@ -99,51 +81,51 @@ def load_backbone(
     dtype: torch.dtype | None = None,
     **options: Any,
 ) -> Backbone:
-    """A backbone, ready to invert and sample.
+    """Load a backbone, ready to invert and sample.
 
     Args:
         name_or_path: a key of `BACKBONES`; a diffusers pipeline folder; a repository
             ``owner/name`` of the Hugging Face hub; or a safetensors file, of
             ``scripts/train_tiny.py`` or in the format of the original Stable Diffusion releases.
-        device: where the network runs; by default the GPU if there is one.
-        dtype: the network's precision; float32 by default, and for diffusers' models on a GPU
+        device: of the network; by default the GPU if there is one.
+        dtype: precision of the network; float32 by default, and for diffusers' models on a GPU
             float16 (UNets) or bfloat16 (transformers).
-        options: passed on to the backbone: those of `Tiny`; or those of `pretrained` and, by what
-            the checkpoint is, of `StableDiffusion`, `StableDiffusionXL`, `StableDiffusion3`, `DiT`.
+        options: of `Tiny`; or of `pretrained`.
 
     Raises:
-        UserError: an unknown name, an option that the backbone has not, or no usable weights.
+        UserError: an unknown name, an option that the backbone does not have, or no usable weights.
     """
-    device = find_device(device)
-    name, where = str(name_or_path), {"device": device, "dtype": dtype}
-    mine = name == "tiny"
+    device, name = find_device(device), str(name_or_path)
+    tiny = name == "tiny"
     if Path(name).suffix == ".safetensors":
-        mine = "unet" in read_header(Path(name))[0].get("config", "")
-    if mine:
-        check_options(name, options, known_options(Tiny))
+        tiny = "unet" in read_header(Path(name))[0].get("config", "")
+    if tiny:
+        check_settings("tiny", options, known_options(Tiny))
         weights = {} if name == "tiny" else {"weights": Path(name)}
         backbone = Tiny(**weights, device=device, dtype=dtype or torch.float32, **options)
     else:
-        backbone = BACKBONES.get(name, partial(pretrained, name))(**where, **options)
-    defaults = known_options(pretrained) | known_options(type(backbone))
-    changed = {key: value for key, value in options.items() if value != defaults.get(key)}
+        factory = BACKBONES.get(name, partial(pretrained, name))
+        backbone = factory(device=device, dtype=dtype, **options)
+    known = known_options(pretrained) | known_options(type(backbone))
+    usual = {key: parameter.default for key, parameter in known.items()}
+    changed = {key: value for key, value in options.items() if value != usual.get(key)}
     backbone.recipe = {
-        key: rooted(value) if key in PATHS else value
+        key: _as_text(value) if key in PATHS else value
         for key, value in {"name_or_path": name, **changed}.items()
     }
     return backbone
 
 
-def local_recipe(recipe: dict[str, Any], named: bool = False) -> dict[str, Any]:
-    """Return a recipe that asks no hub, for a bank may come from a stranger.
+def local_recipe(recipe: Recipe, named: bool = False) -> Recipe:
+    """Return a recipe that downloads nothing, since a bank may come from a stranger.
 
-    What it names has to be embedded, on the disk or in the hub's cache.
+    The files that it names have to be embedded, on the disk or in the hub's cache.
 
     >>> local_recipe({"name_or_path": "sd15"})
     {'name_or_path': 'sd15', 'local_files_only': True}
 
     Args:
-        recipe: the arguments of `load_backbone`.
+        recipe: arguments of `load_backbone`.
         named: whether the user named the backbone, which may then be downloaded.
     """
     name = recipe["name_or_path"]
@@ -156,10 +138,10 @@ def local_recipe(recipe: dict[str, Any], named: bool = False) -> dict[str, Any]:
 
 
 def find_device(device: torch.device | str | None = None) -> torch.device:
-    """A device that is there; by default the GPU if there is one.
+    """Return a device that is there; by default the GPU if there is one.
 
     Raises:
-        UserError: it is not.
+        UserError: it is not there.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -180,11 +162,10 @@ def parse_dtype(name: str | None) -> torch.dtype | None:
     return None if name is None else lookup(by_name, name, "dtype")
 
 
-def rooted(value: str | Path) -> str:
-    """A recipe's path as JSON has it; one that is there is absolute, to be found again."""
-    if value in BACKBONES:
-        return str(value)
-    return str(Path(value).resolve()) if Path(value).exists() else str(value)
+def _as_text(value: str | Path) -> str:
+    """Write a recipe's path as text; make it absolute if it is there."""
+    here = value not in BACKBONES and Path(value).exists()
+    return str(Path(value).resolve() if here else value)
 
 
 __all__ = [

@@ -5,9 +5,9 @@ noise :math:`\varepsilon \sim \mathcal N(0, I)` was added,
 
 .. math:: z_u = \alpha(u)\, z_0 + \sigma(u)\, \varepsilon, \qquad u \in [0, 1],
 
-with :math:`u = 0` clean and :math:`u = 1` the noisiest level. Networks differ only in what they
-are told (the *timestep*) and in what they answer; `Process.split` turns each answer into the
-same pair :math:`(\hat z_0, \hat\varepsilon)`, after which nothing downstream needs to know:
+with :math:`u = 0` clean and :math:`u = 1` the noisiest level. Networks differ only in their input
+(the *timestep*) and in what they predict; `split` turns each prediction into the same pair
+:math:`(\hat z_0, \hat\varepsilon)`, so that no solver depends on it:
 
 ================  ==================================  =================================
 prediction        :math:`\hat z_0`                    :math:`\hat\varepsilon`
@@ -17,7 +17,7 @@ prediction        :math:`\hat z_0`                    :math:`\hat\varepsilon`
 ``flow``          z − σ·out                           z + (1 − σ)·out
 ================  ==================================  =================================
 
-What is left open here is the path between two levels: that is the solver's.
+The path between two levels is the solver's.
 """
 
 import bisect
@@ -35,21 +35,21 @@ from augment.core.errors import UserError, lookup
 
 Pair = tuple[Tensor, Tensor]
 Amount = float | Tensor
-"""An α or σ: one number, or a tensor that broadcasts, of levels that differ by row."""
+"""An α or σ: a number, or a tensor that broadcasts where levels differ by row."""
 
 PREDICTIONS: dict[str, Callable[[Tensor, Tensor, Amount, Amount], Pair]] = {
     "epsilon": lambda z, out, alpha, sigma: ((z - sigma * out) / alpha, out),
     "v": lambda z, out, alpha, sigma: (alpha * z - sigma * out, sigma * z + alpha * out),
     "flow": lambda z, out, alpha, sigma: (z - sigma * out, z + (1 - sigma) * out),
 }
-"""How each kind of network answer splits into (clean, noise)."""
+"""How each kind of network output splits into (clean, noise)."""
 
 GOALS: dict[str, Callable[[Tensor, Tensor, Amount, Amount], Tensor]] = {
     "epsilon": lambda clean, noise, alpha, sigma: noise,
     "v": lambda clean, noise, alpha, sigma: alpha * noise - sigma * clean,
     "flow": lambda clean, noise, alpha, sigma: noise - clean,
 }
-"""What each kind of network learns to answer; split, it is (clean, noise) again."""
+"""The training target of each kind of network; split, it is (clean, noise) again."""
 
 BETAS: dict[str, Callable[[float, float, int], Tensor]] = {
     "scaled_linear": lambda a, b, n: torch.linspace(a**0.5, b**0.5, n, dtype=torch.float64) ** 2,
@@ -57,13 +57,10 @@ BETAS: dict[str, Callable[[float, float, int], Tensor]] = {
 }
 """β of each training step: √β linear in the step (latent diffusion), or β (DDPM, DiT)."""
 
-SPACINGS = ("trailing", "leading", "linspace")
-"""Which of the trained levels n steps visit, as diffusers names them; see `VariancePreserving`."""
-
 
 @runtime_checkable
 class Process(Protocol):
-    """What a solver needs to know of a backbone's noising process."""
+    """The noising process of a backbone, as solvers use it."""
 
     @property
     def prediction(self) -> str:
@@ -71,50 +68,46 @@ class Process(Protocol):
         ...
 
     def levels(self, steps: int) -> list[float]:
-        """``steps + 1`` noise levels u, ascending from the clean end to the noisiest."""
+        """Return ``steps + 1`` noise levels u, ascending from the clean end to the noisiest."""
         ...
 
     def middle(self, low: float, high: float) -> float:
-        """The level halfway between two, where a second-order step asks."""
+        """Return the level halfway between two, for second-order steps."""
         ...
 
     def alpha_sigma(self, level: float) -> tuple[float, float]:
-        """(α(u), σ(u))."""
+        """Return (α(u), σ(u))."""
         ...
 
     def timestep(self, level: float) -> float:
-        """What the network is told at this level."""
+        """Return the network's timestep at this level."""
         ...
 
 
 def split(
     process: Process, latent: Float[Tensor, "b *d"], output: Float[Tensor, "b *d"], level: float
 ) -> Pair:
-    """(clean, noise) estimates, each (B, …), from a network's answer at a noise level."""
+    """Return the (clean, noise) estimates, each (B, …), of a network's output at a noise level."""
     return lookup(PREDICTIONS, process.prediction, "prediction")(
         latent, output, *process.alpha_sigma(level)
     )
 
 
-def check_spacing(spacing: str, known: tuple[str, ...]) -> None:
-    """Refuse a spacing that a process has not."""
-    lookup(dict.fromkeys(known), spacing, "spacing")
+@dataclass(frozen=True)
+class _Brief:
+    """A dataclass whose ``repr``, a part of fingerprints, leaves out fields that have defaults.
 
-
-class Brief:
-    """A dataclass whose ``repr`` leaves out what has its default.
-
-    It goes into fingerprints, which a field that is added later must not change.
+    So a field that is added later does not change them.
     """
 
     def __repr__(self) -> str:
-        own = ((f.name, getattr(self, f.name), f.default) for f in fields(self))  # type: ignore[arg-type]
+        own = ((f.name, getattr(self, f.name), f.default) for f in fields(self))
         changed = ", ".join(f"{name}={value!r}" for name, value, usual in own if value != usual)
         return f"{type(self).__name__}({changed})"
 
 
 @dataclass(frozen=True, repr=False)
-class VariancePreserving(Brief):
+class VariancePreserving(_Brief):
     r"""Stable Diffusion's process: :math:`\alpha^2 + \sigma^2 = 1`, with √β linear in the step.
 
     Ho et al., *Denoising Diffusion Probabilistic Models*, arXiv 2006.11239, eq. 4; the
@@ -123,25 +116,23 @@ class VariancePreserving(Brief):
     which is one source of the channel bias that centroids amplify.
 
     Level u is the network's timestep u·train_steps − 1, and 0 is clean. Levels between two trained
-    ones interpolate the angle atan(σ/α). Of the spacings, ``trailing`` begins every number of steps
-    at the noisiest level, so that a latent inverted with 50 steps can be sampled with 20; with the
-    other two and with ``clean_end=False`` it is diffusers' DDIM grid, for comparison.
+    ones interpolate the angle atan(σ/α).
 
     Args:
-        prediction: what the network answers, ``epsilon`` or ``v``.
+        prediction: of the network, ``epsilon`` or ``v``.
         train_steps: number of trained levels.
         beta_start, beta_end: noise of the first and last training step.
         betas: how β goes from one to the other, a key of `BETAS`.
-        spacing: one of `SPACINGS`.
+        spacing: the trained levels that n steps visit. ``trailing`` always begins at the noisiest,
+            so that a latent inverted with 50 steps can be sampled with 20; ``leading`` and
+            ``linspace``, with ``clean_end=False``, are diffusers' DDIM grids, for comparison.
         offset: added to the timesteps of ``leading``.
         clean_end: whether sampling ends at level 0 (``set_alpha_to_one``) or, as SD 1's scheduler
             files have it, at the first trained level.
         zero_terminal_snr: rescale √ᾱ linearly so that it ends at 0 (Lin et al., *Common Diffusion
             Noise Schedules and Sample Steps are Flawed*, arXiv 2305.08891, alg. 1). Then nothing of
-            the clean latent is left at the noisiest level: no bias from there, and pure noise is
-            what sampling really starts from. But a network that was not trained so is told a level
-            that it never saw as noisy as this, and ε says nothing of the clean latent there: it
-            takes v-prediction.
+            the clean latent is left at the noisiest level, so that it brings no bias and sampling
+            starts from pure noise. It takes v-prediction, and a network that was trained so.
 
     Raises:
         UserError: an unknown schedule or spacing, or ε-prediction with zero terminal SNR.
@@ -166,7 +157,7 @@ class VariancePreserving(Brief):
                 f"expected 0 < beta_start ≤ beta_end < 1 and some training steps, got {start!r}, "
                 f"{end!r} and {steps!r}; take the scheduler file of the checkpoint's makers"
             )
-        check_spacing(self.spacing, SPACINGS)
+        lookup(dict.fromkeys(("trailing", "leading", "linspace")), self.spacing, "spacing")
         if self.zero_terminal_snr and self.prediction == "epsilon":
             raise UserError(
                 "expected v-prediction for zero terminal SNR, got epsilon, which says nothing of "
@@ -175,7 +166,7 @@ class VariancePreserving(Brief):
 
     @cached_property
     def alphas_cumprod(self) -> Float[Tensor, " t"]:
-        """ᾱ at each of ``train_steps + 1`` levels in float64, beginning with the clean 1."""
+        """Compute ᾱ at each of ``train_steps + 1`` levels in float64, from the clean 1 on."""
         betas = BETAS[self.betas](self.beta_start, self.beta_end, self.train_steps)
         kept = (1 - betas).cumprod(0)
         if self.zero_terminal_snr:
@@ -185,7 +176,7 @@ class VariancePreserving(Brief):
 
     @cached_property
     def angles(self) -> list[float]:
-        """atan(σ/α) at each level, ascending from 0."""
+        """Compute atan(σ/α) at each level, ascending from 0."""
         return [math.acos(min(root, 1.0)) for root in self.alphas_cumprod.sqrt().tolist()]
 
     def levels(self, steps: int) -> list[float]:
@@ -227,7 +218,7 @@ class VariancePreserving(Brief):
 
 
 @dataclass(frozen=True, repr=False)
-class Flow(Brief):
+class Flow(_Brief):
     r"""Rectified flow: :math:`\alpha = 1 - \sigma`, with the levels warped by ``shift``.
 
     Liu et al., *Flow Straight and Fast*, arXiv 2209.03003; the shift
@@ -247,7 +238,7 @@ class Flow(Brief):
     spacing: str = "trailing"
 
     def __post_init__(self) -> None:
-        check_spacing(self.spacing, ("trailing", "linspace"))
+        lookup(dict.fromkeys(("trailing", "linspace")), self.spacing, "spacing")
         if not 0 < self.shift < math.inf:
             raise UserError(f"expected a shift above 0, got {self.shift!r}; 1 is none, 3 SD 3's")
 

@@ -29,14 +29,14 @@ class Clip:
     processor: Any
 
     def images(self, images: Float[Tensor, "n c h w"]) -> Float[Tensor, "n d"]:
-        """Unit features of images in [0, 1], float64 on the CPU."""
+        """Compute unit features of images in [0, 1], float64 on the CPU."""
         return unit(in_batches(self._embed, images))
 
     def texts(self, texts: list[str]) -> Float[Tensor, "k d"]:
-        """Unit features of texts, float64 on the CPU.
+        """Compute unit features of texts, float64 on the CPU.
 
         Raises:
-            UserError: one is too long.
+            UserError: a text is too long.
         """
         from augment.diffusion.backbones.latent_diffusion import check_length
 
@@ -51,20 +51,20 @@ class Clip:
         return unit(torch.cat(parts))
 
     def _embed(self, images: Tensor) -> Tensor:
-        form = (self.processor.image_mean, self.processor.image_std)
-        vision = self.model.config.vision_config
-        size = (vision.image_size, vision.image_size)
-        pixels = normalise(images.to(self.model.device), vision.num_channels, size, *form)
+        vision, processor = self.model.config.vision_config, self.processor
+        channels, size = vision.num_channels, (vision.image_size, vision.image_size)
+        images = images.to(self.model.device)
+        pixels = normalise(images, channels, size, processor.image_mean, processor.image_std)
         pooled = self.model.vision_model(pixel_values=pixels).pooler_output
         return self.model.visual_projection(pooled)
 
 
 def load_clip(source: str, device: torch.device) -> Clip:
-    """A CLIP of transformers.
+    """Load a CLIP of transformers.
 
     Args:
-        source: a folder, or a repository of the hub; empty takes `DEFAULT`.
-        device: where it runs.
+        source: a folder, or a repository of the hub; empty for `DEFAULT`.
+        device: of the model.
 
     Raises:
         UserError: transformers is not installed, or there is no whole CLIP.
@@ -77,23 +77,21 @@ def load_clip(source: str, device: torch.device) -> Clip:
             "expected transformers for CLIP, got no such package; pip install 'latent-augment[sd]'"
         ) from None
     load: Any = CLIPModel.from_pretrained
-    how = {"use_safetensors": True, "dtype": torch.float32, "output_loading_info": True}
-    parts: list[Any] = []
+    options = {"use_safetensors": True, "dtype": torch.float32, "output_loading_info": True}
     if Path(source).is_dir():
         check_indices(Path(source))
     try:
         with explained(source), quiet():
-            parts += load(source, **how)
-            parts += [kind.from_pretrained(source) for kind in (CLIPTokenizer, CLIPImageProcessor)]
-        problem = ", ".join(sorted(parts.pop(1)["missing_keys"])[:1])
+            model, info = load(source, **options)
+            tokenizer = CLIPTokenizer.from_pretrained(source)
+            processor = CLIPImageProcessor.from_pretrained(source)
+        if info["missing_keys"]:
+            raise ValueError(min(info["missing_keys"]))
     except UserError:
         raise
     except Exception as error:  # of any type: loaders stumble over hostile files as they like
-        problem = brief(error)
-    if problem:
         raise UserError(
-            f"expected a whole CLIP of transformers at {source!r}, got one damaged in {problem}; "
-            "give another folder or a repository of the hub"
-        )
-    model, tokenizer, processor = parts
+            f"expected a whole CLIP of transformers at {source!r}, got one damaged in "
+            f"{brief(error)}; give another folder or a repository of the hub"
+        ) from None
     return Clip(model.eval().requires_grad_(False).to(device), tokenizer, processor)

@@ -1,19 +1,20 @@
-"""The embedded network: what a small classifier of Fashion-MNIST sees before its last layer.
+"""The embedded network: the features of a small classifier of Fashion-MNIST.
 
-So that everything that is measured by features can be measured without a download. Trained by
-``scripts/train_features.py``; ``fashion.md`` beside this file says on what and how well.
+It measures by features without a download. ``scripts/train_features.py`` trained it; see its model
+card, ``fashion.md``.
 """
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from jaxtyping import Float
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from augment.networks.frozen import in_batches, no_weights, normalise
+from augment.core.errors import UserError
+from augment.networks.frozen import in_batches, normalise
 
 WEIGHTS = Path(__file__).parent / "fashion.safetensors"
 
@@ -32,24 +33,25 @@ class FashionNet(nn.Module):
         self.head = nn.Linear(64, 10)
 
     def forward(self, images: Float[Tensor, "n 1 32 32"]) -> Float[Tensor, "n 10"]:
-        """Logits of images in [0, 1], grey and 32×32; classes as Fashion-MNIST numbers them."""
+        """Compute logits of images in [0, 1], grey and 32×32, in Fashion-MNIST's class order."""
         return self.head(self.features(images))
 
 
 def fashion_net(device: torch.device) -> FashionNet:
-    """The trained network, frozen."""
+    """Load the trained network, frozen."""
     network = FashionNet()
     network.load_state_dict(load_file(WEIGHTS))
     return network.eval().requires_grad_(False).to(device)
 
 
-def load_fashion(weights: str, device: torch.device) -> Any:
-    """Its 64 features; images are made grey and 32×32.
+def load_fashion(weights: str, device: torch.device) -> Callable[[Tensor], Tensor]:
+    """Load the network as a function to its 64 features; images are made grey and 32×32.
 
     Raises:
         UserError: weights were given; it has its own.
     """
-    no_weights("fashion", weights)
+    if weights:
+        raise UserError(f"expected no weights for fashion, which has its own, got {weights}")
     network = fashion_net(device)
 
     def run(images: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What all networks here need: batches, and images as networks want them."""
+"""The shared parts of frozen networks: batches, and the normalisation of images."""
 
 from collections.abc import Callable, Sequence
 
@@ -7,23 +7,22 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from augment.core.errors import UserError
 from augment.sources.images import to_channels
 
 BATCH = 64
 
 
 def in_batches(function: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
-    """A function of images, of `BATCH` at a time; float64 on the CPU.
+    """Apply a function to `BATCH` images at a time; return float64 on the CPU.
 
-    With gradients only where the images ask for them.
+    There are gradients only if the images require them.
     """
     with torch.set_grad_enabled(torch.is_grad_enabled() and images.requires_grad):
         return torch.cat([function(part).cpu().double() for part in images.split(BATCH)])
 
 
 def unit(features: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
-    """Rows of length 1."""
+    """Normalise rows to length 1."""
     return F.normalize(features, dim=1)
 
 
@@ -35,11 +34,11 @@ def normalise(
     std: Sequence[float],
     mode: str = "bicubic",
 ) -> Float[Tensor, "n C H W"]:
-    """Images in [0, 1] as a network wants them.
+    """Bring images in [0, 1] to a network's channels, size, mean and deviation.
 
     Args:
         images: the images.
-        channels: how many; see `augment.sources.images.to_channels`.
+        channels: number of channels; see `augment.sources.images.to_channels`.
         size: height and width to resize to, with antialiasing and without cropping; None keeps it.
         mean: to subtract, of each channel or for all.
         std: to divide by, of each channel or for all.
@@ -52,9 +51,3 @@ def normalise(
     if len(shift) != channels:
         shift, scale = shift.mean(), scale.mean()
     return (images - shift) / scale
-
-
-def no_weights(name: str, weights: str) -> None:
-    """Refuse weights for a network that has its own."""
-    if weights:
-        raise UserError(f"expected no weights for {name}, which has its own, got {weights}")

@@ -1,7 +1,7 @@
 """The Inception v3 that FID is usually measured by: torch-fidelity's, through torchmetrics."""
 
+from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,15 +11,15 @@ from augment.diffusion.checkpoints.hub import brief
 from augment.networks.frozen import in_batches
 
 
-def load_inception(weights: str, device: torch.device) -> Any:
-    """Its 2048 features before the head.
+def load_inception(weights: str, device: torch.device) -> Callable[[Tensor], Tensor]:
+    """Load the network as a function to the 2048 features before its head.
 
     Args:
         weights: torch-fidelity's file; empty downloads it.
-        device: where it runs.
+        device: of the network.
 
     Raises:
-        UserError: torch-fidelity is missing, or its weights cannot be had.
+        UserError: torch-fidelity or its weights are missing.
     """
     try:
         from torchmetrics.image.fid import NoTrainInceptionV3

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -16,25 +16,24 @@ from augment.core.errors import UserError
 from augment.diffusion.checkpoints.hub import brief, explained
 from augment.networks.frozen import in_batches, normalise
 
-TRAINED = "training.episodes.features"
-"""The module that opens whole checkpoints of our classifier; by name, for it lies layers above."""
+_TRAINED = "training.episodes.features"
+"""The module that opens checkpoints of `Classifier`; by name, since it lies layers above."""
 
-
-SOURCED = ("hf-hub:", "hf_hub:", "local-dir:")
-"""Prefixes of timm's names of models that its own list lacks: a repository, a folder."""
+SOURCE_PREFIXES = ("hf-hub:", "hf_hub:", "local-dir:")
+"""Prefixes of timm's names of models in a repository or a folder."""
 
 
 @dataclass(frozen=True)
 class Weights:
-    """What a file of weights holds.
+    """The content of a file of weights.
 
     Args:
-        state: the network's state dict.
-        mean_std: (2, channels), mean and deviation of the pixels; None if the file does not say.
+        state: state dict of the network.
+        mean_std: (2, channels), mean and deviation of the pixels; None if the file has none.
         settings: hyperparameters of a `training.models.classifier.Classifier`; empty for other
             files.
         own: whether a `training.models.classifier.Classifier` wrote them.
-        record: all that the file holds.
+        record: everything in the file.
     """
 
     state: dict[str, Tensor]
@@ -44,27 +43,22 @@ class Weights:
     record: dict[str, Any]
 
     def pixels(self, network: nn.Module, channels: int) -> Float[Tensor, "2 c"]:
-        """Return mean and deviation of the pixels that these weights are for.
-
-        Args:
-            network: what they are of; timm's configuration of it holds for weights of others.
-            channels: of the images.
-        """
+        """Return mean and deviation of the pixels; those of timm's network if the file has none."""
         if self.mean_std is not None:
             return self.mean_std
         plain = self.own and not self.settings.get("pretrained")  # of an older version
         return mean_std(None if plain else network, channels)
 
 
-def read_weights(path: str, device: Any = "cpu") -> Weights:
-    """Read a state dict: a ``.safetensors`` file, a file of torch, a checkpoint of our classifier.
+def read_weights(path: str, device: torch.device | str = "cpu") -> Weights:
+    """Read a state dict from a ``.safetensors`` file, a file of torch or a checkpoint of training.
 
     Args:
         path: the file; nothing is unpickled but tensors and plain values.
-        device: where tensors go.
+        device: of the tensors.
 
     Raises:
-        UserError: the file cannot be read, or holds no state dict.
+        UserError: the file cannot be read, or has no state dict.
     """
     try:
         if not Path(path).is_file():  # a pipe would never end
@@ -79,10 +73,10 @@ def read_weights(path: str, device: Any = "cpu") -> Weights:
         if not state or not all(isinstance(value, Tensor) for value in state.values()):
             raise ValueError("no state dict")
     except Exception as error:  # of any type: unpicklers stumble over hostile bytes
-        told = getattr(error, "strerror", None) or type(error).__name__
+        reason = getattr(error, "strerror", None) or type(error).__name__
         raise UserError(
             "expected weights as a checkpoint of latent-augment train, a state dict or a "
-            f".safetensors file, got {path} ({told}); save a state dict of tensors alone"
+            f".safetensors file, got {path} ({reason}); save a state dict of tensors alone"
         ) from None
     prefix = "network."
     inner = {key[len(prefix) :]: state[key] for key in state if key.startswith(prefix)}
@@ -95,11 +89,10 @@ def mean_std(network: nn.Module | None, channels: int) -> Float[Tensor, "2 c"]:
 
     Args:
         network: the network; None or one without a configuration gives 0.5 and 0.25.
-        channels: of the images; where the weights were trained with others, as `normalise` has it,
-            the mean over those.
+        channels: of the images; if the weights are for another number, the mean over those.
     """
-    known = getattr(network, "pretrained_cfg", {})
-    rows = torch.tensor([known.get("mean", (0.5,)), known.get("std", (0.25,))])
+    config = getattr(network, "pretrained_cfg", {})
+    rows = torch.tensor([config.get("mean", (0.5,)), config.get("std", (0.25,))])
     return rows if rows.shape[1] == channels else rows.mean(1, keepdim=True).repeat(1, channels)
 
 
@@ -109,17 +102,17 @@ def timm_network(
     """Load a network of timm as a function of images in [0, 1]: logits, or features without a head.
 
     Images are brought to the size, mean and standard deviation of timm's configuration of the
-    network. Weights that `training.models.classifier.Classifier` wrote bring their own mean and
-    deviation; a whole checkpoint of it (``.ckpt``) brings channels and resolution too, and may be
-    of any network. A bare state dict of it, whose names begin with ``network.``, leaves the images'
-    size alone, and has mean 0.5 and deviation 0.25 if it has no ``mean_std``.
+    network. Weights of a `training.models.classifier.Classifier` have their own mean and deviation;
+    a whole checkpoint (``.ckpt``) has channels and resolution too, and may be of any network. A
+    bare state dict of it, whose names begin with ``network.``, keeps the images' size, and has mean
+    0.5 and deviation 0.25 if it has no ``mean_std``.
 
     Args:
         name: such as ``resnet50``, ``convnext_tiny.fb_in1k``, ``hf-hub:USER/MODEL`` or
-            ``local-dir:FOLDER``; empty is that of a checkpoint.
-        weights: a ``.safetensors`` file, a state dict or a checkpoint; empty takes timm's.
-        classes: how many logits; 0 leaves out the head.
-        device: where it runs.
+            ``local-dir:FOLDER``; empty for a checkpoint's own.
+        weights: a ``.safetensors`` file, a state dict or a checkpoint; empty for timm's.
+        classes: number of logits; 0 leaves out the head.
+        device: of the network.
 
     Raises:
         UserError: timm is missing or does not know the name, or the weights are missing, of
@@ -127,18 +120,17 @@ def timm_network(
     """
     given = read_weights(weights) if weights else Weights({}, None, {}, False, {})
     if given.settings:
-        trained: Any = import_module(TRAINED)
-        return trained.frozen_classifier(name, weights, classes, device)
+        return import_module(_TRAINED).frozen_classifier(name, weights, classes, device)
     if not name:
         raise UserError(f"expected the name of a network for {weights or 'timm'}, got none")
     timm = find_timm(name)
     from timm.data import resolve_model_data_config  # type: ignore[attr-defined]
 
     with torch.random.fork_rng(devices=[]):  # timm draws first weights from the global generator
-        network = build(timm, name, classes, weights, given.state)
+        network = _build(timm, name, classes, weights, given.state)
     network.eval().requires_grad_(False).to(device)
-    config, known = resolve_model_data_config(network), network.pretrained_cfg
-    channels = channels_of(cast("dict[str, Any]", known), given.state)
+    config = resolve_model_data_config(network)
+    channels = _channels_of(network.pretrained_cfg, given.state)
     size = None if given.own else config["input_size"][1:]
     mean, std = given.pixels(network, channels).tolist()
 
@@ -163,7 +155,7 @@ def find_timm(name: str, known: str = "a network of timm") -> Any:
 
     Args:
         name: of the network.
-        known: what may be named, for the error.
+        known: kinds of networks that may be named, for the error.
 
     Raises:
         UserError: timm is missing, or does not know the name.
@@ -174,31 +166,28 @@ def find_timm(name: str, known: str = "a network of timm") -> Any:
         raise UserError(
             f"expected timm for the network {name!r}, got none; pip install 'latent-augment[train]'"
         ) from None
-    if not name.startswith(SOURCED) and not timm.is_model(name):
+    if not name.startswith(SOURCE_PREFIXES) and not timm.is_model(name):
         raise UserError(f"expected {known}, got {name!r}; see timm.list_models()")
     return timm
 
 
 def recipe(name: str) -> tuple[str, dict[str, Any], dict[str, Any]]:
-    """Return what builds a network of timm: architecture, options, and timm's configuration.
-
-    Args:
-        name: of the network; a repository or a folder is asked for what it holds.
+    """Return architecture, options and configuration of a network of timm, repository or folder.
 
     Raises:
-        OSError, RuntimeError: there is none, or it cannot be had.
+        OSError, RuntimeError: there is none, or it cannot be downloaded.
     """
     from timm.models import _hub, get_pretrained_cfg
 
-    if not name.startswith(SOURCED):
+    if not name.startswith(SOURCE_PREFIXES):
         config = get_pretrained_cfg(name)
         return name, {}, config.to_dict() if config else {}
     source, _, place = name.partition(":")
     local = source == "local-dir"
     load = _hub.load_model_config_from_path if local else _hub.load_model_config_from_hf
     config, architecture, options = load(place)
-    mine = ("num_classes", "in_chans")  # of what it was trained for
-    return architecture, {k: v for k, v in options.items() if k not in mine}, config
+    trained = ("num_classes", "in_chans")
+    return architecture, {k: v for k, v in options.items() if k not in trained}, config
 
 
 def check_classes(found: int, classes: int, source: str) -> None:
@@ -211,27 +200,26 @@ def check_classes(found: int, classes: int, source: str) -> None:
 
 
 def other_classes(known: Sequence[str] | None, found: Sequence[str] | None) -> str:
-    """Say how classes differ from those that are known; empty if they do not, or if either is None.
+    """Describe how classes differ from known ones; empty if they do not, or if either is None.
 
     >>> other_classes(["ant", "bee"], ["bee", "cow"]), other_classes(["a", "b"], ["b", "a"])
     ('cow new, ant missing', 'another order, b, a')
     """
     if known is None or found is None or list(known) == list(found):
         return ""
+    new, old = set(found), set(known)
     parts = (
-        (word, [name for name in some if name not in set(others)])
-        for word, some, others in (("new", found, known), ("missing", known, found))
+        ("new", [n for n in found if n not in old]),
+        ("missing", [n for n in known if n not in new]),
     )
-    told = [f"{', '.join(some[:5])}{' …' * (len(some) > 5)} {word}" for word, some in parts if some]
-    return ", ".join(told) or f"another order, {', '.join(list(found)[:5])}"
+    words = [
+        f"{', '.join(names[:5])}{' …' * (len(names) > 5)} {word}" for word, names in parts if names
+    ]
+    return ", ".join(words) or f"another order, {', '.join(list(found)[:5])}"
 
 
 def check_names(known: Sequence[str] | None, found: Sequence[str] | None, source: str) -> None:
-    """Refuse images of other classes than weights were trained for.
-
-    Raises:
-        UserError: a class is new, missing or in another place.
-    """
+    """Refuse images of other classes, or in another order, than weights were trained for."""
     problem = other_classes(known, found)
     if problem:
         raise UserError(
@@ -240,15 +228,15 @@ def check_names(known: Sequence[str] | None, found: Sequence[str] | None, source
         )
 
 
-def channels_of(config: dict[str, Any], state: dict[str, Tensor]) -> int:
-    """Return the channels that weights are for; 3 if their first layer does not tell."""
+def _channels_of(config: Any, state: dict[str, Tensor]) -> int:
+    """Return the channels that weights are for; 3 if their first layer is unknown."""
     first = state.get(f"{config.get('first_conv')}.weight")
     return 3 if first is None else first.shape[1]
 
 
-def build(timm: Any, name: str, classes: int, path: str, state: dict[str, Tensor]) -> nn.Module:
+def _build(timm: Any, name: str, classes: int, path: str, state: dict[str, Tensor]) -> Any:
     """Build a network with its weights: those of a file, or timm's."""
-    source = name if name.startswith(SOURCED) else f"timm/{name}"
+    source = name if name.startswith(SOURCE_PREFIXES) else f"timm/{name}"
     with explained(source):
         _, _, config = recipe(name)
     named = config.get("classifier") or ()
@@ -263,7 +251,7 @@ def build(timm: Any, name: str, classes: int, path: str, state: dict[str, Tensor
         if not path:
             with explained(source):
                 return timm.create_model(name, pretrained=True, num_classes=classes)
-        channels = channels_of(config, state)
+        channels = _channels_of(config, state)
         network = timm.create_model(name, num_classes=classes, in_chans=channels)
         network.load_state_dict(state)
     except RuntimeError as error:

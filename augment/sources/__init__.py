@@ -1,7 +1,7 @@
 """Sources: where labelled images come from.
 
-A `Source` is a torch Dataset whose images have ids and bytes. To add one: a file with a subclass,
-and an entry in `SOURCES`.
+A `Source` is a torch Dataset whose images have ids and bytes. To add one, write a subclass in a
+file here and export it.
 """
 
 from augment.sources.folder import Folder
@@ -10,21 +10,7 @@ from augment.sources.listing import ImageNetLT, INaturalist18, ListFile, PlacesL
 from augment.sources.source import Source
 from augment.sources.subsets import FewShot, LongTail, Slice
 
-SOURCES: dict[str, type[Source]] = {
-    "Folder": Folder,
-    "ListFile": ListFile,
-    "ImageNetLT": ImageNetLT,
-    "PlacesLT": PlacesLT,
-    "INaturalist18": INaturalist18,
-    "Items": Items,
-    "FewShot": FewShot,
-    "LongTail": LongTail,
-    "Slice": Slice,
-}
-"""Sources by name."""
-
 __all__ = [
-    "SOURCES",
     "FewShot",
     "Folder",
     "INaturalist18",

@@ -26,24 +26,21 @@ COARSE = dict.fromkeys(CLASSES, "top") | {
     "Bag": "bag",
     **dict.fromkeys(("Sandal", "Sneaker", "Ankle boot"), "footwear"),
 }
-"""The prompt that ``tiny`` knows each class by."""
+"""The prompt of the backbone ``tiny`` for each class."""
 
 
 def few_shots(seed: int, shots: int) -> list[int]:
-    """Which of the 32 images a draw of ``shots`` takes: the seed's first ones."""
+    """Draw the numbers of some of the 32 images: the first ``shots`` of the seed's permutation."""
     return sorted(rng(seed, "order").permutation(SHOTS)[:shots].tolist())
 
 
 def write_fashion(root: str | Path, split: str, numbers: list[int] | None = None) -> Path:
-    """Write images of every class as ``root/class/000.png``; files that are there stay.
+    """Write images of every class as ``root/class/000.png``, and return the root.
 
     Args:
-        root: the folder to write to.
+        root: folder to write to; files that are there stay.
         split: ``shots`` (0 … 31) or ``test`` (0 … 199).
-        numbers: which images of each class; all by default.
-
-    Returns:
-        The root.
+        numbers: of the images of each class; all by default.
     """
     first, count = {"shots": (0, SHOTS), "test": (SHOTS, TESTS)}[split]
     with np.load(DATA, allow_pickle=False) as archive:

@@ -16,11 +16,10 @@ from augment.sources.source import Source
 ORIGINS = ".origins.json"
 """File in a folder of exported images: the real ones that they come from."""
 
-OWN = ("metadata.jsonl",)  # what an exported folder has beside its class folders
-HIDDEN, LINK = "hidden", "links out of the folder"
-FOLDERS = "links to folders"
-OUTSIDE, DEEPER = "outside a class folder", "in sub-folders"
-OPTION = "use invert --{0}, or a Folder with {0}: true"
+_EXPORTED = ("metadata.jsonl",)  # beside the class folders of exported images
+_HIDDEN, _LINK, _FOLDERS = "hidden", "links out of the folder", "links to folders"
+_OUTSIDE, _DEEPER = "outside a class folder", "in sub-folders"
+_OPTION = "use invert --{0}, or a Folder with {0}: true"
 
 
 class Folder(Source):
@@ -35,10 +34,10 @@ class Folder(Source):
         links: follow links that lead out of the root.
         transform, target_transform: applied to the PIL image and to the label of an item.
         nested: take the images in all sub-folders of a class folder too.
-        background: the colour that is seen through transparent pixels.
+        background: colour that is seen through transparent pixels.
 
     Attributes:
-        passed: the number of files that were passed over, by reason.
+        passed: number of files that were passed over, by reason.
 
     Raises:
         UserError: the root is missing, holds no class folder, or a class folder holds no image,
@@ -63,31 +62,30 @@ class Folder(Source):
         self._inside = None if links else self.root.resolve()
         try:
             folders = self._class_folders()
-            found = {name: self._images(folder) for name, folder in folders.items()}
+            self.ids = {name: self._images(folder) for name, folder in folders.items()}
         except OSError as error:
             raise UserError(
                 f"expected to read {error.filename}, got {error.strerror}; change its permissions"
             ) from None
         exported = (self.root / ORIGINS).exists()
-        empty = next((name for name in found if not found[name] and not exported), None)
-        if empty is not None or not found:
+        empty = next((name for name, ids in self.ids.items() if not ids and not exported), None)
+        if empty is not None or not self.ids:
             raise UserError(self._nothing(folders.get(empty or "", self.root)))
-        self.ids = found
         if self.passed.total():
-            links_out = f"; to follow links, {OPTION.format('links')}" if self.passed[LINK] else ""
-            deeper = f"; to read these, {OPTION.format('nested')}" if self.passed[DEEPER] else ""
+            hint = f"; to follow links, {_OPTION.format('links')}" if self.passed[_LINK] else ""
+            hint += f"; to read these, {_OPTION.format('nested')}" if self.passed[_DEEPER] else ""
             warnings.warn(
-                f"{root}: {len(self)} images taken, {passed_over(self.passed)}{links_out}{deeper}",
+                f"{root}: {len(self)} images taken, {_passed_over(self.passed)}{hint}",
                 AugmentWarning,
                 stacklevel=2,
             )
 
     def _class_folders(self) -> dict[str, Path]:
-        """Class folders by name, sorted by it."""
+        """List the class folders by name, sorted by it."""
         folders: dict[str, Path] = {}
         for path in filter(self._visible, self.root.iterdir()):
             if not path.is_dir():
-                self.passed[OUTSIDE] += path.name not in OWN
+                self.passed[_OUTSIDE] += path.name not in _EXPORTED
                 continue
             name = nfc(path.name)
             if name in folders:
@@ -99,37 +97,37 @@ class Folder(Source):
         return dict(sorted(folders.items()))
 
     def _visible(self, path: Path) -> bool:
-        """Whether a path is to be looked at: it is not hidden, and no link out of the root."""
+        """Return whether a path is neither hidden nor a link out of the root; count it if it is."""
         if path.name[0] == ".":
-            self.passed[HIDDEN] += path.suffix.lower() in SUFFIXES
+            self.passed[_HIDDEN] += path.suffix.lower() in SUFFIXES
             return False
         if self._inside is None or not path.is_symlink():
             return True
         try:
             stays = path.resolve().is_relative_to(self._inside)
         except (OSError, RuntimeError):  # a loop
-            return True  # as a file that cannot be read it is told of later
-        self.passed[LINK] += not stays
+            return True  # it is reported later, as a file that cannot be read
+        self.passed[_LINK] += not stays
         return stays
 
     def _images(self, folder: Path, prefix: str = "") -> list[str]:
-        """The ids of a class folder's images, sorted; other files are counted."""
-        found, prefix = [], f"{prefix}{folder.name}/"
+        """List the ids of a class folder's images, sorted; count its other files."""
+        ids, prefix = [], f"{prefix}{folder.name}/"
         for path in filter(self._visible, folder.iterdir()):
             if path.suffix.lower() in SUFFIXES:
-                found.append(prefix + path.name)
+                ids.append(prefix + path.name)
             elif not path.is_dir():
                 self.passed[path.suffix.lower()[1:] or "without a suffix"] += 1
             elif path.is_symlink():
-                self.passed[FOLDERS] += not path.resolve().is_relative_to(self.root.resolve())
+                self.passed[_FOLDERS] += not path.resolve().is_relative_to(self.root.resolve())
             elif self.nested:
-                found += self._images(path, prefix)
+                ids += self._images(path, prefix)
             else:
-                self.passed[DEEPER] += sum(len(files) for _, _, files in os.walk(path))
-        return sorted(found)
+                self.passed[_DEEPER] += sum(len(files) for _, _, files in os.walk(path))
+        return sorted(ids)
 
     def _nothing(self, folder: Path) -> str:
-        """What is wrong with a folder without images, or a root without class folders."""
+        """Explain a class folder without images, or a root without class folders."""
         passed, deeper = Counter(self.passed), []
         self.passed.clear()
         if folder == self.root:
@@ -141,33 +139,29 @@ class Folder(Source):
             deeper = [p for p in sorted(folder.iterdir()) if p.is_dir() and p.name[0] != "."]
             advice = "add one or remove the folder"
             what = f"images ({' '.join(SUFFIXES)}) in the class folder {folder}"
-        if passed[DEEPER]:
+        if passed[_DEEPER]:
             advice = (
                 f"give {folder} in place of {self.root} if {shown(deeper[0].name)} is a class, or, "
-                f"if {shown(folder.name)} is one, {OPTION.format('nested')}"
+                f"if {shown(folder.name)} is one, {_OPTION.format('nested')}"
             )
-        elif passed[LINK]:
-            advice = f"copy what they point to or, to follow links, {OPTION.format('links')}"
-        got = passed_over(passed) if passed.total() else "none"
+        elif passed[_LINK]:
+            advice = f"copy what they point to or, to follow links, {_OPTION.format('links')}"
+        got = _passed_over(passed) if passed.total() else "none"
         return f"expected {what}, got {got}; {advice}"
 
     def read(self, image_id: str) -> bytes:
-        """The bytes of an image's file.
-
-        Raises:
-            OSError: there is none, or it cannot be read.
-        """
+        """Return the bytes of an image's file; raise `OSError` if it cannot be read."""
         path = self.root / image_id
         if path.exists() and not path.is_file():
             raise OSError(errno.EINVAL, "Not a regular file", str(path))  # a pipe would never end
         return path.read_bytes()
 
 
-def passed_over(reasons: Counter[str]) -> str:
+def _passed_over(reasons: Counter[str]) -> str:
     """Return how many files were passed over, by reason.
 
-    >>> passed_over(Counter({"heic": 6, "in sub-folders": 4}))
+    >>> _passed_over(Counter({"heic": 6, "in sub-folders": 4}))
     '10 files passed over: 6 heic, 4 in sub-folders'
     """
-    told = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common() if count)
-    return f"{reasons.total()} files passed over: {told}"
+    counts = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common() if count)
+    return f"{reasons.total()} files passed over: {counts}"

@@ -11,56 +11,48 @@ import warnings
 import zlib
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, UInt8
-from PIL import (
-    Image,
-    ImageCms,
-    ImageColor,
-    ImageDraw,
-    UnidentifiedImageError,
-)
+from PIL import Image, ImageCms, ImageColor, ImageDraw, ImageFile, UnidentifiedImageError
 from torch import Tensor
 
 from augment.core.errors import AugmentWarning, ImageRejected, UserError
+from augment.core.files import replacing
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "AVIF")
 SUFFIXES = (
     ".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif",
 )  # fmt: skip
-SLENDER = 32  # of a longer strip nearly all would be cut off, after it was enlarged
-LIMIT = "LATENT_AUGMENT_MAX_PIXELS"
-"""The environment variable that sets `MAX_PIXELS`."""
+_MAX_ASPECT = 32  # nearly all of a longer strip would be cut off, after it was enlarged
+_LIMIT = "LATENT_AUGMENT_MAX_PIXELS"
 
 try:
-    MAX_PIXELS = int(os.environ.get(LIMIT) or 89_478_485)
+    MAX_PIXELS = int(os.environ.get(_LIMIT) or 89_478_485)
 except ValueError:
-    raise UserError(f"expected a number of pixels in {LIMIT}, got {os.environ[LIMIT]!r}") from None
-"""Largest number of pixels that are decoded; a larger JPEG file is decoded at reduced size."""
+    wrong = os.environ[_LIMIT]
+    raise UserError(f"expected a number of pixels in {_LIMIT}, got {wrong!r}") from None
+"""Maximum number of pixels to decode; a larger JPEG file is decoded at reduced size."""
 
-MAX_SCANS = 16
+_MAX_SCANS = 16
 """Scans of a progressive JPEG file of `MAX_PIXELS`; a smaller one may have more, at equal cost."""
 
-MAX_PROFILE = 2**24
-"""Bytes of an ICC profile."""
-
+_MAX_PROFILE = 2**24  # bytes of an ICC profile
 STRIP = 2**22
 """Pixels that are converted to float32 at a time."""
 
-LUMA = (0.299, 0.587, 0.114)
-SRGB = ImageCms.createProfile("sRGB")
-TOLERANCE = 2
+_LUMA = (0.299, 0.587, 0.114)
+_SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
+_TOLERANCE = 2
 """Levels out of 255 up to which a colour profile counts as sRGB."""
 
 FITTING = "shorter side by antialiased bilinear, centre crop"
-"""All that a bank says of its preprocessing whose images' colours were read as they are stored."""
+"""The preprocessing of a bank that was made before colours were converted to sRGB."""
 
-ORIENTATION = 0x0112
-TURNS = {
+_ORIENTATION = 0x0112
+_TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -81,7 +73,7 @@ def to_channels(images: Float[Tensor, "*n c h w"], channels: int) -> Float[Tenso
     if images.shape[-3] == channels:
         return images
     if images.shape[-3] == 3:
-        images = (images * images.new_tensor(LUMA)[:, None, None]).sum(-3, keepdim=True)
+        images = (images * images.new_tensor(_LUMA)[:, None, None]).sum(-3, keepdim=True)
     return images.expand(*images.shape[:-3], channels, *images.shape[-2:])
 
 
@@ -100,7 +92,7 @@ def prepare(
     size = resized(images.shape[-2], images.shape[-1], resolution)
     if size != images.shape[-2:]:
         images = F.interpolate(images, size, mode="bilinear", antialias=True).clamp(0, 1)
-    return centre(images, resolution)
+    return _centre(images, resolution)
 
 
 def resized(height: int, width: int, resolution: int) -> tuple[int, int]:
@@ -109,7 +101,7 @@ def resized(height: int, width: int, resolution: int) -> tuple[int, int]:
     return round(height * scale), round(width * scale)
 
 
-def centre(images: Tensor, side: int) -> Tensor:
+def _centre(images: Tensor, side: int) -> Tensor:
     """Cut out the central square."""
     top, left = (images.shape[-2] - side) // 2, (images.shape[-1] - side) // 2
     return images[..., top : top + side, left : left + side]
@@ -130,7 +122,7 @@ def fit(pixels: UInt8[Tensor, "c h w"], resolution: int) -> Float[Tensor, "c R R
         for strip in strips
     ]
     image = F.interpolate(torch.cat(narrow, -2), size, mode="bilinear", antialias=True)
-    return centre(image.clamp(0, 1), resolution)[0]
+    return _centre(image.clamp(0, 1), resolution)[0]
 
 
 def pixels_of(image: Image.Image, channels: int) -> UInt8[Tensor, "C h w"]:
@@ -161,43 +153,37 @@ def open_image(
     picture.
 
     Args:
-        content: the bytes; a file of one of `FORMATS`.
-        background: what is seen through transparent pixels.
+        content: bytes of a file of one of `FORMATS`.
+        background: colour that is seen through transparent pixels.
         name: of the file, for warnings.
         quick: decode a JPEG file at an eighth of its size, to see whether it can be read.
 
     Raises:
-        ImageRejected: they are empty, truncated, no image, an animated PNG file, or one of more
-            than `MAX_PIXELS` pixels.
+        ImageRejected: the bytes are empty, truncated, no image, an animated PNG file, or an image
+            of more than `MAX_PIXELS` pixels.
     """
     try:
         try:
-            return as_shown(decoded(content, quick), background, name)
+            return as_shown(_decoded(content, quick), background, name)
         except ValueError:
             if content[:4] != b"\x89PNG":
                 raise
-            short, profile = without_text(content)  # which Pillow refuses where it is long
-            image = decoded(short)
-            return as_shown(image, background, name, profile)
+            short, profile = _without_text(content)  # Pillow refuses long texts and profiles
+            return as_shown(_decoded(short), background, name, profile)
     except Exception as error:  # of any type: decoders stumble over hostile bytes as they like
         unknown = isinstance(error, UnidentifiedImageError)  # whose text has an address in it
         reason = f"not an image of the formats {', '.join(FORMATS)}" if unknown else str(error)
         raise ImageRejected(reason if content else "an empty file") from None
 
 
-def decoded(content: bytes, quick: bool = False) -> Image.Image:
-    """Decode the pixels of an image file, which stay as they are stored.
-
-    Raises:
-        Exception: of any type: it is not readable or too large.
-    """
-    # not by Image.open, whose bound is one for the whole process and holds for JPEG files too
-    file = file_of(content)
+def _decoded(content: bytes, quick: bool = False) -> ImageFile.ImageFile:
+    """Decode the pixels of an image file as they are stored; raise anything if that fails."""
+    file = _opened(content)
     # a photograph with a preview in the same file (MPO) is one picture
     if file.format == "PNG" and getattr(file, "is_animated", False):
         raise ValueError("an animation; save one picture of it")
     width, height = file.size
-    if max(file.size) > SLENDER * min(file.size):
+    if max(file.size) > _MAX_ASPECT * min(file.size):
         raise ValueError(f"{width} × {height} pixels, a strip; cut it")
     if file.format in ("JPEG", "MPO"):
         if file.info.get("progressive"):  # in others each scan has its price in bytes
@@ -209,7 +195,7 @@ def decoded(content: bytes, quick: bool = False) -> Image.Image:
             file.draft(None, (-(-width // shrink), -(-height // shrink)))
     if file.width * file.height > MAX_PIXELS:
         raise ValueError(
-            f"{width} × {height} pixels, more than {MAX_PIXELS:,}; set {LIMIT} to more, or "
+            f"{width} × {height} pixels, more than {MAX_PIXELS:,}; set {_LIMIT} to more, or "
             "reduce it"
         )
     args = file.tile[0][3] if file.tile else ""
@@ -218,11 +204,10 @@ def decoded(content: bytes, quick: bool = False) -> Image.Image:
     return file
 
 
-def file_of(content: bytes) -> Any:
-    """Open an image file of one of `FORMATS` by its first bytes.
+def _opened(content: bytes) -> ImageFile.ImageFile:
+    """Open a file of one of `FORMATS`, by its first bytes.
 
-    Raises:
-        Exception: of any type: it is none, or its header is not readable.
+    `Image.open` has one bound of pixels for the whole process, which holds for JPEG files too.
     """
     Image.preinit()
     for name in FORMATS:
@@ -241,14 +226,14 @@ def check_scans(content: bytes, pixels: int) -> None:
         ValueError: it does.
     """
     scans = content.count(b"\xff\xda")
-    if scans * pixels > MAX_SCANS * MAX_PIXELS:
+    if scans * pixels > _MAX_SCANS * MAX_PIXELS:
         raise ValueError(
-            f"a JPEG file of {scans} scans of {pixels:,} pixels; save it again, or set {LIMIT} to "
+            f"a JPEG file of {scans} scans of {pixels:,} pixels; save it again, or set {_LIMIT} to "
             "more"
         )
 
 
-def without_text(content: bytes) -> tuple[bytes, bytes | None]:
+def _without_text(content: bytes) -> tuple[bytes, bytes | None]:
     """Return a PNG file without its texts and its colour profile, and that profile."""
     kept, profile, place = [content[:8]], None, 8
     while place < len(content):
@@ -257,7 +242,7 @@ def without_text(content: bytes) -> tuple[bytes, bytes | None]:
         if kind == b"iCCP":
             packed = content[place + 8 : end - 4].partition(b"\0")[2][1:]
             unpacker = zlib.decompressobj()
-            profile = unpacker.decompress(packed, MAX_PROFILE)
+            profile = unpacker.decompress(packed, _MAX_PROFILE)
             profile = profile if unpacker.eof else None
         elif kind not in (b"tEXt", b"zTXt", b"iTXt"):
             kept.append(content[place:end])
@@ -274,30 +259,30 @@ def as_shown(
 
     Args:
         image: of 8 or 16 bits a channel.
-        background: what is seen through transparent pixels.
+        background: colour that is seen through transparent pixels.
         name: of the file, for warnings.
         profile: its ICC profile; by default the one it carries.
 
     Raises:
         ValueError: it has 32 bits a channel.
     """
-    info, turn, converted = image.info, turn_of(image), []
-    shown, alpha = eight_bits(image, name)
-    if is_mask(image):
+    info, turn, converted = image.info, _turn_of(image), []
+    shown, alpha = _eight_bits(image, name)
+    if _is_mask(image):
         warn_once(
             "mask",
             f"expected grey images up to 255, got {name or 'one'} of 0 and 1 alone: a mask, "
             "perhaps, which is read as black; multiply it by 255",
         )
     profile = profile or info.get("icc_profile")
-    transform = to_srgb(profile, shown.mode) if profile else None
+    transform = _to_srgb(profile, shown.mode) if profile else None
     gamma = info.get("gamma")
     if transform:
-        coloured: Any = ImageCms.applyTransform(shown, transform)
+        coloured = transform.apply(shown)
         shown = coloured.convert("L") if shown.mode == "L" else coloured
         converted.append("a colour profile")
     elif gamma and not profile and "srgb" not in info and abs(2.2 * gamma - 1) > 0.05:
-        shown = shown.point(gamma_table(gamma) * len(shown.getbands()))
+        shown = shown.point(_gamma_table(gamma) * len(shown.getbands()))
         converted.append("a gamma")
     if shown.mode not in ("L", "RGB"):
         shown = shown.convert("RGB")
@@ -313,12 +298,8 @@ def as_shown(
     return shown
 
 
-def eight_bits(image: Image.Image, name: str) -> tuple[Image.Image, Image.Image | None]:
-    """Return the colours of an image in mode L, RGB or CMYK, and its transparency if it has any.
-
-    Raises:
-        ValueError: it has 32 bits a channel.
-    """
+def _eight_bits(image: Image.Image, name: str) -> tuple[Image.Image, Image.Image | None]:
+    """Return the colours of an image in mode L, RGB or CMYK, and its transparency if it has any."""
     alpha, key, stored = None, image.info.get("transparency"), str(image.info.get("stored"))
     if image.mode in ("I", "F"):
         raise ValueError(
@@ -326,7 +307,7 @@ def eight_bits(image: Image.Image, name: str) -> tuple[Image.Image, Image.Image 
         )
     if image.mode.startswith("I;16"):  # which Pillow would clip to its lowest 256 levels
         levels = np.array(image)
-        dark = levels.min() < levels.max() < 2**12  # but an even picture tells nothing
+        dark = levels.min() < levels.max() < 2**12  # an even picture says nothing
         shown = Image.fromarray((levels / 257).round().astype(np.uint8))
         if isinstance(key, int):
             alpha = Image.fromarray(np.where(levels == key, 0, 255).astype(np.uint8))
@@ -351,23 +332,23 @@ def eight_bits(image: Image.Image, name: str) -> tuple[Image.Image, Image.Image 
     return shown, alpha
 
 
-def is_mask(image: Image.Image) -> bool:
+def _is_mask(image: Image.Image) -> bool:
     """Return whether the values of a grey image are 0 and 1 alone."""
-    if image.mode != "L" or image.resize((8, 8), Image.Resampling.NEAREST).getextrema()[1] > 1:  # type: ignore[operator]
+    if image.mode != "L" or max(image.resize((8, 8), Image.Resampling.NEAREST).tobytes()) > 1:
         return False
     return image.getextrema() == (0, 1)
 
 
-def turn_of(image: Image.Image) -> Image.Transpose | None:
+def _turn_of(image: Image.Image) -> Image.Transpose | None:
     """Return what brings an image upright; None if it is so, or its tags cannot be read."""
     try:
-        return TURNS.get(image.getexif().get(ORIENTATION, 1))
+        return _TURNS.get(image.getexif().get(_ORIENTATION, 1))
     except Exception:  # of any type: tags are as hostile as pixels
         return None
 
 
 @lru_cache(64)
-def to_srgb(profile: bytes, mode: str) -> Any:
+def _to_srgb(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
     """Return the transform from an ICC profile to sRGB.
 
     None if there is nothing to do: the profile's colours are those of sRGB, or it is damaged or of
@@ -375,7 +356,7 @@ def to_srgb(profile: bytes, mode: str) -> Any:
     """
     try:
         own = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        transform = ImageCms.buildTransform(own, SRGB, mode, "RGB")  # type: ignore[arg-type]
+        transform = ImageCms.ImageCmsTransform(own, _SRGB, mode, "RGB")
     except Exception:  # of any type: profiles are as hostile as pixels
         return None
     if mode == "CMYK":
@@ -383,20 +364,19 @@ def to_srgb(profile: bytes, mode: str) -> Any:
     levels = np.arange(0, 256, 17 if mode == "RGB" else 1, dtype=np.uint8)
     grid = np.stack(np.meshgrid(*[levels] * len(mode), indexing="ij"), -1)
     colours = Image.fromarray(grid.reshape(1, -1, 3) if mode == "RGB" else grid.reshape(1, -1))
-    seen = ImageCms.applyTransform(colours, transform)
-    off = np.asarray(seen).astype(int) - np.asarray(colours.convert("RGB"))
-    return transform if np.abs(off).max() > TOLERANCE else None
+    off = np.asarray(transform.apply(colours)).astype(int) - np.asarray(colours.convert("RGB"))
+    return transform if np.abs(off).max() > _TOLERANCE else None
 
 
-def gamma_table(gamma: float) -> list[int]:
-    """Return the sRGB level of each of 256 levels that a PNG file's gAMA chunk speaks of."""
+def _gamma_table(gamma: float) -> list[int]:
+    """Return the sRGB level of each of the 256 levels of a PNG file with a gAMA chunk."""
     linear = np.linspace(0, 1, 256) ** (1 / gamma)
     low, high = 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055
     return (255 * np.where(linear <= 0.0031308, low, high)).round().astype(int).tolist()
 
 
 WARNED: set[str] = set()
-"""Kinds of images that were warned of in this process."""
+"""Kinds of images that this process has warned of."""
 
 
 def warn_once(kind: str, text: str) -> None:
@@ -407,14 +387,14 @@ def warn_once(kind: str, text: str) -> None:
 
 
 def preprocessing(background: str) -> str:
-    """Return what a bank says of how its images were brought to the backbone's format."""
+    """Describe, for a bank's record, how images are brought to the backbone's format."""
     return f"sRGB on {background}, {FITTING}"
 
 
 def background_of(text: str) -> str:
-    """Return the background in what `preprocessing` says; white if it is of an older version."""
-    found = re.match(r"sRGB on (#[0-9a-f]{6}),", text)
-    return found[1] if found else "white"
+    """Parse the background out of a `preprocessing`; white if it is of an older version."""
+    match = re.match(r"sRGB on (#[0-9a-f]{6}),", text)
+    return match[1] if match else "white"
 
 
 def parse_colour(text: str) -> str:
@@ -436,23 +416,21 @@ def parse_colour(text: str) -> str:
 
 
 def to_pil(image: Float[Tensor, "c h w"]) -> Image.Image:
-    """An 8-bit PIL image, grey or RGB."""
+    """Convert an image to an 8-bit PIL image, grey or RGB."""
     pixels = (image.clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy()
     return Image.fromarray(pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0))
 
 
 def save_image(image: Float[Tensor, "c h w"], path: Path) -> None:
-    """Write a PNG; the file appears whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    to_pil(image).save(temporary, format="PNG")
-    temporary.replace(path)
+    """Write a PNG file; see `augment.core.files.replacing`."""
+    with replacing(path) as file:
+        to_pil(image).save(file, "PNG")
 
 
 def sheet(
     rows: dict[str, list[Float[Tensor, "c h w"]]], columns: list[str], zoom: int = 2
 ) -> Image.Image:
-    """A labelled contact sheet: one named row of images each, under the headings of the columns."""
+    """Draw a contact sheet: one named row of images each, under the headings of the columns."""
     size = zoom * next(iter(rows.values()))[0].shape[-1]
     left, gap, top = 90, max(size, 64) + 6, 22
     page = Image.new("RGB", (left + gap * len(columns), top + (size + 6) * len(rows)), "white")

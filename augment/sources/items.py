@@ -1,10 +1,10 @@
-"""Labelled images from any data set of (image, label): torchvision's, Hugging Face's, one's own."""
+"""Labelled images from any data set of (image, label): torchvision's, Hugging Face's or a list."""
 
 import io
 import operator
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
@@ -19,15 +19,15 @@ from tqdm import tqdm
 from augment.core.errors import ImageRejected, UserError
 from augment.sources.folder import Folder
 from augment.sources.images import as_shown
-from augment.sources.listing import LABELS, warn_of_gaps
+from augment.sources.listing import MAX_LABELS, warn_of_gaps
 from augment.sources.prompts import nfc
 from augment.sources.source import Source
 
-TARGETS = ("targets", "labels", "_labels", "y")
-"""Where torchvision's data sets have the labels of all items."""
+_TARGETS = ("targets", "labels", "_labels", "y")
+"""Attributes of torchvision's data sets with the labels of all items."""
 
-NAMES = ("wnids", "classes", "categories")
-"""Where they have the names of the classes; those of ImageNet have duplicates, its ids have not."""
+_NAMES = ("wnids", "classes", "categories")
+"""Attributes with the names of the classes; ImageNet's ``classes`` has duplicates."""
 
 
 class Items(Source):
@@ -36,8 +36,8 @@ class Items(Source):
     An image is a PIL image, a uint8 or [0, 1] float tensor (C, H, W) or such a numpy array
     (H, W, C) or (H, W), with 1 or 3 channels; of a Hugging Face data set the Image and the
     ClassLabel column are taken. Labels are read off the data set where it lists them, and else in
-    one pass over all items. Image ids are ``class/number``, and their bytes those of a PNG. Items
-    are read again when a bank goes on, so a transform that the data set has of its own must not be
+    one pass over all items. Image ids are ``class/number``, and their bytes those of a PNG file.
+    Items are read again when a bank is resumed, so the data set's own transform must not be
     random; give random ones to ``transform`` here.
 
     Args:
@@ -49,7 +49,7 @@ class Items(Source):
             more of them than names; a Hugging Face one has not just one column of each type.
     """
 
-    threads = False  # an arbitrary data set may not bear it
+    threads = False  # an arbitrary data set may not be thread-safe
 
     def __init__(
         self,
@@ -57,23 +57,24 @@ class Items(Source):
         transform: Callable[[Any], Any] | None = None,
         target_transform: Callable[[Any], Any] | None = None,
     ) -> None:
-        if isinstance(dataset, Mapping) or not indexable(dataset):
+        indexable = hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
+        if isinstance(dataset, Mapping) or not indexable:
             hint = f"one of its splits {list(dataset)}" if isinstance(dataset, Mapping) else "such"
             raise UserError(
                 f"expected a data set with a length and items (image, label), got "
                 f"{type(dataset).__name__}; take {hint}"
             )
         self.root = Path(str(getattr(dataset, "root", type(dataset).__name__)))
-        self.dataset = Columns(dataset) if hasattr(dataset, "features") else dataset
+        self.dataset = _Columns(dataset) if hasattr(dataset, "features") else dataset
         self.transform, self.target_transform = transform, target_transform
-        labels = labels_of(self.dataset)
-        if not labels or not 0 <= min(labels) <= max(labels) < max(LABELS, len(labels)):
+        labels = _labels_of(self.dataset)
+        if not labels or not 0 <= min(labels) <= max(labels) < max(MAX_LABELS, len(labels)):
             raise UserError(
                 f"expected items with labels 0 … C−1 in {type(dataset).__name__}, got "
                 f"{sorted(set(labels))[:3]} …; take out items without a label, number classes "
                 "without gaps"
             )
-        names = names_of(self.dataset)
+        names = _names_of(self.dataset)
         if not names:
             names = [str(label) for label in range(max(labels) + 1)]
             warn_of_gaps(labels, type(dataset).__name__)
@@ -87,7 +88,7 @@ class Items(Source):
             folder = re.sub(r"[^\w .,()'&+-]|^\.", "_", names[label])
             self.ids[names[label]].append(f"{folder}/{index:06d}")
         self._last = ("", b"")
-        with suppress(OSError):  # a file that cannot be read is told of when it is needed
+        with suppress(OSError):  # an unreadable file is reported when it is needed
             self._picture(self.samples[0][0])
 
     @cached_property
@@ -101,17 +102,17 @@ class Items(Source):
             item = self.dataset[self._places[image_id]]
         except Exception as error:  # of any type: decoders stumble over hostile bytes as they like
             raise OSError(f"{type(error).__name__}: {error}") from error
-        return to_image(pair(item)[0], self.background, image_id)
+        return _to_image(_pair(item)[0], self.background, image_id)
 
     def read(self, image_id: str) -> bytes:
-        """The image as a PNG file.
+        """Return the image as a PNG file.
 
         Raises:
             OSError: there is none, or it cannot be read.
             UserError: the item is no (image, label).
         """
-        known, content = self._last
-        if known != image_id:
+        last, content = self._last
+        if last != image_id:
             buffer = io.BytesIO()
             self._picture(image_id).save(buffer, "PNG")
             content = buffer.getvalue()
@@ -119,39 +120,28 @@ class Items(Source):
         return content
 
     def size(self, image_id: str) -> int:
-        """How many bytes that has; 0 if the item cannot be read."""
+        """Return the number of bytes of the PNG file; 0 if the item cannot be read."""
         try:
             return len(self.read(image_id))
         except OSError:
             return 0
 
     def open(self, image_id: str, quick: bool = False) -> Image.Image:
-        """The image as a viewer shows it, grey or RGB.
-
-        Raises:
-            ImageRejected: it is not readable.
-        """
+        """Open an image as a viewer shows it; see `Source.open`."""
         try:
             return self._picture(image_id)
         except OSError as error:
             raise ImageRejected(
-                f"expected a readable image, got item {image_id} ({error}); mend or remove it"
+                f"expected a readable image, got item {image_id} ({error}); repair or remove it"
             ) from error
 
 
-class Columns(Dataset[tuple[Any, Any]]):
-    """The Image and the ClassLabel column of a Hugging Face data set as a map-style one.
-
-    Args:
-        dataset: a ``datasets.Dataset``, which this module does not import; its format is left out.
-
-    Raises:
-        UserError: it has not just one column of each type.
-    """
+class _Columns(Dataset[tuple[Any, Any]]):
+    """The Image and the ClassLabel column of a Hugging Face data set, in its default format."""
 
     def __init__(self, dataset: Any) -> None:
         types = {name: type(feature).__name__ for name, feature in dataset.features.items()}
-        found = []
+        chosen: list[str] = []
         for kind in ("Image", "ClassLabel"):
             columns = [name for name in types if types[name] == kind]
             if len(columns) != 1:
@@ -159,8 +149,8 @@ class Columns(Dataset[tuple[Any, Any]]):
                     f"expected one {kind} column, got {', '.join(columns) or 'none'} of "
                     f"{', '.join(types)}; use remove_columns, cast_column or class_encode_column"
                 )
-            found += columns
-        self.image, self.label = found
+            chosen += columns
+        self.image, self.label = chosen
         self.dataset = dataset.with_format(None)
         self.classes = list(dataset.features[self.label].names)
         self.targets = list(self.dataset[self.label])
@@ -172,8 +162,8 @@ class Columns(Dataset[tuple[Any, Any]]):
         return self.dataset[index][self.image], self.targets[index]
 
 
-def as_source(images: Source | str | Path | Any) -> Source:
-    """A source; of a path an image folder, of another data set its items.
+def as_source(images: object) -> Source:
+    """Return a source as it is, an image folder of a path, or the `Items` of any other data set.
 
     Raises:
         UserError: see `Folder` and `Items`.
@@ -183,27 +173,15 @@ def as_source(images: Source | str | Path | Any) -> Source:
     return Folder(images) if isinstance(images, str | Path) else Items(images)
 
 
-def place_of(images: Source | str | Path | Any | None) -> Source | Path | None:
-    """Return a bank's images as `augment.bank.format.read_original` takes them.
-
-    A folder stays one, for only the images that the bank names are read; of a data set its items.
-    """
-    if images is None or isinstance(images, Source):
-        return images
-    return Path(images) if isinstance(images, str | Path) else Items(images)
+def place_of(images: object) -> Source | Path | None:
+    """Do what `as_source` does, but leave a folder unlisted: a bank names the images in it."""
+    if images is None:
+        return None
+    return Path(images) if isinstance(images, str | Path) else as_source(images)
 
 
-def indexable(dataset: Any) -> bool:
-    """Whether something has a length and items by number."""
-    return hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
-
-
-def pair(item: Any) -> tuple[Any, Any]:
-    """The image and the label of an item.
-
-    Raises:
-        UserError: the item is of another form.
-    """
+def _pair(item: Any) -> tuple[Any, Any]:
+    """Return the image and the label of an item."""
     if not isinstance(item, tuple | list) or len(item) < 2:
         raise UserError(
             f"expected items (image, label), got {type(item).__name__}; wrap the data set in one "
@@ -212,25 +190,23 @@ def pair(item: Any) -> tuple[Any, Any]:
     return item[0], item[1]
 
 
-def labels_of(dataset: Any) -> list[int]:
-    """The label of every item, without decoding images where that can be.
-
-    Raises:
-        UserError: a label is no integer, or items are no (image, label).
-    """
+def _labels_of(dataset: Any) -> list[int]:
+    """Return the label of every item, without decoding images if possible."""
     if isinstance(dataset, Subset):
-        known = labels_of(dataset.dataset)
-        return [known[int(index)] for index in dataset.indices]
+        labels = _labels_of(dataset.dataset)
+        return [labels[int(index)] for index in dataset.indices]
     if isinstance(dataset, ConcatDataset):
-        return [label for part in dataset.datasets for label in labels_of(part)]
+        return [label for part in dataset.datasets for label in _labels_of(part)]
     change = getattr(dataset, "target_transform", None) or (lambda label: label)
-    for name in TARGETS:
-        known = getattr(dataset, name, None)
-        if isinstance(known, Sequence | np.ndarray | torch.Tensor) and len(known) == len(dataset):
+    for name in _TARGETS:
+        targets = getattr(dataset, name, None)
+        if isinstance(targets, np.ndarray | torch.Tensor):
+            targets = targets.tolist()
+        if isinstance(targets, Sequence) and len(targets) == len(dataset):
             with suppress(TypeError):
-                return [operator.index(change(label)) for label in listed(known)]
+                return [operator.index(change(label)) for label in targets]
     steps = tqdm(range(len(dataset)), "labels", delay=2, leave=False)
-    labels = [pair(dataset[index])[1] for index in steps]
+    labels = [_pair(dataset[index])[1] for index in steps]
     try:
         return [operator.index(label) for label in labels]
     except TypeError as error:
@@ -240,29 +216,21 @@ def labels_of(dataset: Any) -> list[int]:
         ) from None
 
 
-def listed(values: Iterable[Any]) -> list[Any]:
-    """Plain numbers of a tensor or array."""
-    return values.tolist() if isinstance(values, np.ndarray | torch.Tensor) else list(values)
-
-
-def names_of(dataset: Any) -> list[str]:
-    """Distinct class names of a data set in label order; empty if it has none."""
+def _names_of(dataset: Any) -> list[str]:
+    """Return the distinct class names of a data set in label order; empty if it has none."""
     while isinstance(dataset, Subset | ConcatDataset):
         dataset = dataset.dataset if isinstance(dataset, Subset) else dataset.datasets[0]
-    known = next((names for at in NAMES if (names := getattr(dataset, at, None))), [])
-    names = [nfc(", ".join(n) if isinstance(n, tuple | list) else str(n)) for n in known]
+    given = next((names for at in _NAMES if (names := getattr(dataset, at, None))), [])
+    names = [nfc(", ".join(n) if isinstance(n, tuple | list) else str(n)) for n in given]
     counts = Counter(names)
     return [name if counts[name] == 1 else f"{name} {k}" for k, name in enumerate(names)]
 
 
-def to_image(value: Any, background: str = "white", name: str = "") -> Image.Image:
-    """Return an image of any of the kinds that `Items` takes, grey (L) or RGB.
+def _to_image(value: Any, background: str = "white", name: str = "") -> Image.Image:
+    """Convert an image of any of the kinds that `Items` takes to a PIL image, grey (L) or RGB.
 
-    >>> to_image(torch.ones(1, 4, 5)).size
+    >>> _to_image(torch.ones(1, 4, 5)).size
     (5, 4)
-
-    Raises:
-        UserError: it is of another kind, shape or range.
     """
     if isinstance(value, Image.Image):
         try:

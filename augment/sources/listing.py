@@ -4,6 +4,7 @@ So the splits of ImageNet-LT and Places-LT (Liu et al., arXiv 1904.05160) and of
 are published; the list files are those of github.com/facebookresearch/classifier-balancing.
 """
 
+import os
 import re
 import warnings
 from collections import Counter
@@ -15,23 +16,22 @@ from augment.core.errors import AugmentWarning, UserError, lookup
 from augment.sources.prompts import nfc
 from augment.sources.source import Source
 
-LABELS = 100_000
-"""More classes than images are believed up to this: another number was meant."""
+MAX_LABELS = 100_000
+"""Number of classes up to which there may be more of them than images."""
 
 
 class ListFile(Source):
-    """Images of a list file, in its order; labels 0 … C−1 are those it says.
+    """Images of a list file, in its order and with its labels 0 … C−1.
 
     The class of a label is named by the folder that its images are in, where that is one and no
-    other label has images there, and else by the label's number, as is one without images, of which
-    a warning tells. Lists of the same data may thus name a class differently; ``classes`` makes
-    them agree. Image ids are the paths.
+    other label has images there, and else by the label's number; so is a label without images, of
+    which there is a warning. Lists of the same data may thus name a class differently; ``classes``
+    makes them agree. Image ids are the paths.
 
     Args:
-        root: the folder that the paths start from.
+        root: folder that the paths start from.
         listing: the file; blank lines are passed over, paths may have blanks.
-        classes: names of the labels; more of them than the list has labels are classes without an
-            image.
+        classes: names of the labels; may name classes beyond the list's labels.
         transform, target_transform: applied to the PIL image and to the label of an item.
 
     Raises:
@@ -54,8 +54,8 @@ class ListFile(Source):
                 f"expected the folder that the paths of {listing} start from, got {root}, which is "
                 "no folder; correct the root"
             )
-        labels = read_list(Path(listing))
-        names = folder_names(labels) if classes is None else [nfc(name) for name in classes]
+        labels = _read_list(Path(listing))
+        names = _folder_names(labels) if classes is None else [nfc(name) for name in classes]
         self.ids = {name: [] for name in names}
         if len(self.ids) < len(names) or len(names) <= max(labels.values()):
             raise UserError(
@@ -68,23 +68,15 @@ class ListFile(Source):
         if classes is None:
             warn_of_gaps(labels.values(), listing)
         first = next(iter(labels))
-        try:
-            found = (self.root / first).exists()
-        except OSError:
-            found = False
-        if not found:
+        if not os.path.exists(self.root / first):  # noqa: PTH110, false for a name too long
             raise UserError(
                 f"expected the images of {listing} in {root}, got no {first} there; correct the "
                 "root, or copy them to it"
             )
 
 
-def read_list(listing: Path) -> dict[str, int]:
-    """The labels of a list file's images by path, in its order.
-
-    Raises:
-        UserError: see `ListFile`.
-    """
+def _read_list(listing: Path) -> dict[str, int]:
+    """Read the labels of a list file's images by path, in its order; see `ListFile`."""
     try:  # names that are not UTF-8 are as Python has them
         lines = listing.read_text("utf-8-sig", "surrogateescape").split("\n")
     except OSError as error:
@@ -117,7 +109,7 @@ def read_list(listing: Path) -> dict[str, int]:
     if not labels:
         raise UserError(f"expected lines 'path label' in {listing}, got none; is it complete?")
     largest = max(labels, key=lambda path: labels[path])
-    if labels[largest] >= max(LABELS, len(labels)):
+    if labels[largest] >= max(MAX_LABELS, len(labels)):
         raise UserError(
             f"expected labels 0 … C−1 in {listing}, got {labels[largest]} of {largest}; number the "
             "classes without gaps"
@@ -127,12 +119,12 @@ def read_list(listing: Path) -> dict[str, int]:
 
 def warn_of_gaps(labels: Iterable[int], listing: str | Path) -> None:
     """Warn of labels below the largest that no image has."""
-    known = set(labels)
-    gaps = sorted(set(range(max(known))) - known)
+    used = set(labels)
+    gaps = sorted(set(range(max(used))) - used)
     if gaps:
         first = ", ".join(map(str, gaps[:6])) + (" …" if len(gaps) > 6 else "")
         warnings.warn(
-            f"expected labels 0 … C−1 in {listing}, got {len(gaps)} labels below {max(known)} "
+            f"expected labels 0 … C−1 in {listing}, got {len(gaps)} labels below {max(used)} "
             f"without an image ({first}), which become classes; number the classes without gaps, "
             "or name them all",
             AugmentWarning,
@@ -140,33 +132,32 @@ def warn_of_gaps(labels: Iterable[int], listing: str | Path) -> None:
         )
 
 
-def folder_names(labels: dict[str, int]) -> list[str]:
-    """Names of labels from their images' folders; see `ListFile`.
+def _folder_names(labels: dict[str, int]) -> list[str]:
+    """Name labels by their images' folders; see `ListFile`.
 
-    >>> folder_names({"a/fish/1.jpg": 0, "a/bird/1.jpg": 2, "b/bird/2.jpg": 2})
+    >>> _folder_names({"a/fish/1.jpg": 0, "a/bird/1.jpg": 2, "b/bird/2.jpg": 2})
     ['fish', '1', 'bird']
     """
-    pairs = {(label, nfc(path.split("/")[-2])) for path, label in labels.items() if "/" in path}
-    pairs |= {(label, "") for path, label in labels.items() if "/" not in path}
+    pairs = {(label, nfc(f"/{path}".split("/")[-2])) for path, label in labels.items()}
     folders, labels_of = Counter(label for label, _ in pairs), Counter(name for _, name in pairs)
     names = {
         label: name
         for label, name in pairs
         if folders[label] == labels_of[name] == 1
         and name
-        # a folder with another label's number for its name would be mistaken for that
+        # a folder that is named by another label's number would be mistaken for that
         and (not name.isdecimal() or name == str(label))
     }
     return [names.get(label, str(label)) for label in range(max(labels.values()) + 1)]
 
 
 class PublishedList(ListFile):
-    """The splits of a published data set; classes are named as in the train list, if it is there.
+    """A split of a published data set; classes are named as in the train list, if it is there.
 
     Args:
-        root: the folder that the paths start from.
+        root: folder that the paths start from.
         split: such as train.
-        lists: the folder of the list files; the root by default.
+        lists: folder of the list files; the root by default.
         transform, target_transform: applied to the PIL image and to the label of an item.
 
     Raises:
@@ -187,7 +178,7 @@ class PublishedList(ListFile):
         folder = Path(root if lists is None else lists)
         files = {split: folder / f"{self.name}_{split}.txt" for split in self.splits}
         listing, train = lookup(files, split, "split"), files["train"]
-        classes = folder_names(read_list(train)) if listing != train and train.exists() else None
+        classes = _folder_names(_read_list(train)) if listing != train and train.exists() else None
         super().__init__(root, listing, classes, transform, target_transform)
 
 

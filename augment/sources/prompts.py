@@ -1,8 +1,8 @@
-"""Prompts from class folders: what the pictures in a folder show, said to the network.
+"""Prompts from the names of class folders.
 
-Data sets name their folders for machines, by WordNet id (``n01440764``) or with numbers
-(``001.Black_footed_Albatross``); a network that takes prompts knows words. The names of the 1000
-classes of ImageNet-1k are in ``sources/imagenet.txt``.
+Data sets name their folders by WordNet id (``n01440764``) or with numbers
+(``001.Black_footed_Albatross``), and networks take words. The names of the 1000 classes of
+ImageNet-1k are in ``sources/imagenet.txt``.
 """
 
 import re
@@ -15,24 +15,22 @@ from typing import Any
 
 from augment.core.errors import UserError, shown
 
-NAMES = Path(__file__).parent / "imagenet.txt"
-FIELDS = ("name", "folder")
-"""What a template may ask for."""
-
-TEXTS = ("prompts", "classes", "class_names")
+_NAMES = Path(__file__).parent / "imagenet.txt"
+_FIELDS = ("name", "folder")  # of a template
+_TEXTS = ("prompts", "classes", "class_names")
 """Options whose values hold class names or texts, and never numbers."""
 
-WORDNET_ID = re.compile(r"n\d{8}")
-NUMBERING = re.compile(r"^(\d+\.|0\d*[\s_-]|n\d{8}[\s_-])[\s_-]*(?=\D)")
+_WORDNET_ID = re.compile(r"n\d{8}")
+_NUMBERING = re.compile(r"^(\d+\.|0\d*[\s_-]|n\d{8}[\s_-])[\s_-]*(?=\D)")
 """``001.`` of CUB, ``007_``, ``n02085620-`` of Stanford Dogs; not the number of ``3-wheeler``."""
 
-ARTICLE = re.compile(r"\b([Aa])n? (?=\{name\})")
-VOWEL = re.compile(
+_ARTICLE = re.compile(r"\b([Aa])n? (?=\{name\})")
+_VOWEL = re.compile(
     r"(?!eu|ew|one\b|uni(?!n|m)|use|u[bcfhjkqrst][aeiou])[aeiou]|hour|heir|honest", re.IGNORECASE
 )
 """Names that begin with the sound of a vowel: an hourglass, but a unicycle."""
 
-SPELT = re.compile(r"[AEFHILMNORSX](?=[A-Z0-9]{0,3}\b)")
+_SPELT = re.compile(r"[AEFHILMNORSX](?=[A-Z0-9]{0,3}\b)")
 """Names that begin with a letter's name, and that with a vowel: an X-ray, an SUV."""
 
 
@@ -48,15 +46,15 @@ def by_class(texts: Mapping[str, str], classes: Iterable[str]) -> dict[str, str]
 
 
 def quoted(text: str, option: str = "") -> str:
-    r"""Quote what are names in YAML: every key, and what stands below an option of `TEXTS`.
+    r"""Quote the names in YAML, which reads 010 as a number and no as false.
 
-    YAML takes 010 for a number, and no for false.
+    Every key is a name, and so is every value below the options prompts, classes and class_names.
 
     >>> quoted("{010: bag, 8: no, b: hat}", "prompts")
     '{"010": bag, "8": "no", b: hat}\n'
 
     Args:
-        text: YAML; what is no list or mapping stays as it is.
+        text: YAML; returned as it is unless it is a list or mapping.
         option: whose value it is.
     """
     import yaml
@@ -65,25 +63,20 @@ def quoted(text: str, option: str = "") -> str:
         node: Any = yaml.compose(text, Loader=yaml.SafeLoader)
     except (yaml.YAMLError, ValueError):
         return text
-    if not isinstance(node, yaml.CollectionNode) or not quote(node, option in TEXTS):
+    if not isinstance(node, yaml.CollectionNode) or not _quote(node, option in _TEXTS):
         return text
     return yaml.serialize(node, Dumper=yaml.SafeDumper, allow_unicode=True, width=1_000_000)
 
 
-def quote(node: Any, inside: bool) -> bool:
-    """Quote the names in a list or mapping of YAML; return whether there were any to quote.
-
-    Args:
-        node: from ``yaml.compose``.
-        inside: whether all its values are names too.
-    """
+def _quote(node: Any, inside: bool) -> bool:
+    """Quote the keys of a node, and inside a text its values; return whether any were not."""
     pairs = [item if isinstance(item, tuple) else (None, item) for item in node.value]
     changed = False
     for key, value in pairs:
         last = str(key.value).rpartition(".")[2] if key else ""
         scalars = [key] if key else []
         if isinstance(value.value, list):
-            changed |= quote(value, inside or last in TEXTS)
+            changed |= _quote(value, inside or last in _TEXTS)
         elif inside:
             scalars.append(value)
         for scalar in scalars:
@@ -94,48 +87,47 @@ def quote(node: Any, inside: bool) -> bool:
 
 @cache
 def imagenet_names() -> dict[str, str]:
-    """The names of the classes of ImageNet-1k by WordNet id, in label order."""
-    lines = NAMES.read_text(encoding="utf-8").splitlines()
+    """Read the names of the classes of ImageNet-1k by WordNet id, in label order."""
+    lines = _NAMES.read_text(encoding="utf-8").splitlines()
     return dict(line.split(" ", 1) for line in lines if not line.startswith("#"))
 
 
 def class_name(folder: str) -> str:
-    """What people call the class of a folder.
+    """Return the everyday name of a folder's class.
 
     >>> class_name("n01440764"), class_name("001.Black_footed_Albatross")
     ('tench', 'Black footed Albatross')
 
     Args:
-        folder: a WordNet id of ImageNet-1k; or words, of which underscores, hyphens and leading
-            numbering are no part.
+        folder: a WordNet id of ImageNet-1k; or words, with underscores, hyphens and leading
+            numbering to remove.
 
     Raises:
-        UserError: a WordNet id out of ImageNet-1k's.
+        UserError: a WordNet id that is not in ImageNet-1k.
     """
-    if WORDNET_ID.fullmatch(folder):
+    if _WORDNET_ID.fullmatch(folder):
         if folder not in imagenet_names():
             raise UserError(
                 f"expected a WordNet id of ImageNet-1k, got {folder}, which has no name here; "
                 "give it one"
             )
         return imagenet_names()[folder]
-    words = re.split(r"[\s_-]+", NUMBERING.sub("", folder))
+    words = re.split(r"[\s_-]+", _NUMBERING.sub("", folder))
     return " ".join(words).strip() or folder
 
 
 def class_prompts(
     classes: Sequence[str], template: str, names: dict[str, str] | None = None
 ) -> dict[str, str]:
-    """A prompt for each class, such as `augment.fill_bank` takes.
+    """Return a prompt for each class, such as `augment.fill_bank` takes.
 
     >>> class_prompts(["n01440764", "great_owl"], "a photo of a {name}", {"great_owl": "owl"})
     {'n01440764': 'a photo of a tench', 'great_owl': 'a photo of an owl'}
 
     Args:
         classes: folder names.
-        template: a prompt with ``{name}``, and ``{folder}`` if the folder's own name is wanted too;
-            braces of its own are doubled. An article right before ``{name}`` becomes a or an
-            by the sound of the name; no other word is changed.
+        template: a prompt with ``{name}`` and perhaps ``{folder}``; other braces are doubled. An
+            article right before ``{name}`` becomes a or an by the sound of the name.
         names: names of single classes, by folder, in place of `class_name`'s.
 
     Raises:
@@ -143,7 +135,7 @@ def class_prompts(
             not there, or a class of unknown name.
     """
     names = by_class(names or {}, classes)
-    check_template(template)
+    _check_template(template)
     unknown = names.keys() - set(classes)
     if unknown:
         raise UserError(
@@ -151,7 +143,7 @@ def class_prompts(
             f"{shown(min(unknown))}; choose one of these"
         )
     called = {c: names[c] if c in names else class_name(nfc(c)) for c in classes}
-    return {folder: fill(template, folder, name) for folder, name in called.items()}
+    return {folder: _fill(template, folder, name) for folder, name in called.items()}
 
 
 def prompts_of(
@@ -175,7 +167,7 @@ def prompts_of(
     return own | (class_prompts(rest, template) if template else {})
 
 
-def check_template(template: str) -> None:
+def _check_template(template: str) -> None:
     """Refuse a template without a name, with other fields, or with braces that do not match."""
     try:
         parts = [part[1:] for part in Formatter().parse(template) if part[1] is not None]
@@ -185,7 +177,7 @@ def check_template(template: str) -> None:
             "double the braces that are the prompt's own"
         ) from None
     for field, form, conversion in parts:
-        if field not in FIELDS or form or conversion:
+        if field not in _FIELDS or form or conversion:
             raise UserError(
                 f"expected no field but {{name}} and {{folder}} in a template, got one of "
                 f"{field!r} in {template!r}; double the braces if they are the prompt's own"
@@ -197,9 +189,9 @@ def check_template(template: str) -> None:
         )
 
 
-def fill(template: str, folder: str, name: str) -> str:
-    """A template with its fields and the article before the name filled in."""
+def _fill(template: str, folder: str, name: str) -> str:
+    """Fill a name into a template, with the article that fits it."""
     spelt = re.match(r"[A-Z][A-Z0-9]{0,3}\b", name)
-    vowel = SPELT.match(name) if spelt else VOWEL.match(name)
+    vowel = (_SPELT if spelt else _VOWEL).match(name)
     article = r"\1n " if vowel else r"\1 "
-    return ARTICLE.sub(article, template).format(name=name, folder=folder)
+    return _ARTICLE.sub(article, template).format(name=name, folder=folder)

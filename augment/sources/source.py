@@ -1,4 +1,4 @@
-"""What every source is: labelled images with names and bytes, and a torch Dataset of them."""
+"""A source: labelled images with ids and bytes, as a torch Dataset."""
 
 import os
 import warnings
@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from copy import copy
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from jaxtyping import Float
 from PIL import Image
@@ -19,22 +19,17 @@ from augment.core.errors import AugmentWarning, ImageRejected, UserError, shown
 from augment.core.files import sha256
 from augment.sources.images import fit, open_image, pixels_of
 
-LOOK = 4096
-"""Images that are looked at in one go."""
+_LOOK = 4096  # images that `readable` opens before it moves its bar
 
 
 def check_share(max_rejects: float) -> None:
-    """Refuse a share of rejects that is not in [0, 1]."""
+    """Refuse a share of rejects outside [0, 1]."""
     if not 0 <= max_rejects <= 1:
         raise UserError(f"expected max_rejects in [0, 1], got {max_rejects}; try 0.05")
 
 
 def refuse_rejects(count: int, total: int, max_rejects: float, what: str, first: str) -> None:
-    """Refuse more rejected images than may be left out.
-
-    Raises:
-        ImageRejected: there are more.
-    """
+    """Raise `ImageRejected` if more than a share of all images are rejected."""
     if count > max_rejects * total:
         raise ImageRejected(
             f"expected no more than {max_rejects:.1%} of {total} {what} to be rejected, got "
@@ -45,15 +40,15 @@ def refuse_rejects(count: int, total: int, max_rejects: float, what: str, first:
 class Source(Dataset[tuple[Any, Any]]):
     """Labelled images, as torchvision's datasets are: item i is (PIL image, label).
 
-    A subclass sets ``root``, the place, and ``ids``, the image ids of each class in label order,
-    and overrides `read` where an id is not a path below the root. Banks, filters and training all
-    take one.
+    A subclass sets ``root`` and ``ids``, and overrides `read` where an id is not a path below the
+    root. Banks, filters and training take any source.
 
     Attributes:
-        root: the place where the images are, for information.
-        ids: the image ids of each class, in label order; a class may have none.
+        root: place of the images, for information.
+        ids: image ids of each class, in label order; a class may have none.
         transform, target_transform: applied to the image and to the label of an item.
-        background: the colour that is seen through transparent pixels.
+        background: colour that is seen through transparent pixels.
+        threads: whether `open` may be called by several threads.
     """
 
     root: Path
@@ -61,44 +56,39 @@ class Source(Dataset[tuple[Any, Any]]):
     transform: Callable[[Any], Any] | None = None
     target_transform: Callable[[Any], Any] | None = None
     background: str = "white"
-    threads: ClassVar[bool] = True
-    """Whether `open` may be called by several threads."""
+    threads: bool = True
 
     @property
     def classes(self) -> list[str]:
-        """Class names in label order."""
+        """Return the class names in label order."""
         return list(self.ids)
 
     @property
     def class_to_idx(self) -> dict[str, int]:
-        """Labels by class name."""
+        """Return the labels by class name."""
         return {name: label for label, name in enumerate(self.ids)}
 
     @property
     def counts(self) -> list[int]:
-        """How many images there are of each class."""
+        """Return the number of images of each class."""
         return [len(ids) for ids in self.ids.values()]
 
     @cached_property
     def samples(self) -> list[tuple[str, int]]:
-        """(image id, label) of every item, class by class."""
+        """Return (image id, label) of every item, class by class."""
         return [(i, label) for label, ids in enumerate(self.ids.values()) for i in ids]
 
     @property
     def targets(self) -> list[int]:
-        """The label of every item."""
+        """Return the label of every item."""
         return [label for _, label in self.samples]
 
     def read(self, image_id: str) -> bytes:
-        """The bytes of an image's file.
-
-        Raises:
-            OSError: there is none, or it cannot be read.
-        """
+        """Return the bytes of an image's file; raise `OSError` if it cannot be read."""
         return (self.root / image_id).read_bytes()
 
     def size(self, image_id: str) -> int:
-        """How many they are, found without reading them; 0 if that cannot be told."""
+        """Return the size of an image's file in bytes, without reading it; 0 if it is unknown."""
         try:
             place = os.path.join(self.root, image_id)  # noqa: PTH118, half the time of a Path
             return os.stat(place).st_size  # noqa: PTH116
@@ -106,23 +96,15 @@ class Source(Dataset[tuple[Any, Any]]):
             return 0
 
     def digest(self, image_id: str) -> str:
-        """SHA-256 of an image's bytes.
-
-        Raises:
-            OSError: it cannot be read.
-        """
+        """Return the SHA-256 of an image's file; raise `OSError` if it cannot be read."""
         return sha256(self.read(image_id))
 
     def load(self, image_id: str, channels: int, resolution: int) -> Float[Tensor, "c r r"]:
-        """The image, brought to a backbone's format; see `augment.sources.images.prepare`.
-
-        Raises:
-            ImageRejected: it is not readable.
-        """
+        """Open an image and `augment.sources.images.prepare` it for a backbone."""
         return fit(pixels_of(self.open(image_id), channels), resolution)
 
     def open(self, image_id: str, quick: bool = False) -> Image.Image:
-        """The image as a viewer shows it, grey or RGB; see `augment.sources.images.open_image`.
+        """Open an image as a viewer shows it, grey or RGB; see `augment.sources.images.open_image`.
 
         Raises:
             ImageRejected: it is not readable.
@@ -136,10 +118,10 @@ class Source(Dataset[tuple[Any, Any]]):
             ) from error
 
     def readable(self, max_rejects: float = 0.05, name: str = "") -> "Source":
-        """Return the source without the images that cannot be read, of which a warning tells.
+        """Return the source without the images that cannot be read, and warn of these.
 
         Args:
-            max_rejects: the share of images that may be left out.
+            max_rejects: share of images that may be left out.
             name: what the images are for, such as test.
 
         Raises:
@@ -160,11 +142,9 @@ class Source(Dataset[tuple[Any, Any]]):
             ThreadPoolExecutor(workers) as pool,
             tqdm(ids, f"look at {name} images", delay=2) as bar,
         ):
-            for first in range(0, len(ids), LOOK):
-                part = ids[first : first + LOOK]
-                out |= {
-                    i: told for i, told in zip(part, pool.map(reason, part), strict=True) if told
-                }
+            for first in range(0, len(ids), _LOOK):
+                part = ids[first : first + _LOOK]
+                out |= {i: why for i, why in zip(part, pool.map(reason, part), strict=True) if why}
                 bar.update(len(part))
         if not out:
             return self
@@ -200,19 +180,15 @@ class Source(Dataset[tuple[Any, Any]]):
 
 
 def warn_of_copies(rows: Iterable[tuple[str, str, str]], name: str) -> None:
-    """Warn of the first file that is in two classes.
-
-    Args:
-        rows: id, class and digest of each image.
-        name: what the images are for, such as training.
-    """
+    """Warn of the first file that is in two classes, by (id, class, digest) of each image."""
     seen: dict[str, tuple[str, str]] = {}
     for image_id, class_name, digest in rows:
         first, other = seen.setdefault(digest, (image_id, class_name))
         if other != class_name:
-            told = (
+            warnings.warn(
                 f"expected every {name} image in one class, got {image_id} of class {class_name}, "
-                f"which is {first} of class {other}; remove it from one of them"
+                f"which is {first} of class {other}; remove it from one of them",
+                AugmentWarning,
+                stacklevel=3,
             )
-            warnings.warn(AugmentWarning(told), stacklevel=3)
             return

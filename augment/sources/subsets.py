@@ -1,6 +1,6 @@
-"""Some images of another source: few shots, long tails, slices of every class.
+"""Subsets of a source: few shots, long tails, slices of every class.
 
-Which images those are depends on the seed and on how many images the classes have, in label order,
+Which images these are depends on the seed and on how many images the classes have, in label order,
 and on nothing else; a class's images stay in the source's order.
 """
 
@@ -9,9 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
 from PIL import Image
-from torch import Tensor
 
 from augment.core.errors import UserError
 from augment.sources.items import as_source
@@ -38,41 +36,21 @@ class Selection(Source):
     ) -> None:
         self.source = as_source(source)
         self.root, self.ids = self.source.root, dict(self.source.ids)
+        self.threads, self.background = self.source.threads, self.source.background
         self.transform = transform or self.source.transform
         self.target_transform = target_transform or self.source.target_transform
 
-    @property
-    def threads(self) -> bool:  # type: ignore[override]
-        """Whether `open` may be called by several threads."""
-        return self.source.threads
-
-    @property
-    def background(self) -> str:  # type: ignore[override]
-        """The colour that is seen through transparent pixels."""
-        return self.source.background
-
-    @background.setter
-    def background(self, colour: str) -> None:  # type: ignore[override]
-        self.source.background = colour
-
     def read(self, image_id: str) -> bytes:
-        """The bytes of an image's file."""
+        """Return the bytes of an image's file; see `Source.read`."""
         return self.source.read(image_id)
 
     def size(self, image_id: str) -> int:
-        """How many they are; 0 if that cannot be told."""
+        """Return the size of an image's file in bytes; see `Source.size`."""
         return self.source.size(image_id)
 
-    def digest(self, image_id: str) -> str:
-        """SHA-256 of an image's bytes."""
-        return self.source.digest(image_id)
-
-    def load(self, image_id: str, channels: int, resolution: int) -> Float[Tensor, "c r r"]:
-        """The image, brought to a backbone's format."""
-        return self.source.load(image_id, channels, resolution)
-
     def open(self, image_id: str, quick: bool = False) -> Image.Image:
-        """The image as a viewer shows it, grey or RGB."""
+        """Open an image as a viewer shows it; see `Source.open`."""
+        self.source.background = self.background  # which may have been set meanwhile
         return self.source.open(image_id, quick)
 
 
@@ -87,9 +65,8 @@ class FewShot(Selection):
         source: the source; of a path an image folder.
         shots: images a class.
         seed: of the draw.
-        skip: so many images of the permutation are passed over; those of another draw.
-        transform, target_transform: applied to the PIL image and to the label of an item; by
-            default those of the source.
+        skip: images of each permutation to pass over, such as those of another draw.
+        transform, target_transform: see `Selection`.
 
     Raises:
         UserError: a class has fewer images, no shots, or a negative seed or skip.
@@ -105,12 +82,11 @@ class FewShot(Selection):
         target_transform: Callable[[Any], Any] | None = None,
     ) -> None:
         super().__init__(source, transform, target_transform)
-        if shots < 1 or skip < 0:
-            raise UserError(
-                f"expected 1 or more shots after 0 or more to skip, got {shots} after {skip}; "
-                "change these"
-            )
-        self.ids = drawn(self.ids, [shots] * len(self.ids), seed, skip)
+        if shots < 1:
+            raise UserError(f"expected 1 or more shots, got {shots}; change it")
+        if skip < 0:
+            raise UserError(f"expected 0 or more images to skip, got {skip}; change it")
+        self.ids = _drawn(self.ids, [shots] * len(self.ids), seed, skip)
 
 
 class LongTail(Selection):
@@ -124,8 +100,7 @@ class LongTail(Selection):
         imbalance_factor: IF, the largest class's images over the smallest's.
         seed: of the draw.
         largest: n_max; by default as many as the source's smallest class has.
-        transform, target_transform: applied to the PIL image and to the label of an item; by
-            default those of the source.
+        transform, target_transform: see `Selection`.
 
     Raises:
         UserError: a factor below 1 or not finite, one class, a class that has too few images or
@@ -155,7 +130,7 @@ class LongTail(Selection):
                 f"expected an imbalance factor that leaves every class an image, got "
                 f"{imbalance_factor:g} of {most}; make it smaller"
             )
-        self.ids = drawn(self.ids, counts, seed)
+        self.ids = _drawn(self.ids, counts, seed)
 
 
 class Slice(Selection):
@@ -167,8 +142,7 @@ class Slice(Selection):
     Args:
         source: the source; of a path an image folder.
         first, last: as in Python, negative ones from the end.
-        transform, target_transform: applied to the PIL image and to the label of an item; by
-            default those of the source.
+        transform, target_transform: see `Selection`.
 
     Raises:
         UserError: a class is left without images.
@@ -192,23 +166,19 @@ class Slice(Selection):
                 )
 
 
-def drawn(
+def _drawn(
     ids: dict[str, list[str]], counts: Sequence[int], seed: int, skip: int = 0
 ) -> dict[str, list[str]]:
-    """So many images of each class, by permutations of one generator, class after class.
-
-    Raises:
-        UserError: a class has fewer, or the seed is negative.
-    """
+    """Draw a number of images of each class, by permutations of one generator."""
     if seed < 0:
         raise UserError(f"expected a seed of 0 or more, got {seed}; change it")
-    dice, taken = np.random.default_rng(seed), {}
+    rng, drawn = np.random.default_rng(seed), {}
     for (name, members), count in zip(ids.items(), counts, strict=True):
         if len(members) < skip + count:
             raise UserError(
                 f"expected {skip + count} or more images in class {name!r}, got {len(members)}; "
                 "ask for fewer"
             )
-        places = np.sort(dice.permutation(len(members))[skip : skip + count])
-        taken[name] = [members[place] for place in places]
-    return taken
+        places = np.sort(rng.permutation(len(members))[skip : skip + count])
+        drawn[name] = [members[place] for place in places]
+    return drawn

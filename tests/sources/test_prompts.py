@@ -167,8 +167,8 @@ def test_a_name_of_no_class_is_refused():
 
 
 def test_the_file_carries_its_origin():
-    from augment.sources.prompts import NAMES
+    from augment.sources.prompts import _NAMES
 
-    assert NAMES.read_text(encoding="utf-8").startswith("# The 1000 classes of ImageNet-1k")
-    licence = NAMES.with_suffix(".LICENSE").read_text(encoding="utf-8")
+    assert _NAMES.read_text(encoding="utf-8").startswith("# The 1000 classes of ImageNet-1k")
+    licence = _NAMES.with_suffix(".LICENSE").read_text(encoding="utf-8")
     assert "WordNet 3.0 Copyright 2006 by Princeton University" in licence

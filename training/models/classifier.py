@@ -17,7 +17,7 @@ from augment.core.errors import AugmentWarning, UserError, lookup
 from augment.core.rng import rng
 from augment.diffusion.checkpoints.hub import brief
 from augment.networks.timm import (
-    SOURCED,
+    SOURCE_PREFIXES,
     Weights,
     check_names,
     mean_std,
@@ -152,7 +152,7 @@ class Classifier(pl.LightningModule):
         lookup(OPTIMIZERS, optimizer, "optimiser")
         classes = len(counts)
         self.loss = make_loss(loss, **(loss_options or {}))
-        sourced = start and start.startswith(SOURCED)
+        sourced = start and start.startswith(SOURCE_PREFIXES)
         weights = read_weights(start) if start and not sourced else None
         pretrained = bool(sourced) or (pretrained and not start)
         self.network = self._build(weights.settings if weights else {}, classes, pretrained)
@@ -180,7 +180,7 @@ class Classifier(pl.LightningModule):
         """Build the network as asked, or as a checkpoint's settings say; note what rebuilds it."""
         hp: Any = self.hparams
         start = hp.start or ""
-        sourced = start if start.startswith(SOURCED) else None
+        sourced = start if start.startswith(SOURCE_PREFIXES) else None
         asked = agreed("a network", hp.network, sourced, None, start)
         if known and asked == known.get("source"):
             asked = None
@@ -190,7 +190,7 @@ class Classifier(pl.LightningModule):
         resolution = agreed("a resolution", hp.resolution, known.get("resolution"), None, start)
         network = build_network(name, channels, classes, pretrained, resolution, options)
         source = known.get("source")
-        if name.startswith(SOURCED):
+        if name.startswith(SOURCE_PREFIXES):
             source, (name, more, _) = name, recipe(name)
             options = {**more, **(options or {})} or None
         fixed = getattr(network, "pretrained_cfg", {}).get("fixed_input_size")

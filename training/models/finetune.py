@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from augment.core.errors import UserError
+from augment.diffusion.checkpoints.lora import inject_adapters
 from training.models.networks import Images
 
 TUNES = ("all", "head", "lora")
@@ -215,12 +216,6 @@ def add_lora(network: nn.Module, rank: int, targets: Sequence[str] | None = None
     Raises:
         UserError: peft is not installed, nothing matches, or as `get_head`.
     """
-    try:
-        from peft import LoraConfig, inject_adapter_in_model
-    except ModuleNotFoundError:
-        raise UserError(
-            "expected peft for LoRA, got none; pip install 'latent-augment[train]'"
-        ) from None
     if rank < 1:
         raise UserError(f"expected a rank ≥ 1 of LoRA, got {rank}; choose another")
     head, last = get_head(network), head_name(network)
@@ -235,11 +230,7 @@ def add_lora(network: nn.Module, rank: int, targets: Sequence[str] | None = None
             f"expected layers named {', '.join(targets or ['attn'])} for LoRA in "
             f"{type(network).__name__}, got none; name its linear or convolutional layers"
         )
-    config = LoraConfig(r=rank, lora_alpha=rank, target_modules="|".join(map(re.escape, names)))
-    try:
-        network = inject_adapter_in_model(config, network)
-    except ValueError as error:
-        raise UserError(f"expected layers that LoRA fits, got: {error}; choose others") from None
+    network = inject_adapters(network, rank, "|".join(map(re.escape, names)))
     head.requires_grad_(True)
     return network
 

@@ -36,6 +36,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from augment.core.errors import UserError
 from augment.diffusion import known_options
 from augment.diffusion.backbone import Backbone, Trainable
+from augment.diffusion.checkpoints.lora import inject_adapters
 from augment.diffusion.process import GOALS, PREDICTIONS, Process
 
 PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
@@ -208,12 +209,6 @@ def add_adapters(network: nn.Module, rank: int, targets: Sequence[str], seed: in
     Raises:
         UserError: peft is not installed, or a target is the name of no linear layer.
     """
-    try:
-        from peft import LoraConfig, inject_adapter_in_model
-    except ModuleNotFoundError:
-        raise UserError(
-            "expected peft for LoRA, got none; pip install 'latent-augment[train]'"
-        ) from None
     linear = [name for name, module in network.named_modules() if isinstance(module, nn.Linear)]
     for target in targets:
         if not any(f".{name}".endswith(f".{target}") for name in linear):
@@ -224,5 +219,4 @@ def add_adapters(network: nn.Module, rank: int, targets: Sequence[str], seed: in
             )
     with torch.random.fork_rng(devices=[]):
         torch.random.default_generator.manual_seed(seed)
-        config = LoraConfig(r=rank, lora_alpha=rank, target_modules=list(targets))
-        inject_adapter_in_model(config, network)
+        inject_adapters(network, rank, targets)

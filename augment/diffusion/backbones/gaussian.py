@@ -11,13 +11,12 @@ in milliseconds. Its images are its latents (the codec is the identity up to a s
 
 import hashlib
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from augment.diffusion.backbone import Condition
+from augment.diffusion.backbone import Condition, Recipe
 from augment.diffusion.process import Process, VariancePreserving
 
 
@@ -27,7 +26,7 @@ class GaussianBackbone:
     Args:
         mean: μ, the same for all coordinates or a tensor that broadcasts to ``latent_shape``.
         std: s > 0.
-        process: the noising process; the network answers in its prediction.
+        process: noising process, whose prediction the network makes.
         latent_shape: (C, H, W).
         device: where to compute.
     """
@@ -47,7 +46,7 @@ class GaussianBackbone:
         law = mean.tolist() if isinstance(mean, Tensor) else mean, std, latent_shape, self.process
         digest = hashlib.sha256(repr(law).encode()).hexdigest()
         self.fingerprint = {"name": "gaussian", "weights": digest}
-        self.recipe: dict[str, Any] = {}
+        self.recipe: Recipe = {}
 
     def encode(self, images: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c h w"]:
         return 2 * images - 1
@@ -61,7 +60,7 @@ class GaussianBackbone:
     def network(
         self, latent: Float[Tensor, "n c h w"], timestep: float, condition: Condition
     ) -> Float[Tensor, "n c h w"]:
-        """The exact ε, v or flow answer at a timestep."""
+        """Return the exact ε, v or velocity at a timestep."""
         if isinstance(self.process, VariancePreserving):  # timestep 0 is its first noisy level
             level = (timestep + 1) / self.process.train_steps
             alpha, sigma = self.process.alpha_sigma(level)
@@ -74,7 +73,7 @@ class GaussianBackbone:
         return alpha * noise - sigma * clean if self.process.prediction == "v" else noise - clean
 
     def transport(self, clean: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c h w"]:
-        """The exact latent of a clean latent, at level 1."""
+        """Return the exact latent of a clean latent, at level 1."""
         alpha, sigma = self.process.alpha_sigma(1.0)
         spread = (alpha**2 * self.std**2 + sigma**2) ** 0.5 / self.std
         return alpha * self.mean + spread * (clean - self.mean)

@@ -1,7 +1,7 @@
-"""What the backbones through diffusers share: loading, the codec, prompts, one call of the network.
+"""The base of the backbones through diffusers: loading, the codec, prompts, calling the network.
 
-Only the parts are diffusers': the process is ours (`augment.diffusion.process`), read from the
-checkpoint's scheduler file, and so are the solvers.
+Only the parts are diffusers'; the process (`augment.diffusion.process`) is read from the
+checkpoint's scheduler file, and the solvers are this package's own.
 """
 
 from collections.abc import Sequence
@@ -13,33 +13,39 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from augment.core.errors import UserError
-from augment.diffusion.backbone import Condition, Timestep, as_times
-from augment.diffusion.checkpoints.checkpoint import LARGEST, Checkpoint, read_process
+from augment.diffusion.backbone import Condition, Recipe, Timestep, as_times
+from augment.diffusion.checkpoints.checkpoint import MAX_NUMBER, Checkpoint, read_process
 from augment.diffusion.checkpoints.codec import Codec, load_tiny
 from augment.diffusion.checkpoints.hub import damaged, require
 from augment.diffusion.checkpoints.lora import add_lora, find_lora
 
-PROMPTS = 1000
-"""Prompts whose embeddings are kept."""
+_MAX_PROMPTS = 1000  # whose embeddings are cached
 
 
 class LatentDiffusion:
-    """What the diffusers backbones share; see `augment.diffusion.backbone.Backbone`.
+    """Base of the diffusers backbones; see `augment.diffusion.backbone.Backbone`.
 
-    A subclass says what the prompts' conditions are (`embed`) and how its network is called
-    (`answer`).
+    A subclass embeds prompts (`embed`) and calls its network (`answer`).
 
     Args:
         checkpoint: from `augment.diffusion.checkpoints.find.find_checkpoint`.
         device: where everything runs.
-        dtype: the networks' precision; by default float32 on the CPU, ``half`` on a GPU.
-        absent: parts and options of the pipeline class to load it without.
+        dtype: precision of the networks; by default float32 on the CPU, ``half`` on a GPU.
         resolution: of the images, in pixels; the model's own by default.
+        spacing, clean_end, zero_terminal_snr: see `read_process`.
         lora: low-rank weights to add: a safetensors file, a folder, or ``owner/name``.
-        lora_scale: how much of them.
+        lora_scale: factor of the low-rank weights.
         tiny_vae: folder or repository of an ``AutoencoderTiny`` to decode with: faster, less exact.
         compile: compile the network's repeated blocks, each kind and shape once.
-        process: keywords of `read_process`.
+
+    Attributes:
+        half: precision on a GPU.
+        blocks: classes of the repeated blocks.
+        cell: side of the network's patches, in latent pixels.
+        needed: parts of the pipeline that it cannot do without, beside the network.
+        absent: parts and options of the pipeline class to load it without.
+        fixed: options that it does not have.
+        plain: settings that the network must not have.
 
     Raises:
         UserError: missing packages, weights or network, or a resolution that does not fit.
@@ -52,50 +58,55 @@ class LatentDiffusion:
     cell = 1
     channels = 3
     needed: tuple[str, ...] = ()
+    absent: tuple[str, ...] = ()
+    fixed: tuple[str, ...] = ()
     plain = ("time_cond_proj_dim", "class_embed_type", "num_class_embeds", "encoder_hid_dim_type")
 
     def __init__(
         self,
         checkpoint: Checkpoint,
-        device: torch.device | str,
-        dtype: torch.dtype | None,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | None = None,
         *,
-        absent: dict[str, None],
         resolution: int | None = None,
+        spacing: str = "trailing",
+        clean_end: bool = True,
+        zero_terminal_snr: bool = False,
         lora: str | Path | None = None,
         lora_scale: float = 1.0,
         tiny_vae: str | Path | None = None,
         compile: bool = False,
-        **process: Any,
     ) -> None:
         require("transformers", "accelerate", *(["peft"] if lora else []))
         self.device = torch.device(device)
         self.dtype = dtype or (self.half if self.device.type == "cuda" else torch.float32)
-        checkpoint = checkpoint.fetch(**absent)
-        parts = checkpoint.parts(**absent)
+        checkpoint = checkpoint.fetch(self.absent)
+        parts = checkpoint.parts(self.absent)
         for name in (self.part, "vae", *self.needed):
             if name not in parts:
                 raise UserError(
-                    f"expected {name} in {checkpoint.source}, got none; take another checkpoint"
+                    f"expected {name} in {checkpoint.source}, got none; take another checkpoint, "
+                    "or leave out the option that asks for it"
                 )
-        self.pipe = checkpoint.load(self.dtype, parts, **absent)
+        self.pipe = checkpoint.load(self.dtype, parts, self.absent)
         self.net = getattr(self.pipe, self.part)
         self._check_network(checkpoint.source)
         for name in ("tokenizer", "tokenizer_2"):
             length = getattr(getattr(self.pipe, name, None), "model_max_length", 77)
-            if type(length) is not int or not 2 < length < LARGEST:
+            if type(length) is not int or not 2 < length < MAX_NUMBER:
                 raise UserError(
                     f"expected a model_max_length of {name} in {checkpoint.source}, got "
                     f"{length!r}; download it again"
                 )
         with damaged(checkpoint.source):
-            self.process = read_process(self.pipe.scheduler.config, **process)
-        self.recipe: dict[str, Any] = {}
-        self._known: dict[str, Condition] = {}
-        print_of_lora = {}
+            config = self.pipe.scheduler.config
+            self.process = read_process(config, spacing, clean_end, zero_terminal_snr)
+        self.recipe: Recipe = {}
+        self._cache: dict[str, Condition] = {}
+        adapted = {}
         if lora:
             file = find_lora(lora, checkpoint.local_files_only)
-            print_of_lora = add_lora(self.pipe, file, lora_scale)
+            adapted = add_lora(self.pipe, file, lora_scale)
         for name in parts:
             # not diffusers' own ``to``, which warns of half precision that nobody asked for
             module = getattr(self.pipe, name).eval().requires_grad_(False)
@@ -110,11 +121,11 @@ class LatentDiffusion:
             "weights": checkpoint.digest(parts),
             "process": repr(self.process),
             "resolution": str(self.resolution),
-            **print_of_lora,
+            **adapted,
         }
 
     def _check_network(self, source: str) -> None:
-        """Refuse a network that takes, or is told, something else than a text-to-image one."""
+        """Refuse a network that takes more inputs than a plain text-to-image one."""
         config, latent = self.net.config, self.pipe.vae.config.latent_channels
         if config.in_channels != latent:
             raise UserError(
@@ -129,10 +140,8 @@ class LatentDiffusion:
                 )
 
     def _set_size(self, resolution: int | None) -> None:
-        """Resolution and latent shape, by the network's own or the wished size."""
+        """Set the resolution and the latent shape; the network's own by default."""
         factor, own = self.codec.factor, self.net.config.sample_size
-        if not isinstance(resolution, int | None):
-            raise UserError(f"expected a resolution in whole pixels, got {resolution!r}")
         if resolution is None and (type(own) is not int or own < 1):
             raise UserError(
                 f"expected a network that says its sample_size, got {own!r}; give resolution"
@@ -153,77 +162,79 @@ class LatentDiffusion:
         self.latent_shape: tuple[int, int, int] = (self.net.config.in_channels, size, size)
 
     def vae_dtype(self) -> torch.dtype:
-        """The autoencoder's precision."""
+        """Return the autoencoder's precision."""
         return self.dtype
 
     def prepare(self, compile: bool) -> None:
-        """Make the network fast where that does not change what it answers."""
+        """Make the network fast where that does not change its output."""
         if compile:
-            compile_blocks(self.net, self.blocks)
+            _compile_blocks(self.net, self.blocks)
 
     def encode(self, images: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n c H W"]:
-        """The means of the posteriors."""
+        """Encode images to the means of the posteriors."""
         return self.codec.encode(images.to(self.device))
 
     def decode(self, clean: Float[Tensor, "n c h w"]) -> Float[Tensor, "n 3 H W"]:
-        """Images in [0, 1], float32."""
+        """Decode clean latents to images in [0, 1], float32."""
         return self.codec.decode(clean.to(self.device))
 
     def condition(self, prompts: Sequence[str]) -> Condition:
-        """Prompts are embedded one by one, once each, so that no batch changes another's rows.
+        """Embed prompts one by one, once each, so that rows do not depend on the batch.
 
         Raises:
-            UserError: a prompt that is too long.
+            UserError: a prompt is too long.
         """
         rows = [self._row(prompt) for prompt in prompts or [""]]
         rows = {key: torch.cat([row[key] for row in rows]) for key in rows[0]}
         return rows if prompts else {key: value[:0] for key, value in rows.items()}
 
     def _row(self, prompt: str) -> Condition:
-        if prompt not in self._known:
+        if prompt not in self._cache:
             # ordinary tensors, also under the caller's inference mode: null-text differentiates
             with torch.inference_mode(False), torch.no_grad():
                 row = self.embed(prompt)
-            while len(self._known) >= PROMPTS:
-                del self._known[next(iter(self._known))]
-            self._known[prompt] = row
-        return self._known[prompt]
+            while len(self._cache) >= _MAX_PROMPTS:
+                del self._cache[next(iter(self._cache))]
+            self._cache[prompt] = row
+        return self._cache[prompt]
 
     def embed(self, prompt: str) -> Condition:
-        """One prompt's condition, of one row."""
+        """Return the condition of a prompt, of one row."""
         raise NotImplementedError
 
     def network(
         self, latent: Float[Tensor, "n c h w"], timestep: Timestep, condition: Condition
     ) -> Float[Tensor, "n c h w"]:
-        """The network's answer in float32; differentiable in the latent and ``text``."""
+        """Return the network's output in float32; differentiable in the latent and ``text``."""
         if not len(latent):  # diffusers' attention cannot reshape nothing
             return torch.zeros_like(latent)
         times = as_times(timestep, latent)
         return self.answer(latent.to(self.dtype), times, condition).float()
 
     def answer(self, latent: Tensor, times: Float[Tensor, " n"], condition: Condition) -> Tensor:
-        """The network called the way it wants to be."""
+        """Call the network."""
         raise NotImplementedError
 
     def trainable(self) -> nn.Module:
-        """The network with its layers as the checkpoint has them, to be trained further."""
+        """Return the network with its layers as the checkpoint has them, to be trained further."""
         return self.net
 
     def save(self, folder: Path) -> Path:
-        """Write the pipeline below a folder; the place is what `load_backbone` takes."""
+        """Write the pipeline below a folder; return the path for `load_backbone`."""
         self.pipe.save_pretrained(folder / "model")
         return folder / "model"
 
 
-def check_length(prompt: str, tokenizer: Any, limit: int | None = None, mend: str = "") -> None:
-    """Refuse a prompt that the tokenizer would cut off.
+def check_length(
+    prompt: str, tokenizer: Any, limit: int | None = None, cure: str = "shorten it"
+) -> None:
+    """Refuse a prompt that a tokenizer of transformers would cut off.
 
     Args:
         prompt: to count.
         tokenizer: of transformers.
-        limit: of tokens; the tokenizer's by default.
-        mend: what to do.
+        limit: maximum number of tokens; the tokenizer's by default.
+        cure: for the error.
     """
     limit = limit or tokenizer.model_max_length
     special = tokenizer.num_special_tokens_to_add()
@@ -231,11 +242,11 @@ def check_length(prompt: str, tokenizer: Any, limit: int | None = None, mend: st
     if count > limit - special:
         raise UserError(
             f"expected a prompt of at most {limit - special} tokens, got {count} in {prompt!r}; "
-            f"{mend or 'shorten it'}"
+            f"{cure}"
         )
 
 
-def compile_blocks(network: nn.Module, names: Sequence[str]) -> None:
+def _compile_blocks(network: nn.Module, names: Sequence[str]) -> None:
     """Compile every block of these classes; blocks alike in code and shape share their graph."""
     import torch._dynamo
 

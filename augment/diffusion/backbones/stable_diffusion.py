@@ -4,69 +4,30 @@ Rombach et al., *High-Resolution Image Synthesis with Latent Diffusion Models*, 
 Podell et al., *SDXL*, arXiv 2307.01952.
 """
 
-from pathlib import Path
-
 import torch
 from torch import Tensor, nn
 
 from augment.diffusion.backbone import Condition
 from augment.diffusion.backbones.latent_diffusion import LatentDiffusion, check_length
-from augment.diffusion.checkpoints.checkpoint import Checkpoint
 
 
 class StableDiffusion(LatentDiffusion):
-    """Stable Diffusion 1 and 2: a UNet and one CLIP text encoder.
-
-    Args:
-        checkpoint, device, dtype: see `LatentDiffusion`.
-        resolution, lora, lora_scale, tiny_vae, compile: see `LatentDiffusion`.
-        spacing, clean_end, zero_terminal_snr: see `read_process`.
-    """
+    """Stable Diffusion 1 and 2: a UNet and one CLIP text encoder."""
 
     name = "stable-diffusion"
     needed = ("text_encoder",)
     plain = (*LatentDiffusion.plain, "addition_embed_type")
-    absent = {"safety_checker": None, "feature_extractor": None, "image_encoder": None}  # noqa: RUF012
-
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        device: torch.device | str = "cpu",
-        dtype: torch.dtype | None = None,
-        *,
-        resolution: int | None = None,
-        spacing: str = "trailing",
-        clean_end: bool = True,
-        zero_terminal_snr: bool = False,
-        lora: str | Path | None = None,
-        lora_scale: float = 1.0,
-        tiny_vae: str | Path | None = None,
-        compile: bool = False,
-    ) -> None:
-        super().__init__(
-            checkpoint,
-            device,
-            dtype,
-            absent=self.absent,
-            resolution=resolution,
-            lora=lora,
-            lora_scale=lora_scale,
-            tiny_vae=tiny_vae,
-            compile=compile,
-            spacing=spacing,
-            clean_end=clean_end,
-            zero_terminal_snr=zero_terminal_snr,
-        )
+    absent = ("safety_checker", "feature_extractor", "image_encoder")
 
     def prepare(self, compile: bool) -> None:
-        """Channels last, and one product in place of three; the compiler does that by itself."""
+        """Set channels last and fuse projections; the compiler does the latter by itself."""
         nn.Module.to(self.net, memory_format=torch.channels_last)
         if not compile:
             self.net.fuse_qkv_projections()
         super().prepare(compile)
 
     def trainable(self) -> nn.Module:
-        """The UNet, its fused projections apart again."""
+        """Return the UNet, its fused projections apart again."""
         self.net.unfuse_qkv_projections()
         self.net.original_attn_processors = None
         for module in self.net.modules():
@@ -75,13 +36,13 @@ class StableDiffusion(LatentDiffusion):
         return self.net
 
     def embed(self, prompt: str) -> Condition:
-        """(1, 77, width) of the last layer."""
+        """Return the last layer as ``text`` (1, 77, width)."""
         check_length(prompt, self.pipe.tokenizer)
         text, _ = self.pipe.encode_prompt(prompt, self.device, 1, False)
         return {"text": text}
 
     def answer(self, latent: Tensor, times: Tensor, condition: Condition) -> Tensor:
-        """The UNet's ε or v."""
+        """Return the UNet's ε or v."""
         text = condition["text"].to(self.dtype)
         return self.net(latent, times, text, return_dict=False)[0]
 
@@ -89,21 +50,21 @@ class StableDiffusion(LatentDiffusion):
 class StableDiffusionXL(StableDiffusion):
     """SDXL: two CLIPs side by side, the second's pooled output, and the image's size and crop.
 
-    The network is told that the image was as large as the resolution, and not cropped.
+    The network gets the resolution as the image's size, and no crop.
     """
 
     name = "sdxl"
     needed = ("text_encoder", "text_encoder_2")
     plain = LatentDiffusion.plain
-    absent = {"feature_extractor": None, "image_encoder": None}  # noqa: RUF012
+    absent = ("feature_extractor", "image_encoder")
 
     def vae_dtype(self) -> torch.dtype:
-        """float32 where the original autoencoder would overflow in float16."""
+        """Return float32 where the original autoencoder would overflow in float16."""
         narrow = self.dtype == torch.float16 and self.pipe.vae.config.force_upcast
         return torch.float32 if narrow else self.dtype
 
     def embed(self, prompt: str) -> Condition:
-        """``text`` (1, 77, width), ``pooled`` (1, width) and ``time_ids`` (1, 6).
+        """Return ``text`` (1, 77, width), ``pooled`` (1, width) and ``time_ids`` (1, 6).
 
         The unconditional ``text`` and ``pooled`` are zeros if the model was trained so.
         """
@@ -119,10 +80,8 @@ class StableDiffusionXL(StableDiffusion):
         return {"text": text, "pooled": pooled, "time_ids": time_ids}
 
     def answer(self, latent: Tensor, times: Tensor, condition: Condition) -> Tensor:
-        """The UNet's ε or v."""
-        added = {
-            "text_embeds": condition["pooled"].to(self.dtype),
-            "time_ids": condition["time_ids"],
-        }
-        text = condition["text"].to(self.dtype)
+        """Return the UNet's ε or v."""
+        pooled, time_ids = condition["pooled"].to(self.dtype), condition["time_ids"]
+        added, text = {"text_embeds": pooled, "time_ids": time_ids}, condition["text"]
+        text = text.to(self.dtype)
         return self.net(latent, times, text, added_cond_kwargs=added, return_dict=False)[0]

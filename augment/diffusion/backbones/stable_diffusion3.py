@@ -5,12 +5,11 @@ Esser et al., *Scaling Rectified Flow Transformers for High-Resolution Image Syn
 half of the training prompts; it is off unless asked for, and its rows of the condition are zeros.
 """
 
-from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from augment.core.errors import UserError
 from augment.diffusion.backbone import Condition
 from augment.diffusion.backbones.latent_diffusion import LatentDiffusion, check_length
 from augment.diffusion.checkpoints.checkpoint import Checkpoint
@@ -19,18 +18,17 @@ T5 = "text_encoder_3"
 
 
 class StableDiffusion3(LatentDiffusion):
-    """Two CLIPs, T5 if wished, and a transformer that answers the velocity.
+    """Two CLIPs, T5 if asked for, and a transformer that predicts the velocity.
 
     Its projections are not fused: diffusers' fused attention leaves out the normalised queries and
     keys of 3.5.
 
     Args:
         checkpoint, device, dtype: see `LatentDiffusion`.
-        resolution, lora, lora_scale, tiny_vae, compile: see `LatentDiffusion`.
-        spacing: see `augment.diffusion.process.Flow`.
         t5: whether to load and use the third text encoder.
-        max_sequence_length: rows of the condition that are T5's, zeros without it. Every network
-            call pays for them; diffusers' own default is 256.
+        max_sequence_length: rows of the condition for T5, zeros without it. Every network call
+            pays for them; diffusers' own default is 256.
+        options: see `LatentDiffusion`.
 
     Raises:
         UserError: T5 is asked for and not in the checkpoint.
@@ -42,6 +40,7 @@ class StableDiffusion3(LatentDiffusion):
     half = torch.bfloat16
     blocks = ("JointTransformerBlock",)
     cell = 2
+    fixed = ("clean_end", "zero_terminal_snr")
 
     def __init__(
         self,
@@ -49,44 +48,24 @@ class StableDiffusion3(LatentDiffusion):
         device: torch.device | str = "cpu",
         dtype: torch.dtype | None = None,
         *,
-        resolution: int | None = None,
-        spacing: str = "trailing",
         t5: bool = False,
         max_sequence_length: int = 77,
-        lora: str | Path | None = None,
-        lora_scale: float = 1.0,
-        tiny_vae: str | Path | None = None,
-        compile: bool = False,
+        **options: Any,
     ) -> None:
         self.t5, self.rows = t5, max_sequence_length
-        absent = {"feature_extractor": None, "image_encoder": None}
-        absent |= {} if t5 else {T5: None, "tokenizer_3": None}
-        checkpoint = checkpoint.fetch(**absent)
-        if t5 and T5 not in checkpoint.parts():
-            raise UserError(
-                f"expected a T5 text encoder in {checkpoint.source}, got none; leave t5 out"
-            )
-        super().__init__(
-            checkpoint,
-            device,
-            dtype,
-            absent=absent,
-            resolution=resolution,
-            spacing=spacing,
-            lora=lora,
-            lora_scale=lora_scale,
-            tiny_vae=tiny_vae,
-            compile=compile,
-        )
+        self.absent = ("feature_extractor", "image_encoder")
+        self.absent += () if t5 else (T5, "tokenizer_3")
+        self.needed += (T5,) if t5 else ()
+        super().__init__(checkpoint, device, dtype, **options)
         self.fingerprint["max_sequence_length"] = str(max_sequence_length)
 
     def embed(self, prompt: str) -> Condition:
-        """``text`` (1, 77 + max_sequence_length, width) and ``pooled`` (1, width)."""
+        """Return ``text`` (1, 77 + max_sequence_length, width) and ``pooled`` (1, width)."""
         check_length(prompt, self.pipe.tokenizer)
         check_length(prompt, self.pipe.tokenizer_2)
         if self.t5:
-            mend = "shorten it or raise max_sequence_length"
-            check_length(prompt, self.pipe.tokenizer_3, self.rows, mend)
+            cure = "shorten it or raise max_sequence_length"
+            check_length(prompt, self.pipe.tokenizer_3, self.rows, cure)
         text, _, pooled, _ = self.pipe.encode_prompt(
             prompt,
             None,
@@ -98,7 +77,7 @@ class StableDiffusion3(LatentDiffusion):
         return {"text": text, "pooled": pooled}
 
     def answer(self, latent: Tensor, times: Tensor, condition: Condition) -> Tensor:
-        """The transformer's velocity."""
+        """Return the transformer's velocity."""
         return self.net(
             hidden_states=latent,
             timestep=times,

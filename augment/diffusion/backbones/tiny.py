@@ -10,8 +10,8 @@ either (1.4, 0.7, 0.0 and −0.7 on ImageNet, in the code of Karras et al., arXi
 without such a mean there is no channel bias for a centroid to amplify.
 
 The network never saw a class label. Its prompts are coarser than the classes (a *top* may be a
-T-shirt, a pullover, a dress, a coat or a shirt) and were dropped half of the time, so that what
-a centroid knows about its class comes from the few inverted images alone.
+T-shirt, a pullover, a dress, a coat or a shirt) and were dropped half of the time, so that only
+the few inverted images tell a centroid about its class.
 ``scripts/train_tiny.py`` makes the weights; ``weights/tiny.md`` is the model card.
 """
 
@@ -30,15 +30,15 @@ from torch import Tensor, nn
 
 from augment.core.errors import UserError
 from augment.core.files import write_bytes
-from augment.diffusion.backbone import Condition, Timestep, as_times
+from augment.diffusion.backbone import Condition, Recipe, Timestep, as_times
 from augment.diffusion.checkpoints.lora import find_lora, fuse_lora
 from augment.diffusion.process import Flow, Process, VariancePreserving
 
 WEIGHTS = Path(__file__).parent / "weights" / "tiny.safetensors"
 PROMPTS = ("", "top", "trousers", "footwear", "bag")
-"""What the network understands; the empty prompt is the unconditional model."""
-PROCESSES: dict[str, Callable[..., Process]] = {"flow": Flow, "diffusion": VariancePreserving}
-"""Noising processes by the name that the weights' config has for them."""
+"""Prompts of the embedded weights; the empty one is the unconditional model."""
+_PROCESSES: dict[str, Callable[..., Process]] = {"flow": Flow, "diffusion": VariancePreserving}
+"""Noising processes by their name in the weights' config."""
 
 HAAR = 0.5 * torch.tensor(
     [[1, 1, 1, 1], [1, -1, 1, -1], [1, 1, -1, -1], [1, -1, -1, 1]], dtype=torch.float32
@@ -47,51 +47,46 @@ HAAR = 0.5 * torch.tensor(
 
 
 def haar(pixels: Float[Tensor, "n c h w"]) -> Float[Tensor, "n C H W"]:
-    """One level of the orthonormal Haar transform, four channels of each."""
+    """Apply one level of the orthonormal Haar transform, which makes four channels of each."""
     blocks = F.pixel_unshuffle(pixels, 2).unflatten(1, (-1, 4))
     return torch.einsum("ij,ncjhw->ncihw", HAAR.to(pixels), blocks).flatten(1, 2)
 
 
 def inverse_haar(latents: Float[Tensor, "n C h w"]) -> Float[Tensor, "n c H W"]:
-    """The inverse of `haar`."""
+    """Invert `haar`."""
     blocks = torch.einsum("ji,ncjhw->ncihw", HAAR.to(latents), latents.unflatten(1, (-1, 4)))
     return F.pixel_shuffle(blocks.flatten(1, 2), 2)
 
 
 ROWS = 32
-"""What the compiled network is called with, whatever the batch: a shape more is a minute more."""
+"""Rows of every call of the compiled network: another shape takes another minute to compile."""
 
 
 def build_network(config: dict[str, Any]) -> nn.Module:
-    """The UNet of the model card, untrained."""
+    """Build the UNet of the model card, untrained."""
     from diffusers import UNet2DModel  # here: it takes seconds to import
 
     network: nn.Module = UNet2DModel(**config)
     return nn.Module.to(network, memory_format=torch.channels_last)
 
 
-def compiled(network: nn.Module) -> Callable[..., Any]:
-    """The network with its weights laid out for the CPU and what lies between products fused."""
-    return torch.compile(network, dynamic=False, options={"freezing": True})
-
-
 class Tiny:
     """The embedded backbone, or another of its kind; see `augment.diffusion.backbone.Backbone`.
 
     Args:
-        weights: a safetensors file that ``scripts/train_tiny.py`` or its like wrote; its config
-            says which prompts there are, and which noising process.
-        device: where the network runs.
-        dtype: the network's precision; latents and solver stay in float32.
+        weights: safetensors file of ``scripts/train_tiny.py``, whose config has the prompts and
+            the noising process.
+        device: of the network.
+        dtype: precision of the network; latents and solver stay in float32.
         lora: low-rank weights to add: a safetensors file, a folder, or ``owner/name``.
-        lora_scale: how much of them.
-        compile: compile the network, weights and all, at the first `ROWS` latents: a minute or two
-            of a CPU, less where inductor's cache knows it, for answers in four fifths of the
-            time. Gradients, and rows beyond a multiple of `ROWS`, take the network as it is.
-        local_files_only: take the LoRA from the hub's cache alone, and ask the network nothing.
+        lora_scale: factor of the low-rank weights.
+        compile: compile the network and its weights at the first `ROWS` latents: a minute or two
+            of a CPU, less with a warm cache of inductor, for four fifths of the time a call.
+            Gradients, and rows beyond a multiple of `ROWS`, use the plain network.
+        local_files_only: take the LoRA from the hub's cache alone.
 
     Raises:
-        UserError: the weights file is missing or is not one of ours, or the LoRA of another model.
+        UserError: the weights file is missing or of another kind, or the LoRA of another model.
     """
 
     part = "unet"
@@ -119,15 +114,15 @@ class Tiny:
             self.latent_shape: tuple[int, int, int] = (4 * self.channels, 16, 16)
             self.prompts = tuple(config.get("prompts", PROMPTS))
             kind, options = config.get("process", ("diffusion", {"prediction": "v"}))
-            self.process: Process = PROCESSES[kind](**options)
+            self.process: Process = _PROCESSES[kind](**options)
             names = ("feature.weight", "feature.bias")
             self.feature = {key: state.pop(key) for key in names if key in state}
             self.unet = build_network(config["unet"])
             self.unet.load_state_dict(state)
-            # the prompts' embeddings are looked up by us, so that null-text can optimise them
+            # the prompts' embeddings are looked up here, so that null-text can optimise them
             self.texts = state["class_embedding.weight"].float().to(self.device)
             self.unet.class_embedding = nn.Identity()
-        except Exception as error:  # of any type: a hostile header is stumbled over anywhere
+        except Exception as error:  # of any type: a hostile header fails anywhere
             raise UserError(
                 f"expected weights of the tiny backbone at {weights}, got "
                 f"{' '.join(str(error).split())[:120] or error!r}; "
@@ -139,8 +134,10 @@ class Tiny:
             self.fingerprint |= fuse_lora(self.unet, find_lora(lora, local_files_only), lora_scale)
         # not diffusers' own ``to``, which warns of half precision that nobody asked for
         nn.Module.to(self.unet, self.device, dtype).eval().requires_grad_(False)
-        self.compiled = compiled(self.unet) if compile else None
-        self.recipe: dict[str, Any] = {}
+        # its weights are laid out for the CPU, and the steps between products fused
+        options = {"dynamic": False, "options": {"freezing": True}}
+        self.compiled = torch.compile(self.unet, **options) if compile else None
+        self.recipe: Recipe = {}
 
     def encode(self, images: Float[Tensor, "n c 32 32"]) -> Float[Tensor, "n C 16 16"]:
         return haar(images.to(self.device) - self.white) * self.scale
@@ -159,10 +156,10 @@ class Tiny:
         return {"text": self.texts[torch.tensor(numbers, dtype=torch.long, device=self.device)]}
 
     def describe(self, prompts: Sequence[str], features: Float[Tensor, "n f"]) -> Condition:
-        """The conditions of prompts and, beside them, of features of images of the class.
+        """Return the conditions of prompts and features of images of the class.
 
         Args:
-            prompts: one a row; those of the training had none or a superclass here.
+            prompts: one a row; in training empty or a superclass.
             features: of length 1, by the network that the weights' card names, or their means.
 
         Raises:
@@ -180,21 +177,18 @@ class Tiny:
     def network(
         self, latent: Float[Tensor, "n C 16 16"], timestep: Timestep, condition: Condition
     ) -> Float[Tensor, "n C 16 16"]:
-        """The UNet's answer: what the process predicts."""
-        told = latent.to(self.dtype), as_times(timestep, latent), condition["text"].to(self.dtype)
+        """Return the UNet's output, in the process's prediction."""
+        rows = latent.to(self.dtype), as_times(timestep, latent), condition["text"].to(self.dtype)
         if self.compiled is None or torch.is_grad_enabled():
-            return self.unet(*told, return_dict=False)[0].float()
-        parts = zip(*(rows.contiguous().split(ROWS) for rows in told), strict=True)
-        return torch.cat([self._some(part) for part in parts]).float()
-
-    def _some(self, told: tuple[Tensor, ...]) -> Tensor:
-        """The answer for at most `ROWS` latents, compiled if they are so many."""
-        if len(told[0]) < ROWS:
-            return self.unet(*told, return_dict=False)[0]
+            return self.unet(*rows, return_dict=False)[0].float()
         from torch._dynamo.exc import BackendCompilerFailed
 
+        outputs = []
         try:
-            return self.compiled(*told, return_dict=False)[0]  # type: ignore[misc]
+            for part in zip(*(tensor.contiguous().split(ROWS) for tensor in rows), strict=True):
+                call = self.compiled if len(part[0]) == ROWS else self.unet
+                outputs.append(call(*part, return_dict=False)[0])
+            return torch.cat(outputs).float()
         except BackendCompilerFailed as error:
             raise UserError(
                 "expected to compile the network, for which a C++ compiler has to be there, got "
@@ -202,12 +196,12 @@ class Tiny:
             ) from None
 
     def trainable(self) -> nn.Module:
-        """The network, to be trained further; compiled it has the weights of before."""
+        """Return the network, to be trained further; the compiled one has the old weights."""
         self.compiled = None
         return self.unet
 
     def save(self, folder: Path) -> Path:
-        """Write the weights below a folder; the place is what `load_backbone` takes."""
+        """Write the weights below a folder; return the path for `load_backbone`."""
         state = self.unet.state_dict() | {"class_embedding.weight": self.texts} | self.feature
         state = {key: value.cpu().contiguous() for key, value in state.items()}
         path = folder / "tiny.safetensors"

@@ -1,7 +1,7 @@
-"""Diffusers checkpoints: their parts, their process, whether they are still the same.
+"""Diffusers checkpoints: their parts, their process and their digest.
 
 A checkpoint is a pipeline folder with a ``model_index.json``, here or in a repository of the
-Hugging Face hub, or one ``.safetensors`` file with the names of the original releases; which, says
+Hugging Face hub, or one ``.safetensors`` file with the names of the original releases; see
 `augment.diffusion.checkpoints.find`. Weights are read from safetensors alone, which cannot run code
 as pickles can, and no code comes from the hub.
 """
@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from augment.core.files import read_json
 from augment.diffusion.checkpoints.hub import INDEX, damaged, explained, quiet
 from augment.diffusion.process import Flow, Process, VariancePreserving
 
-NETWORKS = {
+_NETWORKS = {
     "unet": ("UNet2DConditionModel",),
     "transformer": ("SD3Transformer2DModel", "DiTTransformer2DModel", "Transformer2DModel"),
     "vae": ("AutoencoderKL",),
@@ -31,26 +31,24 @@ NETWORKS = {
     "text_encoder_2": ("CLIPTextModelWithProjection",),
     "text_encoder_3": ("T5EncoderModel",),
 }
-"""The parts of a pipeline that have weights and matter to us, and the classes that may be."""
+"""The parts of a pipeline with weights that are used, and their allowed classes."""
 
-OTHERS = {
+_OTHERS = {
     "tokenizer": r"CLIPTokenizer(Fast)?",
     "tokenizer_2": r"CLIPTokenizer(Fast)?",
     "tokenizer_3": r"T5Tokenizer(Fast)?",
     "scheduler": r"\w+Scheduler",
 }
-"""The parts without, and what their classes are called."""
+"""The parts without weights, and patterns of their classes."""
 
-LARGEST = 100_000
-"""No number in a config is larger, but those of a vocabulary and its tokens."""
+MAX_NUMBER = 100_000
+"""Maximum of the numbers in a config, but for those of a vocabulary and its tokens."""
 
-SAMPLED = 4096
-"""Tensors of more values are told apart by `ROWS` of their rows."""
+_MAX_WHOLE = 4096
+_ROWS = 16
+"""The digest is of this number of rows of tensors with more than `_MAX_WHOLE` values."""
 
-ROWS = 16
-
-PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v"}
-"""Ours by diffusers' names."""
+_PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v"}  # by diffusers' names
 
 
 @dataclass(frozen=True)
@@ -58,11 +56,11 @@ class Checkpoint:
     """A checkpoint that was found and not yet loaded.
 
     Attributes:
-        source: what the user called it.
-        kind: the name of its pipeline class in diffusers.
+        source: the user's name of it.
+        kind: name of its pipeline class in diffusers.
         folder: of its parts and configs; None as long as they are on the hub.
-        file: that holds all weights, in place of the folder's.
-        revision, variant, local_files_only: as diffusers has them.
+        file: with all weights, instead of the folder's.
+        revision, variant, local_files_only: see `augment.diffusion.checkpoints.find`.
     """
 
     source: str
@@ -73,8 +71,8 @@ class Checkpoint:
     variant: str | None = None
     local_files_only: bool = False
 
-    def fetch(self, **absent: None) -> "Checkpoint":
-        """The same with its folder here: downloaded, without the ``absent`` parts.
+    def fetch(self, absent: Sequence[str]) -> "Checkpoint":
+        """Download the folder, without the ``absent`` parts, if it is on the hub.
 
         Raises:
             UserError: no network, no such repository, or parts that are not safetensors.
@@ -90,22 +88,25 @@ class Checkpoint:
                 variant=self.variant,
                 local_files_only=self.local_files_only,
                 use_safetensors=True,
-                **absent,
+                **dict.fromkeys(absent),
             )
         return replace(self, folder=Path(folder))
 
-    def parts(self, **absent: None) -> list[str]:
-        """Return those of `NETWORKS` that the index names, without the ``absent``; once fetched.
+    def parts(self, absent: Sequence[str]) -> list[str]:
+        """Return the parts with weights that a fetched index names, without the ``absent``.
 
         Raises:
-            UserError: the index names a class that is not known for its part. Nothing is imported
-                because an index names it.
+            UserError: the index names a class that is not allowed for its part. Nothing is
+                imported because an index names it.
         """
         index = read_index((self.folder or Path()) / INDEX)
-        known = {part: "|".join(names) for part, names in NETWORKS.items()} | OTHERS
-        found = {part: entry for part, entry in index.items() if part in known.keys() - absent}
-        found = {part: entry for part, entry in found.items() if entry not in (None, [None, None])}
-        for part, entry in found.items():
+        known = {part: "|".join(names) for part, names in _NETWORKS.items()} | _OTHERS
+        named = {
+            part: entry
+            for part, entry in index.items()
+            if part in known.keys() - {*absent} and entry not in (None, [None, None])
+        }
+        for part, entry in named.items():
             library = "transformers" if part.startswith(("text", "token")) else "diffusers"
             if not (
                 isinstance(entry, list)
@@ -117,21 +118,21 @@ class Checkpoint:
                     f"expected {part} of {self.source} to be {known[part]} of {library}, got "
                     f"{entry} in {INDEX}; take another checkpoint"
                 )
-        return [part for part in NETWORKS if part in found]
+        return [part for part in _NETWORKS if part in named]
 
-    def variants(self, part: str) -> dict[str | None, list[list[Path]]]:
+    def _variants(self, part: str) -> dict[str | None, list[list[Path]]]:
         """Find the sets of safetensors files that one part could be loaded from, by variant."""
         stem = "model" if part.startswith("text") else "diffusion_pytorch_model"
         plain = re.compile(rf"{stem}(?:\.(\w+))?\.safetensors")
         index = re.compile(rf"{stem}(?:\.(\w+))?\.safetensors(?:\.(\w+))?\.index(?:\.(\w+))?\.json")
-        found: dict[str | None, list[list[Path]]] = {}
+        variants: dict[str | None, list[list[Path]]] = {}
         for path in sorted((self.folder or Path()).joinpath(part).glob("*")):
             if match := plain.fullmatch(path.name):
-                found.setdefault(match[1], []).append([path])
+                variants.setdefault(match[1], []).append([path])
             elif match := index.fullmatch(path.name):
                 name = match[1] or match[2] or match[3]
-                found.setdefault(name, []).append(shards(path))
-        return found
+                variants.setdefault(name, []).append(_shards(path))
+        return variants
 
     def weights(self, part: str) -> list[Path]:
         """Return the files that one part is loaded from: the variant's if it has them, else plain.
@@ -139,8 +140,8 @@ class Checkpoint:
         Raises:
             UserError: there are none, or two sets of them.
         """
-        found, folder = self.variants(part), (self.folder or Path()) / part
-        sets = found.get(self.variant) or found.get(None, [])
+        variants, folder = self._variants(part), (self.folder or Path()) / part
+        sets = variants.get(self.variant) or variants.get(None, [])
         if len(sets) > 1:
             names = ", ".join(path.name for path in sets[0])
             raise UserError(
@@ -150,7 +151,7 @@ class Checkpoint:
         if not sets:
             pickles = [path.name for path in folder.glob("*") if path.suffix in (".bin", ".ckpt")]
             came = f"{pickles[0]}, a pickle that could run code" if pickles else "none"
-            others = " or ".join(repr(name) for name in found if name)
+            others = " or ".join(repr(name) for name in variants if name)
             raise UserError(
                 f"expected safetensors weights in {folder}, got {came}"
                 + (f" but those of variant {others}; load them with variant=" if others else "; ")
@@ -158,13 +159,13 @@ class Checkpoint:
             )
         return sets[0]
 
-    def load(self, dtype: torch.dtype, parts: Iterable[str], **options: Any) -> Any:
-        """The diffusers pipeline, on the CPU.
+    def load(self, dtype: torch.dtype, parts: Iterable[str], absent: Sequence[str]) -> Any:
+        """Load the diffusers pipeline, on the CPU.
 
         Args:
             dtype: of the weights.
-            parts: those that must be there.
-            options: of the pipeline class; a part that is None is left out.
+            parts: that must be there.
+            absent: parts and options of the pipeline class to leave out.
 
         Raises:
             UserError: parts that are missing, pickled, damaged or of other shapes.
@@ -172,16 +173,17 @@ class Checkpoint:
         import diffusers
 
         pipeline = getattr(diffusers, self.kind)
-        options |= {"dtype": dtype, "local_files_only": True}
+        options = dict.fromkeys(absent) | {"dtype": dtype, "local_files_only": True}
         for path in (self.folder or Path()).glob("*/*"):
             if path.exists() and not (path.is_file() or path.is_dir()):
                 raise UserError(f"expected files in {self.folder}, got {path}, which is none")
         for part in (*parts, "scheduler"):
             self.config(part)
         if not self.file:
-            found = {part: [*self.variants(part)] for part in parts if self.weights(part)}
-            if self.variant and not any(self.variant in names for names in found.values()):
-                there = sorted({repr(n) for names in found.values() for n in names if n})
+            whole = [part for part in parts if self.weights(part)]  # which raises if not
+            variants = {name for part in whole for name in self._variants(part)}
+            if self.variant and self.variant not in variants:
+                there = sorted(repr(name) for name in variants if name)
                 raise UserError(
                     f"expected weights of variant {self.variant!r} in {self.folder}, got "
                     f"{', '.join(there) or 'none of any variant'}; leave variant out, or name one "
@@ -198,7 +200,7 @@ class Checkpoint:
         """Read the config of a part.
 
         Raises:
-            UserError: there is none, a number in it is out of all proportion, or its weights are
+            UserError: there is none, a number in it is above `MAX_NUMBER`, or its weights are
                 quantised.
         """
         name = "scheduler_config.json" if part == "scheduler" else "config.json"
@@ -212,34 +214,30 @@ class Checkpoint:
                 "ones (quantization_config); take another checkpoint"
             )
         for key, value in config.items():
-            if not key.endswith(("vocab_size", "_id", "_ids")) and largest(value) > LARGEST:
+            if not key.endswith(("vocab_size", "_id", "_ids")) and _largest(value) > MAX_NUMBER:
                 raise UserError(
-                    f"expected numbers up to {LARGEST:,} in {path}, got {key} = {str(value)[:60]}; "
-                    "download it again"
+                    f"expected numbers up to {MAX_NUMBER:,} in {path}, got {key} = "
+                    f"{str(value)[:60]}; download it again"
                 )
         return config
 
     def digest(self, parts: Iterable[str]) -> str:
-        """sha256 of the parts' configs and of a sample of each of their tensors, as stored."""
+        """Compute the SHA-256 of the parts' configs and of some rows of each of their tensors."""
         total, files = hashlib.sha256(), [("", self.file)] if self.file else []
         for part in sorted(parts):
-            config = essential(self.config(part))
+            config = _essential(self.config(part))
             total.update(json.dumps([part, config], sort_keys=True).encode())
             if not self.file:
                 files += [(part, path) for path in self.weights(part)]
         for part, path in files:
             total.update(part.encode())
-            for piece in samples(path):
+            for piece in _samples(path):
                 total.update(piece)
         return total.hexdigest()
 
 
 def read_index(path: Path) -> dict[str, Any]:
-    """Read a ``model_index.json``.
-
-    Raises:
-        UserError: there is none, or it is damaged.
-    """
+    """Read a ``model_index.json``; raise `UserError` if it is missing or damaged."""
     index = read_json(path, "a diffusers pipeline, as save_pretrained writes it,")
     if not isinstance(index, dict) or not isinstance(index.get("_class_name"), str):
         raise UserError(
@@ -249,12 +247,8 @@ def read_index(path: Path) -> dict[str, Any]:
     return index
 
 
-def shards(index: Path) -> list[Path]:
-    """List the files that an index of weights names.
-
-    Raises:
-        UserError: one is no safetensors file beside the index: pickles could run code.
-    """
+def _shards(index: Path) -> list[Path]:
+    """List the files that an index of weights names, safetensors beside it: pickles run code."""
     record = read_json(index, "an index of weights")
     places = record.get("weight_map") if isinstance(record, dict) else None
     names = sorted({*map(str, places.values())}) if isinstance(places, dict) else []
@@ -269,40 +263,40 @@ def shards(index: Path) -> list[Path]:
 
 
 def check_indices(folder: Path) -> None:
-    """Refuse a model's folder whose index of weights names a pickle; see `shards`."""
+    """Refuse a model's folder whose index of weights names a pickle."""
     for path in folder.glob("*.index*.json"):
-        shards(path)
+        _shards(path)
 
 
-def largest(value: Any) -> float:
+def _largest(value: object) -> float:
     """Find the largest number in a setting, however deep in lists."""
     if isinstance(value, list | dict):
         inner = value.values() if isinstance(value, dict) else value
-        return max(map(largest, inner), default=0)
+        return max(map(_largest, inner), default=0)
     return abs(value) if isinstance(value, int | float) else 0
 
 
-def essential(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A part's config without what only says which library wrote it and in what precision."""
+def _essential(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a part's config without the library that wrote it and its precision."""
     bookkeeping = ("architectures", "dtype", "torch_dtype", "transformers_version")
     return {k: v for k, v in config.items() if k not in bookkeeping and not k.startswith("_")}
 
 
-def samples(path: Path) -> Iterator[bytes]:
-    """Name, type and shape of each tensor of a safetensors file, and some of its rows.
+def _samples(path: Path) -> Iterator[bytes]:
+    """Read name, type and shape of each tensor of a safetensors file, and some of its rows.
 
-    Small tensors come whole, others by `ROWS` rows from the first to the last. Only these are read
-    from the disk; what was changed in all the others alone goes unseen.
+    Small tensors come whole, others by `_ROWS` rows from the first to the last. Only these are read
+    from the disk; a change of other rows goes unseen.
     """
     with safe_open(path, framework="pt") as file:
         for key in sorted(file.keys()):
             rows = file.get_slice(key)
             shape = rows.get_shape()
             yield json.dumps([key, rows.get_dtype(), shape]).encode()
-            if math.prod(shape) <= SAMPLED:
+            if math.prod(shape) <= _MAX_WHOLE:
                 pieces = [file.get_tensor(key)]
             else:
-                picked = {round(k * (shape[0] - 1) / (ROWS - 1)) for k in range(ROWS)}
+                picked = {round(k * (shape[0] - 1) / (_ROWS - 1)) for k in range(_ROWS)}
                 pieces = [rows[row : row + 1] for row in sorted(picked)]
             for piece in pieces:
                 yield piece.reshape(-1).view(torch.uint8).numpy().tobytes()
@@ -314,20 +308,19 @@ def read_process(
     clean_end: bool = True,
     zero_terminal_snr: bool = False,
 ) -> Process:
-    """The process of a scheduler's config, whatever sampler it names.
+    """Read the process from a scheduler's config, whatever sampler it names.
 
-    The spacing is not taken from there: ``trailing`` begins every number of steps at the same,
-    noisiest level, and the files' ``leading`` does not, so that with it a latent inverted with 50
-    steps is none for a sampler with 20.
+    The spacing is not taken from there: it is mostly ``leading``, which does not begin every number
+    of steps at the same level; see `VariancePreserving`.
 
     Args:
         config: with its class's defaults filled in.
-        spacing: as in `VariancePreserving`; the offset of ``leading`` is the config's.
-        clean_end: as in `VariancePreserving`.
+        spacing: see `VariancePreserving`; the offset of ``leading`` is the config's.
+        clean_end: see `VariancePreserving`.
         zero_terminal_snr: rescale the schedule, also where the file does not ask for it.
 
     Raises:
-        UserError: a schedule or prediction that there is no process for.
+        UserError: there is no process for the schedule or the prediction.
     """
     name = config.get("_class_name", "a scheduler")
     if name.startswith("FlowMatch"):
@@ -350,7 +343,7 @@ def read_process(
                 f"expected a schedule of discrete β, got {name} with {field} {config[field]}; take "
                 "another checkpoint"
             )
-    prediction = PREDICTIONS.get(config.get("prediction_type", ""))
+    prediction = _PREDICTIONS.get(config.get("prediction_type", ""))
     if not prediction or "beta_schedule" not in config or config.get("trained_betas") is not None:
         raise UserError(
             "expected a linear or scaled_linear noise schedule and a network that predicts epsilon "

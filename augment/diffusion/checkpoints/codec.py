@@ -15,7 +15,7 @@ from augment.diffusion.checkpoints.checkpoint import check_indices
 from augment.diffusion.checkpoints.hub import damaged, explained, quiet
 
 PIXELS = 2**22
-"""The autoencoder sees so many at a time, which bounds its memory; 16 images of 512 pixels."""
+"""Pixels that the autoencoder processes at a time, such as 16 images of 512 by 512."""
 
 
 class Codec:
@@ -25,7 +25,7 @@ class Codec:
 
     Args:
         vae: diffusers' ``AutoencoderKL``.
-        device, dtype: where and in what precision it runs.
+        device, dtype: of the autoencoder.
         tiny: an ``AutoencoderTiny`` to decode with instead.
     """
 
@@ -43,10 +43,10 @@ class Codec:
             nn.Module.to(module, device, dtype)
             nn.Module.to(module, memory_format=torch.channels_last)
         with damaged("the autoencoder"):
-            self.affine, self.affine_back = affine(vae), affine(self.decoder)
+            self.affine, self.affine_back = _affine(vae), _affine(self.decoder)
 
     def encode(self, images: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n c H W"]:
-        """Posterior means, (x − shift)·scale."""
+        """Encode images to posterior means, (x − shift)·scale."""
         config = self.vae.config
         if not len(images):
             height, width = (side // self.factor for side in images.shape[2:])
@@ -60,7 +60,7 @@ class Codec:
         return (clean - shift) * scale
 
     def decode(self, clean: Float[Tensor, "n c h w"]) -> Float[Tensor, "n 3 H W"]:
-        """Images, clamped to [0, 1]."""
+        """Decode latents to images, clamped to [0, 1]."""
         if not len(clean):
             return clean.new_zeros(0, 3, *(side * self.factor for side in clean.shape[2:]))
         shift, scale = self.affine_back
@@ -96,13 +96,10 @@ class Codec:
         return self._run(call, rows, size)
 
 
-def affine(vae: Any) -> tuple[float | Tensor, float | Tensor]:
-    """Return what to subtract from an autoencoder's latents, and what to multiply them by then.
+def _affine(vae: Any) -> tuple[float | Tensor, float | Tensor]:
+    """Return the shift and then the scale of an autoencoder's latents.
 
     A number each; or, by ``latents_mean`` and ``latents_std`` as of SDXL, one a channel.
-
-    Raises:
-        UserError: the config has no such numbers.
     """
     config = vae.config
     shift, scale = config.get("shift_factor") or 0.0, config.scaling_factor
@@ -122,7 +119,7 @@ def affine(vae: Any) -> tuple[float | Tensor, float | Tensor]:
 
 
 def load_tiny(source: str | Path | None, local_files_only: bool = False) -> Any:
-    """An ``AutoencoderTiny``, or None for none."""
+    """Load an ``AutoencoderTiny`` from a folder or a repository; None for no source."""
     if source is None:
         return None
     from diffusers import AutoencoderTiny

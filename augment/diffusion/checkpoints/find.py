@@ -1,12 +1,11 @@
 """Finding a checkpoint: a folder, a repository of the hub, or one file of an original release.
 
-What it is comes first, from the index or the file's header, so that a wrong kind costs no
+Its kind is read first, from the index or the file's header, so that a wrong kind costs no
 gigabytes.
 """
 
 import re
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
@@ -14,8 +13,8 @@ from augment.core.errors import UserError
 from augment.diffusion.checkpoints.checkpoint import Checkpoint, read_index
 from augment.diffusion.checkpoints.hub import HUB, INDEX, brief, explained
 
-PARTS = {"sdxl": "conditioner.embedders.1.", "sd15": "cond_stage_model.transformer."}
-"""How tensors of text encoders begin, by model."""
+_PARTS = {"sdxl": "conditioner.embedders.1.", "sd15": "cond_stage_model.transformer."}
+"""Prefixes of the text encoders' tensors, by model."""
 
 
 def find_checkpoint(
@@ -25,15 +24,15 @@ def find_checkpoint(
     local_files_only: bool = False,
     config: str | Path | None = None,
 ) -> Checkpoint:
-    """What a folder, file or hub repository holds.
+    """Find the checkpoint in a folder, file or hub repository.
 
     Args:
         source: a pipeline folder, a ``.safetensors`` file, a key of `HUB`, or ``owner/name``.
         revision: branch, tag or commit on the hub.
         variant: of the weights' files, ``fp16`` for instance.
-        local_files_only: take from the hub's cache alone, and ask the network nothing.
-        config: of a single file, where the configs and tokenizers are that it lacks: a pipeline
-            folder, a key of `HUB` or ``owner/name``; found by the file's tensors if it can be.
+        local_files_only: take from the hub's cache alone.
+        config: of a single file, a pipeline folder, a key of `HUB` or ``owner/name`` with configs
+            and tokenizers; by default guessed from the file's tensors.
 
     Raises:
         UserError: nothing there, no network, or none of diffusers' checkpoints.
@@ -46,14 +45,14 @@ def find_checkpoint(
             f"{revision or variant!r} with {source}; leave it out"
         )
     if Path(source).suffix == ".safetensors":
-        return single_file(Path(source), config, local_files_only)
+        return _single_file(Path(source), config, local_files_only)
     if config is not None:
         raise UserError(
             f"expected a config for a single .safetensors file alone, got one with {source!r}; "
             "leave it out"
         )
     if Path(source).is_dir():
-        return Checkpoint(source, kind_of(Path(source) / INDEX), Path(source), None, *hub)
+        return Checkpoint(source, _kind_of(Path(source) / INDEX), Path(source), None, *hub)
     if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", source):
         raise UserError(
             f"expected a backbone out of tiny, {', '.join(HUB)}, a pipeline folder, a .safetensors "
@@ -63,21 +62,17 @@ def find_checkpoint(
 
     with explained(source):
         index = hf_hub_download(source, INDEX, revision=revision, local_files_only=local_files_only)
-    return Checkpoint(source, kind_of(Path(index)), None, None, *hub)
+    return Checkpoint(source, _kind_of(Path(index)), None, None, *hub)
 
 
-def kind_of(index: Path) -> str:
+def _kind_of(index: Path) -> str:
     """Return the pipeline class that a ``model_index.json`` names."""
     return read_index(index)["_class_name"]
 
 
-def single_file(path: Path, config: str | Path | None, local_files_only: bool) -> Checkpoint:
-    """Describe a checkpoint of one file, with a folder of configs and tokenizers but no weights.
-
-    Raises:
-        UserError: the file says of itself what the config's scheduler does not.
-    """
-    says = said(path)
+def _single_file(path: Path, config: str | Path | None, local_files_only: bool) -> Checkpoint:
+    """Describe a checkpoint of one file, with a folder of configs and tokenizers but no weights."""
+    schedule = _schedule_of(path)
     config = str(config or guess_config(path))
     config = HUB.get(config, config)
     if not Path(config).is_dir():
@@ -89,27 +84,24 @@ def single_file(path: Path, config: str | Path | None, local_files_only: bool) -
                 allow_patterns=["*.json", "*/*.json", "*/*.txt", "*/*.model"],
                 local_files_only=local_files_only,
             )
-    made = Checkpoint(str(path), kind_of(Path(config) / INDEX), Path(config), path)
+    checkpoint = Checkpoint(str(path), _kind_of(Path(config) / INDEX), Path(config), path)
     scheduler = {"prediction_type": "epsilon", "rescale_betas_zero_snr": False}
-    scheduler |= made.config("scheduler")
-    for key, value in says.items():
+    scheduler |= checkpoint.config("scheduler")
+    for key, value in schedule.items():
         if scheduler[key] != value:
             raise UserError(
                 f"expected a config with {key} {value}, as {path} says of itself, got "
                 f"{scheduler[key]} in {config}; give config=, a folder whose scheduler says so too"
             )
-    return made
+    return checkpoint
 
 
-def said(path: Path) -> dict[str, Any]:
-    """Read what a single file says of its noise schedule, in diffusers' words.
+def _schedule_of(path: Path) -> dict[str, str | bool]:
+    """Read settings of a single file's noise schedule, by diffusers' names.
 
-    Finetuned models say it by empty tensors (``v_pred``, ``ztsnr``) or in the header.
-
-    Raises:
-        UserError: an unreadable file, or the schedule of EDM.
+    Finetuned models have empty tensors (``v_pred``, ``ztsnr``) for them, or a header.
     """
-    about, keys = read_header(path)
+    header, keys = read_header(path)
     for key in keys:
         if key.startswith("edm_"):
             raise UserError(
@@ -117,17 +109,13 @@ def said(path: Path) -> dict[str, Any]:
                 "take another checkpoint"
             )
     names = {"epsilon": "epsilon", "v": "v_prediction"}
-    told = "v" if "v_pred" in keys else about.get("modelspec.prediction_type", "")
-    says = {"prediction_type": names[told]} if told in names else {}
-    return says | ({"rescale_betas_zero_snr": True} if "ztsnr" in keys else {})
+    name = "v" if "v_pred" in keys else header.get("modelspec.prediction_type", "")
+    settings: dict[str, str | bool] = {"prediction_type": names[name]} if name in names else {}
+    return settings | ({"rescale_betas_zero_snr": True} if "ztsnr" in keys else {})
 
 
 def read_header(path: Path) -> tuple[dict[str, str], dict[str, list[int]]]:
-    """A safetensors file's metadata, and its tensors' shapes by name.
-
-    Raises:
-        UserError: not there or not readable.
-    """
+    """Read a safetensors file's metadata, and its tensors' shapes by name."""
     if not path.is_file():
         raise UserError(f"expected a weights file, got {path}, which is not there")
     try:
@@ -141,16 +129,17 @@ def read_header(path: Path) -> tuple[dict[str, str], dict[str, list[int]]]:
 
 
 def guess_config(path: Path) -> str:
-    """The key of `HUB` whose configs a file of the original format goes with, by its header.
+    """Find the key of `HUB` whose configs fit a file of the original format, by its header.
 
     Raises:
-        UserError: an unreadable file, or one that is of no known model or of several.
+        UserError: an unreadable file, or one of no known model or of several.
     """
     _, keys = read_header(path)
     net = "model.diffusion_model."
     if keys.get(net + "input_blocks.0.0.weight", [0, 0])[1] == 4:
-        name = next((n for n, start in PARTS.items() if any(k.startswith(start) for k in keys)), "")
-        if name and said(path).get("prediction_type", "epsilon") != "epsilon":
+        names = (n for n, start in _PARTS.items() if any(key.startswith(start) for key in keys))
+        name = next(names, "")
+        if name and _schedule_of(path).get("prediction_type", "epsilon") != "epsilon":
             raise UserError(
                 f"expected a config with {path}, which says that it predicts v, got none; give "
                 "config=, a folder of configs whose scheduler says so too"

@@ -1,9 +1,4 @@
-"""What diffusers and the hub need and say: packages, faults in one sentence, logs held back.
-
-Nothing here loads a model. `require` asks whether a package is there; `explained` and `damaged`
-turn whatever the hub's client or diffusers raises into a `UserError`; `quiet` holds back their
-logs and bars.
-"""
+"""Guards around diffusers and the hub: packages, errors in one sentence, silenced logs."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,7 +26,7 @@ INDEX = "model_index.json"
 
 
 def require(*packages: str) -> None:
-    """Refuse to go on without a package of the extra ``sd``."""
+    """Raise `UserError` if a package of the extra ``sd`` is missing."""
     for package in packages:  # not by importing them, which takes seconds
         if find_spec(package) is None:
             raise UserError(
@@ -42,12 +37,12 @@ def require(*packages: str) -> None:
 
 @contextmanager
 def explained(source: str) -> Iterator[None]:
-    """One sentence for what can go wrong between here and the hub."""
+    """Turn errors of the hub's client into a `UserError` of one sentence."""
     from huggingface_hub import errors
     from huggingface_hub.utils import logging
 
     level = logging.get_verbosity()
-    logging.set_verbosity(logging.CRITICAL)  # it tells of every try
+    logging.set_verbosity(logging.CRITICAL)  # it logs every try
     try:
         yield
     except errors.GatedRepoError:
@@ -78,19 +73,19 @@ def explained(source: str) -> Iterator[None]:
 
 @contextmanager
 def offline() -> Iterator[None]:
-    """Ask no hub: what a stranger's file names is taken from the disk and the cache alone."""
+    """Take models from the disk and the cache alone: a stranger's file may name any."""
     from huggingface_hub import constants
 
-    known, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True
+    before, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True
     try:
         yield
     finally:
-        constants.HF_HUB_OFFLINE = known
+        constants.HF_HUB_OFFLINE = before
 
 
 @contextmanager
 def damaged(source: str | Path) -> Iterator[None]:
-    """One sentence for files that diffusers cannot make models of."""
+    """Turn errors from loading a model's files into a `UserError` of one sentence."""
     try:
         yield
     except (UserError, torch.OutOfMemoryError):
@@ -102,16 +97,13 @@ def damaged(source: str | Path) -> Iterator[None]:
 
 
 def brief(error: BaseException) -> str:
-    """An exception's message in one line of at most 160 letters."""
+    """Return an exception's message in one line of at most 160 letters."""
     return " ".join(str(error).split())[:160] or repr(error)
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Hold back what diffusers and transformers log while they load.
-
-    What goes wrong comes as an exception.
-    """
+    """Silence the logs and bars of diffusers and transformers; failures come as exceptions."""
     from diffusers.utils import logging as diffusers
     from transformers.utils import logging as transformers
 

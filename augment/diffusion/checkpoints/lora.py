@@ -1,9 +1,10 @@
-"""Low-rank weights (LoRA; Hu et al., arXiv 2106.09685): found, read, and added to a model's."""
+"""Low-rank weights (LoRA; Hu et al., arXiv 2106.09685): found, read, added to a model, trained."""
 
 import hashlib
 import json
 import math
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,20 +17,18 @@ from augment.core.errors import UserError
 from augment.diffusion.checkpoints.hub import brief, damaged, explained, quiet
 
 LORA = "pytorch_lora_weights.safetensors"
-DIRECTIONS = {"down": "lora_A", "up": "lora_B"}
-METADATA = "lora_adapter_metadata"
-"""Where diffusers keeps peft's settings in the header of a file."""
+_DIRECTIONS = {"down": "lora_A", "up": "lora_B"}
+_METADATA = "lora_adapter_metadata"
+"""Key of peft's settings in the header of a file that diffusers wrote."""
 
-DOWN = re.compile(r"(.+?)(\.lora_|_lora\.|\.lora\.|\.lora_linear_layer\.)(A|down)\.weight")
-MAGNITUDE = "lora_magnitude_vector"
-"""What DoRA adds to a layer (Liu et al., arXiv 2402.09353)."""
-
-STARTS = ("gaussian", "eva", "orthogonal")
-"""First values of adapters that leave the weights of the model as they are."""
+_DOWN = re.compile(r"(.+?)(\.lora_|_lora\.|\.lora\.|\.lora_linear_layer\.)(A|down)\.weight")
+_MAGNITUDE = "lora_magnitude_vector"  # of a layer with DoRA (Liu et al., arXiv 2402.09353)
+_STARTS = ("gaussian", "eva", "orthogonal")
+"""Initial values of adapters that leave the weights of the model as they are."""
 
 
 def find_lora(source: str | Path, local_files_only: bool = False) -> Path:
-    """The file of a LoRA: itself, a folder's or a repository's ``pytorch_lora_weights``.
+    """Find the file of a LoRA: itself, or ``pytorch_lora_weights`` of a folder or repository.
 
     Raises:
         UserError: no such file, or no safetensors.
@@ -51,15 +50,15 @@ def find_lora(source: str | Path, local_files_only: bool = False) -> Path:
 
 
 @dataclass(frozen=True)
-class LowRank:
+class _LowRank:
     """The low-rank weights of a file, up already multiplied by alpha / rank.
 
     Attributes:
         path: the file.
-        scale: how much of them to add.
-        state: the tensors by name, without alphas.
-        pairs: the names of down and up of each layer.
-        rescaled: whether the metadata of the file changed the size of a layer's.
+        scale: factor of the weights.
+        state: tensors by name, without alphas.
+        pairs: names of down and up of each layer.
+        rescaled: whether the metadata of the file rescaled a layer.
     """
 
     path: Path
@@ -69,49 +68,44 @@ class LowRank:
     rescaled: bool
 
     def fingerprint(self) -> dict[str, str]:
-        """Return what these weights add to a backbone's fingerprint."""
+        """Return the entry of these weights in a backbone's fingerprint."""
         digest = hashlib.sha256(self.path.read_bytes()).hexdigest()
-        alphas = " × alpha / rank" if self.rescaled else ""  # which older versions ignored
+        alphas = " × alpha / rank" if self.rescaled else ""  # older versions ignored them
         return {"lora": f"{digest} × {self.scale:g}{alphas}"}
 
     def check(self, changed: int) -> None:
-        """Refuse weights if fewer layers of the model changed than are not zero in the file."""
+        """Refuse weights that changed fewer layers than have non-zero weights in the file."""
         sides = ((self.state[key] for key in pair) for pair in self.pairs.values())
         wanted = sum(all(bool(side.any()) for side in pair) for pair in sides)
         if self.scale and changed < max(wanted, 1):
-            raise misfit(self.path, f"{changed} of its {len(self.pairs)} layers change the model")
+            raise self.misfit(f"{changed} of its {len(self.pairs)} layers change the model")
+
+    def misfit(self, reason: str) -> UserError:
+        """Build the error for low-rank weights of another model."""
+        return UserError(
+            f"expected a LoRA for this model, got {self.path}: {reason}; take the model that it "
+            "was trained on"
+        )
 
 
-def misfit(path: Path, reason: str) -> UserError:
-    """Build the error for low-rank weights of another model."""
-    return UserError(
-        f"expected a LoRA for this model, got {path}: {reason}; take the model that it was trained "
-        "on"
-    )
+def _read_lora(path: Path, scale: float) -> _LowRank:
+    """Read low-rank weights from a safetensors file, with the alphas of its tensors or metadata.
 
-
-def read_lora(path: Path, scale: float) -> LowRank:
-    """Read low-rank weights, with the alphas of its tensors or of its metadata.
-
-    Takes what diffusers takes, and the attention processors of diffusers 0.20 and before
+    Takes the same files as diffusers, and the attention processors of diffusers 0.20 and before
     (``….attn1.processor.to_q_lora.down.weight``).
 
-    Args:
-        path: a safetensors file.
-        scale: how much of them to add.
-
     Raises:
-        UserError: a damaged file, or one that holds something else, such as LoKr or LoHa.
+        UserError: a damaged file, or one of another kind, such as LoKr or LoHa.
     """
-    if type(scale) not in (int, float) or not math.isfinite(scale):
+    if not math.isfinite(scale):
         raise UserError(f"expected a finite number for lora_scale, got {scale!r}; 1 is usual")
     with damaged(path), safe_open(path, framework="pt") as file:
-        state = {modern(key): file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        config = dict(json.loads((file.metadata() or {}).get(METADATA, "{}")))
-        pairs = {m[1]: (m[0], up_name(m)) for key in state if (m := DOWN.fullmatch(key))}
+        state = {_modern(key): file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        config = dict(json.loads((file.metadata() or {}).get(_METADATA, "{}")))
+        pairs = {m[1]: (m[0], _up_name(m)) for key in state if (m := _DOWN.fullmatch(key))}
         known = {key for pair in pairs.values() for key in pair}
-        known |= {f"{layer}.{extra}" for layer in pairs for extra in ("alpha", MAGNITUDE)}
-        odd = [*(key for key in state if key not in known), *unknown_settings(config)]
+        known |= {f"{layer}.{extra}" for layer in pairs for extra in ("alpha", _MAGNITUDE)}
+        odd = [*(key for key in state if key not in known), *_unknown_settings(config)]
         odd += [up for _, up in pairs.values() if up not in state]
         odd += [key for key, value in state.items() if not value.isfinite().all()]
         if odd or not pairs:
@@ -122,45 +116,42 @@ def read_lora(path: Path, scale: float) -> LowRank:
         rescaled = False
         for layer, (_, up) in pairs.items():
             rank, alpha = state[up].shape[1], state.pop(f"{layer}.alpha", None)
-            size = alpha_of(config, layer, rank) if alpha is None else alpha.item() / rank
+            size = _alpha_of(config, layer, rank) if alpha is None else alpha.item() / rank
             if size != 1:
                 state[up] = state[up].float() * size
                 rescaled |= alpha is None
-    return LowRank(path, scale, state, pairs, rescaled)
+    return _LowRank(path, scale, state, pairs, rescaled)
 
 
-def up_name(match: re.Match[str]) -> str:
-    """Name the tensor that belongs to a match of `DOWN`."""
+def _up_name(match: re.Match[str]) -> str:
+    """Return the name of the tensor up for a match of `_DOWN`."""
     return f"{match[1]}{match[2]}{'B' if match[3] == 'A' else 'up'}.weight"
 
 
-def modern(key: str) -> str:
-    """A LoRA's key in peft's words, if it is of an attention processor."""
+def _modern(key: str) -> str:
+    """Rename a key of an attention processor to peft's name."""
     match = re.fullmatch(r"(?:unet\.)?(.+)\.processor\.(to_\w+?)_lora\.(down|up)\.weight", key)
     if not match:
         return key
     layer = "to_out.0" if match[2] == "to_out" else match[2]
-    return f"unet.{match[1]}.{layer}.{DIRECTIONS[match[3]]}.weight"
+    return f"unet.{match[1]}.{layer}.{_DIRECTIONS[match[3]]}.weight"
 
 
-def unknown_settings(config: dict[str, Any]) -> list[str]:
+def _unknown_settings(config: Mapping[str, object]) -> list[str]:
     """List the settings of peft that change the weights of a model in another way."""
     starts = {k: v for k, v in config.items() if k.split(".")[-1] == "init_lora_weights"}
-    return [f"{k}={v}" for k, v in starts.items() if isinstance(v, str) and v not in STARTS]
+    return [f"{k}={v}" for k, v in starts.items() if isinstance(v, str) and v not in _STARTS]
 
 
-def alpha_of(config: dict[str, Any], layer: str, rank: int) -> float:
+def _alpha_of(config: Mapping[str, Any], layer: str, rank: int) -> float:
     """Compute alpha / rank of a layer, or alpha / √rank, by peft's settings; 1 without any.
 
-    Args:
-        config: peft's settings, as diffusers keeps them: of each part of a pipeline under its name,
-            or of a network alone without.
-        layer: its name, with the part's.
-        rank: of its matrices.
+    Diffusers writes the settings of a pipeline's parts with their names as prefixes, and those of a
+    network alone without.
     """
     part, _, place = layer.partition(".")
 
-    def setting(name: str, default: Any) -> Any:
+    def setting(name: str, default: object) -> Any:
         return config.get(f"{part}.{name}", config.get(name, default))
 
     def fits(pattern: str) -> bool:  # as peft compares them: a name, or the end of one
@@ -178,61 +169,76 @@ def add_lora(pipe: Any, path: Path, scale: float) -> dict[str, str]:
     """Add low-rank weights to a pipeline's: W + scale·(alpha / rank)·up·down.
 
     Returns:
-        What they add to the fingerprint.
+        The entry in the fingerprint.
 
     Raises:
-        UserError: weights that diffusers refuses, or of which not all change this model.
+        UserError: diffusers refuses the weights, or not all of them change this model.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    lora, changed = read_lora(path, scale), 0
+    lora, changed = _read_lora(path, scale), 0
     with quiet():
         try:
             pipe.load_lora_weights(lora.state, adapter_name="lora")
         except Exception as error:  # of any type: peft and diffusers raise as they like
-            raise misfit(path, brief(error)) from None
+            raise lora.misfit(brief(error)) from None
         networks = [part for part in pipe.components.values() if isinstance(part, nn.Module)]
-        for layer in (layer for network in networks for layer in network.modules()):
-            if isinstance(layer, BaseTunerLayer):
-                weight: Any = layer.get_base_layer().weight
-                before = weight.clone()
-                layer.scale_layer(scale)  # type: ignore[operator]
-                layer.merge()
-                changed += not torch.equal(weight, before)
+        layers: list[Any] = [layer for network in networks for layer in network.modules()]
+        for layer in (layer for layer in layers if isinstance(layer, BaseTunerLayer)):
+            weight = layer.get_base_layer().weight
+            before = weight.clone()
+            layer.scale_layer(scale)
+            layer.merge()
+            changed += not torch.equal(weight, before)
         pipe.unload_lora_weights()
     lora.check(changed)
     return lora.fingerprint()
 
 
 def fuse_lora(network: nn.Module, path: Path, scale: float) -> dict[str, str]:
-    """Add low-rank weights to linear layers, as `add_lora`, of a network that is no pipeline's.
-
-    Returns:
-        What they add to the fingerprint.
-
-    Raises:
-        UserError: weights of which not all change this network.
-    """
-    lora, changed = read_lora(path, scale), 0
+    """Add low-rank weights to the linear layers of a network outside a pipeline; see `add_lora`."""
+    lora, changed = _read_lora(path, scale), 0
     known = {key for pair in lora.pairs.values() for key in pair}
-    reason = next((key for key in lora.state if key not in known), "")
-    try:
-        for layer, pair in lora.pairs.items():
+    if unknown := [key for key in lora.state if key not in known]:
+        raise lora.misfit(unknown[0])
+    for layer, pair in lora.pairs.items():
+        try:
             down, up = (lora.state[key].float() for key in pair)
-            weight, product = (
-                network.get_parameter(f"{layer.removeprefix('unet.')}.weight"),
-                up @ down,
-            )
-            if product.shape != weight.shape:
-                reason = f"{layer} of {tuple(product.shape)} for {tuple(weight.shape)}"
-                break
-            before = weight.clone()
-            with torch.no_grad():
-                weight.add_(scale * product)
-            changed += not torch.equal(weight, before)
-    except (AttributeError, RuntimeError) as error:
-        reason = brief(error)
-    if reason:
-        raise misfit(path, reason)
+            weight = network.get_parameter(f"{layer.removeprefix('unet.')}.weight")
+            product = up @ down
+        except (AttributeError, RuntimeError) as error:
+            raise lora.misfit(brief(error)) from None
+        if product.shape != weight.shape:
+            raise lora.misfit(f"{layer} of {tuple(product.shape)} for {tuple(weight.shape)}")
+        before = weight.clone()
+        with torch.no_grad():
+            weight.add_(scale * product)
+        changed += not torch.equal(weight, before)
     lora.check(changed)
     return lora.fingerprint()
+
+
+def inject_adapters(network: nn.Module, rank: int, targets: str | Sequence[str]) -> nn.Module:
+    """Freeze a network but for low-rank adapters of peft, which at first change nothing.
+
+    Args:
+        network: changed in place.
+        rank: of the adapters, and their alpha.
+        targets: ends of the names of layers, or a regular expression of whole names.
+
+    Raises:
+        UserError: peft is not installed, or it has no adapter for a layer.
+    """
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ModuleNotFoundError:
+        raise UserError(
+            "expected peft for LoRA, got none; pip install 'latent-augment[train]'"
+        ) from None
+    names = targets if isinstance(targets, str) else list(targets)
+    try:
+        return inject_adapter_in_model(
+            LoraConfig(r=rank, lora_alpha=rank, target_modules=names), network
+        )
+    except ValueError as error:
+        raise UserError(f"expected layers that LoRA fits, got: {error}; choose others") from None
