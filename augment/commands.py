@@ -310,12 +310,14 @@ def smooth(
     from augment.core.registry import refuse_reserved
     from augment.diffusion import load_backbone
     from augment.jobs.job import planning_device
+    from augment.shards.dataset import open_images
+    from augment.sources import as_source
     from augment.sources.prompts import prompts_of
-    from training.smooth.data import open_source, read_captions
+    from training.smooth.data import read_captions
     from training.smooth.regulariser import PROJECTIONS
     from training.smooth.run import smooth_backbone
 
-    source = open_source(images).readable(name="training")
+    source = as_source(open_images(images)).readable(name="training")
     texts = prompts_of(source.classes, prompt, prompts)
     by_id = None if captions is None else read_captions(captions, source)
     options = backbone_options or {}
@@ -393,6 +395,7 @@ def evaluate(
     from augment.diffusion import find_device, load_backbone
     from augment.networks import feature_network
     from augment.report import evaluate as study
+    from augment.shards.dataset import open_images
     from augment.sources import as_source
 
     if (Path(path) / "manifest.json").exists():
@@ -410,7 +413,7 @@ def evaluate(
             "pass --network fashion, resnet50 or another one"
         )
     else:
-        fake = study.open_images(path)
+        fake = open_images(path)
         first = study.form_of(fake)
         judge = feature_network(network or "", weights, find_device(device))
         form = (channels or first[0], resolution or first[1])

@@ -27,11 +27,7 @@ MIN_HALF_ANGLE = 5e-4
 
 
 def circle(residuals: Residuals) -> Float[Tensor, "b k"]:
-    """Return the coefficients of a place on the great circle of two points.
-
-    Raises:
-        UserError: there are not two points.
-    """
+    """Return the coefficients of a place on the great circle of two points, no more or less."""
     count = residuals.weights.shape[1]
     if count != 2:
         raise UserError(

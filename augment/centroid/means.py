@@ -67,32 +67,19 @@ def blur(
 
 
 def low_pass(latents: Latents, sigma: float = LOW_PASS_SIGMA) -> Latents:
-    r"""Blur by a separable Gaussian of unit DC gain, with reflecting borders.
-
-    Args:
-        latents: (\*b, C, H, W).
-        sigma: standard deviation in latent pixels.
-    """
+    """Blur by a Gaussian of ``sigma`` latent pixels and unit DC gain, with reflecting borders."""
     height, width = (blur(n, sigma, latents.dtype, latents.device) for n in latents.shape[-2:])
     return height @ latents @ width
 
 
 MEANS: dict[str, Split] = {
-    "0": nothing,
-    "m": latent_mean,
-    "chm": channel_mean,
-    "lp": low_pass,
-    "mu": nothing,
+    **{"0": nothing, "m": latent_mean, "chm": channel_mean, "lp": low_pass, "mu": nothing}
 }
 """Mean splits by name; ``lp`` followed by a number is a name too. The rule handles ``mu``."""
 
 
 def split_named(name: str) -> Split:
-    """Look a mean split up by its name.
-
-    Raises:
-        UserError: the name is unknown, or the σ of ``lpσ`` is not positive.
-    """
+    """Look a mean split up; raise `UserError` for an unknown name or a σ of ``lpσ`` ≤ 0."""
     if name not in MEANS and name.startswith("lp"):
         try:
             sigma = float(name[2:].replace("∞", "inf"))

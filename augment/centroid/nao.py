@@ -59,14 +59,9 @@ def cheapest_norm(
 ) -> Float[Tensor, "b 1"]:
     """Return the norm of a centroid in the direction of a point, between the point's own and r_0.
 
-    The point reaches the centroid along the radius, the others by way of the sphere. The norm r
-    minimises count·(held·(climb(own) − climb(r)) + (1 − held)·climb(r)) + ρ(r), on a grid.
-
-    Args:
-        own: the point's norm.
-        held: its share of the weights.
-        count: K, which multiplies all weights.
-        dim: D.
+    The point, of norm ``own`` and share ``held`` of the weights, reaches the centroid along the
+    radius, the others by way of the sphere. The norm r minimises
+    count·(held·(climb(own) − climb(r)) + (1 − held)·climb(r)) + ρ(r), on a grid; count is K.
     """
     shares = torch.linspace(0, 1, 65, dtype=own.dtype, device=own.device)
     radii = torch.lerp(own.new_tensor(modal_norm(dim)), own.clamp_min(1e-3), shares)

@@ -49,12 +49,12 @@ from augment.centroid.spherical import slerp
 Gain = Float[Tensor, "b 1"]
 
 
-def mean_norm(residuals: Residuals) -> Gain:
+def _mean_norm(residuals: Residuals) -> Gain:
     """Return Σ_n w_n ‖e_n‖."""
     return (residuals.weights * residuals.norms).sum(-1, keepdim=True)
 
 
-def concentration(weights: Float[Tensor, "b k"]) -> Gain:
+def _concentration(weights: Float[Tensor, "b k"]) -> Gain:
     """Return q = Σ_n w_n²: 1 at a vertex, 1/N for N equal weights."""
     return weights.square().sum(-1, keepdim=True)
 
@@ -72,32 +72,25 @@ def mode(residuals: Residuals) -> Gain:
 
 
 def nin(residuals: Residuals) -> Gain:
-    return mean_norm(residuals) / residuals.length
+    return _mean_norm(residuals) / residuals.length
 
 
 def vp(residuals: Residuals) -> Gain:
-    return concentration(residuals.weights).rsqrt()
+    return _concentration(residuals.weights).rsqrt()
 
 
 def fade(residuals: Residuals) -> Gain:
-    q, nominal = concentration(residuals.weights), nominal_norm(residuals.dim)
-    return (q * mean_norm(residuals) + (1 - q) * nominal) / residuals.length
+    q, nominal = _concentration(residuals.weights), nominal_norm(residuals.dim)
+    return (q * _mean_norm(residuals) + (1 - q) * nominal) / residuals.length
 
 
 GAINS: dict[str, Callable[[Residuals], Gain]] = {
-    "lin": lin,
-    "fix": fix,
-    "mode": mode,
-    "nin": nin,
-    "vp": vp,
-    "fade": fade,
+    rule.__name__: rule for rule in (lin, fix, mode, nin, vp, fade)
 }
 """Norm rules that multiply the mixture by a gain, by name."""
 
 COEFFICIENTS: dict[str, Callable[[Residuals], Float[Tensor, "b k"]]] = {
-    "slerp": slerp,
-    "nao": nao,
-    "circle": circle,
+    rule.__name__: rule for rule in (slerp, nao, circle)
 }
 """Norm rules that mix by coefficients other than the weights, by name."""
 

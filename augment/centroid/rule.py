@@ -85,16 +85,12 @@ class Rule:
             gain = GAINS[self.norm](residuals)[:, :, None, None]
             centroid = residuals.mixture * gain + residuals.mean
         if not centroid.sum().isfinite():
-            refuse(points)
+            _refuse(points)
         return centroid
 
 
-def refuse(points: Float[Tensor, "b k c h w"]) -> None:
-    """Raise an error that says why a centroid is not finite and names the first bad point.
-
-    Raises:
-        UserError: always.
-    """
+def _refuse(points: Float[Tensor, "b k c h w"]) -> None:
+    """Raise an error that says why a centroid is not finite and names the first bad point."""
     bad = (~points.isfinite()).flatten(2).any(-1).nonzero().tolist()
     if bad:
         raise UserError(

@@ -76,10 +76,7 @@ def settle(
 def frechet_mean(cosines: Cosines, weights: Coefficients, start: Coefficients) -> Coefficients:
     """Find the weighted Fréchet mean of unit vectors, as coefficients on them.
 
-    Args:
-        cosines: the matrix C of the vectors' cosines, float64.
-        weights: on the simplex, float64.
-        start: coefficients of the direction to start from.
+    The start is coefficients of a direction. All is float64.
     """
 
     def step(a: Coefficients, cosine: Coefficients, weights: Coefficients) -> Coefficients:

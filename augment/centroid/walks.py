@@ -37,29 +37,31 @@ Latent = Float[Tensor, "c h w"]
 Walk = Float[Tensor, "t c h w"]
 
 
-def by_rule(a: Latent, b: Latent, count: int, norm: str) -> Walk:
+def _by_rule(a: Latent, b: Latent, count: int, norm: str) -> Walk:
     """Walk by a norm rule with the weights (1 − γ, γ)."""
-    place = torch.linspace(0, 1, count, dtype=a.dtype, device=a.device)
-    points = torch.stack([a, b]).expand(count, -1, -1, -1, -1)
+    return _mixed(a, b, norm, torch.linspace(0, 1, count, dtype=a.dtype, device=a.device))
+
+
+def _circle(a: Latent, b: Latent, count: int) -> Walk:
+    """Walk around the great circle; the rule's weight w_2 is ½ in the middle of the arc a b."""
+    half = _angle(a, b) / (4 * math.pi)
+    place = 0.5 - half + torch.linspace(0, 1, count, dtype=torch.float64)
+    return _mixed(a, b, "circle", place.to(a))
+
+
+def _mixed(a: Latent, b: Latent, norm: str, place: Float[Tensor, " t"]) -> Walk:
+    points = torch.stack([a, b]).expand(len(place), -1, -1, -1, -1)
     return Rule(norm, "0")(points, torch.stack([1 - place, place], 1))
 
 
-def circle(a: Latent, b: Latent, count: int) -> Walk:
-    """Walk around the great circle; the rule's weight w_2 is ½ in the middle of the arc a b."""
-    half = angle(a, b) / (4 * math.pi)
-    place = (0.5 - half + torch.linspace(0, 1, count, dtype=torch.float64)).to(a)
-    points = torch.stack([a, b]).expand(count, -1, -1, -1, -1)
-    return Rule("circle", "0")(points, torch.stack([1 - place, place], 1))
-
-
-def angle(a: Latent, b: Latent) -> float:
+def _angle(a: Latent, b: Latent) -> float:
     """Return the angle between two latents in radians."""
     a, b = (x.double().flatten() / x.double().norm() for x in (a, b))
     # Kahan's formula loses no digits near 0 and π, unlike the arc cosine
     return 2 * math.atan2((a - b).norm().item(), (a + b).norm().item())
 
 
-def nao(a: Latent, b: Latent, count: int) -> Walk:
+def _nao(a: Latent, b: Latent, count: int) -> Walk:
     """Walk along the geodesic of Samuel et al., arXiv 2306.08687, sec. 4.1, between a and b.
 
     The walk goes along the radius to a norm r, around at that norm, and along the radius to b. The
@@ -67,9 +69,9 @@ def nao(a: Latent, b: Latent, count: int) -> Walk:
     near √(D − 1) if a and b are far apart, their own norms if they are close. Its latents are
     equally spaced, as the published penalty on long pieces demands.
     """
-    turn = angle(a, b)
+    turn = _angle(a, b)
     ends = torch.tensor([x.double().norm().item() for x in (a, b)], dtype=torch.float64)
-    (first, last), middle = ends.tolist(), cheapest(ends, turn, a.numel())
+    (first, last), middle = ends.tolist(), _cheapest(ends, turn, a.numel())
     corners = ends.new_tensor([[first, 0], [middle, 0], [middle, turn], [last, turn]])
     legs = ends.new_tensor([abs(middle - first), middle * turn, abs(last - middle)])
     far = torch.cat([legs.new_zeros(1), legs.cumsum(0)])
@@ -87,7 +89,7 @@ def nao(a: Latent, b: Latent, count: int) -> Walk:
     return (shares @ units).unflatten(1, a.shape).to(a)
 
 
-def cheapest(ends: Float[Tensor, " 2"], turn: float, dim: int) -> float:
+def _cheapest(ends: Float[Tensor, " 2"], turn: float, dim: int) -> float:
     """Find the norm of least cost for the arc: the climbs to and from it, and the arc itself."""
     reach = torch.cat([ends, ends.new_tensor([modal_norm(dim)])])
     radii = torch.linspace(reach.min().item(), reach.max().item(), 1025, dtype=torch.float64)
@@ -96,38 +98,31 @@ def cheapest(ends: Float[Tensor, " 2"], turn: float, dim: int) -> float:
     return radii[ways.argmin()].item()
 
 
-def translation(a: Latent, b: Latent, count: int) -> Walk:
+def _translation(a: Latent, b: Latent, count: int) -> Walk:
     """Slide a window over [a | b]."""
     both, width = torch.cat([a, b], -1), a.shape[-1]
-    return torch.stack([both[..., at : at + width] for at in columns(width, count)])
+    return torch.stack([both[..., at : at + width] for at in _columns(width, count)])
 
 
-def cut(a: Latent, b: Latent, count: int) -> Walk:
+def _cut(a: Latent, b: Latent, count: int) -> Walk:
     """Take the first columns from b and the others from a."""
-    return torch.stack(
-        [torch.cat([b[..., :at], a[..., at:]], -1) for at in columns(a.shape[-1], count)]
-    )
+    places = _columns(a.shape[-1], count)
+    return torch.stack([torch.cat([b[..., :at], a[..., at:]], -1) for at in places])
 
 
-def columns(width: int, count: int) -> list[int]:
+def _columns(width: int, count: int) -> list[int]:
     """Return numbers of whole columns, from none to all, in equal steps."""
     return [round(width * step / max(count - 1, 1)) for step in range(count)]
 
 
 WALKS: dict[str, Callable[[Latent, Latent, int], Walk]] = {
-    "lerp": partial(by_rule, norm="lin"),
-    "normalised": partial(by_rule, norm="vp"),
-    "nin": partial(by_rule, norm="nin"),
-    "fade": partial(by_rule, norm="fade"),
-    "slerp": partial(by_rule, norm="slerp"),
-    "circle": circle,
-    "nao": nao,
-    "translation": translation,
-    "slice": cut,
+    "lerp": partial(_by_rule, norm="lin"),
+    "normalised": partial(_by_rule, norm="vp"),
+    **{name: partial(_by_rule, norm=name) for name in ("nin", "fade", "slerp")},
+    **{"circle": _circle, "nao": _nao, "translation": _translation, "slice": _cut},
 }
 """Walks by name."""
-TURNING = ("slerp", "circle", "nao")
-"""Walks that turn from one direction to the other."""
+_TURNING = ("slerp", "circle", "nao")  # from one direction to the other
 
 
 def walk(
@@ -160,8 +155,8 @@ def walk(
     a, b = a.to(dtype), b.to(dtype)
     if not (a.sum() + b.sum()).isfinite():
         raise UserError("expected finite latents, got NaN or infinity; invert that image again")
-    if name in TURNING:
-        turn = angle(a, b) if a.any() and b.any() else math.pi
+    if name in _TURNING:
+        turn = _angle(a, b) if a.any() and b.any() else math.pi
         if not (1e-3 if name == "circle" else -1) < turn < math.pi - 1e-3:
             raise UserError(
                 f"expected latents of two directions for a {name} walk, got zero, opposite ones, "

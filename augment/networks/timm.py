@@ -23,6 +23,9 @@ SOURCE_PREFIXES = ("hf-hub:", "hf_hub:", "local-dir:")
 """Prefixes of timm's names of models in a repository or a folder."""
 
 
+Settings = dict[str, Any]
+
+
 @dataclass(frozen=True)
 class Weights:
     """The content of a file of weights.
@@ -38,9 +41,9 @@ class Weights:
 
     state: dict[str, Tensor]
     mean_std: Tensor | None
-    settings: dict[str, Any]
+    settings: Settings
     own: bool
-    record: dict[str, Any]
+    record: Settings
 
     def pixels(self, network: nn.Module, channels: int) -> Float[Tensor, "2 c"]:
         """Return mean and deviation of the pixels; those of timm's network if the file has none."""
@@ -124,7 +127,7 @@ def timm_network(
     if not name:
         raise UserError(f"expected the name of a network for {weights or 'timm'}, got none")
     timm = find_timm(name)
-    from timm.data import resolve_model_data_config  # type: ignore[attr-defined]
+    from timm.data.config import resolve_model_data_config
 
     with torch.random.fork_rng(devices=[]):  # timm draws first weights from the global generator
         network = _build(timm, name, classes, weights, given.state)
@@ -171,7 +174,7 @@ def find_timm(name: str, known: str = "a network of timm") -> Any:
     return timm
 
 
-def recipe(name: str) -> tuple[str, dict[str, Any], dict[str, Any]]:
+def recipe(name: str) -> tuple[str, Settings, Settings]:
     """Return architecture, options and configuration of a network of timm, repository or folder.
 
     Raises:

@@ -37,9 +37,8 @@ from augment.measure.latents import norm_law
 from augment.measure.reconstruction import MIN_LPIPS_SIDE, load_lpips, reconstruction
 from augment.networks import BATCH, Network
 from augment.plan.plan import Plan
-from augment.shards.dataset import Shards, open_shards
-from augment.shards.format import holds_shards
-from augment.sources import Folder, Source
+from augment.shards.dataset import Shards
+from augment.sources import Source
 from augment.sources.images import prepare
 from augment.synthesis.synthesizer import Synthesizer
 
@@ -52,7 +51,6 @@ __all__ = [
     "form_of",
     "lpips_for",
     "markdown",
-    "open_images",
 ]
 
 Row = dict[str, str | float]
@@ -405,12 +403,3 @@ def _draw_images(figure: Any, near: Tensor, among: Tensor, rows: Iterable[Row]) 
     right.axvline(COPY_THRESHOLD, color="black", lw=0.8, ls=":")
     right.set(title="Distance to the nearest real image (left of the line: copies)", yticks=[])
     right.legend(frameon=False)
-
-
-def open_images(path: str | Path) -> Source | Shards:
-    """Open shards or a folder of images.
-
-    Raises:
-        UserError: there are none.
-    """
-    return open_shards(path) if holds_shards(path) else Folder(path)

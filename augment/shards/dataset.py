@@ -51,11 +51,13 @@ from augment.shards.format import (
     SCHEMA,
     UNCHECKED,
     ShardRecord,
+    holds_shards,
     read_settings,
     read_table,
     shard_numbers,
     shard_path,
 )
+from augment.sources import Source, as_source
 from augment.sources.images import check_scans, to_pil
 
 BLOCK = 512  # a tar is made of these
@@ -407,6 +409,17 @@ def open_shards(
             stacklevel=2,
         )
     return shards
+
+
+def open_images(images: object) -> Source | Shards:
+    """Open the shards of a folder; any other images as `augment.sources.as_source` does.
+
+    Raises:
+        UserError: there are none.
+    """
+    if isinstance(images, str | Path) and holds_shards(images):
+        return open_shards(images)
+    return as_source(images)
 
 
 def verify_shard(path: Path, classes: int, extension: str) -> str | None:

@@ -330,7 +330,7 @@ def test_a_lora_whose_shapes_do_not_fit_is_refused_as_diffusers_refuses_it(folde
     save_file({**some, one: torch.full_like(some[one], torch.nan)}, path)
     with pytest.raises(UserError, match="finite and whole"):
         load_backbone(folder, device="cpu", lora=path)
-    with pytest.raises(UserError, match="lora_scale of .* as float, got nan"):
+    with pytest.raises(UserError, match=r"lora_scale of .* as float, got nan"):
         load_backbone(folder, device="cpu", lora=path, lora_scale=float("nan"))
 
 

@@ -14,7 +14,8 @@ from augment.bank.fill import fill_bank
 from augment.cli import main
 from augment.diffusion import load_backbone
 from augment.networks import feature_network
-from augment.report.evaluate import evaluate_bank, evaluate_images, form_of, open_images
+from augment.report.evaluate import evaluate_bank, evaluate_images, form_of
+from augment.shards.dataset import open_images
 from augment.sources import Folder
 from augment.sources.fashion import write_fashion
 from augment.sources.images import save_image

@@ -16,8 +16,9 @@ from torch import nn
 
 from augment import SyntheticDataset, UserError, fill_bank, load_backbone, write_shards
 from augment.diffusion.process import GOALS, PREDICTIONS, Flow, VariancePreserving
-from augment.sources import Folder
-from training.smooth.data import Noisings, Stream, open_source, read_captions
+from augment.shards.dataset import open_images
+from augment.sources import Folder, as_source
+from training.smooth.data import Noisings, Stream, read_captions
 from training.smooth.regulariser import PROJECTIONS, SmoothDiffusion, measured
 from training.smooth.run import smooth_backbone
 
@@ -384,7 +385,7 @@ def test_shards_are_images_to_train_on(tiny, images, tmp_path):
     bank = fill_bank(tmp_path / "bank", tiny, images, steps=1)
     fly = SyntheticDataset(bank, tiny, per_class=2, steps=1)
     write_shards(fly.synthesizer, fly.planner, 2, tmp_path / "shards")
-    source = open_source(str(tmp_path / "shards"))
+    source = as_source(open_images(tmp_path / "shards"))
     assert source.counts == [2, 2] and source.classes == ["Bag", "Coat"]
     row = Noisings(source, [""] * 4, tiny, 0.0, 0)[0]
     assert row["image"].shape == (1, 32, 32)

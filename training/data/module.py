@@ -16,8 +16,7 @@ from augment.core.errors import AugmentWarning, UserError, shown
 from augment.core.files import write_json
 from augment.core.rng import rng
 from augment.replay.pool import ReplayPool
-from augment.shards.dataset import Shards, open_shards
-from augment.shards.format import holds_shards
+from augment.shards.dataset import Shards, open_images
 from augment.sources import Source, as_source
 from augment.sources.images import SUFFIXES, parse_colour
 from augment.sources.prompts import nfc
@@ -529,7 +528,7 @@ def made_of(real: Source, synthetic: Any) -> Any:
         UserError: there are none, or a class of the bank has no training image.
     """
     if isinstance(synthetic, str):
-        found = open_shards(synthetic) if holds_shards(synthetic) else as_source(synthetic)
+        found = open_images(synthetic)
         if not len(found):
             raise UserError(f"expected synthetic images in {synthetic}, got none; synthesize some")
         return found

@@ -15,9 +15,7 @@ from torch.utils.data import Dataset, Sampler
 from augment.core.errors import UserError
 from augment.core.rng import normal, rng
 from augment.diffusion.backbone import Trainable
-from augment.shards.dataset import open_shards
-from augment.shards.format import holds_shards
-from augment.sources import Items, Source, as_source
+from augment.sources import Source
 from training.data.module import Batches
 
 LEVELS = 1000  # of a process that names no number of trained ones
@@ -99,17 +97,6 @@ class NoisingData(pl.LightningDataModule):
             trainer.world_size,
         )
         return Batches(self.rows, batch_sampler=stream, num_workers=self.workers)
-
-
-def open_source(images: Source | str) -> Source:
-    """A source; of a path an image folder, or shards as ``latent-augment synthesize`` writes them.
-
-    Raises:
-        UserError: there are none.
-    """
-    if isinstance(images, str) and holds_shards(images):
-        return Items(open_shards(images))
-    return as_source(images)
 
 
 def read_captions(path: str | Path, source: Source) -> dict[str, str]:

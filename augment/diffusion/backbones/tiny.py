@@ -17,7 +17,7 @@ the few inverted images tell a centroid about its class.
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +62,7 @@ ROWS = 32
 """Rows of every call of the compiled network: another shape takes another minute to compile."""
 
 
-def build_network(config: dict[str, Any]) -> nn.Module:
+def build_network(config: Mapping[str, Any]) -> nn.Module:
     """Build the UNet of the model card, untrained."""
     from diffusers import UNet2DModel  # here: it takes seconds to import
 

@@ -48,6 +48,7 @@ _MAX_WHOLE = 4096
 _ROWS = 16
 """The digest is of this number of rows of tensors with more than `_MAX_WHOLE` values."""
 
+Config = dict[str, Any]
 _PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v"}  # by diffusers' names
 
 
@@ -196,7 +197,7 @@ class Checkpoint:
                 str(self.folder), variant=self.variant, use_safetensors=True, **options
             )
 
-    def config(self, part: str) -> dict[str, Any]:
+    def config(self, part: str) -> Config:
         """Read the config of a part.
 
         Raises:
@@ -236,7 +237,7 @@ class Checkpoint:
         return total.hexdigest()
 
 
-def read_index(path: Path) -> dict[str, Any]:
+def read_index(path: Path) -> Config:
     """Read a ``model_index.json``; raise `UserError` if it is missing or damaged."""
     index = read_json(path, "a diffusers pipeline, as save_pretrained writes it,")
     if not isinstance(index, dict) or not isinstance(index.get("_class_name"), str):
@@ -276,7 +277,7 @@ def _largest(value: object) -> float:
     return abs(value) if isinstance(value, int | float) else 0
 
 
-def _essential(config: Mapping[str, Any]) -> dict[str, Any]:
+def _essential(config: Config) -> Config:
     """Return a part's config without the library that wrote it and its precision."""
     bookkeeping = ("architectures", "dtype", "torch_dtype", "transformers_version")
     return {k: v for k, v in config.items() if k not in bookkeeping and not k.startswith("_")}

@@ -183,8 +183,9 @@ def add_lora(pipe: Any, path: Path, scale: float) -> dict[str, str]:
         except Exception as error:  # of any type: peft and diffusers raise as they like
             raise lora.misfit(brief(error)) from None
         networks = [part for part in pipe.components.values() if isinstance(part, nn.Module)]
-        layers: list[Any] = [layer for network in networks for layer in network.modules()]
-        for layer in (layer for layer in layers if isinstance(layer, BaseTunerLayer)):
+        layers = (layer for network in networks for layer in network.modules())
+        tuned: list[Any] = [layer for layer in layers if isinstance(layer, BaseTunerLayer)]
+        for layer in tuned:
             weight = layer.get_base_layer().weight
             before = weight.clone()
             layer.scale_layer(scale)
