@@ -21,8 +21,8 @@ from textwrap import dedent, indent
 from typing import Any, NoReturn
 
 from augment.commands import COMMANDS
+from augment.config import guard_imports, keep_names, refused, take_allowed
 from augment.core.errors import AugmentWarning, Terminated, UserError
-from augment.imports import guard_imports, refused, take_allowed
 
 OVERVIEW = """usage: latent-augment [--quiet | --json] COMMAND [OPTIONS]
 
@@ -68,29 +68,6 @@ def spell(args: list[str], switches: Collection[str]) -> list[str]:
     return words
 
 
-def keep_texts(args: list[str]) -> list[str]:
-    """Let class names in options and configurations be text, whatever YAML would make of them."""
-    import yaml
-    from jsonargparse import get_loader, set_loader
-
-    from augment.sources.prompts import quoted
-
-    load = get_loader("yaml")
-    if load.__module__ != __name__:
-        set_loader("yaml", lambda text: load(quoted(text)), (yaml.YAMLError, ValueError))
-    words, option = [], ""
-    for argument in args:
-        name, equals, value = argument.partition("=")
-        if equals and name.startswith("--"):
-            argument = f"{name}={quoted(value, name.rpartition('.')[2].lstrip('-'))}"
-        elif option:
-            argument = quoted(argument, option)
-        words.append(argument)
-        named = argument.startswith("--") and not equals
-        option = argument.rpartition(".")[2].lstrip("-") if named else ""
-    return words
-
-
 def run(args: list[str]) -> Any:
     """Run a command, of which the first required option needs no name, and return its record.
 
@@ -109,7 +86,7 @@ def run(args: list[str]) -> Any:
             "latent-augment --help"
         )
     guard_imports()
-    args, command = keep_texts(args), COMMANDS[name]
+    args, command = keep_names(args), COMMANDS[name]
     if name == "train":  # Lightning parses the rest
         return command(args)
     from jsonargparse import ActionConfigFile, ArgumentParser

@@ -8,8 +8,6 @@ imported by the functions. The shell's side stands apart in `augment.cli`, which
 both in one file would be twice as long as any other.
 """
 
-from __future__ import annotations
-
 import csv
 import json
 import shlex
@@ -23,7 +21,6 @@ from augment.core.errors import UserError
 
 if TYPE_CHECKING:  # the types of options, which jsonargparse imports when it shows or parses them
     import augment.bank.fill
-    import training.episodes.evaluate
     from augment.bank.bank import LatentBank
     from augment.jobs.job import Job
     from augment.shards.write import Synthesis
@@ -34,7 +31,7 @@ Record = dict[str, Any]
 """What a command did, as JSON."""
 
 
-def invert(settings: augment.bank.fill.InvertSettings) -> Record:
+def invert(settings: "augment.bank.fill.InvertSettings") -> Record:
     """Invert labelled images into a bank of latents.
 
     Examples:
@@ -71,10 +68,10 @@ def synthesize(
     dtype: str | None = None,
     backbone_options: dict[str, Any] | None = None,
     nearest: str | None = None,
-    refine: SeedSelect | int | None = None,
+    refine: "SeedSelect | int | None" = None,
     filters: dict[str, dict[str, Any] | None] | str | None = None,
     candidates: int = 1,
-    images: Source | str | None = None,
+    images: "Source | str | None" = None,
     extension: str = "jpg",
     quality: int = 95,
     pixels: int = 256,
@@ -193,7 +190,7 @@ def synthesize(
     return work(job, executor, dry_run) or summarize_shards(job)
 
 
-def summarize_shards(job: Synthesis) -> Record:
+def summarize_shards(job: "Synthesis") -> Record:
     """Print what was made, what was rejected, and how many images a centroid mixes."""
     tally = job.tally
     some = range(min(tally.wanted, 1000))
@@ -249,12 +246,12 @@ def sweep(
     sweep(recipe, out, seeds, vary, given)
 
 
-def episodes(settings: training.episodes.evaluate.run_episodes) -> None:  # type: ignore[valid-type]
+def episodes(settings: "training.episodes.evaluate.run_episodes") -> None:  # type: ignore[valid-type]
     """Evaluate N-way K-shot episodes, with and without synthetic images of their supports."""
 
 
 def smooth(
-    images: Source | str,
+    images: "Source | str",
     out: str,
     backbone: str = "tiny",
     prompt: str = "",
@@ -356,7 +353,7 @@ def demo(out: str | None = None, full: bool = False, seeds: int | None = None) -
 
 def evaluate(
     path: str,
-    real: Source | str | None = None,
+    real: "Source | str | None" = None,
     network: str | None = None,
     weights: str = "",
     channels: int | None = None,
@@ -431,7 +428,7 @@ def report(
     out: str = "report.html",
     rules: str = "lin/0,fix/0,fix/chm,fade/chm",
     classes: int = 50,
-    images: Source | str | None = None,
+    images: "Source | str | None" = None,
     pool: str | None = None,
     backbone: str | None = None,
     device: str | None = None,
@@ -489,7 +486,7 @@ def inspect(path: str) -> Record:
 
 def verify(
     path: str,
-    images: Source | str | None = None,
+    images: "Source | str | None" = None,
     discard: bool = False,
     repair: bool = False,
 ) -> Record:
@@ -587,7 +584,7 @@ def export(shards: str, out: str) -> Record:
 def explore(
     bank: str,
     out: str | None = None,
-    images: Source | str | None = None,
+    images: "Source | str | None" = None,
     host: str = "127.0.0.1",
     port: int = 7860,
     backbone: str | None = None,
@@ -635,7 +632,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
 """The commands by name, in the order of ``latent-augment --help``."""
 
 
-def work(job: Job, executor: str, dry_run: bool) -> Record | None:
+def work(job: "Job", executor: str, dry_run: bool) -> Record | None:
     """Do a job or this process's share of it; return a record if it is not finished."""
     from augment.jobs.job import estimate, run, stripe
 
@@ -670,7 +667,7 @@ def split_names(text: str, known: Callable[[str], bool]) -> list[str]:
     return names
 
 
-def recipe_of(bank: LatentBank, backbone: str | None = None) -> dict[str, Any]:
+def recipe_of(bank: "LatentBank", backbone: str | None = None) -> dict[str, Any]:
     """Return the arguments of `load_backbone` that make a bank's backbone, or another one."""
     from augment.diffusion import local_recipe
 

@@ -17,10 +17,9 @@ from jsonargparse import ArgumentParser
 from tqdm import tqdm
 
 from augment.cli import main
+from augment.config import allowed, quote_names
 from augment.core.errors import UserError
 from augment.core.files import locked, read_json, remember, write_table
-from augment.imports import allowed
-from augment.sources.prompts import quoted
 from training.cli import remove_partial
 from training.data.identity import IMAGES
 from training.data.module import ImageData
@@ -63,7 +62,7 @@ def sweep(
     if seeds < 2:
         raise UserError(f"expected at least 2 seeds for an interval, got {seeds}")
     try:
-        base = yaml.load(quoted(Path(recipe).read_text()), Loader)
+        base = yaml.load(quote_names(Path(recipe).read_text()), Loader)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         told = " ".join(str(error).split())[:120]
         raise UserError(f"expected a configuration at {recipe}, got {told}; correct it") from None

@@ -11,14 +11,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from string import Formatter
-from typing import Any
 
 from augment.core.errors import UserError, shown
 
 _NAMES = Path(__file__).parent / "imagenet.txt"
 _FIELDS = ("name", "folder")  # of a template
-_TEXTS = ("prompts", "classes", "class_names")
-"""Options whose values hold class names or texts, and never numbers."""
 
 _WORDNET_ID = re.compile(r"n\d{8}")
 _NUMBERING = re.compile(r"^(\d+\.|0\d*[\s_-]|n\d{8}[\s_-])[\s_-]*(?=\D)")
@@ -43,46 +40,6 @@ def by_class(texts: Mapping[str, str], classes: Iterable[str]) -> dict[str, str]
     """Return texts by class name; their keys may be in another Unicode form than the names."""
     names = {nfc(name): name for name in classes}
     return {names.get(nfc(key), key): text for key, text in texts.items()}
-
-
-def quoted(text: str, option: str = "") -> str:
-    r"""Quote the names in YAML, which reads 010 as a number and no as false.
-
-    Every key is a name, and so is every value below the options prompts, classes and class_names.
-
-    >>> quoted("{010: bag, 8: no, b: hat}", "prompts")
-    '{"010": bag, "8": "no", b: hat}\n'
-
-    Args:
-        text: YAML; returned as it is unless it is a list or mapping.
-        option: whose value it is.
-    """
-    import yaml
-
-    try:
-        node: Any = yaml.compose(text, Loader=yaml.SafeLoader)
-    except (yaml.YAMLError, ValueError):
-        return text
-    if not isinstance(node, yaml.CollectionNode) or not _quote(node, option in _TEXTS):
-        return text
-    return yaml.serialize(node, Dumper=yaml.SafeDumper, allow_unicode=True, width=1_000_000)
-
-
-def _quote(node: Any, inside: bool) -> bool:
-    """Quote the keys of a node, and inside a text its values; return whether any were not."""
-    pairs = [item if isinstance(item, tuple) else (None, item) for item in node.value]
-    changed = False
-    for key, value in pairs:
-        last = str(key.value).rpartition(".")[2] if key else ""
-        scalars = [key] if key else []
-        if isinstance(value.value, list):
-            changed |= _quote(value, inside or last in _TEXTS)
-        elif inside:
-            scalars.append(value)
-        for scalar in scalars:
-            if isinstance(scalar.value, str) and not scalar.tag.endswith((":str", ":merge")):
-                scalar.tag, scalar.style, changed = "tag:yaml.org,2002:str", '"', True
-    return changed
 
 
 @cache

@@ -1,6 +1,9 @@
 """How the command behaves in a shell."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 from conftest import call
@@ -45,3 +48,39 @@ def test_json_is_one_line_and_quiet_is_none(monkeypatch, capsys, bank):
 def test_a_mistake_is_told_whatever_is_silent(monkeypatch, capsys, tmp_path):
     code, out, err = call(monkeypatch, capsys, "--quiet", "inspect", tmp_path)
     assert code == 2 and not out and err.startswith("latent-augment: expected a bank")
+
+
+BARS = """
+import sys
+from augment.cli import main
+try:
+    main()
+except SystemExit:
+    pass
+print("torch" in sys.modules)
+from tqdm import tqdm
+print(tqdm([]).disable)
+"""
+
+
+@pytest.mark.parametrize(
+    ("words", "terminal", "disabled"),
+    [(["--help"], True, False), (["--help"], False, True), (["--help", "--quiet"], True, True)],
+)
+def test_bars_are_shown_on_a_terminal_only_and_never_if_quiet(words, terminal, disabled):
+    leader, follower = os.openpty()
+    with os.fdopen(leader), os.fdopen(follower, "w") as screen:
+        done = subprocess.run(
+            [sys.executable, "-c", BARS, *words], stdout=subprocess.PIPE, text=True, check=True,
+            stderr=screen if terminal else subprocess.DEVNULL,
+            env={k: v for k, v in os.environ.items() if k != "TQDM_DISABLE"},
+        )  # fmt: skip
+    assert done.stdout.splitlines()[-1] == str(disabled)
+
+
+@pytest.mark.parametrize("words", [["--help"], ["inspect", "--help"], ["sweep", "--help"]])
+def test_help_is_quick_for_it_imports_no_torch(words):
+    command = [sys.executable, "-c", BARS, *words]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "usage: latent-augment" in done.stdout
+    assert done.stdout.splitlines()[-2] == "False"

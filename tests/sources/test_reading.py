@@ -14,6 +14,7 @@ from PIL import Image, ImageCms, PngImagePlugin
 
 from augment import UserError, cli, fill_bank
 from augment.commands import split_names
+from augment.config import quote_names
 from augment.core.errors import AugmentWarning, ImageRejected
 from augment.diffusion.backbones.gaussian import GaussianBackbone
 from augment.networks.frozen import normalise
@@ -21,7 +22,6 @@ from augment.shards.dataset import Flaw, decode
 from augment.shards.verify import inspect
 from augment.sources import Folder, Items, ListFile, Slice, Source, images
 from augment.sources.images import decode_image, fit, open_image, prepare, to_channels
-from augment.sources.prompts import quoted
 from augment.synthesis.filters.degenerate import statistics
 from training.data.module import ImageData
 from training.data.transforms import Augmentation, evaluation
@@ -428,9 +428,9 @@ def test_class_names_in_yaml_are_text(case):
     import yaml
 
     text, option, expected = NAMES[case]
-    assert yaml.safe_load(quoted(text, option)) == expected
+    assert yaml.safe_load(quote_names(text, option)) == expected
     for plain in ("ant,bee", "010", "[a", "{x: 1}"):
-        assert quoted(plain, "steps") == plain
+        assert quote_names(plain, "steps") == plain
 
 
 def run(monkeypatch, capsys, *args) -> str:

@@ -1,4 +1,4 @@
-"""What a configuration may name: by default data sets, networks, callbacks and loggers.
+"""What a configuration may name, and that names in it are text.
 
 A YAML file can name any class that an option takes (``class_path``), with its arguments, and any
 function; so whoever wrote the file would decide what runs here. Therefore a file may name classes
@@ -9,6 +9,8 @@ of the modules in `MODULES` and of those that the user passes with ``--allow``, 
 import inspect
 import re
 from typing import Any
+
+import yaml
 
 from augment.core.errors import UserError
 
@@ -33,6 +35,9 @@ CALLABLES = (
     "torchvision.datasets.folder.pil_loader",
 )
 """Functions that may be named, by where they are defined."""
+
+TEXTS = ("prompts", "classes", "class_names")
+"""Options whose values hold class names or texts, and never numbers."""
 
 allowed: list[str] = []
 """Modules that the user named with ``--allow``."""
@@ -98,3 +103,61 @@ def refused(message: str) -> str | None:
         f"expected a configuration of classes of {', '.join(MODULES)}, got {match[1]}; only if "
         f"you trust the file, pass --allow {match[1].rpartition('.')[0]}"
     )
+
+
+def keep_names(args: list[str]) -> list[str]:
+    """Let class names in options and configurations be text, whatever YAML would make of them."""
+    from jsonargparse import get_loader, set_loader
+
+    load = get_loader("yaml")
+    if load.__module__ != __name__:
+        set_loader("yaml", lambda text: load(quote_names(text)), (yaml.YAMLError, ValueError))
+    words, option = [], ""
+    for argument in args:
+        name, equals, value = argument.partition("=")
+        if equals and name.startswith("--"):
+            argument = f"{name}={quote_names(value, name.rpartition('.')[2].lstrip('-'))}"
+        elif option:
+            argument = quote_names(argument, option)
+        words.append(argument)
+        named = argument.startswith("--") and not equals
+        option = argument.rpartition(".")[2].lstrip("-") if named else ""
+    return words
+
+
+def quote_names(text: str, option: str = "") -> str:
+    r"""Quote the names in YAML: every key, and all below an option of `TEXTS`.
+
+    YAML reads 010 as a number, and no as false.
+
+    >>> quote_names("{010: bag, 8: no, b: hat}", "prompts")
+    '{"010": bag, "8": "no", b: hat}\n'
+
+    Args:
+        text: YAML; unless it is a list or mapping, it is returned unchanged.
+        option: the option whose value it is.
+    """
+    try:
+        node: Any = yaml.compose(text, Loader=yaml.SafeLoader)
+    except (yaml.YAMLError, ValueError):
+        return text
+    if not isinstance(node, yaml.CollectionNode) or not _quote(node, option in TEXTS):
+        return text
+    return yaml.serialize(node, Dumper=yaml.SafeDumper, allow_unicode=True, width=1_000_000)
+
+
+def _quote(node: Any, inside: bool) -> bool:
+    """Quote the keys in a YAML node, and its values too if inside; return whether any changed."""
+    pairs = [item if isinstance(item, tuple) else (None, item) for item in node.value]
+    changed = False
+    for key, value in pairs:
+        last = str(key.value).rpartition(".")[2] if key else ""
+        scalars = [key] if key else []
+        if isinstance(value.value, list):
+            changed |= _quote(value, inside or last in TEXTS)
+        elif inside:
+            scalars.append(value)
+        for scalar in scalars:
+            if isinstance(scalar.value, str) and not scalar.tag.endswith((":str", ":merge")):
+                scalar.tag, scalar.style, changed = "tag:yaml.org,2002:str", '"', True
+    return changed
