@@ -25,7 +25,7 @@ def main() -> None:
     args = parser.parse_args()
     backbone = load_backbone("tiny")
     source = Folder(write_fashion(args.run / "images", "shots"))
-    bank = fill_bank(args.run / "bank", backbone, source, keeps=())
+    bank = fill_bank(args.run / "bank", backbone, source, stored=())
     rows = {}
     for name in args.classes:
         ids = bank.members[name]

@@ -130,7 +130,7 @@ class Bench:
         words = COARSE if grey else {}
         self.words = {n: words.get(n, "vehicle" if n in VEHICLES else "animal") for n in self.names}
         begun = time.process_time()
-        self.bank = fill_bank(self.out / "bank", self.backbone, self.pool, keeps=())
+        self.bank = fill_bank(self.out / "bank", self.backbone, self.pool, stored=())
         print(f"bank: {time.process_time() - begun:.0f} s")
         warnings.simplefilter("ignore", BiasWarning)
 

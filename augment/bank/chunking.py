@@ -1,7 +1,7 @@
-"""Which chunk and unit an image of a bank goes to.
+"""Assign the images of a source to chunks and units of a bank, before they are inverted.
 
-That is decided before it is inverted, and what is committed never moves: images that were added to
-the source become further chunks, and so do those that were left out and have been mended since.
+What is committed never moves: images that were added to the source become further chunks, and so do
+rejected ones that were repaired.
 """
 
 from collections.abc import Iterator
@@ -29,7 +29,7 @@ from augment.sources import Source
 from augment.sources.prompts import nfc
 
 MAX_DIGESTED = 2**30
-"""Bytes of images up to which a job that goes on compares digests, and not sizes alone."""
+"""Maximum bytes of images of which a resumed job compares digests, and not sizes alone."""
 
 
 def assign_chunks(
@@ -114,7 +114,7 @@ def assign_chunks(
 
 
 def intact(part: ChunkPlan) -> ChunkRecord | None:
-    """The record of a chunk; None if it is not committed, or its record is damaged.
+    """Read the record of a chunk; None if it is not committed, or its record is damaged.
 
     Raises:
         UserError: the record cannot be read now.
@@ -143,7 +143,7 @@ def size_of(stem: Path, files: dict[str, FileRecord]) -> int:
 
 
 def same_file(source: Source, known: ImageRecord | Reject, read: bool = True) -> bool:
-    """Whether an image's file is what a record says of it; by its size alone, or its digest too."""
+    """Tell whether an image's file has the size of a record, and the digest if it is ``read``."""
     if source.size(known.id) != known.bytes:
         return False
     try:
@@ -153,11 +153,11 @@ def same_file(source: Source, known: ImageRecord | Reject, read: bool = True) ->
 
 
 def check_source(path: Path, stored: Iterator[ImageRecord], source: Source, ids: set[str]) -> None:
-    """Refuse a source that lacks or has changed an image that a bank holds.
+    """Refuse a source that lacks or has changed an image of a bank.
 
     Args:
-        path: of the bank.
-        stored: what it says of its images, gone through once.
+        path: folder of the bank.
+        stored: records of its images, which are read once.
         source: the images as they are.
         ids: of the source.
 
@@ -175,7 +175,7 @@ def check_source(path: Path, stored: Iterator[ImageRecord], source: Source, ids:
         if name not in ids or not same_file(source, image, total <= MAX_DIGESTED):
             try:
                 source.read(name) if name in ids else None
-            except OSError as error:  # nothing is known of what is in it
+            except OSError as error:  # its content is unknown
                 raise unreadable(source.root / name, "an image", error) from None
             raise UserError(
                 f"expected all images that the bank {path} holds, and perhaps more, got others: "

@@ -1,10 +1,10 @@
 """Filling a bank: the job that inverts a source's images.
 
-Its units are up to 256 images, of several classes where these are small, so that batches are full.
-Which chunk and unit an image goes to is decided before the work begins and written down in the
-manifest; images that are added to the source later become further chunks, and what is committed
-never moves. Each image's file is read once; one that cannot be read, or whose latent is of no use,
-is left out and listed with the reason, and too many of them stop the job.
+A unit is up to 256 images, of several classes where these are small, so that batches are full. The
+manifest assigns each image to a chunk and a unit before the work begins; images that are added to
+the source later become further chunks, and what is committed never moves. Each image's file is read
+once; one that cannot be read, or whose latent is not usable, is rejected and listed with the
+reason, and too many rejects stop the job.
 """
 
 import dataclasses
@@ -71,27 +71,27 @@ from augment.sources.prompts import by_class, prompts_of
 from augment.sources.source import check_share, refuse_rejects
 
 PIXELS = 2**26
-"""How many pixels, of all channels, a unit holds in memory."""
+"""Maximum pixels, of all channels, that a unit holds in memory."""
 
 CHUNK_FILE = re.compile(r"chunk-[0-9]{4,}(\.clean|\.nulls)?\.(safetensors|json)")
 
 REJECTED = ("id", "bytes", "sha256", "reason")
-"""What rejects.jsonl tells of an image."""
+"""Keys of an image in rejects.jsonl."""
 
 
 @dataclass
 class LoadedImage:
     """An image of a unit.
 
-    Attributes:
-        about: what is recorded of it.
-        pixels: (C, R, R), if it could be read.
-        reason: why it is left out, if it is.
+    Args:
+        record: its record.
+        pixels: (C, R, R); None if it could not be read.
+        reason: why it is rejected; empty if it is not.
         converted: what changed its colours on the way to sRGB, if anything.
-        row: where its latent is among those of the unit.
+        row: of its latent among those of the unit.
     """
 
-    about: ImageRecord
+    record: ImageRecord
     pixels: Tensor | None = None
     reason: str = ""
     converted: str = ""
@@ -181,7 +181,7 @@ def fill_bank(
     steps: int = 25,
     guidance: float | None = None,
     batch_size: int = 64,
-    keeps: Sequence[str] = ("errors",),
+    stored: Sequence[str] = ("errors",),
     max_rejects: float = 0.05,
     **settings: Any,
 ) -> LatentBank:
@@ -196,24 +196,24 @@ def fill_bank(
         steps: solver steps.
         guidance: scale of classifier-free guidance; see `augment.invert`.
         batch_size: images a network call; halved if a GPU's memory is too small.
-        keeps: what to keep beside latents: ``errors`` of reconstruction, for which every latent is
-            sampled back, so that it doubles the time of most inversions; ``clean`` latents.
-        max_rejects: the share of images that may be left out because they cannot be read or their
-            latents are of no use; more stop the job.
-        settings: the inversion's others, such as ``iterations`` of ``fixed_point``.
+        stored: what to store beside latents: ``errors`` of reconstruction, for which every latent
+            is sampled back, which doubles the time of most inversions; ``clean`` latents.
+        max_rejects: share of images that may be rejected, because they cannot be read or their
+            latents are not usable; more stop the job.
+        settings: other settings of the inversion, such as ``iterations`` of ``fixed_point``.
 
     Raises:
-        ImageRejected: too many images are of no use.
+        ImageRejected: too many images are rejected.
         BankMismatch: the folder holds a bank of other settings.
-        UserError: the bank holds other images, a prompt or setting is unknown, or another run is
-            at work on it.
+        UserError: the bank holds other images, a prompt or setting is unknown, or another run
+            holds the folder.
 
     Warns:
         EnlargedWarning: images are much smaller than the backbone's.
     """
     run_it = inverter(inversion, steps=steps, **settings)
     job = InversionJob(
-        Path(path), source, backbone, run_it, guidance, prompts or {}, batch_size, tuple(keeps),
+        Path(path), source, backbone, run_it, guidance, prompts or {}, batch_size, tuple(stored),
         max_rejects,
     )  # fmt: skip
     run(job)
@@ -225,7 +225,7 @@ class InversionJob:
     """The job of filling a bank: an `augment.jobs.job.Job`.
 
     Args:
-        path, source, backbone, guidance, prompts, batch_size, keeps, max_rejects: see `fill_bank`.
+        path, source, backbone, guidance, prompts, batch_size, stored, max_rejects: see `fill_bank`.
         method: the inversion.
         where: device and dtype of the backbone, for workers that load it themselves.
     """
@@ -237,7 +237,7 @@ class InversionJob:
     guidance: float | None = None
     prompts: dict[str, str] = field(default_factory=dict)
     batch_size: int = 64
-    keeps: tuple[str, ...] = ("errors",)
+    stored: tuple[str, ...] = ("errors",)
     max_rejects: float = 0.05
     where: dict[str, Any] = field(default_factory=dict)
     title: str = field(default="invert", init=False)
@@ -286,9 +286,9 @@ class InversionJob:
                 f"expected prompts for classes out of {', '.join(names)}, got one for "
                 f"{min(unknown)!r}; choose one of these"
             )
-        for name in self.keeps:
+        for name in self.stored:
             if name not in ("errors", "clean"):
-                raise UserError(f"expected errors or clean to keep, got {name!r}")
+                raise UserError(f"expected errors or clean to store, got {name!r}")
         assert self.backbone is not None  # only a copy sent to a worker has none
         if self.guidance is None:
             self.guidance = self.method.guidance
@@ -299,12 +299,11 @@ class InversionJob:
         self.backbone.condition(texts)
 
     def __getstate__(self) -> dict[str, Any]:
-        """What is sent to a worker elsewhere: how to load the backbone, where that is known."""
-        sendable = None if self.recipe else self.backbone
-        return {**self.__dict__, "backbone": sendable}
+        """Leave out the backbone where a worker knows how to load it."""
+        return {**self.__dict__, "backbone": None if self.recipe else self.backbone}
 
     def described(self, backbone: Backbone) -> BankSettings:
-        """How the latents are made."""
+        """Return how the latents are made."""
         method = {
             "method": next(k for k, v in INVERTERS.items() if type(self.method) is v),
             "solver": self.method.solver,
@@ -317,22 +316,22 @@ class InversionJob:
             Fingerprint(backbone.fingerprint, method, preprocessing(self.source.background)),
             backbone.recipe,
             str(self.source.root.absolute()),
-            list(self.keeps),
+            list(self.stored),
             versions | {"device": backbone.device.type},
         )
 
     def plan(self) -> list[int]:
-        """The images of each unit; the manifest is written, or checked and extended."""
+        """Write the manifest, or check and extend it; return the number of images of each unit."""
         backbone = self.backbone
         assert backbone is not None
-        new, old = self.described(backbone), self._known()
+        new, old = self.described(backbone), self._old_manifest()
         self.recipe = backbone.recipe  # not that of an older run
         if old is not None:
             require_same_making(self.path, old, new)
-            kept = {"recipe": old.recipe, "made_with": old.made_with}
-            new = replace(new, fingerprint=old.fingerprint, **kept)
-        most = 16 if self.method.away == "nulls" else CHUNK  # embeddings are large
-        size = max(min(most, CHUNK, PIXELS // (backbone.channels * backbone.resolution**2)), 1)
+            same = {"recipe": old.recipe, "made_with": old.made_with}
+            new = replace(new, fingerprint=old.fingerprint, **same)
+        limit = 16 if self.method.negative == "null_embeddings" else CHUNK  # these are large
+        size = max(min(limit, CHUNK, PIXELS // (backbone.channels * backbone.resolution**2)), 1)
         self.side = backbone.resolution
         where = self.path, old, self.source, self.prompts
         classes, committed = assign_chunks(*where, size, self.side)
@@ -347,8 +346,8 @@ class InversionJob:
         remove_strays(self.path, {part.stem for part in self._parts})
         return [sum(len(part.ids) for part in parts) for parts in self.units]
 
-    def _known(self) -> Manifest | None:
-        """The manifest that is there; None in a new folder."""
+    def _old_manifest(self) -> Manifest | None:
+        """Read the manifest; None in a new folder."""
         with suppress(Missing):
             return read_manifest(self.path)
         # another rank may have begun since
@@ -389,73 +388,72 @@ class InversionJob:
     def work(self, backbone: Backbone, unit: int) -> None:
         """Read, invert and commit the images of a unit."""
         parts = self.units[unit]
-        read = [[load_image(self.source, backbone, i) for i in part.ids] for part in parts]
-        self._check_colours([p for row in read for p in row])
-        pairs = list(zip(parts, read, strict=True))
-        seen = [(p, part.home.prompt) for part, row in pairs for p in row if p.pixels is not None]
-        made = self.make(backbone, *map(list, zip(*seen, strict=True))) if seen else {}
-        for row, (p, _) in enumerate(seen):
-            p.row, p.reason = row, rejection_reason(made, row)
-        self._check_rejects(unit, [p for row in read for p in row if p.reason])
-        for part, row in pairs:
-            part.committed = Committed.of(commit(part, made, row), self.side)
+        loaded = [[load_image(self.source, backbone, i) for i in part.ids] for part in parts]
+        self._check_colours([image for images in loaded for image in images])
+        pairs = list(zip(parts, loaded, strict=True))
+        usable = [(i, part.home.prompt) for part, row in pairs for i in row if i.pixels is not None]
+        made = self.make(backbone, *map(list, zip(*usable, strict=True))) if usable else {}
+        for row, (image, _) in enumerate(usable):
+            image.row, image.reason = row, rejection_reason(made, row)
+        self._check_rejects(unit, [image for images in loaded for image in images if image.reason])
+        for part, images in pairs:
+            part.committed = Committed.of(commit(part, made, images), self.side)
 
     def make(
-        self, backbone: Backbone, pictures: list[LoadedImage], texts: list[str]
+        self, backbone: Backbone, loaded: list[LoadedImage], texts: list[str]
     ) -> dict[str, Tensor]:
-        """All that is kept of some images, on the CPU."""
-        images = torch.stack([p.pixels for p in pictures if p.pixels is not None])
-        seeds = [int(p.about.sha256[:8], 16) for p in pictures]
+        """Invert images; return the tensors that are stored, on the CPU."""
+        images = torch.stack([image.pixels for image in loaded if image.pixels is not None])
+        seeds = [int(image.record.sha256[:8], 16) for image in loaded]
         scale = self.guidance or 0.0
         made = inverted(self.method, backbone, images, texts, scale, self.batch_size, seeds)
         for key in {"latents", "nulls"} & made.keys():
             made[key] = made[key].half()
-        if "errors" in self.keeps:
+        if "errors" in self.stored:
             nulls = made["nulls"].float()[made["null_rows"]] if "nulls" in made else None
-            negative = texts if self.method.away == "prompt" else None
+            negative = texts if self.method.negative == "prompt" else None
             latents, steps = made["latents"].float(), self.method.steps
             back = sample(
                 backbone, latents, texts, self.method.solver, steps, scale, self.batch_size,
                 negative=negative, nulls=nulls,
             )  # fmt: skip
             made["errors"] = (back.cpu() - images).square().flatten(1).mean(1)
-        if "clean" in self.keeps:
+        if "clean" in self.stored:
             pieces = images.split(self.batch_size)
             with torch.no_grad():
                 clean = [backbone.encode(piece.to(backbone.device)) for piece in pieces]
             made["clean"] = torch.cat(clean).half()
         return {key: tensor.cpu() for key, tensor in made.items()}
 
-    def _check_colours(self, pictures: list[LoadedImage]) -> None:
-        """Warn if a bank of an older version, which read colours as they were stored, goes on."""
-        odd = next((p for p in pictures if p.converted), None)
-        old = self.manifest is not None and self.manifest.fingerprint.preprocessing == FITTING
-        if odd and old:
+    def _check_colours(self, images: list[LoadedImage]) -> None:
+        """Warn where a bank of an older version, which did not convert colours, is resumed."""
+        odd = next((image for image in images if image.converted), None)
+        if odd and self.manifest and self.manifest.fingerprint.preprocessing == FITTING:
             warn_once(
                 "colours",
                 f"expected colours as they are stored in the bank {self.path} of an older version, "
-                f"got {odd.about.id} with {odd.converted}, which is converted now; invert into "
+                f"got {odd.record.id} with {odd.converted}, which is converted now; invert into "
                 "a new folder to read all images alike",
             )
 
-    def _check_rejects(self, unit: int, mine: list[LoadedImage]) -> None:
-        """Stop before more images are left out than may be."""
-        if not mine:
+    def _check_rejects(self, unit: int, rejected: list[LoadedImage]) -> None:
+        """Stop before more images are rejected than ``max_rejects`` allows."""
+        if not rejected:
             return
         planned = sum(len(part.ids) for part in self._parts)
         others = chain.from_iterable(parts for k, parts in enumerate(self.units) if k != unit)
-        count = len(mine) + sum(len(part.rejects) for part in others if self._read(part))
-        first = f"{mine[0].about.id} ({mine[0].reason})"
+        count = len(rejected) + sum(len(part.rejects) for part in others if self._read(part))
+        first = f"{rejected[0].record.id} ({rejected[0].reason})"
         refuse_rejects(count, planned, self.max_rejects, "images", first)
 
     def finish(self) -> None:
-        """List the images that were left out, and tell of those that were enlarged much."""
+        """List the rejected images, and warn if images were enlarged more than `ENLARGED`-fold."""
         done = [known for part in self._parts if (known := self._read(part))]
         rejects = [reject for part in self._parts for reject in part.rejects]
         file = self.path / "rejects.jsonl"
         if rejects:
-            facts = ({key: getattr(r, key) for key in REJECTED} for r in rejects)
-            lines = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in facts)
+            facts = ({key: getattr(reject, key) for key in REJECTED} for reject in rejects)
+            lines = "".join(json.dumps(fact, ensure_ascii=False) + "\n" for fact in facts)
             write_bytes(file, lines.encode("utf-8", "surrogatepass"))
         else:
             file.unlink(missing_ok=True)
@@ -471,10 +469,7 @@ class InversionJob:
 
 
 def remove_strays(root: Path, planned: set[Path]) -> None:
-    """Remove files of chunks that are not planned, as of images that are gone.
-
-    Another chunk may get the name, and must not take them for its own.
-    """
+    """Remove files of chunks that are no longer planned, whose names others may get."""
     for folder in (path for path in root.iterdir() if path.name.isdigit() and path.is_dir()):
         for file in folder.iterdir():
             if (
@@ -487,30 +482,30 @@ def remove_strays(root: Path, planned: set[Path]) -> None:
 
 
 def load_image(source: Source, backbone: Backbone, image_id: str) -> LoadedImage:
-    """Read an image.
+    """Read an image; one that cannot be read has a reason to reject it.
 
     Raises:
         UserError: no file can be read now.
     """
-    about = ImageRecord(image_id, 0, "", 0)
+    record = ImageRecord(image_id, 0, "", 0)
     try:
         content = source.read(image_id)
-        about = replace(about, bytes=len(content), sha256=sha256(content))
+        record = replace(record, bytes=len(content), sha256=sha256(content))
         image = open_image(content, source.background, image_id)
     except OSError as error:
         if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
             raise unreadable(source.root / image_id, "an image", error) from None
-        about = replace(about, bytes=source.size(image_id))
-        return LoadedImage(about, reason=error.strerror or str(error))
+        record = replace(record, bytes=source.size(image_id))
+        return LoadedImage(record, reason=error.strerror or str(error))
     except ImageRejected as error:
-        return LoadedImage(about, reason=str(error))
+        return LoadedImage(record, reason=str(error))
     pixels = fit(pixels_of(image, backbone.channels), backbone.resolution)
-    about = replace(about, side=min(image.size))
-    return LoadedImage(about, pixels, converted=image.info.get("converted", ""))
+    record = replace(record, side=min(image.size))
+    return LoadedImage(record, pixels, converted=image.info.get("converted", ""))
 
 
 def rejection_reason(made: dict[str, Tensor], row: int) -> str:
-    """Why a latent is of no use; empty if it is."""
+    """Return why a latent is not usable; empty if it is."""
     tensors = [made["latents"][row]]
     if "nulls" in made:
         tensors.append(made["nulls"][made["null_rows"][row]])
@@ -523,10 +518,11 @@ def rejection_reason(made: dict[str, Tensor], row: int) -> str:
     return ""
 
 
-def commit(part: ChunkPlan, made: dict[str, Tensor], pictures: list[LoadedImage]) -> ChunkRecord:
+def commit(part: ChunkPlan, made: dict[str, Tensor], images: list[LoadedImage]) -> ChunkRecord:
     """Write a chunk's files, and last its record, which is returned."""
     files, statistics = {}, Statistics()
-    rows = [p.row for p in pictures if not p.reason]
+    usable = [image for image in images if not image.reason]
+    rows = [image.row for image in usable]
     if rows:
         latents = made["latents"][rows].contiguous()
         norms = latents.float().flatten(1).norm(dim=1)
@@ -549,12 +545,12 @@ def commit(part: ChunkPlan, made: dict[str, Tensor], pictures: list[LoadedImage]
             made["errors"][rows].mean().item() if "errors" in made else None,
         )
     rejects = [
-        Reject(p.about.id, p.about.bytes, p.about.sha256, p.reason, place)
-        for place, p in enumerate(pictures)
-        if p.reason
+        Reject(image.record.id, image.record.bytes, image.record.sha256, image.reason, place)
+        for place, image in enumerate(images)
+        if image.reason
     ]
-    images = [p.about for p in pictures if not p.reason]
-    facts = files, images, rejects, statistics, part.home, part.settings
+    records = [image.record for image in usable]
+    facts = files, records, rejects, statistics, part.home, part.settings
     record = ChunkRecord(*facts, schema=ChunkRecord.SCHEMA)
     write(part.stem.with_suffix(".json"), record)
     return record

@@ -213,7 +213,7 @@ class Explorer:
             method = INVERTERS[self.bank.inversion["method"]]
             images = sample(
                 self.backbone, latents, prompts, solver, steps, guidance,
-                negative=prompts if method.away == "prompt" else None,
+                negative=prompts if method.negative == "prompt" else None,
                 nulls=torch.stack([made.null(p) for p in plans]) if made.has_nulls else None,
             )  # fmt: skip
         norms = latents.flatten(1).norm(dim=1) / nominal_norm(latents[0].numel())

@@ -31,17 +31,15 @@ class Inverter(Protocol):
     """An inversion with its settings, which are its fields.
 
     Attributes:
-        steps: solver steps.
         solver: the solver that undoes it, a key of `augment.diffusion.solver.SOLVERS`.
-        guidance: the scale it is meant for; 1 is none.
-        away: what guided sampling points away from: the ``empty`` prompt, the ``prompt`` that the
-            image was inverted with, or ``nulls``, embeddings that it keeps.
-        evaluations: of the network, an image.
+        guidance: scale that it is meant for; 1 is none.
+        negative: what guided sampling points away from: the ``empty`` prompt, the ``prompt`` of the
+            inversion, or ``null_embeddings`` that it stores.
     """
 
     solver: ClassVar[str]
     guidance: ClassVar[float]
-    away: ClassVar[str]
+    negative: ClassVar[str]
 
     @property
     def steps(self) -> int:
@@ -60,16 +58,16 @@ class Inverter(Protocol):
         tick: Callable[[], Any] = lambda: None,
         seeds: Sequence[int] = (),
     ) -> dict[str, Tensor]:
-        """What a bank keeps of a batch.
+        """Invert a batch.
 
         Args:
             denoise: the backbone with the batch's condition and guidance.
             clean: clean latents.
             tick: called after each solver step.
-            seeds: an integer an image, for those that throw dice.
+            seeds: an integer for each image, for inversions with random draws.
 
         Returns:
-            ``latents`` (n, C, H, W) at the noisiest level, and what else sampling needs.
+            ``latents`` (n, C, H, W) at the noisiest level, and other tensors that sampling needs.
         """
         ...
 
@@ -100,7 +98,7 @@ def inverter(name: str, **settings: Any) -> Inverter:
 def check_guidance(
     run: Inverter, backbone: Backbone, prompts: Sequence[str], guidance: float
 ) -> None:
-    """Refuse an inversion that is meant for guidance where there is none to optimise.
+    """Refuse an inversion that optimises guidance where there is none.
 
     Raises:
         UserError: the backbone's condition has no ``text``, the scale is 1, or an image has no
@@ -132,21 +130,20 @@ def invert(
     seeds: Sequence[int] | None = None,
     **settings: Any,
 ) -> Float[Tensor, "n C H W"]:
-    """Latents of images.
+    """Invert images to latents.
 
     Args:
         backbone: the model.
-        images: in [0, 1]; brought to the backbone's size and channels by
-            `augment.sources.images.prepare`.
-        prompts: one for all, one an image, or none.
+        images: in [0, 1]; `augment.sources.images.prepare` fits their size and channels.
+        prompts: one for all, one for each image, or none.
         inversion: a key of `INVERTERS`.
-        steps: solver steps, mostly a network evaluation each (see the inversions).
-        guidance: scale of classifier-free guidance; by default 1, which is none, but what
-            ``null_text`` is for. Otherwise it harms the reconstruction.
+        steps: solver steps; see the inversion for network evaluations.
+        guidance: scale of classifier-free guidance; 1, which is none, but 7.5 for ``null_text``.
+            Any other scale makes the reconstruction worse.
         batch_size: images a network call; halved if a GPU's memory is too small.
-        seeds: an integer an image, for inversions that throw dice; of their pixels by default, so
-            that an image has the same latent in any batch, and no two the same noise.
-        settings: the inversion's others, such as ``iterations`` of ``fixed_point``.
+        seeds: an integer for each image, for inversions with random draws; by default a hash of its
+            pixels, so that its latent is the same in any batch.
+        settings: other settings of the inversion, such as ``iterations`` of ``fixed_point``.
 
     Returns:
         float32 latents at the noisiest level, on the backbone's device.
@@ -158,8 +155,8 @@ def invert(
     return inverted(run, backbone, images, prompts, guidance, batch_size, seeds)["latents"]
 
 
-def seed_of(image: Float[Tensor, "c h w"]) -> int:
-    """A number that belongs to an image's pixels."""
+def _seed_of(image: Float[Tensor, "c h w"]) -> int:
+    """Hash an image's pixels."""
     return int(sha256(image.detach().cpu().contiguous().numpy().tobytes())[:8], 16)
 
 
@@ -172,37 +169,27 @@ def inverted(
     batch_size: int = 64,
     seeds: Sequence[int] | None = None,
 ) -> dict[str, Tensor]:
-    """All that an inversion keeps of images; see `invert` and `Inverter`.
-
-    Args:
-        run: the inversion.
-        backbone: see `invert`.
-        images: see `invert`.
-        prompts: see `invert`.
-        guidance: see `invert`.
-        batch_size: see `invert`.
-        seeds: see `invert`.
-    """
+    """Invert images as `invert` does, and return all tensors that the inversion gives."""
     if len(images) and not (images.min() >= 0 and images.max() <= 1):
         raise UserError(
             f"expected pixels in [0, 1], got {images.min():.3g} to {images.max():.3g}; "
             "divide 8-bit images by 255"
         )
     texts = as_prompts(prompts, len(images))
-    seeds = [seed_of(image) for image in images] if seeds is None else seeds
+    seeds = [_seed_of(image) for image in images] if seeds is None else seeds
     scale = run.guidance if guidance is None else guidance
     check_guidance(run, backbone, texts, scale)
 
     @torch.inference_mode(False)  # null-text differentiates, whatever the caller does
     @torch.no_grad()
-    def some(rows: slice, tick: Callable[[], Any]) -> dict[str, Tensor]:
+    def invert_rows(rows: slice, tick: Callable[[], Any]) -> dict[str, Tensor]:
         part = prepare(images[rows], backbone.channels, backbone.resolution).to(backbone.device)
-        negative = texts[rows] if run.away == "prompt" else None
+        negative = texts[rows] if run.negative == "prompt" else None
         denoise = denoiser(backbone, texts[rows], scale, negative=negative)
         return run(denoise, backbone.encode(part), tick, seeds[rows])
 
     label = f"invert by {type(run).__name__}"
-    parts = batched(some, backbone, len(images), batch_size, run.steps, label)
+    parts = batched(invert_rows, backbone, len(images), batch_size, run.steps, label)
     offset = 0
     for part in parts if "nulls" in parts[0] else ():
         part["null_rows"] = part["null_rows"] + offset

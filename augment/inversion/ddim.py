@@ -8,13 +8,13 @@ estimates at :math:`(z_u, u)` instead, the end it has, and makes the solver's ow
 
 the Euler step of the same differential equation in the other direction. The error is of first
 order in the step. Only the first step, from the noiseless level 0 that no network was trained on,
-asks at the level it goes to.
+evaluates at the level it goes to.
 
-Mokady et al. (arXiv 2211.09794, eq. 3) and diffusers' ``DDIMInverseScheduler`` tell the network the
+Mokady et al. (arXiv 2211.09794, eq. 3) and diffusers' ``DDIMInverseScheduler`` give the network the
 level they go *to* in every step. It then takes clean signal for noise: on ``tiny`` the mean
-inverted latent of a class keeps nearly twice as much of the mean clean one, the very bias that
-centroids amplify, and images come back 2.7 dB worse (RESULTS.md). diffusers' own splits the
-network's v by the level it leaves, too: 8 dB worse (BENCHMARKS.md).
+inverted latent of a class has nearly twice as much of the mean clean one, the bias that centroids
+amplify, and images are reconstructed 2.7 dB worse (RESULTS.md). diffusers also splits the network's
+v by the level it leaves: 8 dB worse (BENCHMARKS.md).
 """
 
 from collections.abc import Callable, Sequence
@@ -39,7 +39,7 @@ class DDIM:
     steps: int = 50
     solver: ClassVar[str] = "ddim"
     guidance: ClassVar[float] = 1.0
-    away: ClassVar[str] = "empty"
+    negative: ClassVar[str] = "empty"
 
     @property
     def evaluations(self) -> int:

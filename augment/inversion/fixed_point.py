@@ -11,15 +11,15 @@ Garibi et al., arXiv 2403.14602, which also averages the estimates of several it
 :math:`(z_u - \sigma\hat\varepsilon)/\alpha` for :math:`\hat z_0`, which has the same fixed point,
 but contracts less: at a level without signal not at all.
 
-The first guess costs nothing here: the last iteration of the step before asked at the very place
-this one starts from, so its estimates make a DDIM step. So one iteration a step takes as many
-evaluations as plain DDIM inversion.
+The first guess costs nothing: the last iteration of the step before was evaluated where this step
+starts, so its estimates make a DDIM step. One iteration a step takes as many evaluations as plain
+DDIM inversion.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -28,27 +28,24 @@ from torch import Tensor
 from augment.core.errors import UserError
 from augment.diffusion.backbone import Denoiser
 from augment.diffusion.solver import estimates, move
+from augment.inversion.ddim import DDIM
 
 
 @dataclass(frozen=True)
-class FixedPoint:
+class FixedPoint(DDIM):
     """DDIM inversion with fixed-point iterations.
 
     Args:
         steps: solver steps.
         iterations: network evaluations a step, from 1.
-        average: how many of the last iterations' estimates are averaged, from 1 (none).
+        average: number of last iterations whose estimates are averaged, from 1 (none).
 
     Raises:
         UserError: iterations or average out of range.
     """
 
-    steps: int = 50
     iterations: int = 2
     average: int = 1
-    solver: ClassVar[str] = "ddim"
-    guidance: ClassVar[float] = 1.0
-    away: ClassVar[str] = "empty"
 
     def __post_init__(self) -> None:
         if not 1 <= self.average <= self.iterations:
@@ -73,11 +70,11 @@ class FixedPoint:
         levels = denoise.backbone.process.levels(self.steps)
         latent, pair = clean, estimates(denoise, clean, levels[0], levels[1])
         for here, there in pairwise(levels):
-            moved, found = move(denoise, latent, here, there, pair), []
+            moved, recent = move(denoise, latent, here, there, pair), []
             for _ in range(self.iterations):
                 pair = denoise(moved, there)
-                found = [*found, pair][-self.average :]
-                mean = [torch.stack(parts).mean(0) for parts in zip(*found, strict=True)]
+                recent = [*recent, pair][-self.average :]
+                mean = [torch.stack(parts).mean(0) for parts in zip(*recent, strict=True)]
                 moved = move(denoise, latent, here, there, (mean[0], mean[1]))
             latent = moved
             tick()

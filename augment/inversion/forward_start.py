@@ -1,14 +1,13 @@
 """Inversion that begins with forward diffusion: the default.
 
-The latents of an inversion that starts at the clean image are not quite noise: they keep structure
-of the image, mostly in its smooth regions, and the first steps put it there, where the image is
-least noisy and the network's estimate of the noise worst (Staniszewski et al., *There and Back
-Again*, arXiv 2410.23530). Those steps are replaced by what noising means: the clean latent is mixed
-with fresh noise to a low level, and the solver goes on from there.
+The latents of an inversion that starts at the clean image are not quite noise: they contain
+structure of the image, mostly of its smooth regions. It comes from the first steps, where the image
+is least noisy and the network's estimate of the noise worst (Staniszewski et al., *There and Back
+Again*, arXiv 2410.23530). Forward diffusion replaces these steps: the clean latent is mixed with
+fresh noise up to a low level, where the solver takes over.
 
-The latent is then as long and as white as noise is, and its image changed a little, by what that
-noise drowned. For mixing that is the better bargain: RESULTS.md has the FID of centroids. Take
-``fireflow`` where images have to come back as they were.
+The latent then has the norm and the spectrum of noise, and its image changes a little. For mixing
+that is better: RESULTS.md has the FID of centroids. Take ``fireflow`` for exact reconstruction.
 """
 
 import math
@@ -24,15 +23,16 @@ from augment.core.errors import UserError
 from augment.core.rng import normal, rng
 from augment.diffusion.backbone import Denoiser
 from augment.diffusion.solver import fireflow
+from augment.inversion.ddim import DDIM
 
 
 @dataclass(frozen=True)
-class ForwardStart:
+class ForwardStart(DDIM):
     """Noise up to a level, and inversion by `augment.diffusion.solver.fireflow` from there.
 
     Args:
-        steps: solver steps of the whole way, the noised part included.
-        start: the noise level where the solver takes over, in [0, 1); 0 is `FireFlow`.
+        steps: solver steps from level 0, those that noise replaces included.
+        start: noise level where the solver takes over, in [0, 1); 0 is `FireFlow`.
 
     Raises:
         UserError: ``start`` out of range.
@@ -41,8 +41,6 @@ class ForwardStart:
     steps: int = 25
     start: float = 0.04
     solver: ClassVar[str] = "fireflow"
-    guidance: ClassVar[float] = 1.0
-    away: ClassVar[str] = "empty"
 
     def __post_init__(self) -> None:
         if not 0 <= self.start < 1:
@@ -62,7 +60,7 @@ class ForwardStart:
         tick: Callable[[], Any] = lambda: None,
         seeds: Sequence[int] = (),
     ) -> dict[str, Tensor]:
-        """See `augment.inversion.Inverter`; the noise of an image is that of its seed."""
+        """See `augment.inversion.Inverter`; an image's noise depends on its seed alone."""
         process, latent = denoise.backbone.process, clean
         levels = process.levels(self.steps)
         if self.start >= levels[-1]:
@@ -73,7 +71,7 @@ class ForwardStart:
         if self.start and len(clean):
             levels = [self.start, *(level for level in levels if level > self.start + 1e-9)]
             alpha, sigma = process.alpha_sigma(self.start)
-            dice = [rng(seed, "forward") for seed in seeds]
-            noise = torch.stack([normal(one, *clean.shape[1:]) for one in dice])
+            generators = [rng(seed, "forward") for seed in seeds]
+            noise = torch.stack([normal(generator, *clean.shape[1:]) for generator in generators])
             latent = alpha * clean + sigma * noise.to(clean)
         return {"latents": fireflow(denoise, latent, levels, tick)}

@@ -1,8 +1,8 @@
 """Second-order inversion: the sampler's own second-order step, upwards on the same levels.
 
-The midpoint rule up and down the same grid undoes itself to third order in the step, where DDIM's
-first-order step leaves a second-order error: so images come back better at the same number of
-evaluations, without a fixed point to solve. Sample with the solver of the same name.
+The midpoint rule up and down the same grid undoes itself to third order in the step, DDIM's step
+only to second order: images are reconstructed better with the same number of evaluations, without a
+fixed point to solve. Sample with the solver of the same name.
 """
 
 from dataclasses import dataclass

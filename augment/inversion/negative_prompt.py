@@ -22,4 +22,4 @@ class NegativePrompt(DDIM):
         steps: solver steps, each a network evaluation.
     """
 
-    away: ClassVar[str] = "prompt"
+    negative: ClassVar[str] = "prompt"

@@ -7,15 +7,15 @@ that one guided step from where the last one ended falls on the pivot:
 
 .. math:: \min_{\varnothing_t} \lVert z^*_{t-1} - z_{t-1}(\bar z_t, \varnothing_t) \rVert^2 .
 
-Adam, some ten steps for each of N, its learning rate falling along the way, each embedding
-beginning where the one before ended, and stopped once the mean square is small enough. It is
-the ceiling of reconstruction under guidance, and costs an order of magnitude more than the rest.
+Adam takes about ten steps for each, with a falling learning rate, from the embedding of the step
+before, until the mean square is small enough. This is the best reconstruction under guidance, and
+costs an order of magnitude more than the other inversions.
 
-Here a batch is optimised at once, each image with its own losses, Adam moments and stopping, so
-that it ends where it would alone; images that are done drop out. The conditional half does not
-depend on the embedding and is asked once a step. An image's embeddings take many times the room of
-its latent (50 × 77 × 768 numbers for Stable Diffusion 1, 180 times), so that a batch, which is
-of one class in a bank, can share one set, optimised for its mean loss. A centroid samples with
+Here a batch is optimised at once, each image with its own loss, Adam moments and stopping, so that
+the result does not depend on the batch; finished images drop out. The conditional half does not
+depend on the embedding and is evaluated once a step. An image's embeddings take much more room than
+its latent (50 × 77 × 768 numbers for Stable Diffusion 1, 180 times as much), so that a batch, which
+is of one class in a bank, can share one set, optimised for its mean loss. A centroid samples with
 its members' embeddings mixed by the plan's weights, as that paper's appendix interpolates them.
 """
 
@@ -32,30 +32,29 @@ from augment.core.errors import UserError
 from augment.diffusion.backbone import Condition, Denoiser
 from augment.diffusion.process import split
 from augment.diffusion.solver import ddim
+from augment.inversion.ddim import DDIM
 
 SCALE = 2.0**14
-"""Of the loss while its gradient goes through the network."""
+"""Factor of the loss during backpropagation: half precision would round its gradient to 0."""
 
 
 @dataclass(frozen=True)
-class NullText:
+class NullText(DDIM):
     """DDIM inversion and an unconditional embedding for each step.
 
     Args:
         steps: solver steps; sampling takes as many.
-        inner: Adam steps at most for each.
+        inner: maximum number of Adam steps for each.
         shared: one set of embeddings for a whole batch instead of one for each image.
 
     Raises:
         UserError: ``inner`` below 1.
     """
 
-    steps: int = 50
     inner: int = 10
     shared: bool = False
-    solver: ClassVar[str] = "ddim"
     guidance: ClassVar[float] = 7.5
-    away: ClassVar[str] = "nulls"
+    negative: ClassVar[str] = "null_embeddings"
 
     def __post_init__(self) -> None:
         if self.inner < 1:
@@ -63,7 +62,7 @@ class NullText:
 
     @property
     def evaluations(self) -> int:
-        """Network evaluations an image at most, counting one with its gradient as three."""
+        """Maximum network evaluations an image; one with its gradient counts as three."""
         return self.steps * (3 + 3 * self.inner)
 
     def __call__(
@@ -87,18 +86,18 @@ class NullText:
         # both() stacks the unconditional rows before the conditional ones
         free = {key: rows[: len(clean)] for key, rows in denoise.both(1.0).items()}
         owner = torch.arange(len(clean), device=clean.device) * (not self.shared)
-        null, found, latent = free["text"][owner.unique()].float(), [], pivots[-1]
+        null, nulls, latent = free["text"][owner.unique()].float(), [], pivots[-1]
         everyone = torch.arange(len(clean), device=clean.device)
         for number in reversed(range(self.steps)):
             step = _Step(denoise, free, owner, levels[number : number + 2])
             done = 50 * (self.steps - 1 - number) / self.steps  # the paper's i, of its 50 steps
-            known = step.answer(latent, denoise.condition)
-            null = step.fit(latent, known, pivots[number], null, self.inner, done)
-            latent = step.guided(latent, known, null, everyone)
-            found.append(null.half().cpu())  # a bank's precision; and there are many of them
+            conditional = step.evaluate(latent, denoise.condition)
+            null = step.fit(latent, conditional, pivots[number], null, self.inner, done)
+            latent = step.guided(latent, conditional, null, everyone)
+            nulls.append(null.half().cpu())  # a bank's precision; and there are many of them
             tick()
-        nulls = torch.stack(found[::-1], 1)
-        return {"latents": pivots[-1], "nulls": nulls, "null_rows": owner.cpu()}
+        stacked = torch.stack(nulls[::-1], 1)
+        return {"latents": pivots[-1], "nulls": stacked, "null_rows": owner.cpu()}
 
 
 @dataclass
@@ -110,30 +109,37 @@ class _Step:
     owner: Tensor
     levels: Sequence[float]
 
-    def answer(self, latent: Tensor, condition: Condition) -> Tensor:
-        """The network's answer at the upper level."""
+    def evaluate(self, latent: Tensor, condition: Condition) -> Tensor:
+        """Evaluate the network at the upper level."""
         timestep = self.denoise.backbone.process.timestep(self.levels[1])
         return self.denoise.backbone.network(latent, timestep, condition)
 
     def land(self, latent: Tensor, output: Tensor) -> Tensor:
-        """Where an answer leads."""
+        """Make the step with an output of the network."""
         process = self.denoise.backbone.process
         alpha, sigma = process.alpha_sigma(self.levels[0])
         clean, noise = split(process, latent, output, self.levels[1])
         return alpha * clean + sigma * noise
 
-    def guided(self, latent: Tensor, known: Tensor, null: Tensor, rows: Tensor) -> Tensor:
-        """The latents of some rows after the step; ``known`` is their conditional answer."""
+    def guided(self, latent: Tensor, conditional: Tensor, null: Tensor, rows: Tensor) -> Tensor:
+        """Return the latents of some rows after the step, given the conditional outputs."""
         free = {key: value[rows] for key, value in self.free.items()}
         free["text"] = null[self.owner[rows]].to(free["text"])
-        output = self.answer(latent[rows], free)
-        return self.land(latent[rows], output + self.denoise.guidance * (known[rows] - output))
+        output = self.evaluate(latent[rows], free)
+        change = self.denoise.guidance * (conditional[rows] - output)
+        return self.land(latent[rows], output + change)
 
     def fit(
-        self, latent: Tensor, known: Tensor, goal: Tensor, null: Tensor, inner: int, done: float
+        self,
+        latent: Tensor,
+        conditional: Tensor,
+        goal: Tensor,
+        null: Tensor,
+        inner: int,
+        done: float,
     ) -> Tensor:
-        """The embeddings (g, …) that bring the step to its goal."""
-        rate, enough = 1e-2 * (1 - done / 100), 1e-5 + 2e-5 * done
+        """Optimise the embeddings (g, …) so that the step reaches its goal."""
+        rate, threshold = 1e-2 * (1 - done / 100), 1e-5 + 2e-5 * done
         null = null.clone()
         first, second = torch.zeros_like(null), torch.zeros_like(null)
         open_groups = torch.arange(len(null), device=null.device)
@@ -143,11 +149,10 @@ class _Step:
             rows = torch.isin(self.owner, open_groups).nonzero()[:, 0]
             with torch.enable_grad():
                 variable = null.detach().requires_grad_()
-                off = self.guided(latent, known, variable, rows) - goal[rows]
+                off = self.guided(latent, conditional, variable, rows) - goal[rows]
                 losses = off.square().flatten(1).mean(1)
                 # the paper's loss is an image's; of a shared embedding, its images' mean
                 sizes = torch.bincount(self.owner, minlength=len(null))[self.owner[rows]]
-                # as it is, the slope of a mean over a latent would be 0 in half precision
                 (slope,) = torch.autograd.grad(SCALE * (losses / sizes).sum(), variable)
                 slope = slope / SCALE
             # Adam (Kingma & Ba, arXiv 1412.6980) by hand: torch's would go on moving finished rows
@@ -157,5 +162,5 @@ class _Step:
             null[open_groups] -= rate * move[open_groups]
             mean = torch.zeros(len(null), device=null.device)
             mean = mean.index_add(0, self.owner[rows], losses.detach() / sizes)
-            open_groups = open_groups[mean[open_groups] >= enough]
+            open_groups = open_groups[mean[open_groups] >= threshold]
         return null

@@ -1,10 +1,10 @@
-"""A replay pool: training draws from images at hand, which a process of its own keeps replacing.
+"""A replay pool: training draws from a set of images that a generator process keeps replacing.
 
-A trainer eats thousands of images a second where a diffusion model makes ten. So each image has
-to be drawn many times; how many, on average, is the *reuse*, which the pool counts.
+A trainer takes thousands of images a second, a diffusion model makes ten. So each image is drawn
+many times; the pool counts how often on average, the *reuse*.
 
-The pool is one file that every process maps (`augment.replay.store`). The generator, its only
-writer, goes round the slots.
+The pool is one file that every process maps (`augment.replay.store`). The generator is its only
+writer and fills the slots in turn.
 """
 
 import atexit
@@ -42,33 +42,31 @@ USER_ERROR = 2  # the generator's exit code, as the command line's
 class ReplayPool(Dataset[Sample]):
     """The latest ``capacity`` images of a dataset that a generator process walks through.
 
-    Item i is the image in slot i, modulo the number filled, at the time; no draw ever waits for the
-    generator. It goes through the dataset in order, epoch after epoch, and replaces the oldest
-    image first. If it dies, or makes no image for ``stall_s``, an `AugmentWarning` says so, once,
-    and draws go on with the images there are. It ends with `close`, with a ``with`` block, with the
-    pool, or with the process, killed or not. Workers of a DataLoader, forked or spawned, draw from
-    the same pool.
+    Item i is the image in slot i at the time, modulo the number of filled slots; no draw waits for
+    the generator. It goes through the dataset in order, epoch after epoch, and replaces the oldest
+    image first. If it dies, or makes no image for ``stall_s``, an `AugmentWarning` says so once,
+    and draws go on with the images there are. It ends with `close`, a ``with`` block, the pool or
+    the process, killed or not. Workers of a DataLoader, forked or spawned, share the pool.
 
-    What is drawn depends on how fast the generator is, so a run cannot be repeated image by image.
-    Each image can: `record` says what it was made for, `plan` how. Where runs have to be the same,
-    write the images first.
+    What is drawn depends on the generator's speed, so a run cannot be repeated image by image.
+    Each image can: `record` gives its epoch and index, `plan` its plan. For repeatable runs, write
+    the images to shards first.
 
-    The generator is spawned: a script needs ``if __name__ == "__main__":``. Where cores are few, it
-    gives way. On a GPU it has a CUDA context and a backbone of its own, in the same memory, and the
-    two processes take turns; on a second GPU they do not. Under DDP every rank has a pool; give
-    each its own seed, and path.
+    The generator is spawned: a script needs ``if __name__ == "__main__":``. It has a low priority.
+    On a GPU it has its own CUDA context and backbone, and the two processes take turns; on a second
+    GPU they do not. Under DDP every rank has a pool; give each its own seed and path.
 
     Args:
         dataset: a `SyntheticDataset`, or any map-style dataset of float images (C, H, W) in [0, 1]
-            and numbers or tensors as labels; it is pickled, backbone and all. Or a picklable
+            and numbers or tensors as labels; it is pickled with its backbone. Or a picklable
             function that makes one, for what is large or cannot be pickled.
-        capacity: slots, at least 2.
-        path: a file to keep the pool in, which the next run goes on with; one run at a time. By
-            default it has no name and is gone with the processes, in memory or, where /dev/shm has
-            not twice the room, in the folder for temporary files.
+        capacity: number of slots, from 2.
+        path: a file for the pool, which the next run resumes; one run at a time. By default the
+            pool has no name and ends with the processes; it is in memory or, where /dev/shm has
+            less than twice the room, in the folder for temporary files.
         warm_up: images to wait for; by default one of each class, at most ``capacity``.
-        batch_size: images to make at once; by default what the dataset's synthesizer takes, or 1.
-        stall_s: how long no new image may come; during the warm-up it is an error then.
+        batch_size: images to make at once; by default that of the dataset's synthesizer, or 1.
+        stall_s: seconds without a new image before a warning, or an error during the warm-up.
         threads: of torch in the generator.
         transform, target_transform: applied to image and label at every draw.
 
@@ -89,14 +87,14 @@ class ReplayPool(Dataset[Sample]):
         transform: Callable[[Tensor], Any] | None = None,
         target_transform: Callable[[Any], Any] | None = None,
     ) -> None:
-        asked = [1 if n is None else n for n in (warm_up, batch_size, stall_s, threads)]
-        if not all(number > 0 for number in asked) or capacity < max(2, asked[0]):
-            raise UserError(
-                "expected warm_up, batch_size, stall_s and threads above 0, and a capacity of at "
-                f"least 2 and of warm_up, got {asked} and {capacity}"
-            )
+        numbers = {"warm_up": warm_up, "batch_size": batch_size, "stall_s": stall_s}
+        for name, number in {**numbers, "threads": threads}.items():
+            if number is not None and not number > 0:
+                raise UserError(f"expected {name} of a replay pool above 0, got {number}")
+        if capacity < (least := max(2, warm_up or 0)):
+            raise UserError(f"expected a replay pool of capacity {least} or more, got {capacity}")
         try:
-            content = pickle.dumps(dataset)  # by value; torch's processes would share each tensor
+            content = pickle.dumps(dataset)  # by value; torch's pickler would share each tensor
         except Exception as error:
             raise UserError(
                 f"expected a dataset that can be pickled for the generator, got {error}; give a "
@@ -115,7 +113,7 @@ class ReplayPool(Dataset[Sample]):
             name="replay pool",
         )
         halt = threading.Event()
-        self._stop = weakref.finalize(self, stop, store, process, halt, os.getpid())
+        self._stop = weakref.finalize(self, _stop, store, process, halt, os.getpid())
         try:
             process.start()
             atexit.register(self._stop)  # and so before multiprocessing waits for its children
@@ -128,10 +126,14 @@ class ReplayPool(Dataset[Sample]):
         self.classes: list[str] = store.layout["classes"]
         self.class_to_idx = {name: label for label, name in enumerate(self.classes)}
         watcher = store, process, halt, stall_s
-        threading.Thread(target=watch, args=watcher, daemon=True).start()
+        threading.Thread(target=_watch, args=watcher, daemon=True).start()
 
     def _wait(self, process: BaseProcess, warm_up: int | None) -> None:
-        """Wait for the first images, or for what keeps them from coming."""
+        """Wait for the first images.
+
+        Raises:
+            UserError: the generator ended, or made none in time.
+        """
         store = self.store
         with tqdm(total=warm_up, desc="replay pool", unit="image", delay=2) as bar:
             while True:
@@ -144,10 +146,10 @@ class ReplayPool(Dataset[Sample]):
                 if process.exitcode == USER_ERROR:
                     raise UserError(store.error)
                 if not alive or store.silence > self.stall_s:
-                    found = f"none for {self.stall_s:g} s" if alive else reason(store, process)
+                    cause = _none_for(self.stall_s) if alive else _reason(store, process)
                     raise UserError(
                         f"expected the replay pool's generator to make its first images, got "
-                        f"{found}; see whether dataset[0] gives one here"
+                        f"{cause}; see whether dataset[0] gives one here"
                     )
                 time.sleep(0.02)
 
@@ -159,7 +161,7 @@ class ReplayPool(Dataset[Sample]):
 
     @property
     def made(self) -> int:
-        """Images made since there is the pool, by earlier runs on its file too."""
+        """Images made since the pool began, including earlier runs on its file."""
         return int(self.store.control["made"])
 
     @property
@@ -169,16 +171,16 @@ class ReplayPool(Dataset[Sample]):
 
     @property
     def draws(self) -> int:
-        """Images drawn since there is the pool, by all processes."""
+        """Images drawn since the pool began, by all processes."""
         return int(self.store.control["draws"].sum())
 
     @property
     def reuse(self) -> float:
-        """How often an image was drawn, on average: `draws` / `made`."""
+        """Average draws of an image: `draws` / `made`."""
         return self.draws / max(self.made, 1)
 
     def statistics(self) -> dict[str, float]:
-        """What to log: made, draws, reuse, images_per_second of this run, alive (1.0 or 0.0)."""
+        """Return made, draws, reuse, images_per_second of this run and alive (1.0 or 0.0)."""
         control = self.store.control
         seconds = max(float(control["beat"] - control["started"]), 1e-9)
         return {
@@ -190,23 +192,23 @@ class ReplayPool(Dataset[Sample]):
         }
 
     def record(self, index: int) -> Record:
-        """The image that is in a slot now, without transforms; this is not counted as a draw.
+        """Return the image that is in a slot now, without transforms; this is no draw.
 
         Raises:
             IndexError: the index is out of range.
-            UserError: the pool is closed, or its file was harmed.
+            UserError: the pool is closed, or its file is damaged.
         """
         if not -len(self) <= index < len(self):
             raise IndexError(f"expected an index below {len(self)}, got {index}")
         first, filled = index % len(self), self.filled
         for slot in range(first, first + filled + 8):
-            found = self.store.read(slot % filled)
-            if found is not None:
-                return found
+            record = self.store.read(slot % filled)
+            if record is not None:
+                return record
         raise UserError("expected images in the replay pool, got none that is whole; make it anew")
 
     def plan(self, record: Record) -> Plan:
-        """The plan of a record's image.
+        """Return the plan of a record's image.
 
         Raises:
             UserError: the dataset is not in this process, or has no plans.
@@ -224,15 +226,15 @@ class ReplayPool(Dataset[Sample]):
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: Sequence[int]) -> list[Sample]:
-        """The items of a batch."""
+        """Draw the items of a batch."""
         records = [self.record(index) for index in indices]
-        self.store.control["draws"][os.getpid() % 4096] += len(records)
+        self.store.count_draws(len(records))
         transform = self.transform or (lambda image: image)
         target = self.target_transform or (lambda label: label)
         return [(transform(record.image), target(record.label)) for record in records]
 
     def close(self) -> None:
-        """Let go of the images and, in the process that made the pool, end the generator."""
+        """Release the images and, in the process that made the pool, end the generator."""
         if "_stop" in self.__dict__:
             self._stop()
         self.store.slots = None
@@ -252,15 +254,15 @@ def generate(
     threads: int,
     parent: int,
 ) -> None:
-    """The generator's process: walk through the dataset, from where the file stands, for ever."""
+    """Make the images of a dataset for ever, from where the file stands; runs in the generator."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the trainer's to handle
-    threading.Thread(target=outlive, args=(parent,), daemon=True).start()
-    tqdm.set_lock(threading.RLock())  # its usual one is a semaphore that a kill would leave behind
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    tqdm.set_lock(threading.RLock())  # its default is a semaphore that a kill would leave behind
     tqdm.__init__ = partialmethod(tqdm.__init__, disable=True)  # type: ignore[method-assign]
     torch.set_num_threads(threads)
-    os.nice(5)  # where cores are few, it is the generator that waits
+    os.nice(5)  # where cores are few, the trainer goes first
     try:
-        dataset = built(content.pop())  # the list is kept by multiprocessing
+        dataset = _unpickle(content.pop())  # the list is kept by multiprocessing
         usual = getattr(getattr(dataset, "synthesizer", None), "batch_size", 1)
         store.control["started"] = time.monotonic()
         while True:
@@ -276,29 +278,33 @@ def generate(
             for row, (image, label) in zip(rows, samples, strict=True):
                 store.write(Record(image, label, epoch, row))
     except Exception as error:
-        known = isinstance(error, UserError)
-        text = str(error) if known else f"{type(error).__name__}: {error}"
+        expected = isinstance(error, UserError)
+        text = str(error) if expected else f"{type(error).__name__}: {error}"
         store.control["error"] = text.encode()[: CONTROL["error"].itemsize]
-        if known:
+        if expected:
             sys.exit(USER_ERROR)
         raise
 
 
-def built(content: bytes) -> Any:
-    """The dataset that was pickled, or that the function that was makes."""
-    found = pickle.loads(content)
-    return found() if callable(found) else found
+def _unpickle(content: bytes) -> Any:
+    """Return the pickled dataset, or the one that a pickled function makes."""
+    made = pickle.loads(content)
+    return made() if callable(made) else made
 
 
-def outlive(parent: int) -> None:
+def _end_with(parent: int) -> None:
     """End this process when its parent is gone, whatever it is doing."""
     while os.getppid() == parent:
         time.sleep(0.5)
     os._exit(1)
 
 
-def reason(store: Store, process: BaseProcess) -> str:
-    """What a generator died of."""
+def _none_for(stall_s: float) -> str:
+    return f"none for {stall_s:g} s"
+
+
+def _reason(store: Store, process: BaseProcess) -> str:
+    """Return what a generator died of."""
     code = process.exitcode or 0
     if store.error:
         return store.error
@@ -307,21 +313,20 @@ def reason(store: Store, process: BaseProcess) -> str:
     return f'exit code {code} (a script needs if __name__ == "__main__":)'
 
 
-def watch(store: Store, process: BaseProcess, halt: Any, stall_s: float) -> None:
-    """Tell that the generator is gone or stalls, each once.
+def _watch(store: Store, process: BaseProcess, halt: threading.Event, stall_s: float) -> None:
+    """Warn that the generator ended or stalls, each once, in a thread of the pool's process.
 
-    In a thread of the process that made the pool, for that one may never draw itself, and the
-    workers that do would all tell.
+    That process may never draw itself, and the workers that draw would all warn.
     """
-    told = False
+    warned = False
     while not halt.wait(min(1.0, stall_s / 4)):
         ended, stalled = not process.is_alive(), store.silence > stall_s
-        if halt.is_set() or not (ended or (stalled and not told)):
+        if halt.is_set() or not (ended or (stalled and not warned)):
             continue
-        told, store.control["ended"] = True, ended
-        found = reason(store, process) if ended else f"none for {stall_s:g} s"
+        warned, store.control["ended"] = True, ended
+        cause = _reason(store, process) if ended else _none_for(stall_s)
         warnings.warn(
-            f"expected the replay pool's generator to go on making images, got {found}; draws go "
+            f"expected the replay pool's generator to go on making images, got {cause}; draws go "
             "on with the images there are, start again for others",
             AugmentWarning,
             stacklevel=1,
@@ -330,8 +335,8 @@ def watch(store: Store, process: BaseProcess, halt: Any, stall_s: float) -> None
             return
 
 
-def stop(store: Store, process: BaseProcess, halt: Any, owner: int) -> None:
-    """End the generator, which has nothing to lose; only its owner may, not a forked worker."""
+def _stop(store: Store, process: BaseProcess, halt: threading.Event, owner: int) -> None:
+    """End the generator, if this process is its owner and no forked worker."""
     if os.getpid() != owner:
         return
     halt.set()

@@ -1,9 +1,9 @@
 """The file of a replay pool: slots of images that one process writes and every process reads.
 
-A control block (`CONTROL`), then slots of one image each, in bytes, with its label, the epoch and
-index it was made for, and a checksum of all that. There are no locks: what is read while it is
-being written, or was left half written by a kill, does not fit its checksum, in whatever order
-processors and disks carry writes out, and the reader takes the next slot.
+A control block (`CONTROL`), then slots of one image each, in bytes, with its label, its epoch and
+index in the dataset, and a checksum. Slots have no locks: what is read while it is being written,
+or was left half written by a kill, does not match its checksum, whatever the order in which
+processors and disks carry out writes, and the reader takes the next slot.
 """
 
 import fcntl
@@ -26,32 +26,33 @@ from jaxtyping import Float
 from torch import Tensor
 
 from augment.core.errors import UserError
-from augment.core.files import sha256
+from augment.core.files import lock_handle, sha256
 from augment.synthesis.dataset import Sample
 
 MAGIC = b"latent-augment replay pool 1"
+CELLS = 4096  # maximum number of processes that draw at a time
 CONTROL: Any = np.dtype(
     [
         ("magic", "S64"),
         ("made", "i8"),  # images ever; the next one goes to slot made % capacity
-        ("before", "i8"),  # images made before this run,
-        ("started", "f8"),  # when it began to make more, by the clock that processes share,
-        ("beat", "f8"),  # and when it had made the last ones
-        ("ready", "i8"),  # in this run: 1 + the number of the file that the slots are in
-        ("ended", "i8"),  # in this run: the generator is gone,
-        ("error", "S4096"),  # and of what, if it could tell
-        ("draws", "i8", (4096,)),  # every process adds up in a cell of its own, by its number
-        ("layout", "S1000000"),  # JSON: what the slots are of
+        ("before", "i8"),  # images made before this run
+        ("started", "f8"),  # time.monotonic() when this run began to make images
+        ("beat", "f8"),  # time.monotonic() when it had made the last ones
+        ("ready", "i8"),  # 1 + the number of the file that holds the slots, in this run
+        ("ended", "i8"),  # whether the generator has ended, in this run
+        ("error", "S4096"),  # its last error, if it raised one
+        ("draws", "i8", (CELLS,)),  # a cell for each process; see `Store.count_draws`
+        ("layout", "S1000000"),  # JSON: see `layout_of`
     ],
     align=True,
 )
 PREFIX = 8  # bytes of a slot's checksum
-PATIENCE_S = 10.0  # for the processes of a killed run to notice and let go of its file
+PATIENCE_S = 10.0  # for the processes of a killed run to end, and its lock with them
 
 
 @dataclass(frozen=True, eq=False)
 class Record:
-    """An image and its label, and the epoch and index of the dataset that they were made for."""
+    """An image with its label, and their epoch and index in the dataset."""
 
     image: Float[Tensor, "c h w"]
     label: Any
@@ -63,31 +64,48 @@ class Store:
     """The pool's file, mapped; sent to a child process it is the same file.
 
     Args:
-        where: what to call it.
-        files: descriptors of the file; or of several, the first with room is taken.
+        where: its place, for errors.
+        files: descriptors of the file; or of several, of which the first with room is taken.
     """
 
     def __init__(self, where: str, files: list[int]) -> None:
         self.where, self.files, self.layout = where, files, {}
         self.slots: Any = None
+        self._cell = (0, 0)  # the process that counts its draws, and where
         weakref.finalize(self, lambda: [os.close(file) for file in files])
         self.control: Any = np.ndarray((), CONTROL, mmap.mmap(files[0], CONTROL.itemsize))
 
     def __reduce__(self) -> Any:
-        return sent, (self.where, [DupFd(file) for file in self.files])
+        return _received, (self.where, [DupFd(file) for file in self.files])
 
     @property
     def error(self) -> str:
-        """What the generator died of, if it could tell."""
+        """The last error of the generator; empty if it raised none."""
         return self.control["error"].item().decode(errors="replace")
 
     @property
     def silence(self) -> float:
-        """Seconds since there were new images."""
+        """Seconds since the last new image."""
         return time.monotonic() - float(self.control["beat"])
 
+    def count_draws(self, count: int) -> None:
+        """Add to the draws of this process."""
+        process = os.getpid()
+        if self._cell[0] != process:  # forked, or the first draw
+            self._cell = process, self._claim_cell()
+        self.control["draws"][self._cell[1]] += count
+
+    def _claim_cell(self) -> int:
+        """Claim a cell that no living process uses, by a lock of the kernel on one byte."""
+        first = CONTROL.fields["draws"][1]
+        for cell in range(CELLS):
+            with suppress(OSError):
+                fcntl.lockf(self.files[0], fcntl.LOCK_EX | fcntl.LOCK_NB, 1, first + cell)
+                return cell
+        return os.getpid() % CELLS  # the file system has no such locks
+
     def settle(self, layout: dict[str, Any]) -> None:
-        """Take the room for the slots of a layout, or see that they are there.
+        """Reserve the slots of a layout, or check that they are there.
 
         Raises:
             UserError: there is no room, or the file has other slots.
@@ -98,20 +116,20 @@ class Store:
         with suppress(ValueError):
             kept = json.loads(kept) | {"bytes": os.fstat(self.files[0]).st_size}
         for key in layout if kept else ():
-            found = kept.get(key) if isinstance(kept, dict) else "what was harmed"
-            if found != layout[key]:
+            old = kept.get(key) if isinstance(kept, dict) else "a damaged one"
+            if old != layout[key]:
                 raise UserError(
                     f"expected a replay pool of {key} {layout[key]!s:.200} at {self.where}, got "
-                    f"{found!s:.200}; choose another path, or remove the file"
+                    f"{old!s:.200}; choose another path, or remove the file"
                 )
         if len(text) > CONTROL["layout"].itemsize:
-            raise UserError("expected class names of a megabyte at most, got more; shorten them")
+            raise UserError("expected class names of at most a megabyte, got more; shorten them")
         cause = ""
         for number, file in enumerate(self.files, 1):
             try:
                 room = os.fstatvfs(file)
                 if number < len(self.files) and room.f_bavail * room.f_frsize < 2 * size:
-                    continue  # of what is in memory a DataLoader's workers want their part
+                    continue  # the workers of a DataLoader need shared memory too
                 reserve(file, size)
                 self.control["layout"], self.control["ready"] = text, number
                 return
@@ -124,7 +142,7 @@ class Store:
         )
 
     def open(self) -> bool:
-        """Map the slots as soon as it is known what they are of."""
+        """Map the slots if their layout is known; return whether it is."""
         if self.control["ready"] and not self.layout:
             self.layout = json.loads(self.control["layout"].item())
             self.slot = slot_of(self.layout)
@@ -134,7 +152,7 @@ class Store:
         return bool(self.layout)
 
     def write(self, record: Record) -> None:
-        """Put an image in the place of the oldest.
+        """Replace the oldest image.
 
         Raises:
             UserError: it is not of the form that the first image had.
@@ -150,15 +168,15 @@ class Store:
         )
         row = np.array((record.epoch, record.index, label, pixels), self.slot).tobytes()
         slot = int(self.control["made"]) % self.layout["capacity"]
-        self.slots[slot] = np.frombuffer(checksum(row) + row, np.uint8)
+        self.slots[slot] = np.frombuffer(_checksum(row) + row, np.uint8)
         self.control["made"] += 1
 
     def read(self, number: int) -> Record | None:
-        """What is in a slot, if it is whole."""
+        """Return the content of a slot; None if it is not whole."""
         if self.slots is None:
             raise UserError("expected an open replay pool, got one that was closed")
         row = self.slots[number].tobytes()
-        if checksum(memoryview(row)[PREFIX:]) != row[:PREFIX]:
+        if _checksum(memoryview(row)[PREFIX:]) != row[:PREFIX]:
             return None
         epoch, index, label, pixels = np.frombuffer(row, self.slot, 1, PREFIX)[0]
         label = torch.from_numpy(label.copy()) if label.ndim else label.item()
@@ -166,23 +184,23 @@ class Store:
         return Record(image, label, int(epoch), int(index))
 
 
-def sent(where: str, copies: list[Any]) -> Store:
-    """A store that came from another process."""
+def _received(where: str, copies: list[Any]) -> Store:
+    """Open a store that came from another process."""
     store = Store(where, [file.detach() for file in copies])
     store.open()
     return store
 
 
 def form_of(image: Any, label: Any) -> tuple[list[Any], np.ndarray]:
-    """[shape of an image, kind and shape of its label], and the label as an array.
+    """Return [shape of an image, dtype and shape of its label], and the label as an array.
 
     Raises:
         UserError: the image is not a float tensor (C, H, W).
     """
     if not (isinstance(image, Tensor) and image.ndim == 3 and image.is_floating_point()):
-        found = f"{image.dtype} {list(image.shape)}" if isinstance(image, Tensor) else type(image)
+        form = f"{image.dtype} {list(image.shape)}" if isinstance(image, Tensor) else type(image)
         raise UserError(
-            f"expected images as float tensors (C, H, W) in [0, 1], got {found}; give other "
+            f"expected images as float tensors (C, H, W) in [0, 1], got {form}; give other "
             "transforms to the pool, which applies them at every draw"
         )
     number = torch.as_tensor(label).detach().cpu().numpy()
@@ -190,7 +208,7 @@ def form_of(image: Any, label: Any) -> tuple[list[Any], np.ndarray]:
 
 
 def layout_of(dataset: Any, sample: Sample, capacity: int) -> dict[str, Any]:
-    """What a pool's slots are of: their form, the classes, and whatever shapes the images."""
+    """Describe the slots: their form, the classes, and all settings that determine the images."""
     low, high = sample[0].aminmax()
     if not -0.01 <= low <= high <= 1.01:
         raise UserError(
@@ -212,24 +230,24 @@ def layout_of(dataset: Any, sample: Sample, capacity: int) -> dict[str, Any]:
 
 
 def slot_of(layout: dict[str, Any]) -> np.dtype:
-    """The content of a slot."""
+    """Return the dtype of a slot."""
     shape, *label = layout["form"]
     fields = [("epoch", "i8"), ("index", "i8"), ("label", *label), ("image", "u1", shape)]
     return np.dtype([(name, kind, *map(tuple, size)) for name, kind, *size in fields])
 
 
-def checksum(content: bytes | memoryview) -> bytes:
-    """CRC-32, and a bit by which a slot of zeros is never whole."""
+def _checksum(content: bytes | memoryview) -> bytes:
+    """Return CRC-32 and a bit, so that a slot of zeros is not whole."""
     return (zlib.crc32(content) | 1 << 32).to_bytes(PREFIX, "little")
 
 
 def reserve(file: int, size: int) -> None:
-    """Take room now: to find none when a mapped page is written to kills a process."""
+    """Allocate room now, since a full disk kills a process that writes to a mapped page."""
     getattr(os, "posix_fallocate", lambda file, _, size: os.ftruncate(file, size))(file, 0, size)
 
 
 def nameless() -> tuple[str, list[int]]:
-    """Files in memory and on disk that have no name, so that nothing is left of them, ever."""
+    """Open files without a name in memory and on disk, of which nothing is ever left."""
     folders, files = ("/dev/shm", tempfile.gettempdir()), []
     for folder in folders:
         with suppress(OSError), tempfile.TemporaryFile(dir=folder) as file:
@@ -241,25 +259,21 @@ def nameless() -> tuple[str, list[int]]:
 
 
 def named(path: Path) -> tuple[str, list[int]]:
-    """The file of a pool, made if needed, for this run alone.
+    """Open or make the file of a pool, for this run alone.
 
     Raises:
         UserError: it is in use, is no pool, or cannot be made.
     """
-    file, end = -1, time.monotonic() + PATIENCE_S
+    file = -1
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         if os.pread(file, len(MAGIC), 0) not in (b"", MAGIC):
             raise OSError(0, "another file")
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > end:
-                    raise OSError(0, "one that another run draws from") from None
-                time.sleep(0.1)
+        try:
+            lock_handle(file, patience_s=PATIENCE_S)
+        except BlockingIOError:
+            raise OSError(0, "one that another run draws from") from None
         os.pwrite(file, MAGIC, 0)
         reserve(file, CONTROL.itemsize)
     except OSError as error:

@@ -177,7 +177,7 @@ class Synthesizer:
         centroids = torch.stack([centroid for centroid, _ in mixed])
         self._warn_of_bias(plans, centroids, torch.stack([average for _, average in mixed]))
         own = [self.bank.prompt(plan.class_name) for plan in plans]
-        away = INVERTERS[self.bank.inversion["method"]].away
+        away = INVERTERS[self.bank.inversion["method"]].negative
         how: dict[str, Any] = {
             "prompts": [self.prompt(plan.class_name) for plan in plans],
             **{key: getattr(self, key) for key in ("solver", "steps", "guidance", "batch_size")},
@@ -233,7 +233,10 @@ class Synthesizer:
     @property
     def has_nulls(self) -> bool:
         """Whether sampling points away from embeddings that the bank keeps."""
-        return self.guidance != 1 and INVERTERS[self.bank.inversion["method"]].away == "nulls"
+        return (
+            self.guidance != 1
+            and INVERTERS[self.bank.inversion["method"]].negative == "null_embeddings"
+        )
 
     def prompt(self, class_name: str) -> str:
         """What a class is sampled with."""

@@ -66,7 +66,7 @@ def long_tail(images: int, classes: int) -> list[int]:
 def job(folder: Path, counts: list[int], shape: tuple[int, int, int] = SHAPE) -> InversionJob:
     """Return the job that fills a bank of images that are not there."""
     backbone = GaussianBackbone(latent_shape=shape)
-    return InversionJob(folder, Nowhere(counts), backbone, inverter("ddim", steps=1), keeps=())
+    return InversionJob(folder, Nowhere(counts), backbone, inverter("ddim", steps=1), stored=())
 
 
 def bank_of(folder: Path, counts: list[int], shape: tuple[int, int, int] = SHAPE) -> None:

@@ -99,7 +99,7 @@ class Study:
         made["ddim"] = sample(backbone, latents, self.texts, **how)
         few = slice(None, None, 8 if self.quick else 4)
         made |= self.guided(backbone, self.real[few], self.texts[few], 10 if self.quick else 20)
-        bank = fill_bank(folder / "bank", backbone, self.source, keeps=())
+        bank = fill_bank(folder / "bank", backbone, self.source, stored=())
         for count in (2, 8):
             # random weights: the plain means of all images of a class would be the same image
             planner = Planner(bank.members, 0, 1.0, count)

@@ -91,7 +91,7 @@ def test_what_is_kept_beside_latents(bank, tmp_path, gaussian, pictures):
     torch.testing.assert_close(bank.errors("bee"), errors, rtol=1e-3, atol=1e-7)
     with pytest.raises(UserError, match="keeps clean"):
         bank.clean("bee")
-    other = fill_bank(tmp_path / "b", gaussian, source, steps=STEPS, keeps=["clean"])
+    other = fill_bank(tmp_path / "b", gaussian, source, steps=STEPS, stored=["clean"])
     torch.testing.assert_close(other.clean("bee"), gaussian.encode(images).half().float())
     assert torch.equal(other.latents("bee"), bank.latents("bee"))
     with pytest.raises(UserError, match="keeps errors"):
@@ -99,7 +99,7 @@ def test_what_is_kept_beside_latents(bank, tmp_path, gaussian, pictures):
     with pytest.raises(BankMismatch, match="kept"):
         fill_bank(tmp_path / "b", gaussian, source, steps=STEPS)
     with pytest.raises(UserError, match="errors or clean"):
-        fill_bank(tmp_path / "c", gaussian, source, steps=STEPS, keeps=["everything"])
+        fill_bank(tmp_path / "c", gaussian, source, steps=STEPS, stored=["everything"])
 
 
 def test_an_opened_bank_is_the_one_that_was_filled(bank):

@@ -118,7 +118,7 @@ def test_unusual_images_are_read_as_what_they_show(paint_it, tmp_path):
     paint(tmp_path / "images", {"ant": 1}, size=16)
     paint_it(tmp_path / "images" / "ant" / "odd.png")
     bank = fill_bank(
-        tmp_path / "b", backbone, Folder(tmp_path / "images"), steps=1, keeps=["clean"]
+        tmp_path / "b", backbone, Folder(tmp_path / "images"), steps=1, stored=["clean"]
     )
     assert bank.members["ant"] == ("ant/0.png", "ant/odd.png")
     shown = backbone.decode(bank.clean("ant")[1:])[0, 0]
@@ -177,7 +177,7 @@ class Odd(GaussianBackbone):
 def test_latents_that_are_not_finite_are_left_out(value, reason, tmp_path):
     paint(tmp_path / "images", {"ant": 19})
     Image.new("L", (8, 8)).save(tmp_path / "images" / "ant" / "dark.png")
-    bank = fill_bank(tmp_path / "b", Odd(value), Folder(tmp_path / "images"), steps=2, keeps=[])
+    bank = fill_bank(tmp_path / "b", Odd(value), Folder(tmp_path / "images"), steps=2, stored=[])
     assert len(bank.members["ant"]) == 19 and bank.latents("ant").isfinite().all()
     assert reason in (tmp_path / "b" / "rejects.jsonl").read_text()
 

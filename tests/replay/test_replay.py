@@ -463,6 +463,21 @@ def test_a_pool_leaves_half_of_the_memory_to_others_and_goes_to_disk(monkeypatch
     assert [os.fstat(file).st_size < 10**6 + 10**5 for file in store.files] == [True, False]
 
 
+def test_processes_whose_numbers_are_4096_apart_count_their_draws_apart(flat, monkeypatch):
+    def draw():
+        monkeypatch.setattr(os, "getpid", lambda: number + 4096)
+        flat.__getitems__([0, 1, 2])
+
+    flat.__getitems__([0])
+    before, number = flat.store.control["draws"].copy(), os.getpid()
+    other = multiprocessing.get_context("fork").Process(target=draw)
+    other.start()
+    other.join()
+    flat.__getitems__([0, 1])
+    added = flat.store.control["draws"] - before
+    assert sorted(added[added > 0].tolist()) == [2, 3]
+
+
 BAD = {
     "no room for two": {"capacity": 1},
     "more to wait for than there is room": {"warm_up": 31},
@@ -477,10 +492,16 @@ BAD = {
 }
 
 
+NAMES = {"no room for two": "capacity 2", "more to wait for than there is room": "capacity 31"}
+"""What the refusals of numbers say; by default the name of the parameter."""
+
+
 @pytest.mark.parametrize("bad", BAD)
 def test_what_cannot_be_is_refused_before_a_process_is_started(bad):
     others = generators()
-    with pytest.raises(UserError):
+    (name, value) = next(iter(BAD[bad].items()))
+    said = NAMES.get(bad, f"{name} of" if isinstance(value, int | float) else "expected")
+    with pytest.raises(UserError, match=said):
         ReplayPool(**{"dataset": Flat(), "capacity": 30} | BAD[bad])
     assert generators() == others
 

@@ -333,7 +333,7 @@ def test_large_images_are_reduced(make, tmp_path):
 def test_banks_that_do_not_match_are_not_merged(bank, tmp_path, gaussian, pictures):
     fewer = shutil.copytree(pictures, tmp_path / "fewer")
     shutil.rmtree(fewer / "ant")
-    for number, settings_ in enumerate(({"steps": 5}, {"keeps": []}, {"inversion": "ddim"})):
+    for number, settings_ in enumerate(({"steps": 5}, {"stored": []}, {"inversion": "ddim"})):
         other = fill_bank(
             tmp_path / f"b{number}", gaussian, Folder(fewer), **{"steps": 4} | settings_
         )

@@ -44,7 +44,7 @@ def clothes(tmp_path_factory):
 @pytest.fixture(scope="module")
 def bank(clothes, tiny, tmp_path_factory):
     path = tmp_path_factory.mktemp("bank") / "bank"
-    return fill_bank(path, tiny, Folder(clothes), steps=4, keeps=())
+    return fill_bank(path, tiny, Folder(clothes), steps=4, stored=())
 
 
 def noise(count, seed=0):
