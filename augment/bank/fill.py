@@ -105,28 +105,30 @@ class InvertSettings:
     Args:
         images: folder with one sub-folder of image files a class; or another source, such as
             FewShot with --images.source DIR --images.shots 5, or as YAML in a --config.
-        bank: folder of the bank, made if needed; an interrupted job goes on, and images that were
-            added since are appended.
-        backbone: the diffusion model: tiny, sd15, sdxl and so on, a folder or .safetensors file of
+        bank: folder of the bank, made if needed; an interrupted job is resumed, and images added
+            since are appended.
+        backbone: diffusion model: tiny, sd15, sdxl and so on, a folder or .safetensors file of
             a checkpoint, or the id of one on the Hugging Face hub.
-        prompt: a template such as 'a photo of a {name}'; WordNet ids of ImageNet get their names.
-        prompts: a prompt for each class, as YAML such as '{Coat: top}'; goes before the template.
-        inversion: forward_start, fireflow, midpoint, fixed_point, ddim, negative_prompt, null_text.
-        steps: solver steps.
-        guidance: scale of classifier-free guidance; by default none but 7.5 for null_text.
+        prompt: template of the prompts, such as 'a photo of a {name}'; WordNet ids of ImageNet get
+            their names.
+        prompts: prompts by class, as YAML such as '{Coat: top}'; they replace the template's.
+        inversion: method: forward_start, fireflow, midpoint, fixed_point, ddim, negative_prompt or
+            null_text.
+        steps: number of solver steps.
+        guidance: scale of classifier-free guidance; by default 1 (none), or 7.5 for null_text.
         batch_size: images a network call; halved if a GPU's memory is too small.
-        device: such as cuda or cpu; by default the GPU if there is one.
-        dtype: float32, float16 or bfloat16 of the network; by default what the backbone likes.
-        inversion_options: others of the inversion, as YAML such as '{iterations: 3}'.
-        backbone_options: of the backbone, as YAML such as '{resolution: 384, lora: FILE}'.
-        errors: sample every latent back and keep how much is lost; false halves the time.
+        device: device such as cuda or cpu; by default the GPU if there is one.
+        dtype: number type of the network, float32, float16 or bfloat16; by default the backbone's.
+        inversion_options: further options of the inversion, as YAML such as '{iterations: 3}'.
+        backbone_options: options of the backbone, as YAML such as '{resolution: 384, lora: FILE}'.
+        errors: sample every latent back and record how much is lost; false halves the time.
         clean: keep the clean latents too.
-        max_rejects: share of images that may be left out because they cannot be read.
+        max_rejects: largest share of images that may be left out because they cannot be read.
         links: follow links that lead out of the folder.
-        nested: take the images in all sub-folders of a class folder too.
-        background: the colour that is seen through transparent pixels, such as '#808080'; by
-            default white.
-        executor: local, this process or, under torchrun or in a Slurm array, its share; or ray.
+        nested: read the images in all sub-folders of a class folder too.
+        background: colour behind transparent pixels, such as '#808080'; by default white.
+        executor: where units of work are done: local, in this process (under torchrun or in a Slurm
+            array, this process does its share), or ray.
         dry_run: do and keep one unit of the work, and report how long all will take.
     """
 
