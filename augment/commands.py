@@ -481,7 +481,7 @@ def inspect(path: str) -> Record:
 
     text = inspect(path)
     print(text)
-    return {"path": path, "told": text.splitlines()}
+    return {"path": path, "lines": text.splitlines()}
 
 
 def verify(

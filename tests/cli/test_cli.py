@@ -34,33 +34,33 @@ def tiny_bank(images, tmp_path_factory):
 
 def test_invert_then_synthesize(monkeypatch, capsys, images, tmp_path):
     bank, out = tmp_path / "bank", tmp_path / "out"
-    code, told, _ = call(
+    code, output, _ = call(
         monkeypatch, capsys, "invert", "--images", images, "--backbone", "tiny", "--bank", bank,
         "--steps", 2, "--prompts", "{Bag: bag}",
     )  # fmt: skip
-    assert code == 0 and told.startswith(f"{bank}: 3 latents of 2 classes\n\nclass ")
-    assert "channel means" in told and "\nNorm. Latents are" in told
+    assert code == 0 and output.startswith(f"{bank}: 3 latents of 2 classes\n\nclass ")
+    assert "channel means" in output and "\nNorm. Latents are" in output
     assert LatentBank.open(bank).prompt("Bag") == "bag"
     command = ("synthesize", "--bank", bank, "--out", out, "--per-class", 3, "--rule", "fix/chm",
                "--alpha", 0.5, "--seed", 7, "--steps", 2)  # fmt: skip
-    code, told, _ = call(monkeypatch, capsys, *command)
+    code, output, _ = call(monkeypatch, capsys, *command)
     shards = open_shards(out)
     weights = [shards.plan(index).weights for index in range(6)]
-    count = sum(1 / sum(w * w for w in mine) for mine in weights) / 6
+    count = sum(1 / sum(w * w for w in row) for row in weights) / 6
     assert 1 < count < 1.5
     tail = f"each mixes {count:.1f} of 1.5 members on average (effective count)\n"
     words = f"{out}: 6 of 6 images of 2 classes in 1 shards; {tail}"
     words += f"next: latent-augment train fit --data.train IMAGES --data.synthetic {out} "
     words += "--trainer.max_epochs 20\n"
-    assert (code, told) == (0, words)
+    assert (code, output) == (0, words)
     assert call(monkeypatch, capsys, *command)[:2] == (0, words)
-    code, told, _ = call(monkeypatch, capsys, "export", "--shards", out, "--out", tmp_path / "f")
-    assert (code, told) == (0, f"{tmp_path / 'f'}: written\n")
+    code, output, _ = call(monkeypatch, capsys, "export", "--shards", out, "--out", tmp_path / "f")
+    assert (code, output) == (0, f"{tmp_path / 'f'}: written\n")
     assert len(list((tmp_path / "f").glob("*/*.jpg"))) == 6
     for path, words in ((bank, "3 of 3 latents of 2 classes"), (out, "6 of 6 images of 2 classes")):
         assert words in call(monkeypatch, capsys, "inspect", "--path", path)[1]
-        code, told, _ = call(monkeypatch, capsys, "verify", "--path", path)
-        assert (code, told) == (0, f"{path}: every file is as it was written\n")
+        code, output, _ = call(monkeypatch, capsys, "verify", "--path", path)
+        assert (code, output) == (0, f"{path}: every file is as it was written\n")
 
 
 def test_synthesize_fills_the_tail(monkeypatch, capsys, tmp_path):
@@ -77,27 +77,27 @@ def test_synthesize_fills_the_tail(monkeypatch, capsys, tmp_path):
     ):
         assert call(monkeypatch, capsys, *command, tmp_path / out, *budget)[0] == 0
         assert sorted(open_shards(tmp_path / out).targets) == sorted(wanted)
-    code, _, told = call(monkeypatch, capsys, *command, tmp_path / "none", "--fill-to", 1)
-    assert code == 2 and "a class that lacks images" in told
+    code, _, output = call(monkeypatch, capsys, *command, tmp_path / "none", "--fill-to", 1)
+    assert code == 2 and "a class that lacks images" in output
 
 
-def test_dry_runs_do_one_unit_and_tell_of_the_rest(monkeypatch, capsys, images, tmp_path):
+def test_dry_runs_do_one_unit_and_estimate_the_rest(monkeypatch, capsys, images, tmp_path):
     bank, out = tmp_path / "bank", tmp_path / "out"
     command = ("invert", "--images", images, "--bank", bank, "--steps", 1)
-    code, told, _ = call(monkeypatch, capsys, *command, "--dry-run")
-    assert code == 0 and told.startswith(
+    code, output, _ = call(monkeypatch, capsys, *command, "--dry-run")
+    assert code == 0 and output.startswith(
         "1 units, 3 images; 1 units, 3 images to do\nunit 0 is made"
     )
     assert call(monkeypatch, capsys, *command)[0] == 0
     command = ("synthesize", "--bank", bank, "--out", out, "--per-class", 4, "--shard-size", 2)
-    code, told, _ = call(monkeypatch, capsys, *command, "--dry-run")
-    assert code == 0 and "4 units, 8 images to do\n" in told and "the other 6 images" in told
+    code, output, _ = call(monkeypatch, capsys, *command, "--dry-run")
+    assert code == 0 and "4 units, 8 images to do\n" in output and "the other 6 images" in output
     assert sorted(p.name for p in out.iterdir()) == [
         "shard-000000.json", "shard-000000.tar", "synthesis.json"
     ]  # fmt: skip
     assert call(monkeypatch, capsys, *command)[0] == 0
-    code, told, _ = call(monkeypatch, capsys, *command, "--dry-run")
-    assert (code, told) == (0, "4 units, 8 images; 0 units, 0 images to do\n")
+    code, output, _ = call(monkeypatch, capsys, *command, "--dry-run")
+    assert (code, output) == (0, "4 units, 8 images; 0 units, 0 images to do\n")
 
 
 def test_a_job_without_an_image_to_make_or_left_is_an_error(
@@ -105,12 +105,14 @@ def test_a_job_without_an_image_to_make_or_left_is_an_error(
 ):
     command = ("synthesize", "--bank", tiny_bank, "--steps", 1, "--out", tmp_path / "out")
     for options in (("--fill-to", 1), ("--tail-only", 1), ("--per-class", 0)):
-        code, _, told = call(monkeypatch, capsys, *command, *options)
-        assert code == 2 and "expected a class that lacks images" in told and told.count("\n") == 1
+        code, _, output = call(monkeypatch, capsys, *command, *options)
+        assert (
+            code == 2 and "expected a class that lacks images" in output and output.count("\n") == 1
+        )
     assert not (tmp_path / "out").exists()
     none = ("--per-class", 2, "--filters", "{degenerate: {minimum: 1000}}")
-    code, _, told = call(monkeypatch, capsys, *command, *none)
-    assert code == 2 and "got none: filters refused" in told
+    code, _, output = call(monkeypatch, capsys, *command, *none)
+    assert code == 2 and "got none: filters refused" in output
 
 
 def test_a_lost_file_of_settings_is_repaired(monkeypatch, capsys, tiny_bank, tmp_path):
@@ -120,10 +122,10 @@ def test_a_lost_file_of_settings_is_repaired(monkeypatch, capsys, tiny_bank, tmp
     before = snapshot(out)
     (out / "synthesis.json").unlink()
     for look in ("verify", "inspect"):
-        code, _, told = call(monkeypatch, capsys, look, out)
-        assert code == 2 and "synthesis.json" in told and "--repair" in told
-    code, told, _ = call(monkeypatch, capsys, "verify", out, "--repair")
-    assert code == 0 and "made again from the records of the shards" in told
+        code, _, output = call(monkeypatch, capsys, look, out)
+        assert code == 2 and "synthesis.json" in output and "--repair" in output
+    code, output, _ = call(monkeypatch, capsys, "verify", out, "--repair")
+    assert code == 0 and "made again from the records of the shards" in output
     assert snapshot(out) == before
 
 
@@ -140,8 +142,8 @@ def test_damage_is_found_taken_out_and_made_again(monkeypatch, capsys, images, t
         content = bytearray(file.read_bytes())
         content[len(content) // 2] ^= 1
         file.write_bytes(content)
-        code, told, complaint = call(monkeypatch, capsys, "verify", "--path", path)
-        assert code == 2 and file.name in told and "--discard" in complaint
+        code, output, complaint = call(monkeypatch, capsys, "verify", "--path", path)
+        assert code == 2 and file.name in output and "--discard" in complaint
         assert call(monkeypatch, capsys, "verify", "--path", path, "--discard")[0] == 2
         assert call(monkeypatch, capsys, *command)[0] == 0
         assert snapshot(path) == before
@@ -163,8 +165,8 @@ def test_places_that_would_mix_things_up_are_refused(
         (("split", "--bank", tiny_bank, "--classes", "", "--out", tmp_path / "no"), "class"),
         ((*invert, tmp_path / "no", "--max-rejects", 2), "max_rejects"),
     ):
-        code, _, told = call(monkeypatch, capsys, *command)
-        assert code == 2 and words in told and told.count("\n") == 1, told
+        code, _, output = call(monkeypatch, capsys, *command)
+        assert code == 2 and words in output and output.count("\n") == 1, output
     assert sorted(p.name for p in shards.iterdir())[-1] == "synthesis.json"
     assert call(monkeypatch, capsys, "verify", "--path", shards, "--discard", "false")[0] == 0
 
@@ -172,11 +174,11 @@ def test_places_that_would_mix_things_up_are_refused(
 def test_banks_are_taken_apart_and_put_together(monkeypatch, capsys, images, tiny_bank, tmp_path):
     whole = LatentBank.open(tiny_bank)
     for name in whole.classes:
-        code, told, _ = call(
+        code, output, _ = call(
             monkeypatch, capsys, "split", "--bank", tiny_bank, "--classes", name, "--out",
             tmp_path / name,
         )  # fmt: skip
-        assert code == 0 and "of 1 classes" in told
+        assert code == 0 and "of 1 classes" in output
     parts = ",".join(str(tmp_path / name) for name in reversed(whole.classes))
     out = tmp_path / "out"
     assert call(monkeypatch, capsys, "merge", "--banks", parts, "--out", out)[0] == 0
@@ -186,21 +188,21 @@ def test_banks_are_taken_apart_and_put_together(monkeypatch, capsys, images, tin
         assert merged.members[name] == whole.members[name]
         assert torch.equal(merged.latents(name), whole.latents(name))
     assert call(monkeypatch, capsys, "verify", "--path", out)[0] == 0
-    code, _, told = call(
+    code, _, output = call(
         monkeypatch, capsys, "merge", "--banks", f"{parts},{tiny_bank}", "--out", tmp_path / "no"
     )
-    assert code == 2 and "in both" in told and not (tmp_path / "no").exists()
+    assert code == 2 and "in both" in output and not (tmp_path / "no").exists()
 
 
 def test_inversion_prompts_and_profiles(monkeypatch, capsys, tmp_path):
     images = paint(tmp_path / "images", {"bag": 2, "001.top": 1}, size=28)
     bank = tmp_path / "bank"
-    code, _, told = call(
+    code, _, output = call(
         monkeypatch, capsys, "invert", "--images", images, "--bank", bank, "--prompt", "{name}",
         "--inversion", "fixed_point", "--steps", 3, "--inversion-options", "{iterations: 3}",
         "--dtype", "float32",
     )  # fmt: skip
-    assert (code, told) == (0, "")
+    assert (code, output) == (0, "")
     opened = LatentBank.open(bank)
     assert [opened.prompt(name) for name in opened.classes] == ["top", "bag"]
     assert opened.inversion == {
@@ -214,17 +216,17 @@ def test_inversion_prompts_and_profiles(monkeypatch, capsys, tmp_path):
         (["--solver", "midpoint", "--steps", 2, "--prompt", "bag{name:.0}"], None),
     ):  # fmt: skip
         out = tmp_path / str(profile[1])
-        code, _, told = call(monkeypatch, capsys, "synthesize", "--bank", bank, "--out", out,
+        code, _, output = call(monkeypatch, capsys, "synthesize", "--bank", bank, "--out", out,
                              "--per-class", 1, *profile)  # fmt: skip
         if kept is None:
-            assert code == 2 and "{name}" in told
+            assert code == 2 and "{name}" in output
             continue
-        assert (code, told) == (0, "")
+        assert (code, output) == (0, "")
         settings = json.loads((out / "synthesis.json").read_text())
         assert kept.items() <= settings.items()
 
 
-def test_small_images_are_told_of_in_one_line(monkeypatch, capsys, tmp_path):
+def test_small_images_are_warned_of_in_one_line(monkeypatch, capsys, tmp_path):
     images = paint(tmp_path / "images", {"Bag": 2}, size=8)
     (images / "Bag" / "1.png").write_bytes(
         (paint(tmp_path / "b", {"Bag": 2}, 28) / "Bag" / "1.png").read_bytes()
@@ -249,20 +251,20 @@ def test_synthesize_from_neighbours_with_an_alpha_for_each(monkeypatch, capsys, 
     save_file(vectors, tmp_path / "vectors.safetensors")
     command = ("synthesize", "--bank", bank, "--out", out, "--per-class", 4, "--steps", 1,
                "--members", 2, "--alpha", "1e6,0")  # fmt: skip
-    code, told, _ = call(
+    code, output, _ = call(
         monkeypatch, capsys, *command, "--nearest", tmp_path / "vectors.safetensors"
     )
     assert code == 0
-    assert "each mixes 1.0 of 2 members on average (effective count)\n" in told
+    assert "each mixes 1.0 of 2 members on average (effective count)\n" in output
     shards = open_shards(out)
     plans = [shards.plan(index) for index in range(len(shards))]
     assert all(plan.weights == (1.0, 0.0) for plan in plans)
     gaps = {abs(ids.index(plan.members[0]) - ids.index(plan.members[1])) for plan in plans}
     assert gaps == {1}
     for other in ([], ["--nearest", "latent"]):
-        code, _, told = call(monkeypatch, capsys, *command, *other)
+        code, _, output = call(monkeypatch, capsys, *command, *other)
         assert code == 2
-        assert "new folder" in told
+        assert "new folder" in output
 
 
 def corrupt(root):
@@ -299,11 +301,11 @@ SOURCES = {
 def test_bad_images_are_one_sentence_and_nothing_is_written(monkeypatch, capsys, tmp_path, fault):
     make, word = SOURCES[fault]
     root, bank = make(tmp_path / "images"), tmp_path / "bank"
-    code, _, told = call(monkeypatch, capsys, "invert", "--images", root, "--bank", bank)
+    code, _, output = call(monkeypatch, capsys, "invert", "--images", root, "--bank", bank)
     assert code == 2
-    assert told.count("\n") == 1
-    assert told.startswith("latent-augment: expected")
-    assert word in told
+    assert output.count("\n") == 1
+    assert output.startswith("latent-augment: expected")
+    assert word in output
     assert not list(bank.glob("*/*"))
 
 
@@ -326,7 +328,7 @@ OPTIONS = {
     "null-text of nothing": (["invert", "--inversion", "null_text"], "prompt"),
     "an unknown prompt": (["invert", "--prompts", "{Bag: dog}"], "trousers"),
     "no steps": (["invert", "--steps", "0"], "solver step"),
-    "a bank that is none": (["synthesize", "--bank", "nowhere"], "nowhere"),
+    "a bank that is not there": (["synthesize", "--bank", "nowhere"], "nowhere"),
     "an unknown rule": (["synthesize", "--rule", "fixx/0"], "fade"),
     "an unknown solver": (["synthesize", "--solver", "heun"], "ddim"),
     "an interval upside down": (["synthesize", "--interval", "[0.8, 0.2]"], "interval"),
@@ -352,11 +354,11 @@ def test_a_bad_option_is_one_sentence_and_nothing_is_written(
     out = tmp_path / "out"
     usual = {"invert": ["--images", images, "--bank", out],
              "synthesize": ["--bank", tiny_bank, "--out", out]}[options[0]]  # fmt: skip
-    code, _, told = call(monkeypatch, capsys, options[0], *usual, *options[1:])
+    code, _, output = call(monkeypatch, capsys, options[0], *usual, *options[1:])
     assert code == 2
-    assert told.count("\n") == 1
-    assert told.startswith("latent-augment: expected")
-    assert word in told
+    assert output.count("\n") == 1
+    assert output.startswith("latent-augment: expected")
+    assert word in output
     assert not out.exists()
 
 
@@ -376,19 +378,19 @@ def other_weights(folder):
 
 def test_a_bank_of_other_settings_is_left_alone(monkeypatch, capsys, images, tiny_bank):
     before = snapshot(tiny_bank)
-    code, _, told = call(
+    code, _, output = call(
         monkeypatch, capsys, "invert", "--images", images, "--bank", tiny_bank, "--steps", 3
     )
     assert code == 2
-    assert "steps" in told
+    assert "steps" in output
     assert snapshot(tiny_bank) == before
 
 
 @pytest.mark.parametrize("args", [["nope"], ["invert", "--imagse", "x"], [], ["synthesize"]])
 def test_a_wrong_command_line_is_no_traceback(monkeypatch, capsys, args):
-    code, _, told = call(monkeypatch, capsys, *args)
+    code, _, output = call(monkeypatch, capsys, *args)
     assert code == 2
-    assert "Traceback" not in told
+    assert "Traceback" not in output
 
 
 def test_options_may_be_spelled_either_way():
@@ -407,7 +409,7 @@ def test_the_installed_command_lists_its_commands():
     assert all(name in done.stdout for name in COMMANDS)
 
 
-def test_a_rule_that_enlarges_the_bias_is_told_in_one_line(tmp_path):
+def test_a_rule_that_enlarges_the_bias_is_warned_of_in_one_line(tmp_path):
     """As a user sees it: real images, a biased bank, and a rule without a mean split."""
     write_fashion(tmp_path / "all", "shots", list(range(16)))
     (tmp_path / "images").mkdir()

@@ -26,7 +26,7 @@ TRAIN = "train fit --data.train images --data.test held --data.channels 1 --trai
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    """The command in this process: (exit code, what it printed, what it complained)."""
+    """Return the command in this process: (exit code, standard output, standard error)."""
 
     def run(line: str) -> tuple[object, str, str]:
         monkeypatch.setattr(sys, "argv", ["latent-augment", *shlex.split(line)])
@@ -43,7 +43,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
 
 @pytest.fixture(scope="session")
 def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A place with images and a bank of the embedded backbone."""
+    """Make a place with images and a bank of the embedded backbone."""
     root = tmp_path_factory.mktemp("template")
     paint(root / "images", COUNTS, size=28)
     paint(root / "held", COUNTS, size=28, seed=1)
@@ -56,7 +56,7 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def place(template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of the template, and the working directory."""
+    """Copy the template and make it the working directory."""
     place = shutil.copytree(template, tmp_path / "place")
     monkeypatch.chdir(place)
     return place
@@ -87,12 +87,12 @@ def nothing(place: Path) -> None:
     """The place is fine; the command is not."""
 
 
-def harm_a_chunk(place: Path) -> None:
+def damage_a_chunk(place: Path) -> None:
     path = place / "bank" / "0000" / "chunk-0000.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
 
 
-def harm_the_manifest(place: Path) -> None:
+def damage_the_manifest(place: Path) -> None:
     (place / "bank" / "manifest.json").write_text("{")
 
 
@@ -112,12 +112,12 @@ def write_a_part(place: Path) -> None:
 
 
 def put_a_file_in_the_way(place: Path) -> None:
-    (place / "made").write_text("mine")
+    (place / "made").write_text("the user's")
 
 
 def put_a_folder_in_the_way(place: Path) -> None:
     (place / "made").mkdir()
-    (place / "made" / "mine.txt").write_text("mine")
+    (place / "made" / "mine.txt").write_text("the user's")
 
 
 def rename_a_class(place: Path) -> None:
@@ -148,8 +148,8 @@ FAULTS = {
         ("bank", "weights", "rebuild"),
         train_another_tiny,
     ),
-    "harmed chunk": Fault(SYNTHESIZE, ("bank/0000/chunk-0000.safetensors",), harm_a_chunk),
-    "harmed manifest": Fault(SYNTHESIZE, ("bank", "manifest.json"), harm_the_manifest),
+    "damaged chunk": Fault(SYNTHESIZE, ("bank/0000/chunk-0000.safetensors",), damage_a_chunk),
+    "damaged manifest": Fault(SYNTHESIZE, ("bank", "manifest.json"), damage_the_manifest),
     "unknown split": Fault(f"{SYNTHESIZE} --rule fix/hat", ("chm", "'hat'")),
     "a blur of no width": Fault(f"{SYNTHESIZE} --rule fix/lp0", ("lp0", "lp2.0")),
     "a circle of one": Fault(f"{SYNTHESIZE} --rule circle", ("circle", "two", "members")),

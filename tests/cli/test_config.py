@@ -82,9 +82,9 @@ def place(tmp_path, monkeypatch):
 def test_a_configuration_runs_nothing(what, more, place, monkeypatch, capsys):
     images, name = HOSTILE[what]
     Path("run.yaml").write_text(yaml.safe_dump({"images": images, "bank": "bank"}))
-    code, _, told = call(monkeypatch, capsys, "invert", "--config", "run.yaml", *more)
-    assert code == 2 and told.startswith("latent-augment: expected a configuration of classes of")
-    assert name in told and "--allow" in told and told.count("\n") == 1
+    code, _, output = call(monkeypatch, capsys, "invert", "--config", "run.yaml", *more)
+    assert code == 2 and output.startswith("latent-augment: expected a configuration of classes of")
+    assert name in output and "--allow" in output and output.count("\n") == 1
     assert not Path("canary").exists() and not Path("bank").exists() and not Path("f").exists()
 
 
@@ -93,8 +93,8 @@ def test_no_command_runs_anything(command, place, monkeypatch, capsys):
     images = source(SHELL)
     settings = {"smooth": {"images": images, "out": "x"}, "train fit": {"data": {"train": images}}}
     Path("run.yaml").write_text(yaml.safe_dump(settings[command]))
-    code, _, told = call(monkeypatch, capsys, *command.split(), "--config", "run.yaml")
-    assert code == 2 and "MapperMapDataPipe; only if you trust the file, pass --allow" in told
+    code, _, output = call(monkeypatch, capsys, *command.split(), "--config", "run.yaml")
+    assert code == 2 and "MapperMapDataPipe; only if you trust the file, pass --allow" in output
     assert not Path("canary").exists()
 
 
@@ -104,8 +104,8 @@ def test_a_callback_of_anybody_is_refused(place, monkeypatch, capsys):
         "trainer": {"callbacks": [{"class_path": "mine_to_run.transform"}]},
     }
     Path("run.yaml").write_text(yaml.safe_dump(settings))
-    code, _, told = call(monkeypatch, capsys, "train", "fit", "--config", "run.yaml")
-    assert code == 2 and "got mine_to_run.transform" in told and not Path("canary").exists()
+    code, _, output = call(monkeypatch, capsys, "train", "fit", "--config", "run.yaml")
+    assert code == 2 and "got mine_to_run.transform" in output and not Path("canary").exists()
 
 
 def test_what_the_user_allows_is_taken(place, monkeypatch, capsys):
@@ -115,8 +115,8 @@ def test_what_the_user_allows_is_taken(place, monkeypatch, capsys):
     words = ("invert", "--config", "run.yaml")
     assert call(monkeypatch, capsys, *words)[0] == 2
     assert call(monkeypatch, capsys, *words, "--allow", "mine_to_allow")[0] == 0
-    code, _, told = call(monkeypatch, capsys, *words, "--allow")
-    assert code == 2 and "the name of a module after --allow" in told
+    code, _, output = call(monkeypatch, capsys, *words, "--allow")
+    assert code == 2 and "the name of a module after --allow" in output
 
 
 @pytest.mark.slow
@@ -129,7 +129,7 @@ def test_a_sweep_hands_on_what_is_allowed(place, monkeypatch, capsys):
     monkeypatch.setenv("PYTHONPATH", f"{place}:{Path(__file__).parents[2]}")
     Path("run.yaml").write_text(yaml.safe_dump(settings))
     words = ("sweep", "run.yaml", "--out", "out", "--seeds", "2")
-    code, _, told = call(monkeypatch, capsys, *words)
-    assert code == 2 and "mine_to_sweep.transform; only if you trust" in told
+    code, _, output = call(monkeypatch, capsys, *words)
+    assert code == 2 and "mine_to_sweep.transform; only if you trust" in output
     assert call(monkeypatch, capsys, *words, "--allow=mine_to_sweep")[0] == 0
     assert "mine_to_sweep" not in sys.modules

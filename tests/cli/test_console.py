@@ -45,7 +45,7 @@ def test_json_is_one_line_and_quiet_is_none(monkeypatch, capsys, bank):
     assert call(monkeypatch, capsys, "--quiet", "inspect", bank.path) == (0, "", "")
 
 
-def test_a_mistake_is_told_whatever_is_silent(monkeypatch, capsys, tmp_path):
+def test_a_mistake_is_reported_though_silent(monkeypatch, capsys, tmp_path):
     code, out, err = call(monkeypatch, capsys, "--quiet", "inspect", tmp_path)
     assert code == 2 and not out and err.startswith("latent-augment: expected a bank")
 
