@@ -57,6 +57,10 @@ class LatentBank:
         chunks: the committed chunks of each class, in label order.
         members: the image ids of each class that this view shows, in label order.
         device: of the latents that are returned: ``cpu`` unless `to` moved them.
+
+    Raises:
+        UserError: by methods that take a class or plans, if the bank has no such class or does not
+            store what is asked for, or a file is missing or damaged.
     """
 
     path: Path
@@ -191,12 +195,12 @@ class LatentBank:
         weights = torch.zeros(len(plans), count, dtype=torch.float64)
         spots: dict[str, dict[str, list[int]]] = {}
         for b, plan in enumerate(plans):
-            if not 0 < len(plan.members) == len(plan.weights) == len(plan.member_classes):
-                raise UserError(
-                    "expected a weight for each member of a plan, and a class if any are given, "
-                    f"got {len(plan.members)} members, {len(plan.weights)} weights and "
-                    f"{len(plan.classes)} classes; take the plan as the planner made it"
-                )
+            for what, values in (("weight", plan.weights), ("class", plan.member_classes)):
+                if not 0 < len(plan.members) == len(values):
+                    raise UserError(
+                        f"expected a {what} for each member of a plan, got {len(values)} for "
+                        f"{len(plan.members)} members; take the plan as the planner made it"
+                    )
             weights[b, : len(plan.weights)] = torch.tensor(plan.weights, dtype=torch.float64)
             homes = zip(plan.member_classes, plan.members, strict=True)
             for k, (name, image_id) in enumerate(homes):
@@ -222,45 +226,25 @@ class LatentBank:
         return [(chunk, {i: rows[i] for i in here}) for chunk, rows, here in found if here]
 
     def digests(self, class_name: str) -> dict[str, str]:
-        """Return the SHA-256 of a class's image files by id, in the order of ``members``.
-
-        Raises:
-            UserError: no such class.
-        """
+        """Return the SHA-256 of a class's image files by id, in the order of ``members``."""
         records = (chunk.record for chunk in self._chunks(class_name))
         digests = {image.id: image.sha256 for record in records for image in record.images}
         return {image_id: digests[image_id] for image_id in self.members[class_name]}
 
     def latents(self, class_name: str) -> Float[Tensor, "n c h w"]:
-        """Read the latents of a class in float32, in the order of ``members``.
-
-        Raises:
-            UserError: no such class, or a chunk is missing or damaged.
-        """
+        """Read the latents of a class in float32, in the order of ``members``."""
         return self._rows(class_name, self._latents).float()
 
     def clean(self, class_name: str) -> Float[Tensor, "n c h w"]:
-        """Read the clean latents of a class in float32, in the order of ``members``.
-
-        Raises:
-            UserError: the bank has none, no such class, or a chunk is missing or damaged.
-        """
+        """Read the clean latents of a class in float32, in the order of ``members``."""
         return self._rows(class_name, lambda c: self._read(c, "clean", "clean")[0]).float()
 
     def errors(self, class_name: str) -> Float[Tensor, " n"]:
-        """Read the mean squared error of each image of a class to its latent sampled back.
-
-        Raises:
-            UserError: the bank has none, no such class, or a chunk is missing or damaged.
-        """
+        """Read the mean squared error of each image of a class to its latent sampled back."""
         return self._rows(class_name, lambda c: self._read(c, "latents", "errors")[0]).clone()
 
     def health(self, class_name: str) -> ClassHealth:
-        """Measure the latents of a class, and what its images lose, if the bank keeps that.
-
-        Raises:
-            UserError: no such class, a chunk is missing or damaged, or a latent is not finite.
-        """
+        """Measure the latents of a class, and what its images lose, if the bank keeps that."""
         errors = self.errors(class_name) if "errors" in self.manifest.keeps else None
         return ClassHealth.of(class_name, self.latents(class_name), errors)
 
@@ -271,9 +255,6 @@ class LatentBank:
 
         Returns:
             The embeddings, and the row of each of ``members`` among them.
-
-        Raises:
-            UserError: the bank has none, no such class, or a file is missing or damaged.
         """
         nulls, rows, offset = [], {}, 0
         for chunk in filled(self._chunks(class_name)):

@@ -114,11 +114,7 @@ def assign_chunks(
 
 
 def intact(part: ChunkPlan) -> ChunkRecord | None:
-    """Read the record of a chunk; None if it is not committed, or its record is damaged.
-
-    Raises:
-        UserError: the record cannot be read now.
-    """
+    """Read the record of a chunk; None if it is not committed, or its record is damaged."""
     try:
         return read_record(part)
     except Damaged:
@@ -126,11 +122,7 @@ def intact(part: ChunkPlan) -> ChunkRecord | None:
 
 
 def size_of(stem: Path, files: dict[str, FileRecord]) -> int:
-    """Return the bytes of a chunk's files, its record among them; 0 if it is not whole.
-
-    Raises:
-        UserError: that cannot be found out now.
-    """
+    """Return the bytes of a chunk's files, its record among them; 0 if it is not whole."""
     try:
         if any(file_of(stem, kind).stat().st_size != file.bytes for kind, file in files.items()):
             return 0
@@ -160,9 +152,6 @@ def check_source(path: Path, stored: Iterator[ImageRecord], source: Source, ids:
         stored: records of its images, which are read once.
         source: the images as they are.
         ids: of the source.
-
-    Raises:
-        UserError: the first such image is named, or one that cannot be read now.
     """
     few, total = [], 0
     for image in stored:

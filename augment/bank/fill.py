@@ -155,11 +155,7 @@ class InvertSettings:
     dry_run: bool = False
 
     def source(self) -> Source:
-        """Return the source of the images.
-
-        Raises:
-            UserError: there is no such folder, or an option of a folder was given with a source.
-        """
+        """Return the source of the images."""
         if isinstance(self.images, str):
             source: Source = Folder(self.images, self.links, nested=self.nested)
         elif self.links or self.nested:
@@ -250,11 +246,7 @@ class InversionJob:
 
     @classmethod
     def of(cls, settings: InvertSettings) -> "InversionJob":
-        """Load the backbone and the list of images that settings ask for; see `InvertSettings`.
-
-        Raises:
-            UserError: a setting is unknown, or out of its range.
-        """
+        """Load the backbone and the list of images that settings ask for; see `InvertSettings`."""
         source = settings.source()
         prompts = prompts_of(source.classes, settings.prompt, settings.prompts)
         others, options = settings.inversion_options or {}, settings.backbone_options or {}
@@ -484,11 +476,7 @@ def remove_strays(root: Path, planned: set[Path]) -> None:
 
 
 def load_image(source: Source, backbone: Backbone, image_id: str) -> LoadedImage:
-    """Read an image; one that cannot be read has a reason to reject it.
-
-    Raises:
-        UserError: no file can be read now.
-    """
+    """Read an image; one that cannot be read has a reason to reject it."""
     record = ImageRecord(image_id, 0, "", 0)
     try:
         content = source.read(image_id)

@@ -362,12 +362,7 @@ def file_of(stem: Path, kind: str) -> Path:
 
 
 def check_file(path: Path, known: FileRecord) -> None:
-    """Compare a file with its record.
-
-    Raises:
-        Damaged: it is missing, or of another size or digest.
-        UserError: it cannot be read now.
-    """
+    """Compare a file with its record."""
     with reading(path, WRITTEN, ChunkRecord.CURE) as file:
         size = os.fstat(file.fileno()).st_size
         if size != known.bytes:
@@ -420,12 +415,7 @@ def read_manifest(path: Path) -> Manifest:
 
 
 def read_record(part: ChunkPlan) -> ChunkRecord | None:
-    """Read the commit record of a planned chunk; None if it is not committed.
-
-    Raises:
-        UserError: it cannot be read.
-        Damaged: it is not what was written, or of another chunk.
-    """
+    """Read the commit record of a planned chunk; None if it is not committed."""
     record = record_at(part.stem)
     if record is not None and not made_of(record, part):
         path = part.stem.with_suffix(".json")
@@ -434,12 +424,7 @@ def read_record(part: ChunkPlan) -> ChunkRecord | None:
 
 
 def record_at(stem: Path) -> ChunkRecord | None:
-    """Read the commit record of some chunk; None if there is none.
-
-    Raises:
-        UserError: it cannot be read.
-        Damaged: it is not what was written.
-    """
+    """Read the commit record of some chunk; None if there is none."""
     try:
         return read(ChunkRecord, stem.with_suffix(".json"))
     except Missing:
@@ -536,11 +521,7 @@ class Chunk:
 
     @property
     def record(self) -> ChunkRecord:
-        """Its commit record, read from disk.
-
-        Raises:
-            UserError: it is no longer the one that the bank was opened with.
-        """
+        """Its commit record, read from disk."""
         record = record_at(self.stem)
         if record is None or (record.files, _packed_ids(record)) != (self.files, self.packed):
             raise UserError(

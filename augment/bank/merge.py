@@ -90,11 +90,7 @@ def _assemble(banks: list[tuple[LatentBank, list[str] | None]], out: Path) -> La
 
 
 def _claim(out: Path, manifest: Manifest) -> None:
-    """Write the manifest of a bank into a new folder, unless it is there.
-
-    Raises:
-        UserError: there is something else.
-    """
+    """Write the manifest of a bank into a new folder, unless it is there."""
     try:
         same = read_manifest(out) == manifest
     except Missing:
@@ -109,11 +105,7 @@ def _claim(out: Path, manifest: Manifest) -> None:
 
 
 def _copy(chunk: Chunk, part: ChunkPlan) -> None:
-    """Copy a chunk, unless it is there, and its record last, without the rejected images.
-
-    Raises:
-        UserError: it is damaged.
-    """
+    """Copy a chunk, unless it is there, and its record last, without the rejected images."""
     there = intact(part)
     if there is not None and there.files == chunk.files and size_of(part.stem, there.files):
         return

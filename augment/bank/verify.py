@@ -51,11 +51,7 @@ class Finding(NamedTuple):
 
 
 def discard(findings: Sequence[Finding]) -> None:
-    """Remove the records of what is damaged, so that it is made again.
-
-    Raises:
-        UserError: a record cannot be removed.
-    """
+    """Remove the records of what is damaged, so that it is made again."""
     for record in {finding.record for finding in findings if finding.record is not None}:
         try:
             record.unlink(missing_ok=True)
@@ -174,9 +170,6 @@ def _classes_of(path: Path, records: list[tuple[Home, ChunkRecord]]) -> list[Cla
 
     Labels change when classes are added, so records of older manifests are sorted first, and newer
     ones inserted among them.
-
-    Raises:
-        UserError: the records are of several banks.
     """
     there = {image.id for _, record in records for image in record.images}
     by_name: dict[str, ClassEntry] = {}

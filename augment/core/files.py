@@ -184,10 +184,6 @@ def _take(path: Path, handle: int, shared: bool) -> Lock:
 
     A rank tries to be alone first, to list the files of dead writers. The kernel lets go for a
     moment before it shares a lock; if another run comes first, the rank waits for it.
-
-    Raises:
-        BlockingIOError: another run holds it.
-        OSError: the file system has no locks.
     """
     if not shared:
         lock_handle(handle)
@@ -207,10 +203,6 @@ def lock_handle(handle: int, kind: int = fcntl.LOCK_EX, patience_s: float = 0.0)
         handle: of the file.
         kind: ``fcntl.LOCK_EX`` or ``LOCK_SH``.
         patience_s: seconds to wait for another process.
-
-    Raises:
-        BlockingIOError: another process holds it.
-        OSError: the file system has no locks.
     """
     end = time.monotonic() + patience_s
     while True:
@@ -262,11 +254,7 @@ def unreadable(path: Path, what: str, error: OSError) -> UserError:
 
 
 def read_file(path: Path, what: str, cure: str = REMOVE) -> bytes:
-    """Read a regular file of at most `LARGEST_RECORD` bytes.
-
-    Raises:
-        UserError: see `reading`; `Damaged` also if it is larger.
-    """
+    """Read a regular file of at most `LARGEST_RECORD` bytes."""
     with reading(path, what, cure) as file:
         size = os.fstat(file.fileno()).st_size
         if size > LARGEST_RECORD:
@@ -275,20 +263,12 @@ def read_file(path: Path, what: str, cure: str = REMOVE) -> bytes:
 
 
 def read_json(path: Path, what: str) -> Any:
-    """Read a JSON record.
-
-    Raises:
-        UserError: see `read_file`; `Damaged` also if the file is not JSON.
-    """
+    """Read a JSON record."""
     return parse_json(read_file(path, what), path, what)
 
 
 def parse_json(content: bytes, path: Path, what: str, cure: str = REMOVE) -> Any:
-    """Parse the content of a JSON file, in UTF-8, without NaN and infinity.
-
-    Raises:
-        Damaged: it is something else.
-    """
+    """Parse the content of a JSON file, in UTF-8, without NaN and infinity."""
     try:
         return DECODER.decode(content.decode("utf-8", "surrogatepass"))
     except (ValueError, RecursionError) as error:

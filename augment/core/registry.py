@@ -50,9 +50,6 @@ def check_settings(
         name: of the strategy, for errors.
         settings: values by name.
         allowed: see `parameters`.
-
-    Raises:
-        UserError: an unknown setting, a value of another type than is annotated, or NaN.
     """
     for key, value in settings.items():
         if key not in allowed:
@@ -70,11 +67,7 @@ def check_settings(
 
 
 def refuse_reserved(settings: Mapping[str, Any], *reserved: str) -> None:
-    """Refuse settings among others that a command takes as options of their own.
-
-    Raises:
-        UserError: one of the reserved names is there.
-    """
+    """Refuse settings among others that a command takes as options of their own."""
     for name in reserved:
         if name in settings:
             raise UserError(

@@ -66,11 +66,7 @@ def as_object(value: Any) -> dict[str, Any]:
 
 
 def write(path: Path, record: Any, indent: int | None = 1) -> None:
-    """Write a record, a dataclass or a dictionary, with its digest, whole or not at all.
-
-    Raises:
-        UserError: it is too large to be read again, or the disk is full or the like.
-    """
+    """Write a record, a dataclass or a dictionary, with its digest, whole or not at all."""
     content = sealed(record, indent)
     if len(content) > LARGEST_RECORD:
         raise UserError(
@@ -88,10 +84,6 @@ def load(path: Path, what: str, since: int, cure: str) -> dict[str, Any]:
         what: what it is to be, for errors.
         since: the schema from which on a record has a digest.
         cure: what to do if it is damaged.
-
-    Raises:
-        UserError: see `augment.core.files.read_file`.
-        Damaged: it is no JSON object, or its digest is missing or that of other bytes.
     """
     content = read_file(path, what, cure)
     record = parse_json(content, path, what, cure)
@@ -107,12 +99,7 @@ def load(path: Path, what: str, since: int, cure: str) -> dict[str, Any]:
 
 
 def read(kind: type[T], path: Path) -> T:
-    """Read a record of a type.
-
-    Raises:
-        UserError: see `load`, or it is of a schema that this version does not read.
-        Damaged: see `load`, or a value is none that was ever written.
-    """
+    """Read a record of a type."""
     record = load(path, kind.WHAT, kind.SCHEMA, kind.CURE)
     number = record.get("schema", kind.OLDEST)
     if type(number) is int and not kind.OLDEST <= number <= kind.SCHEMA:

@@ -85,11 +85,7 @@ INVERTERS: dict[str, type[Inverter]] = {
 
 
 def inverter(name: str, **settings: Any) -> Inverter:
-    """Build an inversion by name.
-
-    Raises:
-        UserError: an unknown name or setting, or one out of its range.
-    """
+    """Build an inversion by name."""
     made = make(INVERTERS, name, settings, "inversion")
     check_steps(made.steps)
     return made
@@ -98,12 +94,7 @@ def inverter(name: str, **settings: Any) -> Inverter:
 def check_guidance(
     run: Inverter, backbone: Backbone, prompts: Sequence[str], guidance: float
 ) -> None:
-    """Refuse an inversion that optimises guidance where there is none.
-
-    Raises:
-        UserError: the backbone's condition has no ``text``, the scale is 1, or an image has no
-            prompt.
-    """
+    """Refuse an inversion that optimises guidance where there is none."""
     if run.guidance == 1:
         return
     if "text" not in backbone.condition([""]):

@@ -1,14 +1,14 @@
 """Jobs: long work in units, each finished if and only if its commit record exists.
 
 A unit is a few hundred images: the chunks of a bank that are inverted together, or one shard. It
-is a pure function of the job and its number, so anybody may do it, twice if need be; its files
-appear whole, and last of them a record that says so. What is left to do is what is planned less
-what is committed. So a job may be killed at any moment, moved, and finished by other workers, and
-none of them has to talk to another. An executor says who does the units:
+is a pure function of the job and its number, so any worker may do it, even twice; its files are
+written whole, its commit record last. What is planned and not committed is left to do. So a job may
+be killed at any moment, moved, and finished by other workers, which do not communicate. An executor
+does the units:
 
-``local``  this process, or its share of them if it is one of several: unit i belongs to rank i mod
-           world, under ``torchrun`` or in a Slurm array (`stripe`)
-``ray``    a pool of Ray actors (`augment.jobs.ray`)
+``local``  in this process, or its share of them: unit i belongs to rank i mod world, under
+           ``torchrun`` or in a Slurm array (`stripe`)
+``ray``    by a pool of Ray actors (`augment.jobs.ray`)
 
 To add one: a function (job, units) → the units as they are finished, and an entry in `EXECUTORS`.
 """
@@ -30,10 +30,10 @@ from augment.jobs.ray import ray_pool
 
 @runtime_checkable
 class Job(Protocol):
-    """Work in units. It has to be picklable, for it may be sent to other machines.
+    """Work in units; picklable, since it may be sent to other machines.
 
     Attributes:
-        path: the folder that everything is written to; all workers must see it.
+        path: folder that everything is written to; all workers must see it.
         title: of the progress bar.
     """
 
@@ -41,19 +41,19 @@ class Job(Protocol):
     title: str
 
     def plan(self) -> Sequence[int]:
-        """Write down what is to be done, unless it is; gives the images of each unit, in order."""
+        """Write the plan, unless it is there; return the number of images of each unit."""
         ...
 
     def committed(self, unit: int) -> int:
-        """The bytes of a unit's files, its record among them; 0 if it is not finished."""
+        """Return the bytes of a unit's files, its record among them; 0 if it is not finished."""
         ...
 
     def start(self) -> Callable[[int], None]:
-        """Load what the work needs; gives the function that does a unit and commits it."""
+        """Load what the work needs; return the function that does a unit and commits it."""
         ...
 
     def finish(self) -> None:
-        """Called when all units are committed; to do it twice, or at once, must do no harm."""
+        """Finish when all units are committed; ranks may do this twice, or at the same time."""
         ...
 
 
@@ -73,11 +73,7 @@ EXECUTORS: dict[str, Executor] = {"local": local, "ray": ray_pool}
 
 
 def stripe() -> tuple[int, int]:
-    """(rank, world) of this process: of ``torchrun``, of a Slurm array, or (0, 1).
-
-    Raises:
-        UserError: the environment names a rank that is none.
-    """
+    """Return (rank, world) of this process: of ``torchrun``, of a Slurm array, or (0, 1)."""
     env, slurm = os.environ, "SLURM_ARRAY_TASK_"
     try:
         if "WORLD_SIZE" in env:
@@ -119,10 +115,10 @@ def run(job: Job, executor: str = "local", ranks: tuple[int, int] = (0, 1)) -> b
     Args:
         job: the work.
         executor: a key of `EXECUTORS`.
-        ranks: (rank, world) of this process; it does the units whose number is rank modulo world.
+        ranks: (rank, world) of this process, which does the units of number rank modulo world.
 
     Returns:
-        Whether all units, those of other ranks too, are committed now.
+        Whether all units, also those of other ranks, are committed.
 
     Raises:
         UserError: another run is at work in the job's folder, or a unit cannot be done.
@@ -131,16 +127,16 @@ def run(job: Job, executor: str = "local", ranks: tuple[int, int] = (0, 1)) -> b
     with locked(job.path, shared=world > 1) as lock:
         sizes = job.plan()
         lock.sweep()
-        mine = range(rank, len(sizes), world)
-        todo = [unit for unit in mine if not job.committed(unit)]
-        total, left = (sum(sizes[unit] for unit in units) for units in (mine, todo))
+        share = range(rank, len(sizes), world)
+        todo = [unit for unit in share if not job.committed(unit)]
+        total, left = (sum(sizes[unit] for unit in units) for units in (share, todo))
         title = job.title if world == 1 else f"{job.title}, rank {rank} of {world}"
         if todo:
             with tqdm(total=total, initial=total - left, desc=title, unit="image", delay=2) as bar:
                 for unit in execute(job, todo):
                     bar.update(sizes[unit])
-        seen = mine if not todo else range(0)  # a moment ago, all of them
-        complete = all(job.committed(unit) for unit in range(len(sizes)) if unit not in seen)
+        checked = range(0) if todo else share  # a moment ago
+        complete = all(job.committed(unit) for unit in range(len(sizes)) if unit not in checked)
         if complete:
             job.finish()
     if complete:
@@ -150,18 +146,14 @@ def run(job: Job, executor: str = "local", ranks: tuple[int, int] = (0, 1)) -> b
 
 
 def estimate(job: Job) -> str:
-    """Do the first unit that is left, keep it, and tell what the others will take.
-
-    Raises:
-        UserError: as `run`.
-    """
+    """Do and commit the first unit that is left, and report what the others will take."""
     with locked(job.path):
         sizes = job.plan()
         todo = [unit for unit in range(len(sizes)) if not job.committed(unit)]
         left = sum(sizes[unit] for unit in todo)
-        told = f"{len(sizes)} units, {sum(sizes)} images; {len(todo)} units, {left} images to do"
+        report = f"{len(sizes)} units, {sum(sizes)} images; {len(todo)} units, {left} images to do"
         if not todo:
-            return told
+            return report
         began = time.perf_counter()
         work = job.start()
         loaded = time.perf_counter()
@@ -170,7 +162,7 @@ def estimate(job: Job) -> str:
         done = sizes[todo[0]]
         share = (left - done) / done
         return (
-            f"{told}\nunit {todo[0]} is made and kept: {done} images in {seconds:.1f} s (and "
+            f"{report}\nunit {todo[0]} is made and kept: {done} images in {seconds:.1f} s (and "
             f"{loaded - began:.1f} s to load), {size:,} bytes\nthe other {left - done} images will "
             f"take {share * seconds:,.0f} s on one such worker, and {share * size:,.0f} bytes"
         )

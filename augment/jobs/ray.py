@@ -1,12 +1,11 @@
-"""The units of a job on a Ray cluster: a pool of actors, any of which may die at any time.
+"""Do the units of a job on a Ray cluster: a pool of actors, any of which may die at any time.
 
-Ray starts processes on the machines and tells of their deaths; who does which unit is decided
-here, in the driver, and what is done is known by the commit records alone. An actor loads the job
-once and is given one unit at a time; a unit whose actor, worker or node died goes to another one.
+The driver assigns the units; commit records alone say what is done. An actor loads the job once and
+does one unit at a time; a unit whose actor, worker or node died goes to another one. If the driver
+is killed its actors die, and the same command resumes the job.
 
 All nodes need the same environment, with this package and the job's class installed, and a file
-system in common that holds the job's folder under the same path. Ray's memory of a job is the
-driver's: if that is killed its actors die, and the same command begins where it stopped.
+system in common that holds the job's folder under the same path.
 """
 
 import os
@@ -23,11 +22,11 @@ import torch
 
 from augment.core.errors import AugmentWarning, UserError
 
-DEATHS = 3
-"""A unit that this many actors died of is not tried again."""
+MAX_DEATHS = 3
+"""Actors that may die of a unit before the job fails."""
 
-LOOK = 5.0
-"""Seconds after which the driver looks for new nodes, if no unit was finished before."""
+POLL_S = 5.0
+"""Seconds after which the driver looks for new nodes if no unit was finished."""
 
 
 class Worker:
@@ -35,9 +34,9 @@ class Worker:
 
     def __init__(self, folder: str, threads: int | None) -> None:
         for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
-            os.environ.pop(name, None)  # the driver's; who reads them would wait for its peers
+            os.environ.pop(name, None)  # the driver's; a worker would wait for its peers
         with suppress(OSError):
-            os.chdir(folder)  # paths may be relative to the driver's, where that exists
+            os.chdir(folder)  # the driver's, if it exists, since paths may be relative
         if threads:
             torch.set_num_threads(threads)
 
@@ -57,11 +56,7 @@ class Worker:
 
 @contextmanager
 def connected() -> Iterator[Any]:
-    """Ray with a cluster: the caller's, the one at ``RAY_ADDRESS``, or a new one of this machine.
-
-    Raises:
-        UserError: Ray is not installed, or no cluster answers.
-    """
+    """Connect to the caller's Ray cluster, the one at ``RAY_ADDRESS``, or a new one here."""
     try:
         import ray
     except ImportError:
@@ -89,7 +84,7 @@ def connected() -> Iterator[Any]:
 
 
 def death_of(call: Any) -> Exception | None:
-    """What a worker died of that was at a finished call, or None; raises what its code raised."""
+    """Return what a worker died of at a finished call, or None; raise what its code raised."""
     import ray
     from ray.exceptions import RayError, RayTaskError
 
@@ -102,8 +97,8 @@ def death_of(call: Any) -> Exception | None:
     return None
 
 
-def mourn(death: Exception, unit: int | None, times: int, limit: int) -> None:
-    """Tell of a worker's death; give up at the last that is bearable."""
+def handle_worker_death(death: Exception, unit: int | None, times: int, limit: int) -> None:
+    """Warn that a worker died; raise once the limit is reached."""
     task = "loading the job" if unit is None else f"unit {unit}"
     cause = textwrap.shorten(str(death).strip().rpartition("\n")[2], 160)
     if times >= limit:
@@ -120,11 +115,11 @@ def ray_pool(job: Any, units: Sequence[int]) -> Iterator[int]:
     """Do the units on a pool of Ray actors; an executor of `augment.jobs.job`.
 
     There is an actor for each GPU of the cluster, or for each CPU if it has no GPU when the job
-    begins, and more as nodes join; while there is none it waits. Actors print to Ray's logs.
+    begins, and more as nodes join; without any it waits. Actors print to Ray's logs.
 
     Args:
         job: an `augment.jobs.job.Job`.
-        units: what to do, in this order.
+        units: to do, in this order.
 
     Raises:
         UserError: Ray is missing, a unit cannot be done, or workers die again and again.
@@ -133,18 +128,18 @@ def ray_pool(job: Any, units: Sequence[int]) -> Iterator[int]:
     with connected() as ray:
         kind = "GPU" if ray.cluster_resources().get("GPU", 0) >= 1 else "CPU"
         need = {"num_gpus": 1, "num_cpus": 0} if kind == "GPU" else {"num_cpus": 1}
-        hire = ray.remote(max_restarts=0, max_task_retries=0, **need)(Worker).remote
+        create_actor = ray.remote(max_restarts=0, max_task_retries=0, **need)(Worker).remote
         shared, left, deaths = ray.put(job), deque(units), Counter[int | None]()
-        # the call that each worker is at, with its unit, or None while it loads the job: one that
-        # waits for a node which is gone keeps no unit from being done
+        # the call of each worker, with its unit, or None while it loads the job: one that waits for
+        # a node which is gone holds no unit
         busy: dict[Any, tuple[Any, int | None]] = {}
         try:
             while (doing := sum(unit is not None for _, unit in busy.values())) or left:
                 size = max(1, int(ray.cluster_resources().get(kind, 0)))
                 for _ in range(min(size, doing + len(left)) - len(busy)):
-                    worker = hire(str(Path.cwd()), 1 if kind == "CPU" else None)
+                    worker = create_actor(str(Path.cwd()), 1 if kind == "CPU" else None)
                     busy[worker.start.remote(shared)] = worker, None
-                for call in ray.wait(list(busy), timeout=LOOK)[0]:
+                for call in ray.wait(list(busy), timeout=POLL_S)[0]:
                     worker, unit = busy[call]
                     death = death_of(call)
                     del busy[call]
@@ -155,7 +150,8 @@ def ray_pool(job: Any, units: Sequence[int]) -> Iterator[int]:
                         busy[worker.do.remote(task)] = worker, task
                     if death and (unit is None or not job.committed(unit)):
                         deaths[unit] += 1
-                        mourn(death, unit, deaths[unit], DEATHS * (size if unit is None else 1))
+                        limit = MAX_DEATHS * (size if unit is None else 1)
+                        handle_worker_death(death, unit, deaths[unit], limit)
                         left.extend([] if unit is None else [unit])
                     elif unit is None:
                         deaths[unit] = 0

@@ -129,11 +129,7 @@ class ReplayPool(Dataset[Sample]):
         threading.Thread(target=_watch, args=watcher, daemon=True).start()
 
     def _wait(self, process: BaseProcess, warm_up: int | None) -> None:
-        """Wait for the first images.
-
-        Raises:
-            UserError: the generator ended, or made none in time.
-        """
+        """Wait for the first images."""
         store = self.store
         with tqdm(total=warm_up, desc="replay pool", unit="image", delay=2) as bar:
             while True:
@@ -208,11 +204,7 @@ class ReplayPool(Dataset[Sample]):
         raise UserError("expected images in the replay pool, got none that is whole; make it anew")
 
     def plan(self, record: Record) -> Plan:
-        """Return the plan of a record's image.
-
-        Raises:
-            UserError: the dataset is not in this process, or has no plans.
-        """
+        """Return the plan of a record's image."""
         dataset: Any = copy.copy(self.__dict__.get("dataset"))
         if not hasattr(dataset, "plan"):
             raise UserError(

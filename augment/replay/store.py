@@ -105,11 +105,7 @@ class Store:
         return os.getpid() % CELLS  # the file system has no such locks
 
     def settle(self, layout: dict[str, Any]) -> None:
-        """Reserve the slots of a layout, or check that they are there.
-
-        Raises:
-            UserError: there is no room, or the file has other slots.
-        """
+        """Reserve the slots of a layout, or check that they are there."""
         size = CONTROL.itemsize + layout["capacity"] * (PREFIX + slot_of(layout).itemsize)
         text = json.dumps(layout | {"bytes": size}, default=str).encode()
         layout, kept = json.loads(text), self.control["layout"].item()
@@ -152,11 +148,7 @@ class Store:
         return bool(self.layout)
 
     def write(self, record: Record) -> None:
-        """Replace the oldest image.
-
-        Raises:
-            UserError: it is not of the form that the first image had.
-        """
+        """Replace the oldest image."""
         form, label = form_of(record.image, record.label)
         if form != self.layout["form"]:
             raise UserError(
@@ -192,11 +184,7 @@ def _received(where: str, copies: list[Any]) -> Store:
 
 
 def form_of(image: Any, label: Any) -> tuple[list[Any], np.ndarray]:
-    """Return [shape of an image, dtype and shape of its label], and the label as an array.
-
-    Raises:
-        UserError: the image is not a float tensor (C, H, W).
-    """
+    """Return [shape of an image, dtype and shape of its label], and the label as an array."""
     if not (isinstance(image, Tensor) and image.ndim == 3 and image.is_floating_point()):
         form = f"{image.dtype} {list(image.shape)}" if isinstance(image, Tensor) else type(image)
         raise UserError(
@@ -259,11 +247,7 @@ def nameless() -> tuple[str, list[int]]:
 
 
 def named(path: Path) -> tuple[str, list[int]]:
-    """Open or make the file of a pool, for this run alone.
-
-    Raises:
-        UserError: it is in use, is no pool, or cannot be made.
-    """
+    """Open or make the file of a pool, for this run alone."""
     file = -1
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -18,7 +18,7 @@ from conftest import snapshot
 from augment.core.errors import AugmentWarning, UserError
 from augment.core.files import replacing, write_bytes, write_json
 from augment.jobs.job import run
-from augment.jobs.ray import DEATHS, ray_pool
+from augment.jobs.ray import MAX_DEATHS, ray_pool
 
 pytestmark = pytest.mark.slow
 MARK = "AUGMENT_TEST_CLUSTER"
@@ -157,10 +157,10 @@ def test_a_unit_that_kills_its_workers_stops_the_job(cluster: Any, tmp_path: Pat
     job = Squares(tmp_path / "out", "kill")
     with (
         pytest.warns(AugmentWarning, match="unit 5"),
-        pytest.raises(UserError, match=rf"expected unit 5 .* got {DEATHS} dead"),
+        pytest.raises(UserError, match=rf"expected unit 5 .* got {MAX_DEATHS} dead"),
     ):
         run(job, "ray")
-    assert job.units() == dict.fromkeys(range(12), 1) | {5: DEATHS}
+    assert job.units() == dict.fromkeys(range(12), 1) | {5: MAX_DEATHS}
     assert sum(map(bool, map(job.committed, range(12)))) == 11
 
 
