@@ -24,7 +24,6 @@ import matplotlib.pyplot as plt
 import torch
 from fashion_mnist import CLASSES, load_split
 from torch import Tensor
-from torch.utils.data import Dataset
 from tqdm import tqdm
 from train_tiny import VEHICLES
 
@@ -104,17 +103,12 @@ TUNED = (
 )
 
 
-class Images(Dataset[tuple[Tensor, int]]):
-    """Images in memory."""
+class Images(list[tuple[Tensor, int]]):
+    """Images in memory, of the classes in turn."""
 
-    def __init__(self, images: Tensor, targets: list[int]) -> None:
-        self.images, self.targets = images, targets
-
-    def __len__(self) -> int:
-        return len(self.targets)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return self.images[index], self.targets[index]
+    def __init__(self, images: Tensor, classes: int) -> None:
+        self.targets = [index % classes for index in range(len(images))]
+        super().__init__(zip(images, self.targets, strict=True))
 
 
 class Bench:
@@ -177,7 +171,7 @@ class Bench:
             count = row.per_class * len(self.names)
             pixels = row.kind == "pixels"
             images = self.pixels(bank, real, count, seed) if pixels else self.prompted(count, seed)
-            made = Images(images, [index % len(self.names) for index in range(count)])
+            made = Images(images, len(self.names))
         return made, time.process_time() - begun
 
     def pixels(self, bank: LatentBank, real: Source, count: int, seed: int) -> Tensor:

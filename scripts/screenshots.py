@@ -52,7 +52,7 @@ def report(browser: Browser, root: Path) -> None:
     write_report(bank, file, root / "shards", load_backbone(**bank.recipe), command=command)
     shots = []
     for scheme in ("light", "dark"):
-        page = opened(browser, file, scheme)
+        page = opened(browser, file.resolve().as_uri(), scheme)
         shots.append(photographed(page, root / f"report-{scheme}.png"))
         page.get_by_role("button", name="Refused").click()
         page.evaluate("document.getElementById('classes').scrollIntoView()")
@@ -70,9 +70,7 @@ def explorer(browser: Browser, root: Path) -> None:
     model = Explorer(bank, load_backbone(**bank.recipe), bank.recipe, out=root / "kept")
     blocks, shots = serve(model, port=7897), []
     for scheme, act in (("light", mix), ("dark", stroll)):
-        view: Any = {"width": 1240, "height": 1040}
-        page = browser.new_page(viewport=view, color_scheme=scheme)  # type: ignore[arg-type]
-        page.goto("http://127.0.0.1:7897")
+        page = opened(browser, "http://127.0.0.1:7897", scheme, height=1040)
         page.wait_for_selector("#image-b img")
         act(page)
         shots.append(photographed(page, root / f"explorer-{scheme}.png"))
@@ -112,11 +110,10 @@ PAGES: dict[str, Callable[[Browser, Path], Any]] = {"report": report, "explorer"
 """Pages by name."""
 
 
-def opened(browser: Browser, file: Path, scheme: str = "light") -> Page:
-    """Open a file, in light or dark."""
-    view: Any = {"width": 1240, "height": 1000}
-    page = browser.new_page(viewport=view, color_scheme=scheme)  # type: ignore[arg-type]
-    page.goto(file.resolve().as_uri())
+def opened(browser: Browser, address: str, scheme: Any, height: int = 1000) -> Page:
+    """Open a page, in light or dark."""
+    page = browser.new_page(viewport={"width": 1240, "height": height}, color_scheme=scheme)
+    page.goto(address)
     page.wait_for_timeout(500)
     return page
 

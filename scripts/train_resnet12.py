@@ -13,6 +13,7 @@ of length 1).
 """
 
 import argparse
+import itertools
 import json
 import math
 from pathlib import Path
@@ -28,6 +29,7 @@ from torch import Tensor, nn
 from augment.core.files import write_bytes
 from augment.networks import in_batches, unit
 from augment.sources import Folder
+from training.episodes.evaluate import Evaluation
 from training.episodes.protocol import Episodes
 from training.models.heads import make_head
 from training.models.metrics import normal_interval
@@ -123,25 +125,15 @@ def report(run: Run) -> None:
         images, _ = load_part(run.args.images, part)
         features[part] = unit(in_batches(lambda x: trunk(normalised(x)), images)).float()
         write_bytes(run.folder / "features.safetensors", save(features))
-        if part == "base":
-            continue
+    for part, shots, name in itertools.product(PARTS[1:], (1, 5), ("prototype", "logistic")):
         source = Folder(run.args.images)
         source.ids = {name: source.ids[name] for name in classes_of(part)}
-        places = {i: row for row, i in enumerate(i for ids in source.ids.values() for i in ids)}
-        for shots in (1, 5):
-            for name in ("prototype", "logistic"):
-                head, found = make_head(name), []
-                for task in Episodes(source, 5, shots, 15, run.args.episodes).tasks:
-                    support, query = (
-                        features[part][[places[i] for ids in rows for i in ids]].double()
-                        for rows in (task.support, task.query)
-                    )
-                    labels = torch.arange(5).repeat_interleave(shots)
-                    truth = torch.arange(5).repeat_interleave(15)
-                    answer = head(support, labels, torch.ones(5 * shots).double(), query)
-                    found.append((answer == truth).double().mean().item())
-                mean, half = sum(found) / len(found), normal_interval(found)
-                print(f"{part}, 5-way {shots}-shot, {name}: {100 * mean:.2f} ± {100 * half:.2f} %")
+        vectors = dict(zip((i for i, _ in source.samples), features[part], strict=True))
+        evaluate = Evaluation(make_head(name), vectors, trunk, None, (3, 32), 1.0)
+        tasks = Episodes(source, 5, shots, 15, run.args.episodes).tasks
+        found = [evaluate(number, task)[0] for number, task in enumerate(tasks)]
+        mean, half = sum(found) / len(found), normal_interval(found)
+        print(f"{part}, 5-way {shots}-shot, {name}: {100 * mean:.2f} ± {100 * half:.2f} %")
 
 
 def main() -> None:

@@ -1,7 +1,7 @@
-"""Pipeline folders of diffusers' own classes, randomly initialised and a few hundred kilobytes big.
+"""Pipeline folders of diffusers' own classes, randomly initialised, of a few hundred kilobytes.
 
-The networks are too small to make pictures, but every part is the real one: tokenizers, text
-encoders, autoencoder, network, scheduler file, model_index.json.
+The networks are too small to make images, but every part is real: tokenizers, text encoders,
+autoencoder, network, scheduler file, model_index.json.
 """
 
 import hashlib
@@ -32,7 +32,7 @@ UNET = {
 
 
 def clip_tokenizer() -> Any:
-    """Letters and one word, as byte-pair encoding has them."""
+    """Return a byte-pair tokenizer of letters and one word."""
     from transformers import CLIPTokenizer
 
     letters = [*string.ascii_lowercase]
@@ -82,7 +82,7 @@ def autoencoder(**changes: Any) -> Any:
 
 
 def save(pipe: Any, folder: Path, scheduler: dict[str, Any]) -> Path:
-    """Write the pipeline, its text encoders louder than they are initialised."""
+    """Write the pipeline, with larger weights of the text encoders."""
     for name in ("text_encoder", "text_encoder_2"):
         encoder = getattr(pipe, name, None)
         if encoder is not None:
@@ -95,7 +95,7 @@ def save(pipe: Any, folder: Path, scheduler: dict[str, Any]) -> Path:
 
 
 def stable_diffusion(folder: Path, seed: int = 0, **scheduler: Any) -> Path:
-    """Stable Diffusion 1 or 2: one CLIP, a UNet, DDIM's scheduler file as SD 1 has it."""
+    """Write Stable Diffusion 1 or 2: one CLIP, a UNet, DDIM's scheduler file as SD 1 has it."""
     from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPTextModel
 
@@ -114,7 +114,7 @@ def stable_diffusion(folder: Path, seed: int = 0, **scheduler: Any) -> Path:
 
 
 def sdxl(folder: Path, seed: int = 0, zeros: bool = True, **scheduler: Any) -> Path:
-    """Two text encoders of 32 and 24 channels, the second's pooled row, and size conditions."""
+    """Write SDXL: two text encoders of 32 and 24 channels, a pooled row, size conditions."""
     from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
@@ -140,7 +140,7 @@ def sdxl(folder: Path, seed: int = 0, zeros: bool = True, **scheduler: Any) -> P
 
 
 def sd3(folder: Path, seed: int = 0, t5: bool = True, **scheduler: Any) -> Path:
-    """Two CLIPs and T5, a transformer with Stable Diffusion 3.5's normalised queries and keys."""
+    """Write SD 3.5: two CLIPs and T5, a transformer with normalised queries and keys."""
     from diffusers import (
         FlowMatchEulerDiscreteScheduler,
         SD3Transformer2DModel,
@@ -180,7 +180,7 @@ def sd3(folder: Path, seed: int = 0, t5: bool = True, **scheduler: Any) -> Path:
 
 
 def dit(folder: Path, seed: int = 0, **scheduler: Any) -> Path:
-    """Class conditions and a learned variance; the labels are ImageNet's first three."""
+    """Write DiT: class conditions and a learned variance; the labels are ImageNet's first three."""
     from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 
     torch.manual_seed(seed)
@@ -221,7 +221,7 @@ ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_ou
 
 
 def original_unet(key: str) -> str:
-    """A UNet's key in the original releases; of two levels with one layer each."""
+    """Return a UNet's key in the original releases; of two levels with one layer each."""
     name, kind = key.rsplit(".", 1)
     if name in OUTER:
         return f"{OUTER[name]}.{kind}"
@@ -240,7 +240,7 @@ def original_unet(key: str) -> str:
 
 
 def original_vae(key: str) -> str:
-    """An autoencoder's key in the original releases; of two levels."""
+    """Return an autoencoder's key in the original releases; of two levels."""
     name, kind = key.rsplit(".", 1)
     for new, old in (
         ("conv_norm_out", "norm_out"),
@@ -263,7 +263,7 @@ def original_vae(key: str) -> str:
 
 
 def single_file(folder: Path, path: Path) -> Path:
-    """The weights of a `stable_diffusion` folder in one file, named as the first releases did."""
+    """Write the weights of a `stable_diffusion` folder to one file, named as in the releases."""
     from safetensors.torch import load_file, save_file
 
     name = "diffusion_pytorch_model.safetensors"
@@ -281,10 +281,10 @@ def single_file(folder: Path, path: Path) -> Path:
 
 
 class Hub(ThreadingHTTPServer):
-    """As much of the Hugging Face hub as downloading takes, on this machine.
+    """The part of the Hugging Face hub that downloads use, on this machine.
 
     Args:
-        repositories: folders by ``owner/name``; instead of a folder an error: a status and a code.
+        repositories: folders by ``owner/name``, or an error: a status and a code.
     """
 
     def __init__(self, repositories: dict[str, Path | tuple[int, str]]) -> None:
@@ -340,7 +340,7 @@ class Desk(BaseHTTPRequestHandler):
 
 
 def save_clip(folder):
-    """A CLIP of two layers, for 16×16 images and prompts of small letters."""
+    """Write a CLIP of two layers, for 16×16 images and prompts of small letters."""
     from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPVisionConfig
 
     vision = CLIPVisionConfig(

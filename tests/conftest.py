@@ -1,4 +1,4 @@
-"""What several test files share: small pictures, an exact backbone, banks."""
+"""Fixtures of several test files: small images, an exact backbone, banks."""
 
 import json
 import sys
@@ -22,18 +22,18 @@ COUNTS = {"ant": 3, "bee": 4, "cat": 1}
 
 
 def paint(root: Path, counts: dict[str, int] = COUNTS, size: int = 8, seed: int = 0) -> Path:
-    """Image folders of grey noise, ``root/class/0.png`` and so on."""
-    dice = np.random.default_rng(seed)
+    """Write image folders of grey noise, ``root/class/0.png`` and so on."""
+    rng = np.random.default_rng(seed)
     for name, count in counts.items():
         (root / name).mkdir(parents=True, exist_ok=True)
         for number in range(count):
-            pixels = dice.integers(0, 256, (size, size), dtype=np.uint8)
+            pixels = rng.integers(0, 256, (size, size), dtype=np.uint8)
             Image.fromarray(pixels).save(root / name / f"{number}.png")
     return root
 
 
 def call(monkeypatch, capsys, *args):
-    """Exit code, standard output and standard error of a command."""
+    """Return exit code, standard output and standard error of a command."""
     monkeypatch.setattr(sys, "argv", ["latent-augment", *map(str, args)])
     code = 0
     try:
@@ -44,7 +44,7 @@ def call(monkeypatch, capsys, *args):
 
 
 def amend(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    """Change a record and give it the digest that belongs to it."""
+    """Change a record, and write it with the right digest."""
     record = json.loads(path.read_bytes())
     record.pop("digest")
     change(record)
@@ -52,7 +52,7 @@ def amend(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
 
 
 def snapshot(root: Path) -> dict[str, bytes]:
-    """Every file below a folder with its bytes, and every empty folder."""
+    """Return every file below a folder with its bytes, and every empty folder."""
     return {
         str(path.relative_to(root)): path.read_bytes() if path.is_file() else b""
         for path in sorted(root.rglob("*"))
@@ -78,5 +78,5 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def bank(
     tmp_path_factory: pytest.TempPathFactory, gaussian: GaussianBackbone, pictures: Path
 ) -> LatentBank:
-    """Made by the exact backbone; tests that harm a bank fill one of their own."""
+    """Fill a bank by the exact backbone; tests that damage a bank fill one of their own."""
     return fill_bank(tmp_path_factory.mktemp("bank"), gaussian, Folder(pictures), steps=4)

@@ -36,19 +36,19 @@ BACKBONE = GaussianBackbone(mean=0.1, latent_shape=(1, 8, 8))
 
 
 def invert(root: Path, out: Path) -> None:
-    """A bank of 120 images in units of 8 or so, some of several chunks; two images are broken."""
+    """Fill a bank of 120 images in units of about 8, with classes of several chunks."""
     fill_bank(out, BACKBONE, Folder(root / "images"), steps=2, inversion="ddim")
 
 
 def synthesize(root: Path, out: Path) -> None:
-    """Shards of a bank that is there."""
+    """Write shards of an existing bank."""
     bank = LatentBank.open(root / "bank")
     synthesizer = Synthesizer(BACKBONE, bank, steps=2, batch_size=4)
     write_shards(synthesizer, Planner(bank.members), PER_CLASS, out, shard_size=6)
 
 
 def merge(root: Path, out: Path) -> None:
-    """Two banks that are there in one."""
+    """Merge two existing banks."""
     merge_banks([root / "bank", root / "other"], out)
 
 
@@ -56,7 +56,7 @@ JOBS = {"invert": invert, "synthesize": synthesize, "merge": merge}
 
 
 def prepare(root: Path) -> None:
-    """The images, and a bank of them."""
+    """Make the images, two of them broken, and a bank of them."""
     paint(root / "images", {"ant": 50, "bee": 3, "cat": 47, "dog": 20})
     (root / "images" / "ant" / "7.png").write_bytes(b"")
     (root / "images" / "cat" / "9.png").write_bytes(b"not an image")
@@ -69,7 +69,7 @@ def prepare(root: Path) -> None:
 
 
 def fork(work: Callable[[], None]) -> int:
-    """Start a victim; its process id."""
+    """Start a victim; return its process id."""
     child = os.fork()
     if child:
         return child
@@ -83,14 +83,14 @@ def fork(work: Callable[[], None]) -> int:
 
 
 def wait(child: int) -> bool:
-    """Whether a victim came to its end alive; one that failed by itself is an error."""
+    """Return whether a victim ended alive; one that failed by itself is an error."""
     status = os.waitpid(child, 0)[1]
     assert not os.WIFEXITED(status) or os.WEXITSTATUS(status) == 0, "a run failed"
     return os.WIFEXITED(status)
 
 
 def counted(log: Path) -> None:
-    """Let every unit that is begun be written down."""
+    """Log every unit that is begun."""
     for kind in (InversionJob, Synthesis):
         inner = kind.work
 
@@ -110,8 +110,8 @@ def calls(job: Callable[[], None], out: Path, whole: dict[str, bytes]) -> dict[s
         left = [kills]
 
         def count(event: str, args: tuple, left: list[int] = left) -> None:
-            known = ("open", "os.rename", "os.mkdir", "os.remove", "os.listdir", "os.scandir")
-            if event in known and str(out) in str(args[0]):
+            calls = ("open", "os.rename", "os.mkdir", "os.remove", "os.listdir", "os.scandir")
+            if event in calls and str(out) in str(args[0]):
                 if left[0] == 0:
                     os.kill(os.getpid(), signal.SIGKILL)
                 left[0] -= 1
@@ -130,7 +130,7 @@ def calls(job: Callable[[], None], out: Path, whole: dict[str, bytes]) -> dict[s
 
 def times(job: Callable[[], None], out: Path, whole: dict[str, bytes]) -> dict[str, int]:
     """Kill at random times."""
-    dice, log = random.Random(0), out.with_suffix(".log")
+    rng, log = random.Random(0), out.with_suffix(".log")
     began = time.perf_counter()
     shutil.rmtree(out, ignore_errors=True)
     assert wait(fork(job))
@@ -139,7 +139,7 @@ def times(job: Callable[[], None], out: Path, whole: dict[str, bytes]) -> dict[s
     while kills < KILLS:
         shutil.rmtree(out)
         log.write_text("")
-        mine, folders = 0, folders + 1
+        dead, folders = 0, folders + 1
         while True:
 
             def victim() -> None:
@@ -148,16 +148,16 @@ def times(job: Callable[[], None], out: Path, whole: dict[str, bytes]) -> dict[s
 
             child = fork(victim)
             if kills < KILLS:
-                time.sleep(dice.uniform(0, longest / 4))  # several a folder
+                time.sleep(rng.uniform(0, longest / 4))  # several a folder
                 os.kill(child, signal.SIGKILL)  # it may have ended: then it is a zombie
             alive = wait(child)
-            mine, kills = mine + (not alive), kills + (not alive)
+            dead, kills = dead + (not alive), kills + (not alive)
             if alive:
                 break
-        assert snapshot(out) == whole, f"other bytes after {mine} kills"
+        assert snapshot(out) == whole, f"other bytes after {dead} kills"
         units = log.read_text().split()  # none of a merge, which has no units
         redone = len(units) - len(set(units))
-        assert redone <= mine, f"{redone} units were done again after {mine} kills"
+        assert redone <= dead, f"{redone} units were done again after {dead} kills"
         extra += redone
     return {"kills": kills, "folders": folders, "redone": extra}
 

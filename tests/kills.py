@@ -121,27 +121,26 @@ def main() -> None:
     longest, whole = time.monotonic() - begun, result(job, root / "whole")
     kills = folders = differing = left = 0
     while kills < count:
-        out, mine, folders = root / "cut", 0, folders + 1
+        out, dead, folders = root / "cut", 0, folders + 1
         shutil.rmtree(out, ignore_errors=True)
         while True:
             child, number = start(job, out, log), rng.choice(list(SIGNALS))
-            if mine < LARGEST and kills < count:
+            if dead < LARGEST and kills < count:
                 time.sleep(rng.uniform(0.05, 0.9) * longest)
                 os.kill(child, number)  # one that ended is a zombie
             codes[code := finish(child)] += 1
             if code == 0:
                 break
             assert code == SIGNALS[number], (code, number, log.read_text()[-3000:])
-            mine, kills = mine + 1, kills + 1
+            dead, kills = dead + 1, kills + 1
         differing += result(job, out) != whole
         print(
             f"{kills} kills, {folders} folders, {differing} differing", file=sys.stderr, flush=True
         )
         left += len([path for path in out.rglob("*.tmp")])
-    told = {"job": job, "kills": kills, "folders": folders, "differing": differing, "left": left}
-    print(
-        json.dumps(told | {"codes": dict(codes), "tracebacks": log.read_text().count("Traceback")})
-    )
+    seen = {"job": job, "kills": kills, "folders": folders, "differing": differing, "left": left}
+    seen |= {"codes": dict(codes), "tracebacks": log.read_text().count("Traceback")}
+    print(json.dumps(seen))
     assert not differing and not left
 
 

@@ -1,4 +1,4 @@
-"""The benchmarks: that each suite goes through, and that their arithmetic is right."""
+"""The benchmarks: each suite runs, and their arithmetic is right."""
 
 import argparse
 import gc
@@ -28,7 +28,7 @@ def paired(monkeypatch):
 
 
 def check(suite, out):
-    """Every row has both times, a ratio and a quality; the environment is all there."""
+    """Check that rows have times, ratio and quality, and that the environment is complete."""
     record = json.loads((out / f"{suite}.json").read_text())
     where, rows = record["environment"], record["rows"]
     assert record["suite"] == suite and where["quick"] and "--quick" in where["command"]
@@ -49,7 +49,7 @@ def check(suite, out):
 
 @pytest.fixture
 def swept():
-    """Files that webdataset forgets to close go before the next test."""
+    """Collect files that webdataset leaves open before the next test."""
     yield
     gc.collect()
 
@@ -59,7 +59,7 @@ def swept():
     "ignore:unclosed file:ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning"
 )
 @pytest.mark.parametrize("suite", FAST)
-def test_a_suite_goes_through(suite, benchmark, tmp_path, capsys):
+def test_a_suite_runs(suite, benchmark, tmp_path, capsys):
     options = ("--quick", "--repeats", "1", "--threads", "1", "--device", "cpu")
     before = torch.get_num_threads()
     assert benchmark.main([suite, *options, "--out", str(tmp_path)]) == 0
@@ -74,14 +74,14 @@ def test_a_suite_goes_through(suite, benchmark, tmp_path, capsys):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("suite", ["training", "startup", "backbones"])
-def test_a_long_suite_goes_through(suite, tmp_path):
+def test_a_long_suite_runs(suite, tmp_path):
     command = [sys.executable, str(SCRIPTS / "benchmark.py"), suite, "--quick", "--repeats", "1"]
     subprocess.run([*command, "--out", str(tmp_path)], check=True, capture_output=True)
     check(suite, tmp_path)
 
 
 class Clock:
-    """A clock that only calls move on."""
+    """A clock that only calls advance."""
 
     def __init__(self):
         self.now, self.calls = 0.0, 0
@@ -150,7 +150,7 @@ def test_the_side_that_begins_changes(paired):
     assert "".join(order[-8:]) == "baabbaab"
 
 
-def test_all_goes_on_where_a_suite_fails(benchmark, monkeypatch, capsys):
+def test_all_continues_after_a_suite_that_fails(benchmark, monkeypatch, capsys):
     ran = []
 
     def run(command, check):

@@ -20,7 +20,7 @@ def run(*args: str, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder that holds nothing but the unpacked wheel."""
+    """Return a folder that holds nothing but the unpacked wheel."""
     folder = tmp_path_factory.mktemp("wheel")
     built = run(sys.executable, "-m", "build", "--wheel", "-o", str(folder), cwd=ROOT)
     assert built.returncode == 0, built.stderr

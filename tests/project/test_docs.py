@@ -1,8 +1,8 @@
-"""What README and docs say: commands and code run, options exist, links lead somewhere.
+"""README and docs: commands and code run, options exist, links have a target.
 
 Blocks marked ``bash`` and ``python`` are run, page by page, in a folder with `photos`; a ``yaml``
 block that begins with the name of a file is that file. Commands marked ``console`` need a GPU, a
-download or a cluster, so only their options are looked at; ``sh`` is installation.
+download or a cluster, so only their options are checked; ``sh`` is installation.
 """
 
 import json
@@ -33,7 +33,7 @@ def blocks(page, *languages):
 
 
 def commands(text):
-    """The commands of a block, with what is launched by others; a backslash goes on."""
+    """Return the commands of a block, also those behind a launcher."""
     lines = text.replace("\\\n", " ").splitlines()
     found = [shlex.split(line, comments=True) for line in lines]
     starts = [
@@ -43,7 +43,7 @@ def commands(text):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=NAMES)
-def test_links_lead_somewhere(page):
+def test_links_have_a_target(page):
     for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", page.read_text()):
         if not target.startswith("http"):
             assert (page.parent / target).exists(), target
@@ -55,7 +55,7 @@ def test_links_lead_somewhere(page):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=NAMES)
-def test_scripts_and_configs_that_are_named_are_there(page):
+def test_named_scripts_and_configs_exist(page):
     for name in re.findall(
         r"`(?:python )?((?:scripts|configs|augment|training)/[\w/.]+)`", page.read_text()
     ):
@@ -79,7 +79,7 @@ def test_options_of_commands_exist(page, monkeypatch, capsys):
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
-    """Three classes of five JPEGs of odd sizes, in colour, and two to test on."""
+    """Write three classes of five JPEGs of odd sizes, in colour, and two to test on."""
     root = tmp_path_factory.mktemp("docs")
     some = write_fashion(root / "embedded", "shots", few_shots(0, 7))
     sizes = torch.randint(40, 130, (7, 2), generator=torch.Generator().manual_seed(0)).tolist()

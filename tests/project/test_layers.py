@@ -36,14 +36,14 @@ HOMES = {
 
 
 def modules():
-    """(module name, source) of the two packages."""
+    """Yield (module name, source) of the two packages."""
     for path in sorted([*ROOT.glob("augment/**/*.py"), *ROOT.glob("training/**/*.py")]):
         name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
         yield name.removesuffix(".__init__"), path.read_text()
 
 
 def imports(source):
-    """Every module that a source imports, inside functions too."""
+    """Yield every module that a source imports, inside functions too."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -52,7 +52,7 @@ def imports(source):
 
 
 def layer(name):
-    """The level of a module, by the longest entry of `LAYERS` that it is in."""
+    """Return the level of a module, by the longest entry of `LAYERS` that it is in."""
     found = [
         (len(room), level)
         for level, rooms in enumerate(LAYERS)
@@ -63,7 +63,7 @@ def layer(name):
 
 
 def faults(name, source):
-    """What is wrong with a module's imports."""
+    """Yield the faults of a module's imports."""
     here = layer(name)
     for imported in imports(source):
         there, top = layer(imported), imported.split(".")[0]
@@ -108,7 +108,7 @@ def test_the_check_can_fail(name, source):
 
 
 def imported(code, names):
-    """Which of some modules are there after code."""
+    """Return which of some modules are loaded by code."""
     code = f"import sys\n{code}\nprint(*sorted(set(sys.modules) & set({names.split()})))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     return done.stdout.strip()

@@ -1,4 +1,4 @@
-"""Trainings of days: what is stopped goes on as if it had not been; what they write is loaded."""
+"""Trainings of days: a stopped one resumes to the same weights; their files are loaded."""
 
 import argparse
 import csv
@@ -23,7 +23,7 @@ STEPS = 7
 
 @pytest.fixture
 def scripts(monkeypatch):
-    """The folder of the scripts, importable; signals are handled as before afterwards."""
+    """Make the scripts importable; restore the handlers of signals afterwards."""
     monkeypatch.syspath_prepend(SCRIPTS)
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     yield
@@ -32,7 +32,7 @@ def scripts(monkeypatch):
 
 
 def small_run(folder: Path, stop: int | None = None):
-    """A run of a linear layer that is sent SIGTERM before a step, if there is one to stop at."""
+    """Return a run of a linear layer that is sent SIGTERM before the step ``stop``."""
     import long_run
 
     class Run(long_run.LongRun):
@@ -60,7 +60,7 @@ def small_run(folder: Path, stop: int | None = None):
     return Run()
 
 
-def test_a_run_that_is_stopped_goes_on_as_if_it_was_not(scripts, tmp_path, monkeypatch):
+def test_a_stopped_run_resumes_to_the_same_weights(scripts, tmp_path, monkeypatch):
     import long_run
 
     monkeypatch.setattr(long_run, "LOG_EVERY", 1)
@@ -97,7 +97,7 @@ def test_the_split_is_of_a_hundred_classes(scripts):
 
 @pytest.fixture
 def run(scripts, tmp_path, monkeypatch):
-    """A run of tiny-cifar with three grey pictures of each class, and features of them."""
+    """Return a run of tiny-cifar with three images of each class, and features of them."""
     import train_tiny_cifar as script
 
     monkeypatch.setitem(script.UNET, "block_out_channels", (16, 32, 32))
@@ -115,7 +115,7 @@ def run(scripts, tmp_path, monkeypatch):
     return script.Run(args, script.Data(tmp_path, args.features, "cpu"))
 
 
-def test_what_a_class_is_described_by_are_other_images_of_it(run):
+def test_a_class_is_described_by_other_images_of_it(run):
     rows = torch.arange(0, len(run.data.labels), 5)
     run.data.features = nn.functional.one_hot(torch.arange(len(run.data.labels))).float()
     mixed = run.data.describe(rows, torch.Generator().manual_seed(0))
@@ -126,7 +126,7 @@ def test_what_a_class_is_described_by_are_other_images_of_it(run):
     assert (mixed > 0).sum(1).unique().tolist() == [1, 2]
 
 
-def test_the_averaged_weights_are_a_flow_that_hears_prompts_and_features(run):
+def test_the_averaged_weights_are_a_flow_with_prompts_and_features(run):
     torch.nn.init.normal_(run.network.unet.conv_out.weight)
     torch.nn.init.normal_(run.network.feature.weight)
     run.average.load_state_dict(run.network.state_dict())
@@ -150,7 +150,7 @@ def test_the_averaged_weights_are_a_flow_that_hears_prompts_and_features(run):
             expected = run.average(z, times, prompts, more)
             assert (answer - expected).norm() < 0.02 * expected.norm()
         plain = backbone.network(z, 300.0, backbone.condition(["wolf", "fish"]))
-        assert (answer - plain).norm() > 0.1 * plain.norm(), "features are heard"
+        assert (answer - plain).norm() > 0.1 * plain.norm(), "features change the answer"
     again = load_backbone(backbone.save(run.folder / "again"), device="cpu")
     texts = [net.describe([""] * 2, features)["text"] for net in (backbone, again)]
     assert torch.equal(*texts)

@@ -1,4 +1,4 @@
-"""Reproductions: the one that takes no backbone in full, and that a quick one goes on."""
+"""Reproductions: the one without a backbone in full; a quick one resumes."""
 
 import json
 import subprocess
@@ -24,7 +24,7 @@ def test_the_paths_of_the_rules_are_the_published_ones(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_reproduction_goes_on_with_what_it_has(tmp_path):
+def test_a_reproduction_resumes(tmp_path):
     began = time.perf_counter()
     claims = reproduce("independent", tmp_path)
     first = time.perf_counter() - began
