@@ -1,8 +1,8 @@
 """Inversions on the embedded backbone, of embedded images.
 
 DDIM inversion is compared with diffusers' ``DDIMInverseScheduler``, which asks the network at the
-level it goes to (`augment.inversion.ddim` says why ours does not): two maps, so the quality is that
-of the images that come back. Null-text inversion of a batch is compared with one image at a time,
+level it goes to (`augment.inversion.ddim` says why ours does not): two maps, so the quality is the
+error of reconstruction. Null-text inversion of a batch is compared with one image at a time,
 by our own code and by the published loop, whose pivot is that of its paper.
 """
 
@@ -44,7 +44,7 @@ def suite(args: argparse.Namespace) -> Iterator[Comparison]:
 
 
 def ddim(args: argparse.Namespace, backbone: Backbone) -> Comparison:
-    """Compare a batch, and how well it comes back."""
+    """Compare the inversion of a batch, and its reconstruction."""
     plain, steps = Plain(args.device), 2 if args.quick else 50
     images, prompts = embedded(2 if args.quick else 64)
     ours = Keep(partial(invert, backbone, images, prompts, "ddim", steps))
@@ -56,7 +56,7 @@ def ddim(args: argparse.Namespace, backbone: Backbone) -> Comparison:
             plain.sample(theirs.result, prompts, steps),
         )
         values = [reconstruction(images, one.cpu())["psnr"].mean().item() for one in back]
-        return "images come back at {:.1f} dB, theirs {:.1f}".format(*values)
+        return "images are reconstructed at {:.1f} dB, theirs {:.1f}".format(*values)
 
     who = "diffusers: UNet2DModel and DDIMInverseScheduler in a loop"
     name = f"invert, DDIM {steps}, batch {len(images)}"

@@ -1,4 +1,4 @@
-"""How well images come back by inversion, and whether a better inversion cures the degeneration.
+"""How well inversions reconstruct images, and whether a better one cures the degeneration.
 
     python scripts/reproduce/inversions.py --quick
     python scripts/reproduce/inversions.py
