@@ -58,15 +58,8 @@ from augment.diffusion.solver import sample
 from augment.inversion import INVERTERS, Inverter, check_guidance, inverted, inverter
 from augment.jobs.job import planning_device, run
 from augment.sources import Folder, Source
-from augment.sources.images import (
-    FITTING,
-    fit,
-    open_image,
-    parse_colour,
-    pixels_of,
-    preprocessing,
-    warn_once,
-)
+from augment.sources.decoding import open_image, warn_once
+from augment.sources.images import FITTING, fit, parse_colour, pixels_of, preprocessing
 from augment.sources.prompts import by_class, prompts_of
 from augment.sources.source import check_share, refuse_rejects
 

@@ -58,7 +58,7 @@ def settle(
     A row that has converged stays as it is; rows that are not ``moving`` are never iterated.
     """
     a, cosine = normalised(cosines, start)
-    found, rows = a, torch.arange(len(a), device=a.device)
+    result, rows = a, torch.arange(len(a), device=a.device)
     still = rows if moving is None else moving.nonzero()[:, 0]
     for _ in range(300):
         if len(still) < len(rows):  # go on with fewer
@@ -68,9 +68,9 @@ def settle(
         if not len(rows):
             break
         before, (a, cosine) = a, normalised(cosines, step(a, cosine, weights))
-        found = found.index_copy(0, rows, a)
+        result = result.index_copy(0, rows, a)
         still = ((a - before).abs().amax(-1) > 1e-10).nonzero()[:, 0]
-    return found
+    return result
 
 
 def frechet_mean(cosines: Cosines, weights: Coefficients, start: Coefficients) -> Coefficients:

@@ -181,9 +181,9 @@ class VariancePreserving(_Brief):
 
     def levels(self, steps: int) -> list[float]:
         count = self.train_steps
-        most = count - self.offset if self.spacing == "leading" else count
-        if steps > most:
-            raise UserError(f"expected at most {most} steps, the trained ones, got {steps}")
+        trained = count - self.offset if self.spacing == "leading" else count
+        if steps > trained:
+            raise UserError(f"expected at most {trained} steps, the trained ones, got {steps}")
         if self.spacing == "trailing":
             numbers = [round(count * k / steps) for k in range(1, steps + 1)]
         elif self.spacing == "leading":

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -153,12 +154,12 @@ def network_of(name: str | None, weights: str, usual: str) -> str:
     return ("" if weights.endswith(".ckpt") else usual) if name is None else name
 
 
-def find_timm(name: str, known: str = "a network of timm") -> Any:
+def find_timm(name: str, kinds: str = "a network of timm") -> ModuleType:
     """Import timm, if it has a network of this name.
 
     Args:
         name: of the network.
-        known: kinds of networks that may be named, for the error.
+        kinds: of networks that may be named, for the error.
 
     Raises:
         UserError: timm is missing, or does not know the name.
@@ -170,7 +171,7 @@ def find_timm(name: str, known: str = "a network of timm") -> Any:
             f"expected timm for the network {name!r}, got none; pip install 'latent-augment[train]'"
         ) from None
     if not name.startswith(SOURCE_PREFIXES) and not timm.is_model(name):
-        raise UserError(f"expected {known}, got {name!r}; see timm.list_models()")
+        raise UserError(f"expected {kinds}, got {name!r}; see timm.list_models()")
     return timm
 
 
@@ -193,51 +194,51 @@ def recipe(name: str) -> tuple[str, Settings, Settings]:
     return architecture, {k: v for k, v in options.items() if k not in trained}, config
 
 
-def check_classes(found: int, classes: int, source: str) -> None:
+def check_classes(outputs: int, classes: int, source: str) -> None:
     """Refuse a network for other classes than the bank's."""
-    if found != classes:
+    if outputs != classes:
         raise UserError(
-            f"expected a network for the bank's {classes} classes, got {source} for {found}; give "
-            "weights that were trained on them, or take the filter prototype, which needs none"
+            f"expected a network for the bank's {classes} classes, got {source} for {outputs}; "
+            "give weights that were trained on them, or take the filter prototype, which needs none"
         )
 
 
-def other_classes(known: Sequence[str] | None, found: Sequence[str] | None) -> str:
-    """Describe how classes differ from known ones; empty if they do not, or if either is None.
+def other_classes(trained: Sequence[str] | None, given: Sequence[str] | None) -> str:
+    """Describe how given classes differ from trained ones; empty if not, or if either is None.
 
     >>> other_classes(["ant", "bee"], ["bee", "cow"]), other_classes(["a", "b"], ["b", "a"])
     ('cow new, ant missing', 'another order, b, a')
     """
-    if known is None or found is None or list(known) == list(found):
+    if trained is None or given is None or list(trained) == list(given):
         return ""
-    new, old = set(found), set(known)
+    new, old = set(given), set(trained)
     parts = (
-        ("new", [n for n in found if n not in old]),
-        ("missing", [n for n in known if n not in new]),
+        ("new", [n for n in given if n not in old]),
+        ("missing", [n for n in trained if n not in new]),
     )
     words = [
         f"{', '.join(names[:5])}{' …' * (len(names) > 5)} {word}" for word, names in parts if names
     ]
-    return ", ".join(words) or f"another order, {', '.join(list(found)[:5])}"
+    return ", ".join(words) or f"another order, {', '.join(list(given)[:5])}"
 
 
-def check_names(known: Sequence[str] | None, found: Sequence[str] | None, source: str) -> None:
+def check_names(trained: Sequence[str] | None, given: Sequence[str] | None, source: str) -> None:
     """Refuse images of other classes, or in another order, than weights were trained for."""
-    problem = other_classes(known, found)
+    problem = other_classes(trained, given)
     if problem:
         raise UserError(
-            f"expected the {len(known or ())} classes of {source} in their order, got {problem}; "
+            f"expected the {len(trained or ())} classes of {source} in their order, got {problem}; "
             "give images of these classes, in folders of these names, or train anew elsewhere"
         )
 
 
-def _channels_of(config: Any, state: dict[str, Tensor]) -> int:
+def _channels_of(config: Settings, state: dict[str, Tensor]) -> int:
     """Return the channels that weights are for; 3 if their first layer is unknown."""
     first = state.get(f"{config.get('first_conv')}.weight")
     return 3 if first is None else first.shape[1]
 
 
-def _build(timm: Any, name: str, classes: int, path: str, state: dict[str, Tensor]) -> Any:
+def _build(timm: ModuleType, name: str, classes: int, path: str, state: dict[str, Tensor]) -> Any:
     """Build a network with its weights: those of a file, or timm's."""
     source = name if name.startswith(SOURCE_PREFIXES) else f"timm/{name}"
     with explained(source):
@@ -246,8 +247,8 @@ def _build(timm: Any, name: str, classes: int, path: str, state: dict[str, Tenso
     heads = (named,) if isinstance(named, str) else named
     if classes:
         rows = [len(state[key]) for key in (f"{head}.weight" for head in heads) if key in state]
-        found = rows[0] if rows else 0 if path else config["num_classes"]
-        check_classes(found, classes, path or name)
+        outputs = rows[0] if rows else 0 if path else config["num_classes"]
+        check_classes(outputs, classes, path or name)
     else:
         state = {k: v for k, v in state.items() if not k.startswith(tuple(f"{h}." for h in heads))}
     try:

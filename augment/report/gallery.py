@@ -29,7 +29,8 @@ from augment.report.tiles import Tile, rounded, square, told
 from augment.shards.dataset import decode
 from augment.shards.write import score
 from augment.sources import Source
-from augment.sources.images import open_image, to_pil
+from augment.sources.decoding import open_image
+from augment.sources.images import to_pil
 from augment.synthesis.filters import Reference, make_filter
 from augment.synthesis.synthesizer import Synthesizer
 

@@ -58,7 +58,8 @@ from augment.shards.format import (
     shard_path,
 )
 from augment.sources import Source, as_source
-from augment.sources.images import check_scans, to_pil
+from augment.sources.decoding import check_scans
+from augment.sources.images import to_pil
 
 BLOCK = 512  # a tar is made of these
 EMPTY = tarfile.TarInfo().tobuf(tarfile.USTAR_FORMAT)  # of a file without name or content

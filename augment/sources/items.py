@@ -17,8 +17,8 @@ from torch.utils.data import ConcatDataset, Dataset, Subset
 from tqdm import tqdm
 
 from augment.core.errors import ImageRejected, UserError
+from augment.sources.decoding import as_shown
 from augment.sources.folder import Folder
-from augment.sources.images import as_shown
 from augment.sources.listing import MAX_LABELS, warn_of_gaps
 from augment.sources.prompts import nfc
 from augment.sources.source import Source
@@ -180,7 +180,7 @@ def place_of(images: object) -> Source | Path | None:
     return Path(images) if isinstance(images, str | Path) else as_source(images)
 
 
-def _pair(item: Any) -> tuple[Any, Any]:
+def _pair(item: object) -> tuple[Any, Any]:
     """Return the image and the label of an item."""
     if not isinstance(item, tuple | list) or len(item) < 2:
         raise UserError(
@@ -226,7 +226,7 @@ def _names_of(dataset: Any) -> list[str]:
     return [name if counts[name] == 1 else f"{name} {k}" for k, name in enumerate(names)]
 
 
-def _to_image(value: Any, background: str = "white", name: str = "") -> Image.Image:
+def _to_image(value: object, background: str = "white", name: str = "") -> Image.Image:
     """Convert an image of any of the kinds that `Items` takes to a PIL image, grey (L) or RGB.
 
     >>> _to_image(torch.ones(1, 4, 5)).size

@@ -17,7 +17,8 @@ from tqdm import tqdm
 
 from augment.core.errors import AugmentWarning, ImageRejected, UserError, shown
 from augment.core.files import sha256
-from augment.sources.images import fit, open_image, pixels_of
+from augment.sources.decoding import open_image
+from augment.sources.images import fit, pixels_of
 
 _LOOK = 4096  # images that `readable` opens before it moves its bar
 
@@ -104,7 +105,7 @@ class Source(Dataset[tuple[Any, Any]]):
         return fit(pixels_of(self.open(image_id), channels), resolution)
 
     def open(self, image_id: str, quick: bool = False) -> Image.Image:
-        """Open an image as a viewer shows it, grey or RGB; see `augment.sources.images.open_image`.
+        """Open an image as a viewer shows it; see `augment.sources.decoding.open_image`.
 
         Raises:
             ImageRejected: it is not readable.

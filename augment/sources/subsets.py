@@ -122,13 +122,13 @@ class LongTail(Selection):
                 f"expected an imbalance factor of 1 or more and 2 or more classes, got "
                 f"{imbalance_factor:g} and {len(self.ids)}; change these"
             )
-        most = min(self.counts) if largest is None else largest
+        largest = min(self.counts) if largest is None else largest
         last = len(self.ids) - 1
-        counts = [int(most * (1 / imbalance_factor) ** (j / last)) for j in range(last + 1)]
+        counts = [int(largest * (1 / imbalance_factor) ** (j / last)) for j in range(last + 1)]
         if counts[-1] < 1:
             raise UserError(
                 f"expected an imbalance factor that leaves every class an image, got "
-                f"{imbalance_factor:g} of {most}; make it smaller"
+                f"{imbalance_factor:g} of {largest}; make it smaller"
             )
         self.ids = _drawn(self.ids, counts, seed)
 

@@ -34,10 +34,10 @@ every_dtype = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 
 def draw(count, dtype=torch.float64, batch=3, shape=SHAPE, seed=0):
     """Biased latents of unequal norms, and weights on the simplex."""
-    dice = torch.Generator().manual_seed(seed)
-    points = torch.randn(batch, count, *shape, generator=dice, dtype=dtype)
-    points = points * (0.5 + torch.rand(batch, count, 1, 1, 1, generator=dice, dtype=dtype)) + 0.1
-    weights = torch.rand(batch, count, generator=dice, dtype=dtype) + 0.1
+    rng = torch.Generator().manual_seed(seed)
+    points = torch.randn(batch, count, *shape, generator=rng, dtype=dtype)
+    points = points * (0.5 + torch.rand(batch, count, 1, 1, 1, generator=rng, dtype=dtype)) + 0.1
+    weights = torch.rand(batch, count, generator=rng, dtype=dtype) + 0.1
     return points, weights / weights.sum(1, keepdim=True)
 
 
@@ -87,8 +87,8 @@ def test_a_batch_is_its_rows_one_by_one(rule, count, dtype):
 def test_rotating_the_points_rotates_the_centroid(norm, count, dtype):
     points, weights = draw(count, dtype)
     dim = math.prod(SHAPE)
-    dice = torch.Generator().manual_seed(2)
-    rotation = torch.linalg.qr(torch.randn(dim, dim, generator=dice, dtype=torch.float64))[0]
+    rng = torch.Generator().manual_seed(2)
+    rotation = torch.linalg.qr(torch.randn(dim, dim, generator=rng, dtype=torch.float64))[0]
     rotation = rotation.to(dtype)
 
     def turn(latents):
@@ -179,8 +179,8 @@ def test_fade_goes_from_the_norm_of_the_input_to_root_d():
 
 def test_independent_noise_keeps_its_norm_under_vp_and_shrinks_under_lin():
     shape, count, batch = (4, 16, 16), 16, 64
-    dice = torch.Generator().manual_seed(3)
-    points = torch.randn(batch, count, *shape, generator=dice)
+    rng = torch.Generator().manual_seed(3)
+    points = torch.randn(batch, count, *shape, generator=rng)
     nominal = nominal_norm(math.prod(shape))
     _, uneven = draw(count, torch.float32, batch)
     even = torch.full((batch, count), 1 / count)
@@ -193,8 +193,8 @@ def test_independent_noise_keeps_its_norm_under_vp_and_shrinks_under_lin():
 
 def biased_channel_means(rule, bias, count, trials=64):
     """Channel means of the centroids of z_n = d + e_n, averaged over trials."""
-    dice = torch.Generator().manual_seed(count)
-    points = torch.randn(trials, count, 4, 16, 16, generator=dice) + bias[:, None, None]
+    rng = torch.Generator().manual_seed(count)
+    points = torch.randn(trials, count, 4, 16, 16, generator=rng) + bias[:, None, None]
     weights = torch.full((trials, count), 1 / count)
     return rule(points, weights).mean((0, 2, 3))
 

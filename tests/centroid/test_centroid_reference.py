@@ -26,10 +26,10 @@ every_count = pytest.mark.parametrize("count", [1, 2, 5, 20, 50])
 
 def draw(count, seed=0, shape=SHAPE):
     """Latents of norms around √D with something in common, and uneven weights."""
-    dice = torch.Generator().manual_seed(seed)
-    points = torch.randn(count, *shape, generator=dice, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(seed)
+    points = torch.randn(count, *shape, generator=generator, dtype=torch.float64)
     points = points + 0.1
-    weights = -torch.rand(count, generator=dice, dtype=torch.float64).log()
+    weights = -torch.rand(count, generator=generator, dtype=torch.float64).log()
     return points, weights / weights.sum()
 
 
@@ -213,8 +213,8 @@ def test_nao_does_not_stick_to_a_point_that_its_opposite_pulls_at():
 def test_nao_stuck_to_a_point_takes_the_cheapest_norm(share, copies, off):
     """Against the radial objective on a fine grid, by trapezoids; some of the points are copies."""
     dim, middle = 1024, modal_norm(1024)
-    dice = torch.Generator().manual_seed(0)
-    heavy, other = torch.randn(2, 4, 16, 16, generator=dice, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(0)
+    heavy, other = torch.randn(2, 4, 16, 16, generator=generator, dtype=torch.float64)
     own = middle + off
     heavy, other = heavy * own / heavy.norm(), other * own / other.norm()
     points = torch.stack([heavy] * copies + [other])

@@ -34,8 +34,8 @@ every_walk = every_walk_but({})
 
 def ends(first=0.85, last=1.1, dtype=torch.float64, seed=0):
     """Two latents of norms first·√D and last·√D."""
-    dice = torch.Generator().manual_seed(seed)
-    both = torch.randn(2, *SHAPE, generator=dice, dtype=dtype)
+    generator = torch.Generator().manual_seed(seed)
+    both = torch.randn(2, *SHAPE, generator=generator, dtype=dtype)
     both = both / both.flatten(1).norm(dim=1)[:, None, None, None]
     return both[0] * first * nominal_norm(1024), both[1] * last * nominal_norm(1024)
 

@@ -58,7 +58,7 @@ def test_null_text_brings_guided_sampling_nearer_to_the_images(backbone, images)
     assert kept["nulls"].shape == (2, 3, *text.shape[1:])
     assert kept["null_rows"].tolist() == [0, 1]
     assert all(kept[key].isfinite().all() for key in ("latents", "nulls"))
-    told = {"prompts": PROMPT, "solver": "ddim", "steps": 3, "guidance": GUIDANCE}
-    plain = errors(backbone, images, kept["latents"], **told)
-    mended = errors(backbone, images, kept["latents"], nulls=kept["nulls"], **told)
-    assert (mended < 0.95 * plain).all()
+    options = {"prompts": PROMPT, "solver": "ddim", "steps": 3, "guidance": GUIDANCE}
+    plain = errors(backbone, images, kept["latents"], **options)
+    repaired = errors(backbone, images, kept["latents"], nulls=kept["nulls"], **options)
+    assert (repaired < 0.95 * plain).all()

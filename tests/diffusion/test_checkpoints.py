@@ -42,7 +42,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def copy(folder, tmp_path):
-    """A folder to harm."""
+    """A folder to damage."""
     return shutil.copytree(folder, tmp_path / "copy")
 
 
@@ -219,8 +219,8 @@ def test_a_bank_asks_the_hub_only_for_what_is_named(hub, pictures, tmp_path, mon
     shards = ["synthesize", str(path), "--per-class", "1", "--out", str(tmp_path / "shards")]
     report = ["report", str(path), "--rules", "fix/0", "--out", str(tmp_path / "report.html")]
     for command in (report, shards):
-        code, _, told = call(monkeypatch, capsys, *command, "--device", "cpu")
-        assert code == 2 and "--backbone" in told
+        code, _, error = call(monkeypatch, capsys, *command, "--device", "cpu")
+        assert code == 2 and "--backbone" in error
     with pytest.raises(UserError, match="not on this machine"):
         SyntheticDataset(LatentBank.open(path))
     assert hub.asked == []

@@ -193,7 +193,7 @@ def test_a_file_that_is_not_our_weights_is_refused_by_name(kind, tmp_path: Path)
         load_backbone(path)
 
 
-def test_weights_are_told_apart_by_their_bytes(tiny, tmp_path: Path):
+def test_weights_are_identified_by_their_bytes(tiny, tmp_path: Path):
     copy = tmp_path / "copy.safetensors"
     copy.write_bytes(WEIGHTS.read_bytes())
     assert load_backbone(copy, device="cpu").fingerprint == tiny.fingerprint
@@ -245,9 +245,9 @@ def test_a_compiled_network_answers_the_same_whatever_the_batch(tiny):
     condition = tiny.condition(["top"] * len(latents))
     with torch.no_grad():
         for count in (5, ROWS, len(latents)):
-            told = latents[:count], 700, {"text": condition["text"][:count]}
+            inputs = latents[:count], 700, {"text": condition["text"][:count]}
             torch.testing.assert_close(
-                compiled.network(*told), tiny.network(*told), rtol=0, atol=1e-5
+                compiled.network(*inputs), tiny.network(*inputs), rtol=0, atol=1e-5
             )
     text = condition["text"][:ROWS].requires_grad_()
     answer = compiled.network(latents[:ROWS], 700, {"text": text})

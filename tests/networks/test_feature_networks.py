@@ -1,4 +1,4 @@
-"""Networks to see by: the embedded one here, others with the filters that use them."""
+"""The embedded feature network; others are tested with the filters that use them."""
 
 import gzip
 from pathlib import Path
@@ -42,19 +42,19 @@ def test_the_embedded_network_knows_the_test_split():
 
 
 def test_its_features_tell_classes_apart_in_any_format(clothes):
-    see = feature_network("fashion", "", CPU)
+    embed = feature_network("fashion", "", CPU)
     images = torch.stack([image for part in clothes.values() for image in part])
-    features = see(images)
+    features = embed(images)
     assert features.shape == (50, 64) and features.dtype == torch.float64
     near = F.normalize(features, dim=1) @ F.normalize(features, dim=1).T
     near.fill_diagonal_(-1)
     assert (near.argmax(1) // 5 == torch.arange(50) // 5).float().mean() > 0.75
-    torch.testing.assert_close(see(images.expand(-1, 3, -1, -1)), features, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(embed(images.expand(-1, 3, -1, -1)), features, rtol=1e-4, atol=1e-4)
     large = F.interpolate(images, (64, 64))
-    assert F.cosine_similarity(see(large), features).mean() > 0.95
+    assert F.cosine_similarity(embed(large), features).mean() > 0.95
 
 
-def test_a_filter_may_see_by_it(clothes):
+def test_a_filter_may_use_it(clothes):
     parts = [torch.stack(part) for part in list(clothes.values())[:3]]
     reference = Reference(list(CLASSES[:3]), [""] * 3, lambda label: parts[label], CPU, [5] * 3)
     made = make_filter("prototype", model="fashion")

@@ -77,15 +77,15 @@ def test_a_saved_image_is_read_back_within_half_a_grey_level(tmp_path):
 
 @pytest.mark.parametrize("kind", ["png", "jpeg"])
 def test_a_damaged_file_is_read_or_refused_by_name_and_nothing_else(kind, tmp_path):
-    dice, path = random.Random(0), tmp_path / "image.png"
+    rng, path = random.Random(0), tmp_path / "image.png"
     buffer = io.BytesIO()
     Image.fromarray(MODES["RGB"]).save(buffer, kind)
     refused = 0
     for _ in range(300):
         content = bytearray(buffer.getvalue())
-        del content[dice.choice([len(content), dice.randrange(len(content))]) :]
+        del content[rng.choice([len(content), rng.randrange(len(content))]) :]
         for _ in range(min(3, len(content))):
-            content[dice.randrange(len(content))] = dice.randrange(256)
+            content[rng.randrange(len(content))] = rng.randrange(256)
         path.write_bytes(content)
         try:
             assert load_image(path, 1, 32).isfinite().all()

@@ -20,8 +20,9 @@ from augment.diffusion.backbones.gaussian import GaussianBackbone
 from augment.networks.frozen import normalise
 from augment.shards.dataset import Flaw, decode
 from augment.shards.verify import inspect
-from augment.sources import Folder, Items, ListFile, Slice, Source, images
-from augment.sources.images import decode_image, fit, open_image, prepare, to_channels
+from augment.sources import Folder, Items, ListFile, Slice, Source, decoding, images
+from augment.sources.decoding import open_image
+from augment.sources.images import decode_image, fit, prepare, to_channels
 from augment.synthesis.filters.degenerate import statistics
 from training.data.module import ImageData
 from training.data.transforms import Augmentation, evaluation
@@ -196,7 +197,7 @@ def test_a_grey_profile_is_that_of_grey_images_alone():
 
 @pytest.fixture
 def unwarned(monkeypatch):
-    monkeypatch.setattr(images, "WARNED", set())
+    monkeypatch.setattr(decoding, "WARNED", set())
 
 
 RAMP = np.arange(64).reshape(8, 8)
@@ -256,7 +257,7 @@ def progressive(size: int, scans: int) -> bytes:
 
 def test_pixels_are_bounded_and_a_large_jpeg_file_is_read_at_reduced_size(monkeypatch):
     grey = Image.linear_gradient("L")
-    monkeypatch.setattr(images, "MAX_PIXELS", 20_000)
+    monkeypatch.setattr(decoding, "MAX_PIXELS", 20_000)
     with pytest.raises(ImageRejected, match=r"256 × 256 pixels, more than 20,000; set LATENT_"):
         open_image(written(grey))
     assert open_image(written(grey, "JPEG")).size == (128, 128)
@@ -264,7 +265,7 @@ def test_pixels_are_bounded_and_a_large_jpeg_file_is_read_at_reduced_size(monkey
         open_image(progressive(64, 300))
     with pytest.raises(Flaw, match="a JPEG file of"):
         decode(progressive(64, 300), "jpg")
-    monkeypatch.setattr(images, "MAX_PIXELS", 100_000)
+    monkeypatch.setattr(decoding, "MAX_PIXELS", 100_000)
     assert open_image(written(grey)).size == (256, 256)
     assert open_image(progressive(64, 300)).size == (64, 64)
 
@@ -277,9 +278,9 @@ def test_all_files_of_a_folder_are_taken_or_counted(tmp_path):
     paint(root / "bee" / "night", {"late": 1})
     for name in ("metadata.jsonl", "b.png", "ant/.hidden.png", "ant/.DS_Store"):
         (root / name).touch()
-    with pytest.warns(AugmentWarning) as told:
+    with pytest.warns(AugmentWarning) as caught:
         source = Folder(root)
-    assert str(told[0].message).startswith(
+    assert str(caught[0].message).startswith(
         f"{root}: 3 images taken, 8 files passed over: 4 in sub-folders, 1 "
     )
     reasons = {"heic": 1, "without a suffix": 1, "in sub-folders": 4}
@@ -309,7 +310,7 @@ def test_a_message_about_a_folder_leads_on(tmp_path):
 CAFE, LONG_CAFE = (unicodedata.normalize(form, "café") for form in ("NFC", "NFD"))
 
 
-def test_names_that_look_alike_are_one_class_or_told_apart(tmp_path):
+def test_names_that_look_alike_are_one_class_or_quoted(tmp_path):
     train, test = (paint(tmp_path / n, {"ant": 2, n: 2}) for n in (CAFE, LONG_CAFE))
     data = ImageData(str(train), test=str(test))
     assert data.classes == data.held_out["test"].classes == ["ant", CAFE]
@@ -446,14 +447,16 @@ def test_names_of_numbers_booleans_commas_and_blanks_survive_the_command(
     bank = tmp_path / "my bank" / "bank"
     given = ("--errors", "false", "--steps", 2, "--backbone", "tiny")
     (tmp_path / "c.yaml").write_text("prompts: {010: bag, no: top}\n")
-    told = run(
+    output = run(
         monkeypatch, capsys, "invert", root, "--bank", bank, "--config", tmp_path / "c.yaml", *given
     )
     known = {
         k["name"]: k["prompt"] for k in json.loads((bank / "manifest.json").read_text())["classes"]
     }
     assert known == {"8": "", "010": "bag", "no": "top", "red, big": ""}
-    assert f"next: latent-augment synthesize '{bank}' --out '{bank.with_name('synthetic')}'" in told
+    assert (
+        f"next: latent-augment synthesize '{bank}' --out '{bank.with_name('synthetic')}'" in output
+    )
     part, rest = tmp_path / "a, b", tmp_path / "rest"
     run(monkeypatch, capsys, "split", bank, "--classes", "red, big, 010", "--out", part)
     run(monkeypatch, capsys, "split", bank, "--classes", "8,no", "--out", rest)

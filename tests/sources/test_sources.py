@@ -17,7 +17,7 @@ from torch.utils.data import ConcatDataset, Subset, TensorDataset
 from augment import UserError, cli, fill_bank, sources
 from augment.core.errors import AugmentWarning, ImageRejected
 from augment.sources import FewShot, ImageNetLT, INaturalist18, Items, ListFile, LongTail, Slice
-from augment.sources.images import open_image
+from augment.sources.decoding import open_image
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -157,8 +157,8 @@ def test_few_shots_are_nested_and_in_order():
         assert all(set(fewer.ids[c]) < set(more.ids[c]) for c in source.classes)
     assert draws[-1].ids["0"] == sorted(draws[-1].ids["0"])
     assert not set(FewShot(source, 2, seed=3, skip=5).ids["1"]) & set(draws[-1].ids["1"])
-    dice = np.random.default_rng(3)  # as DA-Fusion has it: one generator, class after class
-    assert [sorted(dice.permutation(n)[:2]) for n in (9, 7)] == [
+    rng = np.random.default_rng(3)  # as DA-Fusion has it: one generator, class after class
+    assert [sorted(rng.permutation(n)[:2]) for n in (9, 7)] == [
         [source.ids[c].index(i) for i in draws[1].ids[c]] for c in source.classes
     ]
 
@@ -212,12 +212,12 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_fault_is_told_in_one_sentence(tmp_path, fault):
+def test_a_fault_is_reported_in_one_sentence(tmp_path, fault):
     make, words = FAULTS[fault]
-    with pytest.raises(UserError, match=r"^expected .*, got .*$") as told:
+    with pytest.raises(UserError, match=r"^expected .*, got .*$") as caught:
         make(paint(tmp_path))
-    assert words in str(told.value)
-    assert "\n" not in str(told.value)
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 def test_banks_are_filled_from_lists_and_items_and_go_on(imagenet, tiny, tmp_path, monkeypatch):
@@ -249,6 +249,6 @@ def test_the_command_takes_any_source(tmp_path, monkeypatch, capsys):
     for args in (["--config", config], [*short, "--links", "--bank", bank]):
         with pytest.raises(SystemExit, match="2"):
             invert(*args)
-        told = capsys.readouterr().err
-        assert told.count("\n") == 1
-        assert "class 'ant', got 3" in told or "links with a folder" in told
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1
+        assert "class 'ant', got 3" in error or "links with a folder" in error

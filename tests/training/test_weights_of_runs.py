@@ -16,7 +16,7 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from augment import UserError
 from augment.core.errors import AugmentWarning
 from augment.networks import feature_network, timm_network, usual_form
-from augment.sources.images import open_image
+from augment.sources.decoding import open_image
 from augment.synthesis.filters import make_filter
 from augment.synthesis.filters.reference import Reference
 from training.data.module import ImageData

@@ -153,11 +153,11 @@ class LatentDiffusion:
                 f"{resolution}; this model's own is {own * factor}"
             )
         size = self.resolution // factor
-        most = self.net.config.get("pos_embed_max_size")
-        if most and size > most * self.cell:
+        positions = self.net.config.get("pos_embed_max_size")
+        if positions and size > positions * self.cell:
             raise UserError(
-                f"expected a resolution of at most {most * self.cell * factor}, got {resolution}; "
-                "the network knows no positions beyond"
+                f"expected a resolution of at most {positions * self.cell * factor}, got "
+                f"{resolution}; the network has no positions beyond"
             )
         self.latent_shape: tuple[int, int, int] = (self.net.config.in_channels, size, size)
 

@@ -11,7 +11,7 @@ without such a mean there is no channel bias for a centroid to amplify.
 
 The network never saw a class label. Its prompts are coarser than the classes (a *top* may be a
 T-shirt, a pullover, a dress, a coat or a shirt) and were dropped half of the time, so that only
-the few inverted images tell a centroid about its class.
+the few inverted images determine what a centroid knows of its class.
 ``scripts/train_tiny.py`` makes the weights; ``weights/tiny.md`` is the model card.
 """
 

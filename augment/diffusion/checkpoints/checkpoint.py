@@ -50,11 +50,19 @@ _ROWS = 16
 
 Config = dict[str, Any]
 _PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v"}  # by diffusers' names
+_USUAL_FLOW = {
+    **{"use_dynamic_shifting": False, "invert_sigmas": False, "shift_terminal": None},
+    "num_train_timesteps": 1000,
+}
+_USUAL_BETAS = {"timestep_type": "discrete", "use_flow_sigmas": False, "trained_betas": None}
+"""Settings of schedulers' configs whose other values change the process."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
     """A checkpoint that was found and not yet loaded.
+
+    Its methods raise `UserError` for what is missing, damaged, pickled, quantised or not allowed.
 
     Attributes:
         source: the user's name of it.
@@ -73,11 +81,7 @@ class Checkpoint:
     local_files_only: bool = False
 
     def fetch(self, absent: Sequence[str]) -> "Checkpoint":
-        """Download the folder, without the ``absent`` parts, if it is on the hub.
-
-        Raises:
-            UserError: no network, no such repository, or parts that are not safetensors.
-        """
+        """Download the folder, without the ``absent`` parts, if it is on the hub."""
         if self.folder:
             return self
         from diffusers import DiffusionPipeline
@@ -94,11 +98,9 @@ class Checkpoint:
         return replace(self, folder=Path(folder))
 
     def parts(self, absent: Sequence[str]) -> list[str]:
-        """Return the parts with weights that a fetched index names, without the ``absent``.
+        """Return the parts with weights that the fetched index names, without the ``absent``.
 
-        Raises:
-            UserError: the index names a class that is not allowed for its part. Nothing is
-                imported because an index names it.
+        Only the allowed classes may be named: nothing is imported because an index names it.
         """
         index = read_index((self.folder or Path()) / INDEX)
         known = {part: "|".join(names) for part, names in _NETWORKS.items()} | _OTHERS
@@ -109,12 +111,8 @@ class Checkpoint:
         }
         for part, entry in named.items():
             library = "transformers" if part.startswith(("text", "token")) else "diffusers"
-            if not (
-                isinstance(entry, list)
-                and len(entry) == 2
-                and entry[0] == library
-                and re.fullmatch(known[part], str(entry[1]))
-            ):
+            names = entry if isinstance(entry, list) and len(entry) == 2 else ("", "")
+            if names[0] != library or not re.fullmatch(known[part], str(names[1])):
                 raise UserError(
                     f"expected {part} of {self.source} to be {known[part]} of {library}, got "
                     f"{entry} in {INDEX}; take another checkpoint"
@@ -136,11 +134,7 @@ class Checkpoint:
         return variants
 
     def weights(self, part: str) -> list[Path]:
-        """Return the files that one part is loaded from: the variant's if it has them, else plain.
-
-        Raises:
-            UserError: there are none, or two sets of them.
-        """
+        """Return the files to load a part from: the variant's if it has them, else plain."""
         variants, folder = self._variants(part), (self.folder or Path()) / part
         sets = variants.get(self.variant) or variants.get(None, [])
         if len(sets) > 1:
@@ -167,9 +161,6 @@ class Checkpoint:
             dtype: of the weights.
             parts: that must be there.
             absent: parts and options of the pipeline class to leave out.
-
-        Raises:
-            UserError: parts that are missing, pickled, damaged or of other shapes.
         """
         import diffusers
 
@@ -198,12 +189,7 @@ class Checkpoint:
             )
 
     def config(self, part: str) -> Config:
-        """Read the config of a part.
-
-        Raises:
-            UserError: there is none, a number in it is above `MAX_NUMBER`, or its weights are
-                quantised.
-        """
+        """Read the config of a part, with no number above `MAX_NUMBER`."""
         name = "scheduler_config.json" if part == "scheduler" else "config.json"
         path = (self.folder or Path()) / part / name
         config = read_json(path, f"{part} of a checkpoint")
@@ -324,32 +310,20 @@ def read_process(
         UserError: there is no process for the schedule or the prediction.
     """
     name = config.get("_class_name", "a scheduler")
-    if name.startswith("FlowMatch"):
-        for field in ("use_dynamic_shifting", "invert_sigmas", "shift_terminal"):
-            if config.get(field):
-                raise UserError(
-                    f"expected a flow with a fixed shift, got {name} with {field}; take another "
-                    "checkpoint"
-                )
-        steps = config.get("num_train_timesteps", 1000)
-        if steps != 1000:
+    flow = name.startswith("FlowMatch")
+    for field, value in (_USUAL_FLOW if flow else _USUAL_BETAS).items():
+        if config.get(field) not in (value, None):
             raise UserError(
-                f"expected a flow of 1000 trained levels, got {name} with num_train_timesteps "
-                f"{steps}; take another checkpoint"
+                f"expected a noise schedule with {field} {value}, got {name} with {field} "
+                f"{config[field]}; take another checkpoint"
             )
+    if flow:
         return Flow(shift=config.get("shift", 1.0), spacing=spacing)
-    for field, usual in (("timestep_type", "discrete"), ("use_flow_sigmas", False)):
-        if config.get(field, usual) != usual:
-            raise UserError(
-                f"expected a schedule of discrete β, got {name} with {field} {config[field]}; take "
-                "another checkpoint"
-            )
     prediction = _PREDICTIONS.get(config.get("prediction_type", ""))
-    if not prediction or "beta_schedule" not in config or config.get("trained_betas") is not None:
+    if not prediction or "beta_schedule" not in config:
         raise UserError(
-            "expected a linear or scaled_linear noise schedule and a network that predicts epsilon "
-            f"or v, got {name} with {config.get('beta_schedule')} schedule and "
-            f"{config.get('prediction_type')} prediction; take another checkpoint"
+            "expected a noise schedule of β and a network that predicts epsilon or v, got "
+            f"{name} with {config.get('prediction_type')} prediction; take another checkpoint"
         )
     return VariancePreserving(
         prediction=prediction,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from augment.core.errors import PrecisionWarning, UserError
 from augment.diffusion.checkpoints.checkpoint import check_indices
-from augment.diffusion.checkpoints.hub import damaged, explained, quiet
+from augment.diffusion.checkpoints.hub import damaged, local_folder, quiet
 
 PIXELS = 2**22
 """Pixels that the autoencoder processes at a time, such as 16 images of 512 by 512."""
@@ -123,17 +123,10 @@ def load_tiny(source: str | Path | None, local_files_only: bool = False) -> Any:
     if source is None:
         return None
     from diffusers import AutoencoderTiny
-    from huggingface_hub import snapshot_download
 
-    folder = str(source)
-    if not Path(folder).is_dir():
-        with explained(folder):
-            folder = snapshot_download(
-                folder,
-                allow_patterns=["config.json", "*.safetensors", "*.safetensors.index*.json"],
-                local_files_only=local_files_only,
-            )
-    check_indices(Path(folder))
+    patterns = ["config.json", "*.safetensors", "*.safetensors.index*.json"]
+    folder = local_folder(str(source), patterns, local_files_only)
+    check_indices(folder)
     with quiet(), damaged(source):
         tiny = AutoencoderTiny.from_pretrained(folder, use_safetensors=True)
     return tiny.eval().requires_grad_(False)

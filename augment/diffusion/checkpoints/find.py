@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 
 from augment.core.errors import UserError
 from augment.diffusion.checkpoints.checkpoint import Checkpoint, read_index
-from augment.diffusion.checkpoints.hub import HUB, INDEX, brief, explained
+from augment.diffusion.checkpoints.hub import HUB, INDEX, brief, explained, local_folder
 
 _PARTS = {"sdxl": "conditioner.embedders.1.", "sd15": "cond_stage_model.transformer."}
 """Prefixes of the text encoders' tensors, by model."""
@@ -74,24 +74,16 @@ def _single_file(path: Path, config: str | Path | None, local_files_only: bool) 
     """Describe a checkpoint of one file, with a folder of configs and tokenizers but no weights."""
     schedule = _schedule_of(path)
     config = str(config or guess_config(path))
-    config = HUB.get(config, config)
-    if not Path(config).is_dir():
-        from huggingface_hub import snapshot_download
-
-        with explained(config):
-            config = snapshot_download(
-                config,
-                allow_patterns=["*.json", "*/*.json", "*/*.txt", "*/*.model"],
-                local_files_only=local_files_only,
-            )
-    checkpoint = Checkpoint(str(path), _kind_of(Path(config) / INDEX), Path(config), path)
+    patterns = ["*.json", "*/*.json", "*/*.txt", "*/*.model"]
+    folder = local_folder(HUB.get(config, config), patterns, local_files_only)
+    checkpoint = Checkpoint(str(path), _kind_of(folder / INDEX), folder, path)
     scheduler = {"prediction_type": "epsilon", "rescale_betas_zero_snr": False}
     scheduler |= checkpoint.config("scheduler")
     for key, value in schedule.items():
         if scheduler[key] != value:
             raise UserError(
                 f"expected a config with {key} {value}, as {path} says of itself, got "
-                f"{scheduler[key]} in {config}; give config=, a folder whose scheduler says so too"
+                f"{scheduler[key]} in {folder}; give config=, a folder whose scheduler says so too"
             )
     return checkpoint
 

@@ -1,9 +1,10 @@
 """Guards around diffusers and the hub: packages, errors in one sentence, silenced logs."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -69,6 +70,17 @@ def explained(source: str) -> Iterator[None]:
     finally:
         logging.set_verbosity(level)
     raise UserError(f"expected a checkpoint on the hub, got {source!r}, {problem}")
+
+
+def local_folder(source: str, patterns: Sequence[str], local_files_only: bool) -> Path:
+    """Return a folder, or download the files of a repository that match some patterns."""
+    if Path(source).is_dir():
+        return Path(source)
+    from huggingface_hub import snapshot_download
+
+    with explained(source):
+        options: Any = {"allow_patterns": patterns, "local_files_only": local_files_only}
+        return Path(snapshot_download(source, **options))
 
 
 @contextmanager

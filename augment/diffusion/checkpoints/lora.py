@@ -67,18 +67,19 @@ class _LowRank:
     pairs: dict[str, tuple[str, str]]
     rescaled: bool
 
-    def fingerprint(self) -> dict[str, str]:
-        """Return the entry of these weights in a backbone's fingerprint."""
-        digest = hashlib.sha256(self.path.read_bytes()).hexdigest()
-        alphas = " × alpha / rank" if self.rescaled else ""  # older versions ignored them
-        return {"lora": f"{digest} × {self.scale:g}{alphas}"}
+    def finish(self, changed: int) -> dict[str, str]:
+        """Return the entry in a backbone's fingerprint, after ``changed`` layers have changed.
 
-    def check(self, changed: int) -> None:
-        """Refuse weights that changed fewer layers than have non-zero weights in the file."""
+        Raises:
+            UserError: these are fewer than have non-zero weights in the file.
+        """
         sides = ((self.state[key] for key in pair) for pair in self.pairs.values())
         wanted = sum(all(bool(side.any()) for side in pair) for pair in sides)
         if self.scale and changed < max(wanted, 1):
             raise self.misfit(f"{changed} of its {len(self.pairs)} layers change the model")
+        digest = hashlib.sha256(self.path.read_bytes()).hexdigest()
+        alphas = " × alpha / rank" if self.rescaled else ""  # older versions ignored them
+        return {"lora": f"{digest} × {self.scale:g}{alphas}"}
 
     def misfit(self, reason: str) -> UserError:
         """Build the error for low-rank weights of another model."""
@@ -102,7 +103,9 @@ def _read_lora(path: Path, scale: float) -> _LowRank:
     with damaged(path), safe_open(path, framework="pt") as file:
         state = {_modern(key): file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         config = dict(json.loads((file.metadata() or {}).get(_METADATA, "{}")))
-        pairs = {m[1]: (m[0], _up_name(m)) for key in state if (m := _DOWN.fullmatch(key))}
+        matches = [match for key in state if (match := _DOWN.fullmatch(key))]
+        ups = {"A": "B", "down": "up"}
+        pairs = {m[1]: (m[0], f"{m[1]}{m[2]}{ups[m[3]]}.weight") for m in matches}
         known = {key for pair in pairs.values() for key in pair}
         known |= {f"{layer}.{extra}" for layer in pairs for extra in ("alpha", _MAGNITUDE)}
         odd = [*(key for key in state if key not in known), *_unknown_settings(config)]
@@ -121,11 +124,6 @@ def _read_lora(path: Path, scale: float) -> _LowRank:
                 state[up] = state[up].float() * size
                 rescaled |= alpha is None
     return _LowRank(path, scale, state, pairs, rescaled)
-
-
-def _up_name(match: re.Match[str]) -> str:
-    """Return the name of the tensor up for a match of `_DOWN`."""
-    return f"{match[1]}{match[2]}{'B' if match[3] == 'A' else 'up'}.weight"
 
 
 def _modern(key: str) -> str:
@@ -192,8 +190,7 @@ def add_lora(pipe: Any, path: Path, scale: float) -> dict[str, str]:
             layer.merge()
             changed += not torch.equal(weight, before)
         pipe.unload_lora_weights()
-    lora.check(changed)
-    return lora.fingerprint()
+    return lora.finish(changed)
 
 
 def fuse_lora(network: nn.Module, path: Path, scale: float) -> dict[str, str]:
@@ -215,8 +212,7 @@ def fuse_lora(network: nn.Module, path: Path, scale: float) -> dict[str, str]:
         with torch.no_grad():
             weight.add_(scale * product)
         changed += not torch.equal(weight, before)
-    lora.check(changed)
-    return lora.fingerprint()
+    return lora.finish(changed)
 
 
 def inject_adapters(network: nn.Module, rank: int, targets: str | Sequence[str]) -> nn.Module:
