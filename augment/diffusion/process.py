@@ -152,11 +152,12 @@ class VariancePreserving(_Brief):
         lookup(BETAS, self.betas, "noise schedule")
         lookup(PREDICTIONS, self.prediction, "prediction")
         start, end, steps = self.beta_start, self.beta_end, self.train_steps
-        if type(steps) is not int or steps < 1 or not 0 < start <= end < 1:
-            raise UserError(
-                f"expected 0 < beta_start ≤ beta_end < 1 and some training steps, got {start!r}, "
-                f"{end!r} and {steps!r}; take the scheduler file of the checkpoint's makers"
-            )
+        cure = "take the scheduler file of the checkpoint's makers"
+        if not 0 < start <= end < 1:
+            betas = f"{start!r} and {end!r}"
+            raise UserError(f"expected 0 < beta_start ≤ beta_end < 1, got {betas}; {cure}")
+        if type(steps) is not int or steps < 1:
+            raise UserError(f"expected an integer train_steps ≥ 1, got {steps!r}; {cure}")
         lookup(dict.fromkeys(("trailing", "leading", "linspace")), self.spacing, "spacing")
         if self.zero_terminal_snr and self.prediction == "epsilon":
             raise UserError(

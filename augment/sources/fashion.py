@@ -51,5 +51,5 @@ def write_fashion(root: str | Path, split: str, numbers: list[int] | None = None
         for number in range(count) if numbers is None else numbers:
             path = Path(root) / name / f"{number:03d}.png"
             if not path.exists():
-                save_image(images[first + number][None], path)
+                save_image(images[first + number][None], path, sync=False)
     return Path(root)

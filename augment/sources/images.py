@@ -145,9 +145,9 @@ def to_pil(image: Float[Tensor, "c h w"]) -> Image.Image:
     return Image.fromarray(pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0))
 
 
-def save_image(image: Float[Tensor, "c h w"], path: Path) -> None:
+def save_image(image: Float[Tensor, "c h w"], path: Path, sync: bool = True) -> None:
     """Write a PNG file; see `augment.core.files.replacing`."""
-    with replacing(path) as file:
+    with replacing(path, sync) as file:
         to_pil(image).save(file, "PNG")
 
 

@@ -117,11 +117,11 @@ class LongTail(Selection):
         target_transform: Callable[[Any], Any] | None = None,
     ) -> None:
         super().__init__(source, transform, target_transform)
-        if not 1 <= imbalance_factor < float("inf") or len(self.ids) < 2:
-            raise UserError(
-                f"expected an imbalance factor of 1 or more and 2 or more classes, got "
-                f"{imbalance_factor:g} and {len(self.ids)}; change these"
-            )
+        if not 1 <= imbalance_factor < float("inf"):
+            factor = f"{imbalance_factor:g}"
+            raise UserError(f"expected an imbalance factor of 1 or more, got {factor}; change it")
+        if len(self.ids) < 2:
+            raise UserError(f"expected 2 or more classes, got {len(self.ids)}; take others")
         largest = min(self.counts) if largest is None else largest
         last = len(self.ids) - 1
         counts = [int(largest * (1 / imbalance_factor) ** (j / last)) for j in range(last + 1)]

@@ -90,14 +90,7 @@ class LatentDiffusion:
                 )
         self.pipe = checkpoint.load(self.dtype, parts, self.absent)
         self.net = getattr(self.pipe, self.part)
-        self._check_network(checkpoint.source)
-        for name in ("tokenizer", "tokenizer_2"):
-            length = getattr(getattr(self.pipe, name, None), "model_max_length", 77)
-            if type(length) is not int or not 2 < length < MAX_NUMBER:
-                raise UserError(
-                    f"expected a model_max_length of {name} in {checkpoint.source}, got "
-                    f"{length!r}; download it again"
-                )
+        self._check_parts(checkpoint.source)
         with damaged(checkpoint.source):
             config = self.pipe.scheduler.config
             self.process = read_process(config, spacing, clean_end, zero_terminal_snr)
@@ -124,8 +117,8 @@ class LatentDiffusion:
             **adapted,
         }
 
-    def _check_network(self, source: str) -> None:
-        """Refuse a network that takes more inputs than a plain text-to-image one."""
+    def _check_parts(self, source: str) -> None:
+        """Refuse a network that is not a plain text-to-image one, and prompts of no length."""
         config, latent = self.net.config, self.pipe.vae.config.latent_channels
         if config.in_channels != latent:
             raise UserError(
@@ -137,6 +130,13 @@ class LatentDiffusion:
                 raise UserError(
                     f"expected a plain text-to-image network, got {self.part} in {source} with "
                     f"{key} {config[key]!r}; take another checkpoint"
+                )
+        for name in ("tokenizer", "tokenizer_2"):
+            length = getattr(getattr(self.pipe, name, None), "model_max_length", 77)
+            if type(length) is not int or not 2 < length < MAX_NUMBER:
+                raise UserError(
+                    f"expected a model_max_length of {name} in {source}, got {length!r}; "
+                    "download it again"
                 )
 
     def _set_size(self, resolution: int | None) -> None:
