@@ -22,8 +22,7 @@ from torch import Tensor
 from augment.centroid.residuals import Residuals
 from augment.core.errors import UserError
 
-MIN_HALF_ANGLE = 5e-4
-"""Half angles nearer than this to 0 or π/2 span no circle; the vanishing direction is left out."""
+MIN_HALF_ANGLE = 5e-4  # nearer to 0 or π/2 there is no circle, and one direction is left out
 
 
 def circle(residuals: Residuals) -> Float[Tensor, "b k"]:

@@ -73,7 +73,8 @@ def low_pass(latents: Latents, sigma: float = LOW_PASS_SIGMA) -> Latents:
 
 
 MEANS: dict[str, Split] = {
-    **{"0": nothing, "m": latent_mean, "chm": channel_mean, "lp": low_pass, "mu": nothing}
+    **{"0": nothing, "m": latent_mean, "chm": channel_mean, "lp": low_pass},
+    "mu": nothing,
 }
 """Mean splits by name; ``lp`` followed by a number is a name too. The rule handles ``mu``."""
 

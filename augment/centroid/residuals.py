@@ -16,8 +16,7 @@ from torch.linalg import vector_norm
 
 from augment.centroid.means import Split
 
-TINY = 1e-30
-"""Guards 0/0."""
+TINY = 1e-30  # guards 0/0
 
 
 def mix(points: Float[Tensor, "b k *d"], weights: Float[Tensor, "b k"]) -> Float[Tensor, "b *d"]:

@@ -21,8 +21,7 @@ from augment.centroid.norms import COEFFICIENTS, GAINS, NORMS
 from augment.centroid.residuals import Residuals
 from augment.core.errors import UserError, lookup
 
-ALIASES = {"lol": "vp/mu"}
-"""Rules that have a name of their own in the literature."""
+ALIASES = {"lol": "vp/mu"}  # names in the literature
 
 
 @dataclass(frozen=True)

@@ -31,8 +31,7 @@ from augment.centroid.residuals import TINY, Residuals
 
 Cosines = Float[Tensor, "b k k"]
 Coefficients = Float[Tensor, "b k"]
-MIN_SINE = 1e-6
-"""Sines below this are rounding and are raised to it."""
+MIN_SINE = 1e-6  # smaller ones are rounding and are raised to it
 SAME_COSINE = 1 - 5e-7
 """Directions of a larger cosine (within 1e-3 radian) count as one; float32 resolves no less."""
 
@@ -62,9 +61,8 @@ def settle(
     still = rows if moving is None else moving.nonzero()[:, 0]
     for _ in range(300):
         if len(still) < len(rows):  # go on with fewer
-            rows, cosines, weights, a, cosine = (
-                x[still] for x in (rows, cosines, weights, a, cosine)
-            )
+            parts = (rows, cosines, weights, a, cosine)
+            rows, cosines, weights, a, cosine = (part[still] for part in parts)
         if not len(rows):
             break
         before, (a, cosine) = a, normalised(cosines, step(a, cosine, weights))
@@ -74,10 +72,7 @@ def settle(
 
 
 def frechet_mean(cosines: Cosines, weights: Coefficients, start: Coefficients) -> Coefficients:
-    """Find the weighted Fréchet mean of unit vectors, as coefficients on them.
-
-    The start is coefficients of a direction. All is float64.
-    """
+    """Find the weighted Fréchet mean of unit vectors, as coefficients on them, from a start's."""
 
     def step(a: Coefficients, cosine: Coefficients, weights: Coefficients) -> Coefficients:
         sine = (1 - cosine.square()).sqrt().clamp_min(MIN_SINE)
