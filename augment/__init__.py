@@ -22,8 +22,10 @@ if TYPE_CHECKING:
     from augment.centroid import Rule, walk
     from augment.core.errors import BankMismatch, ImageRejected, UserError
     from augment.diffusion import load_backbone
+    from augment.diffusion.sampling import Sampling
     from augment.diffusion.solver import sample
     from augment.inversion import invert
+    from augment.plan.mixing import Mixing
     from augment.plan.plan import Plan
     from augment.plan.planner import Planner
     from augment.replay.pool import ReplayPool
@@ -42,6 +44,7 @@ HOMES = {
     "MixedDataset": "synthesis.dataset",
     "SyntheticDataset": "synthesis.dataset",
     "load_backbone": "diffusion",
+    "Sampling": "diffusion.sampling",
     "sample": "diffusion.solver",
     "BankMismatch": "core.errors",
     "ImageRejected": "core.errors",
@@ -50,6 +53,7 @@ HOMES = {
     "fill_bank": "bank.fill",
     "write_shards": "shards.write",
     "invert": "inversion",
+    "Mixing": "plan.mixing",
     "Plan": "plan.plan",
     "Planner": "plan.planner",
     "ReplayPool": "replay.pool",
@@ -74,10 +78,12 @@ __all__ = [
     "ImageRejected",
     "LatentBank",
     "MixedDataset",
+    "Mixing",
     "Plan",
     "Planner",
     "ReplayPool",
     "Rule",
+    "Sampling",
     "Shards",
     "Synthesizer",
     "SyntheticDataset",

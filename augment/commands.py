@@ -21,11 +21,11 @@ from augment.core.errors import UserError
 
 if TYPE_CHECKING:  # the types of options, which jsonargparse imports when it shows or parses them
     import augment.bank.fill
+    import augment.shards.format
     from augment.bank.bank import LatentBank
     from augment.jobs.job import Job
-    from augment.shards.write import Synthesis
+    from augment.shards.write import ShardJob
     from augment.sources import Source
-    from augment.synthesis.refine import SeedSelect
 
 Record = dict[str, Any]
 """What a command did, as JSON."""
@@ -46,151 +46,21 @@ def invert(settings: "augment.bank.fill.InvertSettings") -> Record:
     return unfinished or summarize_bank(Path(settings.bank))
 
 
-def synthesize(
-    bank: str,
-    out: str,
-    per_class: int = 100,
-    fill_to: int | None = None,
-    tail_only: int | None = None,
-    rule: str = "fade/chm",
-    alpha: float | str = 1.0,
-    seed: int = 0,
-    members: int | None = None,
-    noise: float = 0.0,
-    solver: str = "exact",
-    steps: int | None = None,
-    guidance: float | None = None,
-    interval: tuple[float, float] = (0.0, 1.0),
-    prompt: str = "",
-    batch_size: int = 64,
-    backbone: str | None = None,
-    device: str | None = None,
-    dtype: str | None = None,
-    backbone_options: dict[str, Any] | None = None,
-    nearest: str | None = None,
-    refine: "SeedSelect | int | None" = None,
-    filters: dict[str, dict[str, Any] | None] | str | None = None,
-    candidates: int = 1,
-    images: "Source | str | None" = None,
-    extension: str = "jpg",
-    quality: int = 95,
-    pixels: int = 256,
-    shard_size: int = 1000,
-    executor: str = "local",
-    dry_run: bool = False,
-) -> Record:
+def synthesize(settings: "augment.shards.format.ShardSettings") -> Record:
     """Synthesize images from random centroids of a bank's latents, as webdataset shards.
-
-    Args:
-        bank: folder of the bank.
-        out: folder for the shards, out/shard-000000.tar and so on; an interrupted job goes on.
-        per_class: images a class.
-        fill_to: instead, as many as bring a class to so many, with the bank's real ones.
-        tail_only: none for classes with so many real images or more.
-        rule: norm rule and mean split, such as fade/chm or fix/0.
-        alpha: concentration of the Dirichlet weights; 1 is uniform on the simplex, inf the centre.
-            Or one for each member, such as 10,1,1.
-        seed: of all dice.
-        members: how many images a centroid mixes; by default all of the class.
-        noise: share of fresh noise, in [0, 1).
-        solver: exact (undoes the bank's inversion), fast (fireflow in 10 steps), or ddim, euler,
-            dpm++, midpoint, fireflow.
-        steps: solver steps; by default those of the bank, or 10 with fast.
-        guidance: scale of classifier-free guidance; by default as the bank was inverted.
-        interval: noise levels between which there is guidance, as YAML such as '[0.2, 0.8]'.
-        prompt: a template such as 'a sketch of a {name}', if other than the bank's prompts.
-        batch_size: images a network call; halved if a GPU's memory is too small.
-        backbone: the diffusion model; by default the one that made the bank.
-        device: such as cuda or cpu; by default the GPU if there is one.
-        dtype: float32, float16 or bfloat16 of the network; by default what the backbone likes.
-        backbone_options: of the backbone, as YAML such as '{compile: true}'.
-        nearest: mix an image, drawn at random, with its neighbours, as many as members says: by
-            the distance of latents (latent), or of the vectors by image id of a .safetensors file.
-        refine: steps of SeedSelect, such as 5, that bring each centroid nearer to its class, in
-            some four times a sampling's time each; or its settings, as --refine.steps 5
-            --refine.network resnet50, or YAML. See --refine.help.
-        filters: what images have to pass, such as degenerate,duplicate, out of classifier,
-            prototype, clip, duplicate, degenerate; or YAML with their settings, such as
-            '{degenerate: {}, duplicate: {minimum: 0.5}}'.
-        candidates: how many plans are tried for an image before it is given up.
-        images: the real images that refine and filters compare with, a folder or another source
-            as for invert; by default where they were.
-        extension: jpg, webp or png.
-        quality: of jpg and webp.
-        pixels: larger images are reduced to this.
-        shard_size: images a shard.
-        executor: local, this process or, under torchrun or in a Slurm array, its share; or ray.
-        dry_run: do and keep one shard, and tell how long all will take.
 
     Examples:
         latent-augment synthesize mine/bank --out mine/synthetic --per-class 100
         latent-augment synthesize mine/bank --out mine/tail --fill-to 300 --members 8
         latent-augment synthesize mine/bank --out mine/clean --filters degenerate --candidates 4
     """
-    import numpy as np
+    from augment.shards.write import ShardJob
 
-    from augment.bank.bank import LatentBank
-    from augment.centroid import Rule
-    from augment.core.registry import refuse_reserved
-    from augment.diffusion import load_backbone, parse_dtype
-    from augment.jobs.job import planning_device
-    from augment.plan.planner import Planner, budget
-    from augment.shards.write import Synthesis
-    from augment.sources import place_of
-    from augment.sources.prompts import class_prompts
-    from augment.synthesis.filters import make_filter
-    from augment.synthesis.refine import SeedSelect, check_sampling
-    from augment.synthesis.synthesizer import Synthesizer, solver_of
-
-    opened = LatentBank.open(bank)
-    try:
-        alphas = [float(number) for number in str(alpha).split(",")]
-    except ValueError:
-        raise UserError(
-            f"expected a number, inf or numbers such as 10,1,1 for alpha, got {alpha!r}"
-        ) from None
-    concentration = alphas if len(alphas) > 1 else alphas[0]
-    features = None if nearest is None else opened.features(nearest)
-    real = np.array([len(ids) for ids in opened.members.values()])
-    numbers = budget(real, per_class, fill_to, None, tail_only).tolist()
-    if not any(numbers):
-        raise UserError(
-            f"expected a class that lacks images, got {min(real)} to {max(real)} real ones each; "
-            "choose a larger --fill-to, --tail-only or --per-class"
-        )
-    plain = fill_to is None and tail_only is None
-    some = {n: m for n, m in zip(opened.members, numbers, strict=True) if m}
-    counts = per_class if plain else some
-    planner = Planner(opened.members, seed, concentration, members, noise, features=features)
-    Rule.parse(rule)  # what can be refused is refused before gigabytes are loaded
-    _, count = solver_of(opened, solver, steps)
-    if isinstance(refine, int):
-        refine = SeedSelect(refine)
-    if refine:
-        check_sampling(count)
-    if isinstance(filters, str):
-        filters = dict.fromkeys(filters.split(","))
-    judges = {name: make_filter(name, **(given or {})) for name, given in (filters or {}).items()}
-    options = backbone_options or {}
-    refuse_reserved(options, "name_or_path", "device", "dtype")
-    recipe = recipe_of(opened, backbone)
-    where = {"device": device, "dtype": parse_dtype(dtype)}
-    model = load_backbone(
-        **{**where, "device": planning_device(device, executor)}, **{**recipe, **options}
-    )
-    texts = class_prompts(opened.classes, prompt) if prompt else None
-    synthesizer = Synthesizer(
-        model, opened, rule, solver, steps, guidance, batch_size, interval, texts, refine,
-        place_of(images),
-    )  # fmt: skip
-    job = Synthesis(
-        Path(out), synthesizer, planner, counts, shard_size, extension, quality, pixels,
-        judges, candidates, where,
-    )  # fmt: skip
-    return work(job, executor, dry_run) or summarize_shards(job)
+    job = ShardJob.of(settings)
+    return work(job, settings.executor, settings.dry_run) or summarize_shards(job)
 
 
-def summarize_shards(job: "Synthesis") -> Record:
+def summarize_shards(job: "ShardJob") -> Record:
     """Print what was made, what was rejected, and how many images a centroid mixes."""
     tally = job.tally
     some = range(min(tally.wanted, 1000))
@@ -669,18 +539,7 @@ def split_names(text: str, known: Callable[[str], bool]) -> list[str]:
 
 def recipe_of(bank: "LatentBank", backbone: str | None = None) -> dict[str, Any]:
     """Return the arguments of `load_backbone` that make a bank's backbone, or another one."""
-    from augment.diffusion import local_recipe
-
-    recipe = bank.recipe
-    if backbone:
-        recipe = local_recipe({**bank.manifest.recipe, "name_or_path": backbone}, named=True)
-    place = Path(recipe["name_or_path"])
-    if place.is_absolute() and not place.exists():
-        raise UserError(
-            f"expected the backbone that made the bank at {place}, got nothing there; say where it "
-            "is with --backbone"
-        )
-    return recipe
+    return bank.recipe_with(backbone)
 
 
 def summarize_bank(path: Path) -> Record:

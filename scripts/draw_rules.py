@@ -7,7 +7,7 @@ latents, and the centroid of all 32 latents in equal parts.
 import argparse
 from pathlib import Path
 
-from augment import Plan, Synthesizer, fill_bank, load_backbone
+from augment import Plan, Rule, Synthesizer, fill_bank, load_backbone
 from augment.sources import Folder
 from augment.sources.fashion import write_fashion
 from augment.sources.images import sheet
@@ -31,9 +31,9 @@ def main() -> None:
         ids = bank.members[name]
         alone = [Plan.equal(0, name, [i]) for i in ids[:SHOWN]]
         whole = Plan.equal(0, name, ids)
-        rows[name] = list(Synthesizer(backbone, bank, "lin/0").images(alone))
+        rows[name] = list(Synthesizer(backbone, bank, Rule.parse("lin/0")).images(alone))
         for rule in RULES:
-            rows[name] += list(Synthesizer(backbone, bank, rule).images([whole]))
+            rows[name] += list(Synthesizer(backbone, bank, Rule.parse(rule)).images([whole]))
     heads = [f"image {k + 1}" for k in range(SHOWN)] + [f"32: {rule}" for rule in RULES]
     sheet(rows, heads).save(args.out)
 

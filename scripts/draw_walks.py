@@ -12,7 +12,7 @@ import torch
 from augment import LatentBank, load_backbone, sample, walk
 from augment.centroid import WALKS
 from augment.sources.images import sheet
-from augment.synthesis.synthesizer import solver_of
+from augment.synthesis.synthesizer import resolve
 
 
 def main() -> None:
@@ -25,11 +25,11 @@ def main() -> None:
     args = parser.parse_args()
     bank, rows = LatentBank.open(args.bank), {}
     backbone = load_backbone(**bank.recipe)
-    solver, steps = solver_of(bank, "exact", None)
+    how = vars(resolve(bank))
     first, last = (bank.latents(name)[0] for name in args.ends)
     for name in WALKS:
         frames = walk(first, last, args.frames, name)
-        rows[name] = list(sample(backbone, frames, None, solver, steps))
+        rows[name] = list(sample(backbone, frames, None, **how))
         norms = frames.flatten(1).norm(dim=1) / torch.tensor(frames[0].numel()).sqrt()
         print(f"{name:11} norm / √D " + " ".join(f"{norm:.2f}" for norm in norms))
     places = [f"{place:.2f}" for place in torch.linspace(0, 1, args.frames).tolist()]

@@ -27,7 +27,16 @@ from torch import Tensor
 from tqdm import tqdm
 from train_tiny import VEHICLES
 
-from augment import LatentBank, Planner, SyntheticDataset, fill_bank, load_backbone, sample
+from augment import (
+    LatentBank,
+    Mixing,
+    Planner,
+    Sampling,
+    SyntheticDataset,
+    fill_bank,
+    load_backbone,
+    sample,
+)
 from augment.centroid.residuals import mix
 from augment.core.errors import BiasWarning
 from augment.core.files import write_json
@@ -162,10 +171,12 @@ class Bench:
         drawn = {image_id for ids in real.ids.values() for image_id in ids}
         bank = self.bank.subset(drawn.__contains__)
         if row.kind == "centroids":
+            mixing = Mixing(
+                rule=row.rule, alpha=row.alpha, members=row.members, noise=row.noise, seed=seed
+            )
             made: Any = SyntheticDataset(
-                bank, self.backbone, row.rule, per_class=row.per_class, seed=seed, solver="fast",
-                keep=True, alpha=row.alpha, noise=row.noise, members=row.members,
-            )  # fmt: skip
+                bank, self.backbone, mixing, Sampling(solver="fast"), row.per_class, keep=True
+            )
             made.__getitems__(range(len(made)))
         else:
             count = row.per_class * len(self.names)
@@ -176,7 +187,7 @@ class Bench:
 
     def pixels(self, bank: LatentBank, real: Source, count: int, seed: int) -> Tensor:
         """Mix pixels by the plans that centroids follow."""
-        planner, images = Planner(bank.members, seed), []
+        planner, images = Planner(bank.members, Mixing(seed=seed)), []
         for plan in (planner(0, index) for index in range(count)):
             points = torch.stack([real.load(i, self.channels, 32) for i in plan.members])
             weights = torch.tensor(plan.weights).float()

@@ -15,7 +15,16 @@ from typing import Any
 from PIL import Image
 from playwright.sync_api import Browser, Page, sync_playwright
 
-from augment import LatentBank, Planner, Synthesizer, fill_bank, load_backbone, write_shards
+from augment import (
+    LatentBank,
+    Mixing,
+    Planner,
+    Rule,
+    Synthesizer,
+    fill_bank,
+    load_backbone,
+    write_shards,
+)
 from augment.core.errors import BiasWarning
 from augment.explore import Explorer
 from augment.explore.server import serve
@@ -39,7 +48,8 @@ def make_demo(root: Path) -> Path:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", BiasWarning)
         write_shards(
-            Synthesizer(backbone, bank, "fix/0"), Planner(bank.members, members=8), 24,
+            Synthesizer(backbone, bank, Rule.parse("fix/0")),
+            Planner(bank.members, Mixing(members=8)), 24,
             root / "shards", shard_size=60, filters=filters, candidates=3,
         )  # fmt: skip
     return root

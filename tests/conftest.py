@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from augment import Mixing, Planner, Sampling, SyntheticDataset
 from augment.bank.bank import LatentBank
 from augment.bank.fill import fill_bank
 from augment.cli import main
@@ -30,6 +32,28 @@ def paint(root: Path, counts: dict[str, int] = COUNTS, size: int = 8, seed: int 
             pixels = rng.integers(0, 256, (size, size), dtype=np.uint8)
             Image.fromarray(pixels).save(root / name / f"{number}.png")
     return root
+
+
+def settings_of(options: dict[str, Any]) -> tuple[Mixing, Sampling, dict[str, Any]]:
+    """Split options into what is mixed, how it is sampled, and the rest."""
+    mixing, sampling = (
+        kind(**{f.name: options[f.name] for f in fields(kind) if f.name in options})
+        for kind in (Mixing, Sampling)
+    )
+    known = {*vars(mixing), *vars(sampling)}
+    return mixing, sampling, {key: value for key, value in options.items() if key not in known}
+
+
+def planner_with(images: Any, **options: Any) -> Planner:
+    """A planner by flat options."""
+    mixing, _, rest = settings_of(options)
+    return Planner(images, mixing, **rest)
+
+
+def dataset_with(bank: Any, backbone: Backbone, **options: Any) -> SyntheticDataset:
+    """A synthetic dataset by flat options."""
+    mixing, sampling, rest = settings_of(options)
+    return SyntheticDataset(bank, backbone, mixing, sampling, **rest)
 
 
 def call(monkeypatch, capsys, *args):

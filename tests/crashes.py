@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 import augment.bank.fill
 import augment.shards.write
-from augment import LatentBank, Planner, Synthesizer
+from augment import LatentBank, Planner, Sampling, Synthesizer
 from augment.bank.fill import InversionJob, fill_bank
 from augment.bank.merge import merge as merge_banks
 from augment.diffusion.backbones.gaussian import GaussianBackbone
@@ -43,7 +43,7 @@ def invert(root: Path, out: Path) -> None:
 def synthesize(root: Path, out: Path) -> None:
     """Write shards of an existing bank."""
     bank = LatentBank.open(root / "bank")
-    synthesizer = Synthesizer(BACKBONE, bank, steps=2, batch_size=4)
+    synthesizer = Synthesizer(BACKBONE, bank, sampling=Sampling(steps=2, batch_size=4))
     write_shards(synthesizer, Planner(bank.members), PER_CLASS, out, shard_size=6)
 
 

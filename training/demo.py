@@ -22,11 +22,13 @@ from tqdm import tqdm
 
 from augment.bank.bank import LatentBank
 from augment.bank.fill import fill_bank
+from augment.centroid import Rule
 from augment.centroid.residuals import mix
 from augment.core.errors import UserError
 from augment.core.files import read_json, remember, write_json
 from augment.diffusion import Backbone, load_backbone
 from augment.diffusion.solver import sample
+from augment.plan.mixing import Mixing
 from augment.plan.planner import Planner
 from augment.shards.write import write_shards
 from augment.sources import Folder
@@ -190,13 +192,13 @@ def synthetic(
     """The folder of a row's synthetic images, made if needed."""
     shots = {f"{number:03d}.png" for number in few_shots(seed, SHOTS)}
     bank = bank.subset(lambda image_id: Path(image_id).name in shots)
-    planner = Planner(bank.members, seed, alpha)
+    planner = Planner(bank.members, Mixing(seed=seed, alpha=alpha))
     if rule == "pixels":
         write_pixel_mixes(
             planner, Folder(out.parents[1] / f"real-{SHOTS}"), settings.per_class, out
         )
     else:
-        synthesizer = Synthesizer(backbone, bank, rule)
+        synthesizer = Synthesizer(backbone, bank, Rule.parse(rule))
         write_shards(synthesizer, planner, settings.per_class, out, extension="png")
     return str(out)
 
@@ -216,14 +218,14 @@ def write_sheet(root: Path, backbone: Backbone, bank: LatentBank) -> None:
         return
     shots = {f"{number:03d}.png" for number in few_shots(0, SHOTS)}
     bank = bank.subset(lambda image_id: Path(image_id).name in shots)
-    planner = Planner(bank.members, seed=0, alpha=math.inf)
+    planner = Planner(bank.members, Mixing(seed=0, alpha=math.inf))
     plans = [planner(0, label) for label in range(len(bank.classes))]
     source = Folder(root / "images")
     real = [source.load(plan.members[0], 1, 32) for plan in plans]
     latents = torch.stack([bank.latents(name)[0] for name in bank.classes])
     columns = {"real": real, "sampled back": sample(backbone, latents)}
     for rule in tqdm(SHEET_RULES, "sheet", delay=2, leave=False):
-        columns[rule] = Synthesizer(backbone, bank, rule).images(plans)
+        columns[rule] = Synthesizer(backbone, bank, Rule.parse(rule)).images(plans)
     rows = {
         name: [images[row] for images in columns.values()] for row, name in enumerate(bank.classes)
     }

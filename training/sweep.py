@@ -33,8 +33,8 @@ class Loader(yaml.SafeLoader):
 SCIENTIFIC = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+")
 Loader.add_implicit_resolver("tag:yaml.org,2002:float", SCIENTIFIC, list("-+.0123456789"))
 
-SEEDED = ("FewShot", "LongTail", "SyntheticDataset")
-"""Classes that throw dice of their own."""
+SEEDED = {"FewShot": "seed", "LongTail": "seed", "SyntheticDataset": "mixing.seed"}
+"""The argument for the seed of each class that draws random numbers of its own."""
 
 Run = tuple[dict[str, Any], int]
 """What is varied, and the seed."""
@@ -164,8 +164,10 @@ def seeded(config: Any, seed: int) -> Any:
     if not isinstance(config, dict):
         return config
     made: dict[str, Any] = {k: seed if k == "seed" else seeded(v, seed) for k, v in config.items()}
-    if str(made.get("class_path")).split(".")[-1] in SEEDED:
-        made["init_args"] = dict(made.get("init_args") or {}, seed=seed)
+    key = SEEDED.get(str(made.get("class_path")).split(".")[-1])
+    if key:
+        made["init_args"] = made.get("init_args") or {}
+        assign(made, f"init_args.{key}", seed)
     return made
 
 

@@ -152,6 +152,26 @@ class LatentBank:
         name = self.manifest.fingerprint.backbone["name"]
         return local_recipe(self.manifest.recipe or {"name_or_path": name})
 
+    def recipe_with(self, backbone: str | None = None) -> dict[str, Any]:
+        """Return the arguments of `load_backbone` that make the backbone, or another one.
+
+        Args:
+            backbone: name or path of another; the options stay.
+
+        Raises:
+            UserError: the backbone is no longer at its path.
+        """
+        recipe = self.recipe
+        if backbone:
+            recipe = local_recipe({**self.manifest.recipe, "name_or_path": backbone}, named=True)
+        place = Path(recipe["name_or_path"])
+        if place.is_absolute() and not place.exists():
+            raise UserError(
+                f"expected the backbone that made the bank at {place}, got nothing there; say "
+                "where it is with --backbone"
+            )
+        return recipe
+
     def to(self, device: torch.device | str) -> "LatentBank":
         """Load all latents, float16, into a device's memory.
 
@@ -284,12 +304,16 @@ class LatentBank:
         vectors = read_vectors(Path(which), ids)
         return {name: torch.stack([vectors[i] for i in m]) for name, m in self.members.items()}
 
-    def largest_mean(self, class_name: str) -> float:
-        """Return the largest absolute channel mean of a class's latents, from their records."""
+    def channel_means(self, class_name: str) -> Float[Tensor, " c"]:
+        """Return the mean of each channel of a class's latents, from their records."""
         chunks = filled(self._chunks(class_name))
         rows = torch.tensor([chunk.means for chunk in chunks])
         counts = torch.tensor([len(chunk.rows) for chunk in chunks])
-        return ((counts[:, None] * rows).sum(0) / counts.sum()).abs().max().item()
+        return (counts[:, None] * rows).sum(0) / counts.sum()
+
+    def largest_mean(self, class_name: str) -> float:
+        """Return the largest |channel mean| of a class's latents, from their records."""
+        return self.channel_means(class_name).abs().max().item()
 
     def subset(self, keep: Callable[[str], bool]) -> "LatentBank":
         """Show only the images whose id passes ``keep``; classes and labels stay.

@@ -11,12 +11,12 @@ from typing import Any
 
 from augment.centroid import MEANS, NORMS, WALKS
 from augment.core.errors import UserError
+from augment.diffusion.sampling import PROFILES
 from augment.diffusion.solver import SOLVERS
 from augment.explore import takeaway, widgets
 from augment.explore.export import export
 from augment.explore.session import Choice, Explorer, reweighted, toggled
 from augment.plan.plan import Plan
-from augment.synthesis.synthesizer import PROFILES
 
 Mixture = tuple[Plan, float | None]
 """A plan, and what it was thrown with as in `Choice`."""

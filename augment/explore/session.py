@@ -18,19 +18,21 @@ from torch import Tensor
 
 from augment.bank.bank import LatentBank
 from augment.bank.format import read_original
-from augment.centroid import walk
+from augment.centroid import Rule, walk
 from augment.centroid.prior import nominal_norm
 from augment.core.errors import ImageRejected, UserError
 from augment.core.files import check_folder
 from augment.diffusion.backbone import Backbone
+from augment.diffusion.sampling import Sampling
 from augment.diffusion.solver import sample
 from augment.inversion import INVERTERS
+from augment.plan.mixing import Mixing
 from augment.plan.plan import Plan
 from augment.plan.planner import Planner
 from augment.shards.write import reduce
 from augment.sources import Source
 from augment.sources.images import decode_image, to_pil
-from augment.synthesis.synthesizer import Synthesizer, solver_of
+from augment.synthesis.synthesizer import Synthesizer, resolve
 
 MOST = 5
 """Members that are mixed at most: more sliders than that nobody moves."""
@@ -105,7 +107,8 @@ class Explorer:
 
     def usual(self, solver: str = "exact") -> tuple[str, int, float]:
         """The solver that a name or profile means, its steps, and the bank's guidance."""
-        return *solver_of(self.bank, solver, None), float(self.bank.inversion["guidance"])
+        usual = resolve(self.bank, Sampling(solver=solver))
+        return usual.solver, usual.steps, usual.guidance
 
     @property
     def quick(self) -> str:
@@ -128,7 +131,9 @@ class Explorer:
             again: the how-manieth throw of the class.
         """
         count = len(plan.members)
-        planner = Planner(self.bank.members, plan.seed, alpha, count, plan.noise)
+        planner = Planner(
+            self.bank.members, Mixing(seed=plan.seed, alpha=alpha, members=count, noise=plan.noise)
+        )
         return planner(0, plan.label + again * len(self.bank.classes), plan.label)
 
     def image(self, choice: Choice) -> Float[Tensor, "c h w"]:
@@ -147,7 +152,12 @@ class Explorer:
         return self._synthesizers(choice.rule, choice.solver, choice.steps, choice.guidance)
 
     def _synthesizer(self, rule: str, solver: str, steps: int, guidance: float) -> Synthesizer:
-        return Synthesizer(self.backbone, self.bank, rule, solver, steps, guidance)
+        return Synthesizer(
+            self.backbone,
+            self.bank,
+            Rule.parse(rule),
+            Sampling(solver=solver, steps=steps, guidance=guidance),
+        )
 
     def facts(self, choice: Choice) -> Facts:
         """What the centroid of a choice is like."""

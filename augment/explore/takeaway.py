@@ -6,15 +6,14 @@ from typing import Any
 from augment.explore.session import Choice, Explorer
 
 LINES = """\
-from augment import LatentBank, Plan, Synthesizer, load_backbone
+from augment import LatentBank, Plan, Rule, Sampling, Synthesizer, load_backbone
 from augment.sources.images import to_pil
 
 bank = LatentBank.open({bank!r})
 backbone = load_backbone({recipe})
 plan = Plan.from_json({plan!r})
-made = Synthesizer(
-    backbone, bank, {rule!r}, solver={solver!r}, steps={steps}, guidance={guidance}
-)
+sampling = Sampling(solver={solver!r}, steps={steps}, guidance={guidance})
+made = Synthesizer(backbone, bank, Rule.parse({rule!r}), sampling)
 image = made.images([plan])[0]  # float32 (C, H, W) in [0, 1]
 to_pil(image).save("centroid.png")
 """

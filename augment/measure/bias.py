@@ -23,7 +23,7 @@ from torch import Tensor
 from augment.centroid.residuals import TINY
 from augment.centroid.rule import Rule
 from augment.core.rng import rng
-from augment.measure.latents import LatentStatistics
+from augment.measure.latents import ChannelMeans, LatentStatistics
 from augment.plan.weights import expected_count
 
 BIAS_THRESHOLD = 0.25
@@ -87,7 +87,7 @@ def measured_bias(
 
 
 def bias_warning(
-    statistics: LatentStatistics,
+    statistics: ChannelMeans,
     centroids: Float[Tensor, "n c"],
     averages: Float[Tensor, "n c"],
     rule: str,
@@ -95,7 +95,7 @@ def bias_warning(
     """Describe in one sentence how a rule amplifies a class's bias; None if it does not.
 
     Args:
-        statistics: statistics of the class's latents.
+        statistics: channel means of the class's latents.
         centroids: channel means of centroids of the class under the rule.
         averages: channel means of the plain weighted averages of the same members.
         rule: name of the rule.

@@ -22,33 +22,19 @@ from augment.core.errors import UserError
 
 
 @dataclass(frozen=True)
-class LatentStatistics:
-    """Statistics of a class's latents; in brackets the value expected of white noise.
+class ChannelMeans:
+    """Channel means of a class's latents.
 
     Args:
-        count, dim: number n of latents, number D of elements of each.
-        channel_means: mean of each channel [0].
+        count: number n of latents whose scatter gave the errors.
+        channel_means: mean of each channel; 0 is expected of white noise.
         channel_errors: standard errors of the means, from the scatter between latents; for a
             single latent those of white noise, and no bias is called significant.
-        energy: mean square of an element, δ² + v [1].
-        shared: δ² [0]; the estimate may be a little below 0. For a single latent, the part of its
-            channel means only.
-        norm, norm_spread: mean and standard deviation (0 for one latent) of ‖z‖/√D [`norm_law`].
-        log_density: mean of log χ_D(‖z‖) minus its value at the mode √(D − 1) [about −½].
-        horizontal, vertical: correlation of neighbouring pixels, without the channel means [0].
     """
 
     count: int
-    dim: int
     channel_means: tuple[float, ...]
     channel_errors: tuple[float, ...]
-    energy: float
-    shared: float
-    norm: float
-    norm_spread: float
-    log_density: float
-    horizontal: float
-    vertical: float
 
     @property
     def largest(self) -> tuple[float, float]:
@@ -66,6 +52,31 @@ class LatentStatistics:
         score = math.sqrt(freedom * math.log1p((mean / max(error, TINY)) ** 2 / freedom))
         score *= (8 * freedom + 1) / (8 * freedom + 3)
         return len(self.channel_means) * math.erfc(score / math.sqrt(2)) < 0.01
+
+
+@dataclass(frozen=True)
+class LatentStatistics(ChannelMeans):
+    """Statistics of a class's latents; in brackets the value expected of white noise.
+
+    Args:
+        count, channel_means, channel_errors: see `ChannelMeans`.
+        dim: number D of elements of a latent.
+        energy: mean square of an element, δ² + v [1].
+        shared: δ² [0]; the estimate may be a little below 0. For a single latent, the part of its
+            channel means only.
+        norm, norm_spread: mean and standard deviation (0 for one latent) of ‖z‖/√D [`norm_law`].
+        log_density: mean of log χ_D(‖z‖) minus its value at the mode √(D − 1) [about −½].
+        horizontal, vertical: correlation of neighbouring pixels, without the channel means [0].
+    """
+
+    dim: int
+    energy: float
+    shared: float
+    norm: float
+    norm_spread: float
+    log_density: float
+    horizontal: float
+    vertical: float
 
     @property
     def norm_sigmas(self) -> float:

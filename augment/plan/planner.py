@@ -15,8 +15,9 @@ from torch import Tensor
 
 from augment.core.errors import AugmentWarning, UserError, first_few, lookup
 from augment.core.rng import rng
+from augment.plan.mixing import Mixing
 from augment.plan.plan import Plan
-from augment.plan.weights import concentrations, dirichlet, expected_count
+from augment.plan.weights import dirichlet, expected_count
 
 Images = Mapping[str, tuple[str, ...]]
 """The image ids of each class, in label order; of a bank they are unpacked when asked for."""
@@ -82,7 +83,7 @@ def round_robin(per_class: int | dict[str, int], classes: Sequence[str]) -> list
 
 @dataclass(frozen=True)
 class Planner:
-    """Throws the dice of every synthetic image.
+    """Draws the plan of every synthetic image.
 
     Neighbouring indices belong to different classes (index modulo the number of classes), so any
     run of indices is a balanced batch.
@@ -93,61 +94,49 @@ class Planner:
 
     Args:
         images: the image ids of each class, in label order.
-        seed: the run's seed.
-        alpha: concentration of the Dirichlet weights, see `augment.plan.weights.dirichlet`; one
-            number, or one for each member in their order (the first the anchor's, with
-            ``features``).
-        members: how many images of a class a centroid mixes; None is all.
-        noise: share of fresh noise, in [0, 1).
+        mixing: what is mixed; the rule is not looked at, and nearest means ``features``.
         classes: how many classes a centroid mixes: the home class, whose members come first, and
-            others drawn at random, each with ``members`` images.
-        features: (n, f) of each class, a row an image in the order of ``images``.
+            others drawn at random, each with as many members.
+        features: (n, f) of each class, a row an image in the order of ``images``; None draws
+            members at random.
 
     Raises:
-        UserError: a parameter is out of its range; of several alphas, a class would give more or
-            fewer members; or the features do not fit the images.
+        UserError: too many classes; of several alphas, a class would give more or fewer members;
+            or the features do not fit the images.
     """
 
     images: Images
-    seed: int = 0
-    alpha: float | Sequence[float] = 1.0
-    members: int | None = None
-    noise: float = 0.0
+    mixing: Mixing = Mixing()
     classes: int = 1
     features: dict[str, Tensor] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
-        if not 0 <= self.noise < 1:
-            raise UserError(f"expected noise in [0, 1), got {self.noise}; 0 is none")
-        if self.members is not None and self.members < 1:
-            raise UserError(f"expected members ≥ 1, got {self.members}; leave it out to mix all")
-        if not 0 <= self.seed < 2**63:
-            raise UserError(f"expected a seed ≥ 0, got {self.seed}; the largest is 2^63 - 1")
         if not 1 <= self.classes <= max(len(self.images), 1):
             raise UserError(
                 f"expected classes from 1 to the {len(self.images)} there are, got {self.classes}"
             )
-        self._check_alpha()
+        alpha = self._alpha
+        for name, ids in self.images.items() if isinstance(alpha, tuple) else ():
+            mixed = self.classes * self._count(ids)
+            if mixed != len(alpha):
+                raise UserError(
+                    f"expected one alpha for each member mixed, {mixed} with class {name!r}, got "
+                    f"{len(alpha)}; use one number for all, or members that every class has"
+                )
         if self.features is not None:
             self._check_features(self.features)
 
-    def _check_alpha(self) -> None:
-        """One number in its range, or as many as there are members, whatever classes are mixed."""
-        if not isinstance(self.alpha, Sequence):
-            concentrations(self.alpha, 1)
-            return
-        concentrations(self.alpha, max(len(self.alpha), 1))
-        for name, ids in self.images.items():
-            mixed = self.classes * min(self.members or len(ids), len(ids))
-            if mixed != len(self.alpha):
-                raise UserError(
-                    f"expected one alpha for each member mixed, {mixed} with class {name!r}, got "
-                    f"{len(self.alpha)}; use one number for all, or members that every class has"
-                )
+    @cached_property
+    def _alpha(self) -> float | tuple[float, ...]:
+        return self.mixing.concentration
+
+    def _count(self, ids: Sequence[str]) -> int:
+        """Return how many members a class gives."""
+        return min(self.mixing.members or len(ids), len(ids))
 
     def _check_features(self, features: dict[str, Tensor]) -> None:
         """A finite row for every image, and all of one length."""
-        if self.members is None:
+        if self.mixing.members is None:
             raise UserError(
                 "expected a number of members beside features (nearest), got none; say how many "
                 "neighbours to mix"
@@ -169,48 +158,55 @@ class Planner:
             )
 
     def __call__(self, epoch: int, index: int, label: int | None = None) -> Plan:
-        """The plan of a sample of an epoch: of class ``index`` modulo their number, or another."""
-        dice = rng(self.seed, "plan", epoch, index)
-        names = self._names
+        """Draw the plan of a sample of an epoch, of class ``index`` modulo their number by default.
+
+        Args:
+            epoch: of the run, ≥ 0.
+            index: of the sample, ≥ 0.
+            label: of its class, if another.
+        """
+        mixing, names = self.mixing, self._names
+        generator = rng(mixing.seed, "plan", epoch, index)
         label = index % len(names) if label is None else label
         home = names[label]
         mixed = [home]
-        if self.classes > 1:  # else nothing is thrown, and the plans of one class stay as they were
-            others = dice.permutation(len(names) - 1)[: self.classes - 1].tolist()
+        if self.classes > 1:  # nothing is drawn for one class, whose plans stay as they were
+            others = generator.permutation(len(names) - 1)[: self.classes - 1].tolist()
             mixed += [names[other + (other >= label % len(names))] for other in others]
         images = {name: self.images[name] for name in mixed}
-        chosen = self._nearest(dice, images) if self.features else self._drawn(dice, images)
+        choose = self._nearest if self.features else self._drawn
+        chosen = choose(generator, images)
         members = tuple(images[name][row] for name, row in chosen)
-        weights = tuple(dirichlet(dice, self.alpha, len(members)).tolist())
+        weights = tuple(dirichlet(generator, self._alpha, len(members)).tolist())
         classes = tuple(name for name, _ in chosen) if self.classes > 1 else ()
-        return Plan(label, home, members, weights, self.noise, self.seed, epoch, index, classes)
+        return Plan(label, home, members, weights, mixing.noise, mixing.seed, epoch, index, classes)
 
     @cached_property
     def _names(self) -> tuple[str, ...]:
         """The classes, in label order."""
         return tuple(self.images)
 
-    def _drawn(self, dice: np.random.Generator, images: Images) -> list[tuple[str, int]]:
-        """(class, row) of the members drawn from each class, in the class's order."""
+    def _drawn(self, generator: np.random.Generator, images: Images) -> list[tuple[str, int]]:
+        """Return (class, row) of the members drawn from each class, in the class's order."""
         chosen = []
         for name, ids in images.items():
-            rows = range(len(ids))
-            if self.members is not None and self.members < len(ids):
-                rows = sorted(dice.permutation(len(ids))[: self.members].tolist())
+            rows, count = range(len(ids)), self._count(ids)
+            if count < len(ids):
+                rows = sorted(generator.permutation(len(ids))[:count].tolist())
             chosen += [(name, row) for row in rows]
         return chosen
 
-    def _nearest(self, dice: np.random.Generator, images: Images) -> list[tuple[str, int]]:
-        """(class, row) of the images of each class nearest to an anchor in the first."""
+    def _nearest(self, generator: np.random.Generator, images: Images) -> list[tuple[str, int]]:
+        """Return (class, row) of the images of each class nearest to an anchor in the first."""
         assert self.features is not None
         home = next(iter(images))
-        anchor = dice.integers(len(images[home]))
+        anchor = generator.integers(len(images[home]))
         point, chosen = self.features[home][anchor], []
         for name in images:
             away = distances(self.features[name], point)
             if name == home:
                 away[anchor] = -1  # before its duplicates
-            rows = away.argsort(stable=True)[: self.members].tolist()
+            rows = away.argsort(stable=True)[: self.mixing.members].tolist()
             chosen += [(name, row) for row in rows]
         return chosen
 
@@ -228,12 +224,12 @@ def warn_of_copies(planner: Planner, labels: Iterable[int]) -> None:
         planner: makes the plans.
         labels: of the images that are asked for.
     """
-    names, copies = list(planner.images), []
+    names, mixing, copies = list(planner.images), planner.mixing, []
     for label in sorted(set(labels)):
         ids = planner.images[names[label]]
-        count = min(planner.members or len(ids), len(ids)) * planner.classes
-        share = (1 - planner.noise) ** 2 / expected_count(planner.alpha, count)
-        if 1 / (share + planner.noise**2) < COPY_THRESHOLD:
+        count = min(mixing.members or len(ids), len(ids)) * planner.classes
+        share = (1 - mixing.noise) ** 2 / expected_count(mixing.concentration, count)
+        if 1 / (share + mixing.noise**2) < COPY_THRESHOLD:
             copies.append(f"{names[label]!r} ({len(ids)} real)")
     if copies:
         warnings.warn(

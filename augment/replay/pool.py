@@ -255,7 +255,8 @@ def generate(
     os.nice(5)  # where cores are few, the trainer goes first
     try:
         dataset = _unpickle(content.pop())  # the list is kept by multiprocessing
-        usual = getattr(getattr(dataset, "synthesizer", None), "batch_size", 1)
+        synthesizer = getattr(dataset, "synthesizer", None)
+        usual = 1 if synthesizer is None else synthesizer.resolved.batch_size
         store.control["started"] = time.monotonic()
         while True:
             epoch, start = divmod(int(store.control["made"]), len(dataset))

@@ -207,8 +207,8 @@ def layout_of(dataset: Any, sample: Sample, capacity: int) -> dict[str, Any]:
     layout = {"capacity": capacity, "form": form_of(*sample)[0], "classes": names}
     layout |= {"length": len(dataset)}
     if (synthesizer := getattr(dataset, "synthesizer", None)) is not None:
-        settings = ("rule", "solver", "steps", "guidance", "interval", "prompts")
-        layout |= {key: getattr(synthesizer, key) for key in settings}
+        sampling = {k: v for k, v in vars(synthesizer.resolved).items() if k != "batch_size"}
+        layout |= sampling | {"rule": synthesizer.rule, "prompts": synthesizer.prompts}
         layout |= {"fingerprint": synthesizer.bank.fingerprint}
     if (plan := getattr(dataset, "plan", None)) is not None:
         dataset.set_epoch(0)

@@ -108,7 +108,7 @@ def write_report(
         "rules": names,
         "minima": {name: settings.get("minimum") for name, settings in filters.items()},
         "code": {"dice": making.code(), "shards": making.code(from_shards=True)},
-        "prompts": making.sampling.get("prompts", {}),
+        "prompts": making.settings.prompts or {},
         "classes": records,
     }
     write_bytes(Path(out), page.assemble(parts, data))

@@ -20,29 +20,30 @@ import numpy as np
 
 from augment.bank.bank import LatentBank
 from augment.core.errors import UserError
+from augment.diffusion.sampling import Sampling
 from augment.inversion import INVERTERS
 from augment.plan.plan import Plan
 from augment.plan.planner import Planner, round_robin
 from augment.shards.dataset import Shards, open_shards
-from augment.shards.format import SCHEMA, ShardSettings, read_settings
+from augment.shards.format import SCHEMA, ShardManifest, read_settings
 from augment.shards.verify import Tally, count_shards
 
 SAMPLING = ("solver", "steps", "guidance")
-"""Arguments of `Synthesizer` that are kept with shards, or with each image of them."""
+"""Fields of `Sampling` that are kept with shards, or with each image of them."""
 
-NO_SHARDS = ShardSettings(SCHEMA, [], 0, "jpg")
+NO_SHARDS = ShardManifest(SCHEMA, [], 0, "jpg")
 LOOKED_AT = 200
 """Images of a class among which candidates are looked for that were refused before them."""
 
 IMPORTS = """\
 from pathlib import Path
-from augment import LatentBank, {more}, Synthesizer, load_backbone
+from augment import LatentBank, {more}, Rule, Sampling, Synthesizer, load_backbone
 from augment.sources.images import save_image
 """
 MAKE = """
 bank = LatentBank.open({bank})
 backbone = load_backbone(**bank.recipe)
-synthesizer = Synthesizer(backbone, bank, {rule}{options})
+synthesizer = Synthesizer(backbone, bank, Rule.parse({rule}){options})
 plan = {plan}
 save_image(synthesizer.images([plan])[0], Path("image.png"))"""
 
@@ -63,7 +64,7 @@ class Making:
 
     bank: LatentBank
     folder: Path | None
-    settings: ShardSettings
+    settings: ShardManifest
     shards: Shards | None
     tally: Tally
     planner: Planner
@@ -98,16 +99,9 @@ class Making:
         return self.settings.job
 
     @property
-    def sampling(self) -> dict[str, Any]:
-        """How the shards were sampled, as arguments of `Synthesizer`; else its defaults."""
-        if not self.job:
-            return {}
-        kept = {key: getattr(self.settings, key) for key in SAMPLING}
-        if self.settings.interval != [0.0, 1.0]:
-            kept["interval"] = tuple(self.settings.interval or ())
-        if self.settings.prompts:
-            kept["prompts"] = self.settings.prompts
-        return kept
+    def sampling(self) -> Sampling:
+        """How the shards were sampled; by default as the bank was inverted."""
+        return self.settings.sampling if self.job else Sampling()
 
     def rows(self, name: str) -> list[int]:
         """The indices of a class's images in the shards."""
@@ -158,13 +152,15 @@ class Making:
         Args:
             from_shards: take the plan from the shards; else throw its dice again.
         """
-        options = "".join(
-            f", {key}={literal(value)}" for key, value in self.sampling.items() if key != "prompts"
-        )
-        options += ", prompts={@class@: @prompt@}" if self.sampling.get("prompts") else ""
+        shown = {key: literal(getattr(self.sampling, key)) for key in SAMPLING if self.job}
+        if self.sampling.interval != (0.0, 1.0):
+            shown["interval"] = repr(self.sampling.interval)
         if from_shards and not self.job:
-            options += "".join(f", {key}=@{key}@" for key in SAMPLING)
-        more, head = ("open_shards" if from_shards else "Planner"), IMPORTS
+            shown = {key: f"@{key}@" for key in SAMPLING}
+        how = ", ".join(f"{key}={value}" for key, value in shown.items())
+        options = f", Sampling({how})"
+        options += ", prompts={@class@: @prompt@}" if self.job and self.settings.prompts else ""
+        more, head = ("open_shards" if from_shards else "Mixing, Planner"), IMPORTS
         if from_shards and self.settings.refine:
             head += "from augment.synthesis.refine import SeedSelect\n"
             options += f", refine=SeedSelect(**{self.settings.refine!r})"
@@ -177,10 +173,11 @@ class Making:
 
     def _dice(self) -> str:
         """The planner's arguments, but for the bank's images."""
-        dice, alpha = self.planner, self.planner.alpha
+        mixing, alpha = self.planner.mixing, self.planner.mixing.concentration
         shown = 'float("inf")' if alpha == math.inf else repr(alpha)
-        told = f", seed={dice.seed}, alpha={shown}, members={dice.members}, noise={dice.noise}"
-        return told + (', features=bank.features("latent")' if dice.features else "")
+        words = f"seed={mixing.seed}, alpha={shown}, members={mixing.members}, noise={mixing.noise}"
+        features = ', features=bank.features("latent")' if self.planner.features else ""
+        return f", Mixing({words}){features}"
 
 
 def literal(value: Any) -> str:
@@ -188,17 +185,15 @@ def literal(value: Any) -> str:
     return json.dumps(value) if isinstance(value, str) else repr(value)
 
 
-def planner_of(bank: LatentBank, settings: ShardSettings) -> Planner | None:
+def planner_of(bank: LatentBank, settings: ShardManifest) -> Planner | None:
     """The planner of shards, if the bank has the same images still, and no vectors of others."""
-    kept: Any = settings
     if not settings.job:
         return None
     images = {name: tuple(ids) for name, ids in settings.images.items()}
     if images != bank.members or list(images) != bank.classes:
         return None
-    alpha = math.inf if kept.alpha == "inf" else kept.alpha
-    features = bank.features("latent") if kept.nearest else None
-    return Planner(bank.members, kept.seed, alpha, kept.members, kept.noise, features=features)
+    features = bank.features("latent") if settings.nearest else None
+    return Planner(bank.members, settings.mixing, features=features)
 
 
 def throws(planner: Planner, plan: Plan) -> bool:

@@ -18,6 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from augment.bank.bank import LatentBank
+from augment.centroid import Rule
 from augment.core.errors import UserError, first_few
 from augment.core.files import check_folder, write_bytes, write_json, write_table
 from augment.diffusion import Backbone
@@ -195,7 +196,7 @@ def _reconstruct(
     plans = [Plan.equal(label, name, [i], k) for k, i in enumerate(ids)]
     images = torch.stack([real.load(i, backbone.channels, backbone.resolution) for i in ids])
     made = {
-        "back": Synthesizer(backbone, bank, "lin/0").images(plans).cpu(),
+        "back": Synthesizer(backbone, bank, Rule.parse("lin/0")).images(plans).cpu(),
         "codec": backbone.decode(backbone.encode(images)).cpu(),
     }
     errors = {way: reconstruction(images, others) for way, others in made.items()}

@@ -18,9 +18,11 @@ from tqdm import tqdm
 
 from augment.bank.bank import LatentBank
 from augment.bank.format import read_original
+from augment.centroid.rule import Rule
 from augment.core.errors import BiasWarning, ImageRejected, UserError
 from augment.diffusion.backbone import Backbone
 from augment.diffusion.checkpoints.hub import offline
+from augment.diffusion.sampling import Sampling
 from augment.measure.health import ClassHealth
 from augment.measure.reconstruction import psnr
 from augment.plan.plan import Plan
@@ -86,7 +88,7 @@ class Gallery:
             warnings.simplefilter("ignore", BiasWarning)  # the report tells it, with a plot
             for kind, synthesizer, plans in jobs:
                 scorers = self._scorers(synthesizer) if kind == "refused" else {}
-                for batch in batches(plans, synthesizer.batch_size):
+                for batch in batches(plans, synthesizer.resolved.batch_size):
                     images = synthesizer.images(batch)
                     scores = score(scorers, images, [plan.label for plan in batch])
                     for row, (plan, image) in enumerate(zip(batch, images, strict=True)):
@@ -102,8 +104,10 @@ class Gallery:
     def _jobs(self, classes: Sequence[ClassHealth]) -> "list[tuple[str, Synthesizer, list[Plan]]]":
         """What to make: of each kind, by whom, and the plans."""
         bank, dice, names = self.bank, self.making.planner, self.bank.classes
-        batch = {"batch_size": self.making.settings.batch_size or 64}
-        exact = Synthesizer(self.backbone, bank, "lin/0", **batch)  # type: ignore[arg-type]
+        sampling, prompts = self.making.sampling, self.making.settings.prompts
+        assert self.backbone is not None
+        size = Sampling(batch_size=sampling.batch_size)
+        exact = Synthesizer(self.backbone, bank, Rule.parse("lin/0"), size)
         labels = [names.index(c.name) for c in classes]
         alone = [
             Plan.equal(label, names[label], [image_id], row)
@@ -112,12 +116,12 @@ class Gallery:
         ]
         jobs = [("back", exact, alone)]
         plans = [dice(0, label + k * len(names), label) for label in labels for k in range(PLANS)]
-        options = {**batch, **self.making.sampling}
         for rule in self.rules:
-            jobs.append(("rule", Synthesizer(self.backbone, bank, rule, **options), plans))  # type: ignore[arg-type]
+            made = Synthesizer(self.backbone, bank, Rule.parse(rule), sampling, prompts)
+            jobs.append(("rule", made, plans))
         refused = [plan for c in classes for plan in islice(self._refused(c.name), REFUSED)]
-        if refused:
-            jobs.append(("refused", replace(jobs[1][1], rule=self.making.settings.rule), refused))
+        if refused and (rule := self.making.settings.rule):
+            jobs.append(("refused", replace(jobs[1][1], rule=Rule.parse(rule)), refused))
         return jobs
 
     def _refused(self, name: str) -> Any:

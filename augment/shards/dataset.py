@@ -51,6 +51,7 @@ from augment.shards.format import (
     SCHEMA,
     UNCHECKED,
     ShardRecord,
+    check_encoding,
     holds_shards,
     read_settings,
     read_table,
@@ -110,12 +111,10 @@ def encode(image: Float[Tensor, "c h w"], extension: str = "jpg", quality: int =
     Raises:
         UserError: no such extension or quality.
     """
-    name = lookup(FORMATS, extension, "image format")
-    if not 1 <= quality <= 100:
-        raise UserError(f"expected a quality from 1 to 100, got {quality}; 95 is usual")
+    check_encoding(extension, quality)
     more = {"jpg": {"quality": quality, "subsampling": 0}, "webp": {"quality": quality}, "png": {}}
     buffer = io.BytesIO()
-    to_pil(image).save(buffer, name, **more[extension])
+    to_pil(image).save(buffer, FORMATS[extension], **more[extension])
     return buffer.getvalue()
 
 

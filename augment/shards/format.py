@@ -1,6 +1,7 @@
 """The records of a folder of shards: what it is to hold, and what is in each tar.
 
-``synthesis.json`` holds `ShardSettings`. ``shard-000000.json`` holds a `ShardRecord`: the name of
+The options of ``synthesize`` are `ShardSettings`. What they come to for a bank is a
+`ShardManifest`, in ``synthesis.json``. ``shard-000000.json`` holds a `ShardRecord`: the name of
 the tar, its ``bytes`` and ``sha256``, and ``[key, label, offset, size]`` of each of its
 ``samples``: the place of its image. ``crc32`` holds sixteen hexadecimal digits a sample: the CRC-32
 of its image, begun at the label, and that of its JSON, begun at the key. Both records end with a
@@ -15,7 +16,7 @@ import json
 import re
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
@@ -23,9 +24,13 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from augment.core.errors import Damaged, Missing, UserError
+from augment.core.errors import Damaged, Missing, UserError, lookup
 from augment.core.files import read_file, sha256, unreadable, write_bytes
 from augment.core.schema import Record, build, damaged, load, read, write
+from augment.diffusion.sampling import ResolvedSampling, Sampling
+from augment.plan.mixing import Mixing
+from augment.sources import Source
+from augment.synthesis.refine import SeedSelect
 
 SCHEMA = 2
 SETTINGS, INFO = "synthesis.json", "_info.json"
@@ -33,25 +38,111 @@ FORMATS = {"jpg": "JPEG", "webp": "WEBP", "png": "PNG"}
 """PIL's name of an image format by the extension of its files."""
 
 LARGEST = 64 * 2**20  # bytes of a member
-MOST_SHARDS = 10**6  # a number of six digits
+MAX_SHARDS = 10**6  # a number of six digits
 UNCHECKED = -1  # in place of the digests of a sample
 CRC = 2**32 - 1  # the bits of a CRC-32
 AGAIN = "remove that .tar and its .json, and run the same latent-augment synthesize command again"
 
 
+@dataclass(frozen=True, kw_only=True)
+class Output:
+    """How images are written.
+
+    Args:
+        extension: jpg, webp or png.
+        quality: of jpg and webp, from 1 to 100.
+        pixels: larger images are reduced to this many a side.
+        shard_size: images a shard.
+        candidates: how many plans are tried for an image before it is given up.
+
+    Raises:
+        UserError: a value out of its range.
+    """
+
+    extension: str = "jpg"
+    quality: int = 95
+    pixels: int = 256
+    shard_size: int = 1000
+    candidates: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("shard_size", "candidates", "pixels"):
+            if getattr(self, name) < 1:
+                raise UserError(f"expected {name} ≥ 1, got {getattr(self, name)}")
+        check_encoding(self.extension, self.quality)
+
+
+def check_encoding(extension: str, quality: int) -> None:
+    """Refuse an unknown image format, or a quality out of range."""
+    lookup(FORMATS, extension, "image format")
+    if not 1 <= quality <= 100:
+        raise UserError(f"expected a quality from 1 to 100, got {quality}; 95 is usual")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardSettings(Mixing, Sampling, Output):
+    """Synthesize images from random centroids of a bank's latents, as webdataset shards.
+
+    Args:
+        bank: folder of the bank.
+        out: folder for the shards, out/shard-000000.tar and so on; an interrupted job goes on.
+        per_class: images a class.
+        fill_to: top every class up to this many images, counting the real ones; replaces per_class.
+        tail_only: skip classes that have at least this many real images.
+        prompt: a template such as 'a sketch of a {name}', if other than the bank's prompts.
+        backbone: the diffusion model; by default the one that made the bank.
+        device: such as cuda or cpu; by default the GPU if there is one.
+        dtype: float32, float16 or bfloat16 of the network; by default what the backbone likes.
+        backbone_options: of the backbone, as YAML such as '{compile: true}'.
+        refine: steps of SeedSelect, such as 5, that bring each centroid nearer to its class, in
+            some four times a sampling's time each; or its settings, as --refine.steps 5
+            --refine.network resnet50, or YAML. See --refine.help.
+        filters: what images have to pass, such as degenerate,duplicate, out of classifier,
+            prototype, clip, duplicate, degenerate; or YAML with their settings, such as
+            '{degenerate: {}, duplicate: {minimum: 0.5}}'.
+        images: the real images that refine and filters compare with, a folder or another source
+            as for invert; by default where they were.
+        executor: local, this process or, under torchrun or in a Slurm array, its share; or ray.
+        dry_run: do and keep one shard, and report how long all will take.
+
+    Raises:
+        UserError: a value out of its range.
+    """
+
+    bank: str
+    out: str
+    per_class: int = 100
+    fill_to: int | None = None
+    tail_only: int | None = None
+    prompt: str = ""
+    backbone: str | None = None
+    device: str | None = None
+    dtype: str | None = None
+    backbone_options: dict[str, Any] | None = None
+    refine: SeedSelect | int | None = None
+    filters: dict[str, dict[str, Any] | None] | str | None = None
+    images: Source | str | None = None
+    executor: str = "local"
+    dry_run: bool = False
+
+    def __post_init__(self) -> None:
+        for part in (Mixing, Sampling, Output):
+            part.__post_init__(self)
+
+
 @dataclass(frozen=True)
-class ShardSettings(Record):
+class ShardManifest(Record):
     """What a folder of shards is to hold, and how that is made; only the first are always there.
 
     Args:
         classes: names in label order.
         shards: number of shards.
-        extension: of the images, a key of `FORMATS`.
-        per_class, shard_size, quality, pixels, candidates, filters: see `augment.shards.write`.
-        rule, solver, steps, guidance, batch_size, interval, prompts, refine: see
-            `augment.synthesis.synthesizer.Synthesizer`; a file is named by its SHA-256.
-        seed, members, noise, alpha: see `augment.plan.planner.Planner`; an infinite alpha is
-            ``inf``.
+        per_class: images a class, or of each.
+        shard_size, extension, quality, pixels, candidates: see `Output`.
+        solver, steps, guidance, batch_size, interval: see `ResolvedSampling`.
+        rule, seed, members, noise, alpha: see `Mixing`; an infinite alpha is ``inf``.
+        prompts: of classes that have others than the bank's.
+        refine, filters: settings; a file or folder of a model is its SHA-256.
         nearest: digest of the features, if neighbours are mixed.
         images: real images of each class: the beginning of the SHA-256 of each by its id; in older
             folders the ids alone.
@@ -97,8 +188,8 @@ class ShardSettings(Record):
 
     def __post_init__(self) -> None:
         """Refuse what was never written."""
-        if self.shards > MOST_SHARDS:
-            raise ValueError(f"more than {MOST_SHARDS:,} shards")
+        if self.shards > MAX_SHARDS:
+            raise ValueError(f"more than {MAX_SHARDS:,} shards")
         if len(set(self.classes)) < len(self.classes):
             raise ValueError("a class twice")
         if self.extension not in FORMATS:
@@ -126,6 +217,21 @@ class ShardSettings(Record):
         needed = ("rule", "solver", "steps", "guidance", "interval", "seed", "noise", "alpha")
         needed += ("per_class", "shard_size", "candidates", "batch_size", "prompts")
         return all(getattr(self, name) is not None for name in needed)
+
+    @property
+    def sampling(self) -> ResolvedSampling:
+        """How the images of a job were sampled."""
+        how: Any = {field.name: getattr(self, field.name) for field in fields(ResolvedSampling)}
+        return ResolvedSampling(**how | {"interval": tuple(self.interval or ())})
+
+    @property
+    def mixing(self) -> Mixing:
+        """What the images of a job were mixed of; nearest is left out."""
+        names = ("rule", "members", "noise", "seed")
+        how: Any = {name: getattr(self, name) for name in names}
+        return Mixing(
+            **how, alpha=tuple(self.alpha) if isinstance(self.alpha, list) else self.alpha
+        )
 
     @cached_property
     def origins(self) -> dict[str, str]:
@@ -163,7 +269,7 @@ class ShardRecord(Record):
     settings: str | None = None
     wanted: int = 0
     dropped: dict[str, dict[str, int]] = field(default_factory=dict)
-    synthesis: ShardSettings | None = None
+    synthesis: ShardManifest | None = None
 
     def __post_init__(self) -> None:
         """Refuse samples without digests, which only schema 1 had."""
@@ -204,31 +310,31 @@ def holds_shards(path: str | Path) -> bool:
     return SETTINGS in names or any(name.startswith("shard-") for name in names)
 
 
-def read_settings(folder: str | Path) -> ShardSettings:
+def read_settings(folder: str | Path) -> ShardManifest:
     """Read what a folder of shards is to hold.
 
     Raises:
         UserError: see `augment.core.schema.read`.
     """
     try:
-        return read(ShardSettings, Path(folder) / SETTINGS)
+        return read(ShardManifest, Path(folder) / SETTINGS)
     except Missing:
         if holds_shards(folder):
             raise Missing(
-                f"expected {SETTINGS} beside the shards in {folder}, got none; {ShardSettings.CURE}"
+                f"expected {SETTINGS} beside the shards in {folder}, got none; {ShardManifest.CURE}"
             ) from None
         raise
 
 
 def settings_digest(folder: Path) -> str:
     """Return the SHA-256 of a folder's settings, by which its shards know their job."""
-    kind = ShardSettings
+    kind = ShardManifest
     facts = load(folder / SETTINGS, kind.WHAT, kind.SCHEMA, kind.CURE)
     return sha256(json.dumps(facts, sort_keys=True).encode())
 
 
 def sources_of(folder: str | Path) -> dict[str, str]:
-    """Read which real images shards come from; see `ShardSettings.origins`.
+    """Read which real images shards come from; see `ShardManifest.origins`.
 
     Raises:
         UserError: see `read_settings`.
@@ -236,7 +342,7 @@ def sources_of(folder: str | Path) -> dict[str, str]:
     return read_settings(folder).origins
 
 
-def recover_settings(folder: Path) -> ShardSettings | None:
+def recover_settings(folder: Path) -> ShardManifest | None:
     """Write a lost or damaged ``synthesis.json`` again, as the records of the shards have it.
 
     Returns:

@@ -17,27 +17,33 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from augment.bank.bank import LatentBank
 from augment.bank.format import DIGITS
-from augment.core.errors import AugmentWarning, Damaged, Missing, UserError, first_few, lookup
+from augment.centroid.rule import Rule
+from augment.core.errors import AugmentWarning, Damaged, Missing, UserError, first_few
 from augment.core.files import check_folder, in_use, model_digest, sha256
+from augment.core.registry import refuse_reserved
 from augment.core.schema import build, write
-from augment.diffusion import load_backbone
-from augment.jobs.job import run
+from augment.diffusion import load_backbone, parse_dtype
+from augment.diffusion.sampling import Sampling
+from augment.jobs.job import planning_device, run
 from augment.plan.plan import Plan
-from augment.plan.planner import Planner, round_robin, warn_of_copies
+from augment.plan.planner import Planner, budget, round_robin, warn_of_copies
 from augment.shards.dataset import Sample, Shards, encode, open_shards, write_shard
 from augment.shards.format import (
-    FORMATS,
-    MOST_SHARDS,
+    MAX_SHARDS,
     SCHEMA,
     SETTINGS,
+    Output,
+    ShardManifest,
     ShardSettings,
     read_settings,
     read_table,
@@ -47,9 +53,12 @@ from augment.shards.format import (
     write_info,
 )
 from augment.shards.verify import Tally, count_shards
-from augment.synthesis.filters import Filter, Reference
-from augment.synthesis.refine import SeedSelect
-from augment.synthesis.synthesizer import Synthesizer
+from augment.sources.prompts import class_prompts
+from augment.synthesis.filters import Filter, Reference, make_filter
+from augment.synthesis.refine import SeedSelect, check_sampling
+from augment.synthesis.synthesizer import Synthesizer, planner_of, resolve
+
+T = TypeVar("T")
 
 SETTINGS_COPIES = 2
 """Shards whose records hold the settings too, should the file of these be lost."""
@@ -60,59 +69,86 @@ def write_shards(
     planner: Planner,
     per_class: int | dict[str, int],
     out: str | Path,
-    **options: Any,
+    filters: dict[str, Filter] | None = None,
+    **output: Any,
 ) -> Shards:
-    """Write ``per_class`` synthetic images a class as shards; a job that was stopped goes on.
+    """Write ``per_class`` synthetic images a class as shards; a job that was stopped resumes.
 
     Args:
         synthesizer: makes images of plans.
-        planner: throws the dice.
+        planner: draws the plans.
         per_class: images a class; or how many of each class, by its name.
         out: the folder, made if needed.
-        options: others of `Synthesis`.
+        filters: what an image has to pass, by name.
+        output: fields of `augment.shards.format.Output`.
 
     Raises:
         UserError: the folder holds the images of other settings, or another run is at work on it.
     """
-    run(Synthesis(Path(out), synthesizer, planner, per_class, **options))
+    run(ShardJob(Path(out), synthesizer, planner, per_class, Output(**output), filters or {}))
     return open_shards(out)
 
 
 @dataclass
-class Synthesis:
+class ShardJob:
     """The job of writing shards: an `augment.jobs.job.Job`.
 
     Args:
         path, synthesizer, planner, per_class: see `write_shards`.
-        shard_size: images a shard.
-        extension: ``jpg``, ``webp`` or ``png``.
-        quality: of the first two, 1 to 100.
-        pixels: larger images are reduced to so many a side; classifiers that see 224 need no more.
+        output: how images are written.
         filters: what an image has to pass, by name.
-        candidates: how many plans are tried for an image before it is given up.
         where: device and dtype of the backbone, for workers that load it themselves.
 
     Raises:
-        UserError: a setting is out of its range, or classes are to be mixed.
+        UserError: too many images, or classes are to be mixed.
     """
 
     path: Path
     synthesizer: Synthesizer
     planner: Planner
     per_class: int | dict[str, int]
-    shard_size: int = 1000
-    extension: str = "jpg"
-    quality: int = 95
-    pixels: int = 256
+    output: Output = Output()
     filters: dict[str, Filter] = field(default_factory=dict)
-    candidates: int = 1
     where: dict[str, Any] = field(default_factory=dict)
     title: str = field(default="", init=False)
     recipe: dict[str, Any] = field(default_factory=dict, init=False)
     digest: str = field(default="", init=False)
     labels: list[int] = field(default_factory=list, init=False, repr=False)
     tally: Tally = field(default_factory=Tally, init=False, repr=False)
-    known: ShardSettings | None = field(default=None, init=False, repr=False)
+    manifest: ShardManifest | None = field(default=None, init=False, repr=False)
+
+    @classmethod
+    def of(cls, settings: ShardSettings) -> "ShardJob":
+        """Open the bank and load the backbone that settings ask for; see `ShardSettings`.
+
+        Raises:
+            UserError: a setting is unknown, does not fit the bank, or asks for no image.
+        """
+        bank = LatentBank.open(settings.bank)
+        planner, counts = planner_of(bank, settings), image_counts(bank, settings)
+        refine, filters = settings.refine, settings.filters or {}
+        refine = SeedSelect(refine) if isinstance(refine, int) else refine
+        if refine:  # what can be refused is refused before gigabytes are loaded
+            check_sampling(resolve(bank, settings).steps)
+        if isinstance(filters, str):
+            filters = dict.fromkeys(filters.split(","))
+        judges = {name: make_filter(name, **(given or {})) for name, given in filters.items()}
+        options = settings.backbone_options or {}
+        refuse_reserved(options, "name_or_path", "device", "dtype")
+        recipe = bank.recipe_with(settings.backbone) | options
+        where: dict[str, Any] = {"device": settings.device, "dtype": parse_dtype(settings.dtype)}
+        here = recipe | where | {"device": planning_device(settings.device, settings.executor)}
+        synthesizer = Synthesizer(
+            load_backbone(**here),
+            bank,
+            Rule.parse(settings.rule),
+            part_of(settings, Sampling),
+            class_prompts(bank.classes, settings.prompt) if settings.prompt else None,
+            refine,
+            settings.images,
+        )
+        output = part_of(settings, Output)
+        return cls(Path(settings.out), synthesizer, planner, counts, output, judges, where)
 
     def __post_init__(self) -> None:
         """Refuse what can be refused before anything is written."""
@@ -124,17 +160,11 @@ class Synthesis:
                 f"expected images of one class each for shards, got classes = "
                 f"{self.planner.classes}; use SyntheticDataset, which gives soft labels"
             )
-        for name in ("shard_size", "candidates", "pixels"):
-            if getattr(self, name) < 1:
-                raise UserError(f"expected {name} ≥ 1, got {getattr(self, name)}")
         self.labels = round_robin(self.per_class, list(self.planner.images))
-        if not 1 <= self.quality <= 100:
-            raise UserError(f"expected a quality from 1 to 100, got {self.quality}; 95 is usual")
-        lookup(FORMATS, self.extension, "image format")
-        if self.total > MOST_SHARDS * self.shard_size:
+        if self.total > MAX_SHARDS * self.output.shard_size:
             raise UserError(
-                f"expected at most {MOST_SHARDS:,} shards, got {self.total:,} images in shards of "
-                f"{self.shard_size}; make them larger"
+                f"expected at most {MAX_SHARDS:,} shards, got {self.total:,} images in shards of "
+                f"{self.output.shard_size}; make them larger"
             )
         self.filters = dict(sorted(self.filters.items()))  # so that scores have one order
 
@@ -151,25 +181,27 @@ class Synthesis:
         return len(self.labels)
 
     def indices(self, unit: int) -> range:
-        """The images of a shard."""
-        return range(unit * self.shard_size, min((unit + 1) * self.shard_size, self.total))
+        """Return the indices of the images of a shard."""
+        size = self.output.shard_size
+        return range(unit * size, min((unit + 1) * size, self.total))
 
-    def settings(self) -> ShardSettings:
+    def settings(self) -> ShardManifest:
         """Return all that the shards depend on."""
-        made, dice = self.synthesizer, self.planner
+        made, mixing = self.synthesizer, self.planner.mixing
+        nearest = features_digest(self.planner)
         facts = {
             "schema": SCHEMA,
-            "classes": list(dice.images),
-            "shards": math.ceil(self.total / self.shard_size),
-            **{key: getattr(self, key) for key in ("per_class", "shard_size", "extension")},
-            **{key: getattr(self, key) for key in ("quality", "pixels", "candidates")},
+            "classes": list(self.planner.images),
+            "shards": math.ceil(self.total / self.output.shard_size),
+            "per_class": self.per_class,
+            **vars(self.output),
             "rule": str(made.rule),
-            **{key: getattr(made, key) for key in ("solver", "steps", "guidance", "batch_size")},
-            "interval": list(made.interval),
+            **vars(made.resolved),
             "prompts": made.prompts or {},
-            **{key: getattr(dice, key) for key in ("seed", "members", "noise")},
-            **choice(dice),
+            **{key: getattr(mixing, key) for key in ("seed", "members", "noise")},
+            "alpha": mixing.alpha_json,
             # else left out, as folders of older versions have it
+            **({} if nearest is None else {"nearest": nearest}),
             **({"refine": contents(made.refine)} if made.refine else {}),
             "filters": {name: contents(f) for name, f in self.filters.items()},
             "images": self.origins(),
@@ -177,7 +209,7 @@ class Synthesis:
             "fingerprint": made.bank.fingerprint,
             "dtype": precision(made.backbone),
         }
-        return build(ShardSettings, json.loads(json.dumps(facts)))
+        return build(ShardManifest, json.loads(json.dumps(facts)))
 
     def origins(self) -> dict[str, dict[str, str]]:
         """The real images of each class, and the first `DIGITS` digits of their SHA-256.
@@ -214,10 +246,10 @@ class Synthesis:
             write(self.path / SETTINGS, settings)
         warn_of_copies(self.planner, self.labels)
         self.digest = settings_digest(self.path)
-        self.known = settings if settings.schema == SCHEMA else None
+        self.manifest = settings if settings.schema == SCHEMA else None
         return [len(self.indices(unit)) for unit in range(settings.shards)]
 
-    def _known(self) -> ShardSettings | None:
+    def _known(self) -> ShardManifest | None:
         """Return the settings that are in the folder; lost ones are taken from the shards.
 
         Raises:
@@ -265,12 +297,12 @@ class Synthesis:
         pending, made = list(self.indices(unit)), {}
         dropped: dict[str, Counter[str]] = {name: Counter() for name in scorers}
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-            for attempt in range(self.candidates):
+            for attempt in range(self.output.candidates):
                 refused = []
                 for plans in self._batches(attempt, pending):
                     images, losses = self.synthesizer.made(plans)
                     scores = score(scorers, images, [plan.label for plan in plans])
-                    small = reduce(images, self.pixels).cpu()
+                    small = reduce(images, self.output.pixels).cpu()
                     for row, plan in enumerate(plans):
                         mine = {name: values[row] for name, values in scores.items()}
                         bad = [n for n in mine if fails(self.filters[n], mine[n])]
@@ -279,7 +311,9 @@ class Synthesis:
                         if bad:
                             refused.append(plan.index)
                             continue
-                        data = pool.submit(encode, small[row], self.extension, self.quality)
+                        data = pool.submit(
+                            encode, small[row], self.output.extension, self.output.quality
+                        )
                         loss = None if losses is None else [losses[row, 0], losses[row].min()]
                         made[plan.index] = (plan, mine, loss, data)
                 pending = refused
@@ -287,15 +321,15 @@ class Synthesis:
         write_shard(
             shard_path(self.path, unit),
             samples,
-            self.extension,
+            self.output.extension,
             settings=self.digest,
             wanted=len(self.indices(unit)),
             dropped={name: dict(sorted(counts.items())) for name, counts in dropped.items()},
-            synthesis=self.known if unit < SETTINGS_COPIES else None,
+            synthesis=self.manifest if unit < SETTINGS_COPIES else None,
         )
 
     def _batches(self, attempt: int, indices: Sequence[int]) -> Any:
-        size = self.synthesizer.batch_size
+        size = self.synthesizer.resolved.batch_size
         for first in range(0, len(indices), size):
             batch = indices[first : first + size]
             yield [self.planner(attempt, index, self.labels[index]) for index in batch]
@@ -394,14 +428,33 @@ def reduce(images: Float[Tensor, "n c h w"], pixels: int) -> Float[Tensor, "n c 
     return F.interpolate(images, (pixels, pixels), mode="bilinear", antialias=True).clamp(0, 1)
 
 
-def choice(planner: Planner) -> dict[str, Any]:
-    """The planner's alpha as strict JSON has it, and the features' digest if it goes by them."""
-    alpha = planner.alpha
-    if isinstance(alpha, Sequence):
-        alpha = list(alpha)
-    record: dict[str, Any] = {"alpha": "inf" if alpha == math.inf else alpha}
-    if planner.features is not None:  # else left out, as folders of older versions have it
-        rows = (planner.features[name].detach().cpu().double() for name in planner.images)
-        digests = [sha256(part.numpy().tobytes()) for part in rows]
-        record["nearest"] = sha256("".join(digests).encode())
-    return record
+def features_digest(planner: Planner) -> str | None:
+    """Return the SHA-256 of the features that neighbours are found by, if there are any."""
+    if planner.features is None:
+        return None
+    rows = (planner.features[name].detach().cpu().double() for name in planner.images)
+    return sha256("".join(sha256(part.numpy().tobytes()) for part in rows).encode())
+
+
+def image_counts(bank: LatentBank, settings: ShardSettings) -> int | dict[str, int]:
+    """Return the number of images of every class, or of each that needs some.
+
+    Raises:
+        UserError: no class needs any.
+    """
+    fill_to, tail_only = settings.fill_to, settings.tail_only
+    real = np.array([len(ids) for ids in bank.members.values()])
+    counts = budget(real, settings.per_class, fill_to, None, tail_only).tolist()
+    if not any(counts):
+        raise UserError(
+            f"expected a class that lacks images, got {min(real)} to {max(real)} real ones each; "
+            "choose a larger --fill-to, --tail-only or --per-class"
+        )
+    if fill_to is None and tail_only is None:
+        return settings.per_class
+    return {name: count for name, count in zip(bank.members, counts, strict=True) if count}
+
+
+def part_of(settings: ShardSettings, kind: type[T]) -> T:
+    """Return the part of the settings that one of their base classes holds."""
+    return kind(**{f.name: getattr(settings, f.name) for f in fields(kind)})  # type: ignore[arg-type]

@@ -20,9 +20,11 @@ from augment.core.errors import UserError
 from augment.core.rng import rng
 from augment.diffusion import load_backbone
 from augment.diffusion.backbone import Backbone
+from augment.diffusion.sampling import Sampling
+from augment.plan.mixing import Mixing
 from augment.plan.plan import Plan
-from augment.plan.planner import Planner, round_robin, warn_of_copies
-from augment.synthesis.synthesizer import Synthesizer
+from augment.plan.planner import round_robin, warn_of_copies
+from augment.synthesis.synthesizer import Synthesizer, planner_of
 
 Sample = tuple[Any, Any]
 
@@ -39,57 +41,44 @@ class SyntheticDataset(Dataset[Sample]):
     Args:
         bank: a bank, or the path of one.
         backbone: the model it was inverted with; by default it is loaded as it was then.
-        rule: how latents are mixed; see `augment.Rule`.
-        alpha, members, noise, classes: see `augment.plan.planner.Planner`.
+        mixing: what is mixed.
+        sampling: how a centroid becomes an image.
         per_class: images a class and epoch; or how many of each class, by its name.
-        seed: of all dice.
-        solver, steps, guidance, batch_size, interval, prompts: see
-            `augment.synthesis.synthesizer.Synthesizer`.
-        transform, target_transform: applied to the image tensor and to the label.
+        classes: how many classes a centroid mixes.
+        prompts: of classes that are to be sampled with another prompt than they were inverted with.
         keep: make each image once, at its first use, and keep it in memory, with 8 bits a pixel;
             ``set_epoch`` then changes nothing. For the few images of few shots.
-        nearest: mix neighbours, by ``latent`` or a file (see `LatentBank.features`), or by features
-            at hand (see `augment.plan.planner.Planner`); None mixes at random.
+        transform: applied to the image tensor.
+        target_transform: applied to the label.
 
     Raises:
         BankMismatch: the bank is of another backbone.
-        UserError: a parameter is out of its range, or the features do not fit the bank.
+        UserError: a parameter is out of its range, or the vectors of nearest do not fit the bank.
     """
 
     def __init__(
         self,
         bank: LatentBank | str | Path,
         backbone: Backbone | None = None,
-        rule: Rule | str = "fade/chm",
-        alpha: float | Sequence[float] = 1.0,
+        mixing: Mixing = Mixing(),
+        sampling: Sampling = Sampling(),
         per_class: int | dict[str, int] = 100,
-        seed: int = 0,
-        members: int | None = None,
-        noise: float = 0.0,
-        solver: str = "exact",
-        steps: int | None = None,
-        guidance: float | None = None,
-        batch_size: int = 64,
-        transform: Callable[[Tensor], Any] | None = None,
-        target_transform: Callable[[Any], Any] | None = None,
         classes: int = 1,
-        nearest: str | Path | dict[str, Tensor] | None = None,
-        interval: tuple[float, float] = (0.0, 1.0),
         prompts: dict[str, str] | None = None,
         keep: bool = False,
+        transform: Callable[[Tensor], Any] | None = None,
+        target_transform: Callable[[Any], Any] | None = None,
     ) -> None:
         bank = bank if isinstance(bank, LatentBank) else LatentBank.open(bank)
         backbone = backbone or load_backbone(**bank.recipe)
-        self.synthesizer = Synthesizer(
-            backbone, bank, rule, solver, steps, guidance, batch_size, interval, prompts
-        )
-        features = bank.features(nearest) if isinstance(nearest, (str, Path)) else nearest
-        self.planner = Planner(bank.members, seed, alpha, members, noise, classes, features)
+        rule = Rule.parse(mixing.rule)
+        self.synthesizer = Synthesizer(backbone, bank, rule, sampling, prompts)
+        self.planner = planner_of(bank, mixing, classes)
         self.classes = bank.classes
         self.class_to_idx = {name: label for label, name in enumerate(self.classes)}
         self.targets, self.epoch = round_robin(per_class, self.classes), 0
-        warn_of_copies(self.planner, self.targets)
         """The label of every item; of its home class, where several are mixed."""
+        warn_of_copies(self.planner, self.targets)
         self.transform, self.target_transform = transform, target_transform
         self.kept: dict[int, tuple[Tensor, Any]] | None = {} if keep else None
 
@@ -164,7 +153,10 @@ class SyntheticDataset(Dataset[Sample]):
 
         So an image's last bits do not depend on who asked first.
         """
-        rows, size = [range(len(self))[index] for index in indices], self.synthesizer.batch_size
+        rows, size = (
+            [range(len(self))[index] for index in indices],
+            self.synthesizer.sampling.batch_size,
+        )
         for block in sorted({row // size for row in rows if row not in kept}):
             made = range(block * size, min((block + 1) * size, len(self)))
             for row, (image, label) in zip(made, self._made(made), strict=True):

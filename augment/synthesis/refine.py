@@ -42,9 +42,10 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from augment.core.errors import UserError, lookup
+from augment.core.errors import UserError
 from augment.diffusion.backbone import Backbone, Denoiser, as_prompts, batched, denoiser
 from augment.diffusion.process import Pair
+from augment.diffusion.sampling import ResolvedSampling
 from augment.diffusion.solver import SOLVERS
 from augment.networks import BATCH, Network, feature_network, unit
 from augment.networks.timm import network_of
@@ -225,11 +226,7 @@ class SeedSelect:
         latents: Float[Tensor, "n c h w"],
         goals: Sequence[Goal],
         prompts: str | Sequence[str] | None = None,
-        solver: str = "fireflow",
-        steps: int = 25,
-        guidance: float = 1.0,
-        batch_size: int = 64,
-        interval: tuple[float, float] = (0.0, 1.0),
+        sampling: ResolvedSampling = ResolvedSampling(),
         negative: str | Sequence[str] | None = None,
         nulls: Float[Tensor, "n steps ..."] | None = None,
     ) -> Refined:
@@ -239,37 +236,35 @@ class SeedSelect:
             backbone: the model.
             latents: to begin from.
             goals: of each latent.
-            prompts: this and all else: see `augment.sample`.
-            solver: see there.
-            steps: of the solver, at least 3.
-            guidance: see there.
-            batch_size: see there.
-            interval: see there.
-            negative: see there.
-            nulls: see there.
+            prompts: one for all, one a row, or none.
+            sampling: the run of the solver, at least 3 steps.
+            negative: prompts to guide away from; the empty prompt by default.
+            nulls: embeddings of null-text inversion to guide away from instead.
 
         Raises:
-            UserError: an unknown solver, too few steps, or overflow in half precision.
+            UserError: too few steps, or overflow in half precision.
         """
-        lookup(SOLVERS, solver, "solver")
-        check_sampling(steps)
+        check_sampling(sampling.steps)
         texts, others = as_prompts(prompts, len(latents)), as_prompts(negative, len(latents))
-        levels, see = backbone.process.levels(steps)[::-1], self.see(backbone)
+        levels, see = backbone.process.levels(sampling.steps)[::-1], self.see(backbone)
 
         @torch.inference_mode(False)  # it differentiates, whatever the caller does
         def run(rows: slice, tick: Callable[[], Any]) -> Refined:
             null = None if nulls is None else nulls[rows].to(backbone.device)
-            denoise = denoiser(backbone, texts[rows], guidance, interval, others[rows], null)
+            how = sampling.guidance, sampling.interval
+            denoise = denoiser(backbone, texts[rows], *how, others[rows], null)
             features, clean = map(torch.stack, zip(*goals[rows], strict=True))
             goal = Goal(features, clean.to(backbone.device))
             start = latents[rows].to(backbone.device, torch.float32).clone()
             return self._fit(
-                lambda latent: losses(Recorder(**vars(denoise)), latent, goal, see, solver, levels),
+                lambda latent: losses(
+                    Recorder(**vars(denoise)), latent, goal, see, sampling.solver, levels
+                ),
                 start,
                 tick,
             )
 
-        parts = batched(run, backbone, len(latents), batch_size, self.steps, "refine")
+        parts = batched(run, backbone, len(latents), sampling.batch_size, self.steps, "refine")
         return Refined(*(torch.cat(part) for part in zip(*parts, strict=True)))
 
     def _fit(

@@ -1,17 +1,18 @@
 """Plans to images: the one place where bank, rule and backbone meet.
 
-A centroid is computed sample by sample in float32, so it is the same to the last bit in any batch.
-The network then works on batches; its images are the same to the last bit for the same batch
-layout on the same device, and within 1e-4 otherwise, but for refined ones
-(`augment.synthesis.refine`).
+A centroid is mixed in float32 and is the same to the last bit in any batch: only plans of equally
+many members share a call of the rule, without padding. The network then works on batches; its
+images are the same to the last bit for the same batch layout on the same device, and within 1e-4
+otherwise, but for refined ones (`augment.synthesis.refine`).
 """
 
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -22,35 +23,58 @@ from augment.bank.format import read_original
 from augment.centroid.rule import Rule
 from augment.core.errors import AugmentWarning, BiasWarning, ImageRejected, UserError, lookup
 from augment.core.rng import normal, rng
-from augment.diffusion.backbone import Backbone, check_batch, check_interval
-from augment.diffusion.solver import SOLVERS, check_steps, sample
+from augment.diffusion.backbone import Backbone
+from augment.diffusion.sampling import ResolvedSampling, Sampling
+from augment.diffusion.solver import sample
 from augment.inversion import INVERTERS
-from augment.measure import LatentStatistics, bias_warning, latent_statistics
+from augment.measure.bias import bias_warning
+from augment.measure.latents import ChannelMeans
+from augment.plan.mixing import Mixing
 from augment.plan.plan import Plan
+from augment.plan.planner import Planner
 from augment.sources import Source, place_of
 from augment.sources.images import decode_image
 from augment.synthesis.refine import Goal, SeedSelect, check_sampling
 
-PROFILES = ("exact", "fast")
-"""Solvers by what they are for: to undo the bank's inversion, or to be quick."""
+MAX_POINTS = 2**26
+"""Numbers of the latents that are mixed in one call."""
 
 
-def solver_of(bank: LatentBank, solver: str, steps: int | None) -> tuple[str, int]:
-    """The solver that a name or profile means for a bank, and its steps.
+def resolve(bank: LatentBank, sampling: Sampling | None = None) -> ResolvedSampling:
+    """Fill in what a sampling leaves to the inversion of a bank."""
+    made = bank.inversion
+    undo = lookup(INVERTERS, made["method"], "inversion").solver
+    return (sampling or Sampling()).resolve(undo, made["steps"], made["guidance"])
+
+
+def planner_of(bank: LatentBank, mixing: Mixing | None = None, classes: int = 1) -> Planner:
+    """Return the planner of a bank's images.
+
+    Args:
+        bank: the latents.
+        mixing: what is mixed.
+        classes: how many classes a centroid mixes.
 
     Raises:
-        UserError: an unknown solver, or no steps.
+        UserError: see `Planner`, or a file of vectors that does not fit the bank.
     """
-    method, usual = bank.inversion["method"], bank.inversion["steps"]
-    if solver == "fast":
-        solver, usual = "fireflow", 10
-    elif solver == "exact":
-        solver = lookup(INVERTERS, method, "inversion").solver
-    if solver not in SOLVERS:
-        lookup(dict.fromkeys([*PROFILES, *SOLVERS]), solver, "solver")
-    count: int = usual if steps is None else steps
-    check_steps(count)
-    return solver, count
+    mixing = mixing or Mixing()
+    features = None if mixing.nearest is None else bank.features(mixing.nearest)
+    return Planner(bank.members, mixing, classes, features)
+
+
+class Mixture(NamedTuple):
+    """What is mixed of plans.
+
+    Args:
+        centroids: (n, C, H, W).
+        averages: (n, C), channel means of the plain weighted averages.
+        spreads: (n, C), standard deviations of the members' channel means; NaN of a single member.
+    """
+
+    centroids: Tensor
+    averages: Tensor
+    spreads: Tensor
 
 
 @dataclass
@@ -60,106 +84,122 @@ class Synthesizer:
     Args:
         backbone: the model the bank was inverted with.
         bank: the latents.
-        rule: how they are mixed, such as ``fade/chm``.
-        solver: see `augment.sample`; or a profile: ``exact``, the solver that undoes the bank's
-            inversion, or ``fast``, FireFlow in 10.
-        steps: solver steps; by default those of the bank, or 10 with ``fast``.
-        guidance: by default as the bank was inverted.
-        interval, batch_size: see `augment.sample`.
+        rule: how they are mixed.
+        sampling: how a centroid becomes an image.
         prompts: of classes that are to be sampled with another prompt than they were inverted with.
         refine: what brings centroids nearer to their class before they are sampled, if anything.
         source: the bank's real images, which ``refine`` and filters compare with: their folder, or
             a data set; by default where they were.
 
+    Attributes:
+        resolved: the sampling, with what it leaves to the bank.
+
     Raises:
         BankMismatch: the bank is of another backbone.
-        UserError: an unknown rule or solver, or no steps, or too few to refine through.
+        UserError: steps that do not begin where the latents are, or too few to refine through.
     """
 
     backbone: Backbone
     bank: LatentBank
-    rule: Rule | str = "fade/chm"
-    solver: str = "exact"
-    steps: int | None = None
-    guidance: float | None = None
-    batch_size: int = 64
-    interval: tuple[float, float] = (0.0, 1.0)
+    rule: Rule = Rule()
+    sampling: Sampling = Sampling()
     prompts: dict[str, str] | None = None
     refine: SeedSelect | None = None
     source: Source | str | Path | Any | None = None
+    resolved: ResolvedSampling = field(init=False)
     _goals: dict[str, Goal] = field(default_factory=dict, init=False, repr=False)
     _nulls: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict, init=False, repr=False)
-    _statistics: dict[str, LatentStatistics] = field(default_factory=dict, init=False, repr=False)
+    _means: dict[str, ChannelMeans] = field(default_factory=dict, init=False, repr=False)
     _warned: bool = field(default=False, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        self.rule, self.source = Rule.parse(str(self.rule)), place_of(self.source)
+        self.source = place_of(self.source)
         self.bank.check(self.backbone)
-        self.solver, self.steps = solver_of(self.bank, self.solver, self.steps)
-        if self.guidance is None:
-            self.guidance = float(self.bank.inversion["guidance"])
-        if self.guidance != 1 and not any(map(self.prompt, self.bank.classes)):
+        self.resolved = resolve(self.bank, self.sampling)
+        if self.resolved.guidance != 1 and not any(map(self.prompt, self.bank.classes)):
             warnings.warn(
-                f"expected prompts to guide by, got guidance {self.guidance} and a bank without; "
-                "guidance does nothing",
+                f"expected prompts to guide by, got guidance {self.resolved.guidance} and a bank "
+                "without; guidance does nothing",
                 AugmentWarning,
                 stacklevel=3,
             )
-        check_batch(self.batch_size)
-        check_interval(self.interval)
-        self.interval = self.interval[0], self.interval[1]  # of JSON it is a list
-        top, start = (
-            self.backbone.process.levels(steps)[-1]
-            for steps in (self.bank.inversion["steps"], self.steps)
-        )
+        inverted, steps = self.bank.inversion["steps"], self.resolved.steps
+        top, start = (self.backbone.process.levels(count)[-1] for count in (inverted, steps))
         if top != start:
             raise UserError(
                 f"expected to sample from the level {top:.3g} where the bank's latents are, got "
-                f"{self.steps} steps, which begin at {start:.3g} with this spacing; take "
-                f"{self.bank.inversion['steps']} steps, or invert with spacing trailing"
+                f"{steps} steps, which begin at {start:.3g} with this spacing; take {inverted} "
+                "steps, or invert with spacing trailing"
             )
         for name in self.prompts or {}:
             lookup(self.bank.chunks, name, "class to prompt")
         if self.refine:
-            check_sampling(self.steps)
+            check_sampling(steps)
             self.refine = self.refine.of(self.backbone)
 
     def points(self, plan: Plan) -> tuple[Float[Tensor, "k c h w"], Float[Tensor, " k"]]:
-        """What a plan mixes, its share of fresh noise among it, and the weights.
+        """Return what a plan mixes, its share of fresh noise among it, and the weights.
 
         Raises:
             UserError: the bank lacks one of the plan's images, or its lists differ in length.
         """
-        gathered, shares = self.bank.gather([plan])
-        points, weights = gathered[0], shares[0]
-        if plan.noise:
-            fresh = normal(rng(plan.seed, "noise", plan.epoch, plan.index), *points.shape[1:])
-            points = torch.cat([points, fresh[None].to(points)])
-            weights = torch.cat([weights * (1 - plan.noise), weights.new_tensor([plan.noise])])
+        points, weights = self._points([plan])
+        return points[0], weights[0]
+
+    def _points(
+        self, plans: Sequence[Plan]
+    ) -> tuple[Float[Tensor, "n k c h w"], Float[Tensor, "n k"]]:
+        """Return `points` of plans of equally many."""
+        points, weights = self.bank.gather(plans)
+        if plans[0].noise:
+            shares = weights.new_tensor([[1 - plan.noise, plan.noise] for plan in plans])
+            fresh = [
+                normal(rng(plan.seed, "noise", plan.epoch, plan.index), *points.shape[2:])
+                for plan in plans
+            ]
+            points = torch.cat([points, torch.stack(fresh)[:, None].to(points)], 1)
+            weights = torch.cat([weights * shares[:, :1], shares[:, 1:]], 1)
         return points, weights
 
     def centroid(self, plan: Plan) -> Float[Tensor, "c h w"]:
-        """The latent of a plan.
+        """Return the latent of a plan.
 
         Raises:
             UserError: see `points`; or the rule is for another number of them.
         """
-        return self._mix(plan)[0]
+        return self.mix([plan]).centroids[0]
 
-    def _mix(self, plan: Plan) -> tuple[Float[Tensor, "c h w"], Float[Tensor, " c"]]:
-        """A plan's centroid, and the channel means of the plain average."""
-        points, weights = self.points(plan)
-        centroid = self.rule(points[None], weights[None], self.mu)[0]  # type: ignore[operator]
-        return centroid, weights @ points.mean((-2, -1))
+    def mix(self, plans: Sequence[Plan]) -> Mixture:
+        """Return the centroids of plans, those of equally many members in one call of the rule.
+
+        Raises:
+            UserError: see `centroid`.
+        """
+        groups: dict[tuple[int, bool], list[int]] = {}
+        for row, plan in enumerate(plans):
+            groups.setdefault((len(plan.members), plan.noise > 0), []).append(row)
+        order, parts = [], []
+        for (count, _), group in groups.items():
+            size = max(MAX_POINTS // ((count + 1) * prod(self.backbone.latent_shape)), 1)
+            for first in range(0, len(group), size):
+                rows = group[first : first + size]
+                points, weights = self._points([plans[row] for row in rows])
+                means = points.mean((-2, -1))
+                averages = torch.einsum("nk,nkc->nc", weights, means)
+                spreads = means[:, :count].std(1, correction=min(count - 1, 1))
+                order += rows
+                parts.append((self.rule(points, weights, self.mu), averages, spreads))
+        back = torch.tensor(order).argsort()
+        return Mixture(*(torch.cat(part)[back] for part in zip(*parts, strict=True)))
 
     @cached_property
     def mu(self) -> Float[Tensor, "c h w"] | None:
         """The mean of all latents of the bank, for rules that want it (``lol``)."""
-        if self.rule.mean != "mu":  # type: ignore[union-attr]
+        if self.rule.mean != "mu":
             return None
-        total = sum(self.bank.latents(name).double().sum(0) for name in self.bank.classes)
+        totals = [self.bank.latents(name).double().sum(0) for name in self.bank.classes]
         count = sum(map(len, self.bank.members.values()))
-        return (total / count).float().to(self.bank.device)  # type: ignore[union-attr]
+        return (sum(totals[1:], totals[0]) / count).float().to(self.bank.device)
 
     def images(self, plans: Sequence[Plan]) -> Float[Tensor, "n c h w"]:
         """The images of plans, float32 in [0, 1] on the backbone's device.
@@ -173,23 +213,22 @@ class Synthesizer:
         self, plans: Sequence[Plan]
     ) -> tuple[Float[Tensor, "n c h w"], Float[Tensor, "n _"] | None]:
         """See `images`; and the losses of `augment.synthesis.refine.Refined`, if there are."""
-        mixed = [self._mix(plan) for plan in plans]
-        centroids = torch.stack([centroid for centroid, _ in mixed])
-        self._warn_of_bias(plans, centroids, torch.stack([average for _, average in mixed]))
+        mixture = self.mix(plans)
+        self._warn_of_bias(plans, mixture)
         own = [self.bank.prompt(plan.class_name) for plan in plans]
-        away = INVERTERS[self.bank.inversion["method"]].negative
-        how: dict[str, Any] = {
-            "prompts": [self.prompt(plan.class_name) for plan in plans],
-            **{key: getattr(self, key) for key in ("solver", "steps", "guidance", "batch_size")},
-            "interval": self.interval,
-            "negative": own if away == "prompt" else None,
-            "nulls": torch.stack([self.null(p) for p in plans]) if self.has_nulls else None,
-        }
-        losses = None
+        away_from = INVERTERS[self.bank.inversion["method"]].negative
+        prompts = [self.prompt(plan.class_name) for plan in plans]
+        negative = own if away_from == "prompt" else None
+        nulls = torch.stack([self.null(p) for p in plans]) if self.has_nulls else None
+        guide = {"negative": negative, "nulls": nulls}
+        centroids, losses = mixture.centroids, None
         if self.refine:
             goals = [self.goal(plan) for plan in plans]
-            centroids, losses = self.refine(self.backbone, centroids, goals, **how)
-        return sample(self.backbone, centroids, **how), losses
+            centroids, losses = self.refine(
+                self.backbone, centroids, goals, prompts, self.resolved, **guide
+            )
+        images = sample(self.backbone, centroids, prompts, **vars(self.resolved), **guide)
+        return images, losses
 
     def goal(self, plan: Plan) -> Goal:
         """What a plan's centroid is refined for: the means of its class's real images.
@@ -204,7 +243,8 @@ class Synthesizer:
                 "others; leave refine out"
             )
         if name not in self._goals:
-            self._goals[name] = self.refine.goal(self.backbone, self.real(name))  # type: ignore[union-attr]
+            assert self.refine is not None
+            self._goals[name] = self.refine.goal(self.backbone, self.real(name))
         return self._goals[name]
 
     def real(self, class_name: str) -> Float[Tensor, "n c r r"]:
@@ -234,7 +274,7 @@ class Synthesizer:
     def has_nulls(self) -> bool:
         """Whether sampling points away from embeddings that the bank keeps."""
         return (
-            self.guidance != 1
+            self.resolved.guidance != 1
             and INVERTERS[self.bank.inversion["method"]].negative == "null_embeddings"
         )
 
@@ -253,10 +293,9 @@ class Synthesizer:
         if self.refine:
             self.refine.see(self.backbone)
             self.real(plans[0].class_name)
-        for plan in plans:
-            self.centroid(plan)
-            if self.has_nulls:
-                self.null(plan)
+        self.mix(plans)
+        for plan in plans if self.has_nulls else ():
+            self.null(plan)
 
     def null(self, plan: Plan) -> Float[Tensor, "steps ..."]:
         """The null-text embeddings of a plan: its members', mixed by its weights.
@@ -280,23 +319,32 @@ class Synthesizer:
             mixed = (1 - plan.noise) * mixed + plan.noise * empty
         return mixed
 
-    def _warn_of_bias(
-        self,
-        plans: Sequence[Plan],
-        centroids: Float[Tensor, "n c h w"],
-        averages: Float[Tensor, "n c"],
-    ) -> None:
-        """Tell, of the first class it happens to and once, that the rule enlarges its bias."""
+    def _warn_of_bias(self, plans: Sequence[Plan], mixture: Mixture) -> None:
+        """Warn once, of the first class whose bias the rule enlarges.
+
+        The means are those of the bank's records; their error comes from the scatter of the first
+        plan's members.
+        """
         rows: dict[str, list[int]] = {}
         for row, plan in enumerate(plans):
             if not plan.classes and not self._warned:
                 rows.setdefault(plan.class_name, []).append(row)
-        for name, mine in rows.items():
-            if name not in self._statistics:
-                self._statistics[name] = latent_statistics(self.bank.latents(name))
-            means = centroids[mine].mean((-2, -1))
-            told = bias_warning(self._statistics[name], means, averages[mine], str(self.rule))
-            if told:
+        for name, group in rows.items():
+            if name not in self._means:
+                members = len(plans[group[0]].members)
+                self._means[name] = self._class_means(name, mixture.spreads[group[0]], members)
+            means = mixture.centroids[group].mean((-2, -1))
+            words = bias_warning(self._means[name], means, mixture.averages[group], str(self.rule))
+            if words:
                 self._warned = True
-                return warnings.warn(f"class {name!r}: {told}", BiasWarning, stacklevel=3)
+                return warnings.warn(f"class {name!r}: {words}", BiasWarning, stacklevel=4)
         return None
+
+    def _class_means(self, name: str, spread: Float[Tensor, " c"], members: int) -> ChannelMeans:
+        """Return the channel means of a class, and their errors by the scatter of some members."""
+        count, (_, height, width) = len(self.bank.members[name]), self.backbone.latent_shape
+        errors = spread.double() / count**0.5
+        if members == 1:  # as of white noise
+            errors = torch.full_like(errors, 1 / (height * width) ** 0.5)
+        means = self.bank.channel_means(name)
+        return ChannelMeans(members, tuple(means.tolist()), tuple(errors.tolist()))

@@ -22,7 +22,15 @@ from typing import Any, NamedTuple
 
 import torch
 
-from augment import LatentBank, MixedDataset, Planner, SyntheticDataset, open_shards
+from augment import (
+    LatentBank,
+    MixedDataset,
+    Mixing,
+    Planner,
+    Sampling,
+    SyntheticDataset,
+    open_shards,
+)
 from augment.diffusion.backbones.gaussian import GaussianBackbone
 from augment.jobs.job import run
 from augment.sources import Folder
@@ -70,15 +78,15 @@ def every_class(name: str) -> Callable[[Path], Call]:
 
 def gathered(bank: LatentBank) -> object:
     """Read the first batch of a training: 64 plans of up to 8 members."""
-    planner = Planner(bank.members, members=8)
+    planner = Planner(bank.members, Mixing(members=8))
     return bank.gather([planner(0, index) for index in range(64)])
 
 
-def planned(**options: Any) -> Callable[[Path], Call]:
+def planned(mixing: Mixing, classes: int = 1) -> Callable[[Path], Call]:
     """Time a planner and 1000 plans."""
 
     def plans(bank: LatentBank) -> Planner:
-        planner = Planner(bank.members, **options)
+        planner = Planner(bank.members, mixing, classes)
         for index in range(1000):
             planner(0, index)
         return planner
@@ -90,7 +98,7 @@ def neighbours(bank: LatentBank) -> Planner:
     """Draw ten plans of the nearest of 8 in one class, by vectors of 4096 numbers."""
     name = bank.classes[0]
     vectors = torch.zeros(len(bank.members[name]), 4096)
-    planner = Planner({name: bank.members[name]}, members=8, features={name: vectors})
+    planner = Planner({name: bank.members[name]}, Mixing(members=8), features={name: vectors})
     for index in range(10):
         planner(0, index)
     return planner
@@ -102,7 +110,9 @@ def datasets(folder: Path) -> Call:
 
     def made() -> MixedDataset:
         counts = {name: 100 for name in LatentBank.open(folder).classes}
-        synthetic = SyntheticDataset(folder, backbone, per_class=counts, steps=1, members=8)
+        synthetic = SyntheticDataset(
+            folder, backbone, Mixing(members=8), Sampling(steps=1), per_class=counts
+        )
         mixed = MixedDataset(range(10**6), synthetic, 0.5, 10**6)
         for index in range(1000):
             mixed.draw(index)
@@ -152,10 +162,10 @@ CASES = {
     ),
     "largest_mean of all classes": Case("classes", FEW, every_class("largest_mean")),
     "latents of all classes": Case("classes", FEW, every_class("latents")),
-    "1000 plans": Case("classes", FEW, planned()),
-    "1000 plans of 3 classes": Case("classes", FEW, planned(classes=3)),
+    "1000 plans": Case("classes", FEW, planned(Mixing())),
+    "1000 plans of 3 classes": Case("classes", FEW, planned(Mixing(), classes=3)),
     "datasets": Case("classes", FEW, datasets),
-    "1000 plans of 8 members": Case("members", MEMBERS, planned(members=8)),
+    "1000 plans of 8 members": Case("members", MEMBERS, planned(Mixing(members=8))),
     "10 plans of 8 neighbours": Case("members", MEMBERS, of_bank(neighbours)),
     "gather, 64 plans of 8": Case("members", MEMBERS, of_bank(gathered)),
     "open_shards": Case("shards", decades(0, 4), lambda folder: lambda: open_shards(folder)),

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from safetensors.torch import save
 
-from augment import LatentBank, Planner
+from augment import LatentBank, Planner, Sampling
 from augment.bank.chunking import assign_chunks
 from augment.bank.fill import InversionJob
 from augment.bank.format import (
@@ -27,8 +27,8 @@ from augment.core.schema import sealed, write
 from augment.diffusion.backbones.gaussian import GaussianBackbone
 from augment.inversion import inverter
 from augment.shards.dataset import BLOCK
-from augment.shards.format import SCHEMA, ShardRecord, shard_path
-from augment.shards.write import Synthesis
+from augment.shards.format import SCHEMA, Output, ShardRecord, shard_path
+from augment.shards.write import ShardJob
 from augment.sources.source import Source
 from augment.synthesis.synthesizer import Synthesizer
 
@@ -91,11 +91,11 @@ def bank_of(folder: Path, counts: list[int], shape: tuple[int, int, int] = SHAPE
     write(folder / "manifest.json", manifest)
 
 
-def synthesis(bank: Path, out: Path, per_class: int = 10) -> Synthesis:
+def synthesis(bank: Path, out: Path, per_class: int = 10) -> ShardJob:
     """Return the job that makes shards of a bank."""
     opened = LatentBank.open(bank)
-    made = Synthesizer(GaussianBackbone(latent_shape=SHAPE), opened, steps=1)
-    return Synthesis(out, made, Planner(opened.members), per_class, shard_size=PER_SHARD)
+    made = Synthesizer(GaussianBackbone(latent_shape=SHAPE), opened, sampling=Sampling(steps=1))
+    return ShardJob(out, made, Planner(opened.members), per_class, Output(shard_size=PER_SHARD))
 
 
 def shards_of(folder: Path, count: int) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor
 from torchvision.datasets import ImageFolder
 from torchvision.transforms.functional import pil_to_tensor
 
-from augment import LatentBank, Planner, open_shards
+from augment import LatentBank, Mixing, Planner, open_shards
 from augment.core.files import write_json
 from augment.shards.dataset import UNCHECKED, Sample, encode, shard_path, write_shard
 from augment.shards.export import export_folder
@@ -54,7 +54,7 @@ def banks(root: Path, classes: int) -> Iterator[Comparison]:
         pairs = zip(ours(), theirs(), strict=True)
         return "the same" if all(torch.equal(a, b) for a, b in pairs) else "**not the same**"
 
-    plans = [Planner(bank.members, members=8)(0, index) for index in range(64)]
+    plans = [Planner(bank.members, Mixing(members=8))(0, index) for index in range(64)]
     places = []  # a class is one chunk
     for plan in plans:
         ids = list(bank.members[plan.class_name])

@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
-from augment import MixedDataset, SyntheticDataset, load_backbone
+from augment import MixedDataset, Sampling, SyntheticDataset, load_backbone
 from augment.bank.fill import fill_bank
 from augment.replay.pool import ReplayPool
 from augment.sources import Folder
@@ -70,7 +70,9 @@ def replay(args: argparse.Namespace, root: Path) -> Iterator[Comparison]:
     solver = {"steps": 2} if args.quick else {}
     bank = fill_bank(root / "bank", backbone, source, **solver)
     real = [(source.load(i, 1, 32), label) for i, label in source.samples]
-    dataset = SyntheticDataset(bank, backbone, steps=2 if args.quick else 20, batch_size=16)
+    dataset = SyntheticDataset(
+        bank, backbone, sampling=Sampling(steps=2 if args.quick else 20, batch_size=16)
+    )
     with ReplayPool(dataset, capacity, warm_up=capacity) as pool:
         pid = pool._stop.peek()[2][1].pid  # type: ignore[index]
         kept = [pool[row] for row in range(capacity)]

@@ -26,7 +26,9 @@ from tqdm import tqdm
 
 from augment.bank.bank import LatentBank
 from augment.bank.fill import fill_bank
+from augment.centroid import Rule
 from augment.diffusion import load_backbone
+from augment.plan.mixing import Mixing
 from augment.plan.planner import Planner
 from augment.synthesis.synthesizer import Synthesizer
 
@@ -48,7 +50,7 @@ Cells = dict[tuple[str, int], dict[str, Tensor]]
 def make(synthesizer: Synthesizer, members: int, draws: int) -> dict[str, Tensor]:
     """Return centroids of N members and their images, each (draws · classes, …)."""
     classes = synthesizer.bank.members
-    planner = Planner(classes, seed=members, alpha=math.inf, members=members)
+    planner = Planner(classes, Mixing(seed=members, alpha=math.inf, members=members))
     plans = [planner(0, index) for index in range(draws * len(classes))]
     centroids = torch.stack([synthesizer.centroid(plan) for plan in plans])
     return {"latents": centroids, "images": synthesizer.images(plans).half()}
@@ -186,13 +188,15 @@ def main() -> None:
     bias = largest_mean(latents.flatten(0, 1), count)
     single = once(
         args.out / f"cells-{tag}" / f"back-{draws}.safetensors",
-        lambda: make(Synthesizer(backbone, bank, "lin/0"), 1, draws),
+        lambda: make(Synthesizer(backbone, bank, Rule.parse("lin/0")), 1, draws),
     )
     cells: Cells = {}
     for rule, members in tqdm([(r, n) for n in COUNTS for r in RULES], "cells", unit="cell"):
         cell = once(
             args.out / f"cells-{tag}" / f"{rule.replace('/', '-')}-{members}-{draws}.safetensors",
-            lambda rule=rule, n=members: make(Synthesizer(backbone, bank, rule), n, draws),
+            lambda rule=rule, n=members: make(
+                Synthesizer(backbone, bank, Rule.parse(rule)), n, draws
+            ),
         )
         cells[rule, members] = measure(cell, judge, count)
     yardstick = measure(single, judge, count)

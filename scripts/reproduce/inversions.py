@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from augment.bank.bank import LatentBank
 from augment.bank.fill import fill_bank
+from augment.centroid import Rule
 from augment.diffusion import Backbone, load_backbone
 from augment.measure.reconstruction import reconstruction
 from augment.plan.plan import Plan
@@ -44,10 +45,10 @@ def plans(bank: LatentBank, whole: bool) -> list[Plan]:
 
 def make(backbone: Backbone, bank: LatentBank) -> dict[str, Tensor]:
     """Every image sampled back, and the centroids of each class by two rules."""
-    back = Synthesizer(backbone, bank, "lin/0").images(plans(bank, whole=False))
+    back = Synthesizer(backbone, bank, Rule.parse("lin/0")).images(plans(bank, whole=False))
     made = {"back": back, "latents": torch.cat([bank.latents(n) for n in bank.classes])}
     for rule in RULES:
-        synthesizer = Synthesizer(backbone, bank, rule)
+        synthesizer = Synthesizer(backbone, bank, Rule.parse(rule))
         whole = plans(bank, whole=True)
         made[f"{rule} latents"] = torch.stack([synthesizer.centroid(plan) for plan in whole])
         made[f"{rule} images"] = synthesizer.images(whole)

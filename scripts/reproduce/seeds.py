@@ -19,10 +19,12 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from augment.bank.fill import fill_bank
+from augment.centroid import Rule
 from augment.core.rng import normal, rng
 from augment.diffusion import load_backbone
 from augment.diffusion.solver import sample
 from augment.measure.features import diversity, precision_recall
+from augment.plan.mixing import Mixing
 from augment.plan.planner import Planner
 from augment.synthesis.synthesizer import Synthesizer
 
@@ -55,8 +57,8 @@ def main() -> None:
         quality.append((judge.fid(features), kept))
     cells = {}
     for rule in tqdm(RULES, "centroids"):
-        synthesizer = Synthesizer(backbone, bank, rule)
-        planner = Planner(bank.members, seed=0, alpha=float("inf"), members=MEMBERS)
+        synthesizer = Synthesizer(backbone, bank, Rule.parse(rule))
+        planner = Planner(bank.members, Mixing(seed=0, alpha=float("inf"), members=MEMBERS))
         begun = time.perf_counter()
         for index in range(20):
             synthesizer.centroid(planner(0, index))

@@ -42,9 +42,12 @@ from tqdm import tqdm
 import augment.synthesis.refine
 from augment.bank.bank import LatentBank
 from augment.bank.fill import fill_bank
+from augment.centroid import Rule
 from augment.core.rng import normal, rng
 from augment.diffusion import Backbone, load_backbone
+from augment.diffusion.sampling import ResolvedSampling, Sampling
 from augment.diffusion.solver import sample
+from augment.plan.mixing import Mixing
 from augment.plan.planner import Planner
 from augment.sources import Source
 from augment.sources.images import sheet
@@ -65,7 +68,7 @@ MEMORY_BATCH = 16
 def refined(synthesizer: Synthesizer, start: str, each: int) -> dict[str, Tensor]:
     """Refine ``each`` latents a class; return losses, images by step, and seconds a latent."""
     steps, lr, looks = STARTS[start]
-    planner = Planner(synthesizer.bank.members, alpha=1.0, members=MEMBERS)
+    planner = Planner(synthesizer.bank.members, Mixing(alpha=1.0, members=MEMBERS))
     plans = [planner(0, index) for index in range(each * len(synthesizer.bank.classes))]
     latents = [
         normal(rng(0, "noise", index), *synthesizer.backbone.latent_shape)
@@ -75,14 +78,16 @@ def refined(synthesizer: Synthesizer, start: str, each: int) -> dict[str, Tensor
     refine = replace(synthesizer.refine, steps=steps, lr=lr)  # type: ignore[type-var]
     way = [torch.stack(latents)]
     hook = register_optimizer_step_post_hook(lambda *step: way.append(_latents(*step)))
-    how = {"solver": synthesizer.solver, "steps": synthesizer.steps, "batch_size": len(plans)}
+    how = replace(synthesizer.resolved, batch_size=len(plans))
     begun = time.perf_counter()
-    raw = refine(synthesizer.backbone, way[0], goals, **how).losses  # type: ignore[arg-type]
+    raw = refine(synthesizer.backbone, way[0], goals, None, how).losses
     spent = (time.perf_counter() - begun) / len(plans)
     hook.remove()
     losses, best = raw.cummin(1)  # what would come out if it ended there
     latents, rows = torch.stack(way), torch.arange(len(plans))
-    images = [sample(synthesizer.backbone, latents[best[:, k], rows], None, **how) for k in looks]  # type: ignore[arg-type]
+    images = [
+        sample(synthesizer.backbone, latents[best[:, k], rows], None, **vars(how)) for k in looks
+    ]
     return {
         "losses": losses, "images": torch.stack(images, 1), "seconds": torch.tensor(spent),
         "tipped": (raw[:, -1] > raw[:, 0]).double(),
@@ -139,12 +144,15 @@ def memory(job: tuple[str, str, int, bool]) -> float:
         plain: Callable = lambda run, *given, use_reentrant: run(*given)  # noqa: E731
         augment.synthesis.refine.checkpoint = plain  # type: ignore[assignment]
     backbone = load_backbone(name, device="cpu")
-    made = Synthesizer(backbone, LatentBank.open(path), solver="ddim", refine=SeedSelect(1))
+    made = Synthesizer(
+        backbone, LatentBank.open(path), sampling=Sampling(solver="ddim"), refine=SeedSelect(1)
+    )
+    sampling = ResolvedSampling(solver="ddim", steps=steps)
     goal = made.goal(Planner(made.bank.members)(0, 0))
     latents = normal(rng(0, "noise"), MEMORY_BATCH, *backbone.latent_shape)
     Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
     before = resident("VmRSS")
-    SeedSelect(1)(backbone, latents, [goal] * MEMORY_BATCH, None, "ddim", steps)
+    SeedSelect(1)(backbone, latents, [goal] * MEMORY_BATCH, None, sampling)
     return resident("VmHWM") - before
 
 
@@ -202,7 +210,9 @@ def main() -> None:
     found, rows, strips = {}, [], {}
     for start in tqdm(STARTS, "starts"):
         rule = "fade/chm" if start == "noise" else start
-        synthesizer = Synthesizer(backbone, bank, rule, refine=SeedSelect(network=args.network))
+        synthesizer = Synthesizer(
+            backbone, bank, Rule.parse(rule), refine=SeedSelect(network=args.network)
+        )
         made = once(
             args.out / f"{start.replace('/', '-')}-{tag}-{each}.safetensors",
             lambda s=synthesizer, b=start: refined(s, b, each),

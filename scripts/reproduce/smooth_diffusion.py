@@ -26,6 +26,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from augment.bank.fill import fill_bank
+from augment.centroid import Rule
 from augment.core.rng import normal, rng
 from augment.diffusion import Backbone, load_backbone
 from augment.diffusion.solver import sample
@@ -33,6 +34,7 @@ from augment.inversion import invert
 from augment.measure.features import deviation, frechet_distance
 from augment.measure.reconstruction import reconstruction
 from augment.measure.smoothness import istd, walks
+from augment.plan.mixing import Mixing
 from augment.plan.planner import Planner
 from augment.sources import Folder, Items, Source
 from augment.sources.fashion import COARSE
@@ -102,9 +104,9 @@ class Study:
         bank = fill_bank(folder / "bank", backbone, self.source, stored=())
         for count in (2, 8):
             # random weights: the plain means of all images of a class would be the same image
-            planner = Planner(bank.members, 0, 1.0, count)
+            planner = Planner(bank.members, Mixing(seed=0, alpha=1.0, members=count))
             plans = [planner(0, index) for index in range(self.samples // 2)]
-            made[f"of {count}"] = Synthesizer(backbone, bank, "fade/chm").images(plans)
+            made[f"of {count}"] = Synthesizer(backbone, bank, Rule.parse("fade/chm")).images(plans)
         return made
 
     def guided(

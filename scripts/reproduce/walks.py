@@ -28,7 +28,7 @@ from augment.diffusion import Backbone, load_backbone
 from augment.diffusion.solver import sample
 from augment.measure.smoothness import STOPS, interp_score, istd
 from augment.sources.images import sheet, to_pil
-from augment.synthesis.synthesizer import solver_of
+from augment.synthesis.synthesizer import resolve
 
 SCALES = (0.5, 0.7, 0.85, 1.0, 1.15, 1.3, 1.5)
 
@@ -41,7 +41,7 @@ def frames(backbone: Backbone, bank: LatentBank, name: str, pairs: int) -> dict[
         for kind in bank.classes for pair in range(pairs)
     ])  # fmt: skip
     spent = (time.perf_counter() - begun) / (pairs * len(bank.classes))
-    images = sample(backbone, latents, None, *solver_of(bank, "exact", None))
+    images = sample(backbone, latents, None, **vars(resolve(bank)))
     return {
         "images": images.unflatten(0, (len(bank.classes), pairs, STOPS)),
         "seconds": torch.tensor(spent),
@@ -76,7 +76,7 @@ def scaled(backbone: Backbone, bank: LatentBank, judge: FeatureJudge) -> dict[st
     first = torch.stack([bank.latents(name)[0] for name in bank.classes])
     found: dict[str, list[float]] = {"score": [], "kept": []}
     for scale in tqdm(SCALES, "scales"):
-        images = sample(backbone, scale * first, None, *solver_of(bank, "exact", None))
+        images = sample(backbone, scale * first, None, **vars(resolve(bank)))
         scores, kept, _ = assessed(images[:, None, None].expand(-1, 1, 3, -1, -1, -1), judge)
         found["score"].append(scores.mean().item())
         found["kept"].append(100 * kept.mean().item())

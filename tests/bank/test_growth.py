@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 import augment.bank.chunking
 import augment.core.schema
-from augment import LatentBank, Planner, UserError, open_shards
+from augment import LatentBank, Mixing, Planner, UserError, open_shards
 from augment.bank.fill import InversionJob
 from augment.bank.format import Chunk, Members, pack, unpack
 from augment.core.errors import EnlargedWarning
@@ -90,7 +90,7 @@ def test_an_open_bank_keeps_little_more_than_the_names_of_its_images(root):
 def test_no_use_of_a_bank_makes_it_keep_more(root):
     def used():
         bank = LatentBank.open(root)
-        bank.gather([Planner(bank.members, members=8)(0, index) for index in range(20)])
+        bank.gather([Planner(bank.members, Mixing(members=8))(0, index) for index in range(20)])
         for name in bank.classes:
             bank.digests(name), bank.latents(name), bank.largest_mean(name)
         assert bank.digest == bank.digest and len(bank.subset(lambda i: i[-6] == "0").members) == 10
@@ -177,7 +177,7 @@ def test_members_are_a_mapping_of_tuples_like_the_dictionary_they_stand_for(root
     with pytest.raises(KeyError):
         bank.members["nobody"]
     assert pickle.loads(pickle.dumps(bank)) == bank
-    assert Planner(bank.members, members=5)(3, 4) == Planner(plain, members=5)(3, 4)
+    assert Planner(bank.members, Mixing(members=5))(3, 4) == Planner(plain, Mixing(members=5))(3, 4)
 
 
 @given(st.lists(st.text(), unique=True))
@@ -258,7 +258,7 @@ def test_members_that_a_view_does_not_show_are_refused(root):
 
 def test_the_rows_of_a_batch_are_those_of_its_classes(root):
     bank = LatentBank.open(root)
-    plans = [Planner(bank.members, members=5, classes=2)(0, index) for index in range(30)]
+    plans = [Planner(bank.members, Mixing(members=5), classes=2)(0, index) for index in range(30)]
     points, _ = bank.gather(plans)
     for mine, plan in zip(points, plans, strict=True):
         for point, name, member in zip(mine, plan.classes, plan.members, strict=True):

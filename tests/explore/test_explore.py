@@ -13,7 +13,17 @@ import torch
 from conftest import paint
 from PIL import Image
 
-from augment import LatentBank, Plan, Planner, Synthesizer, UserError, open_shards
+from augment import (
+    LatentBank,
+    Mixing,
+    Plan,
+    Planner,
+    Rule,
+    Sampling,
+    Synthesizer,
+    UserError,
+    open_shards,
+)
 from augment.bank.fill import fill_bank
 from augment.bank.format import DIGITS
 from augment.core.files import sha256
@@ -52,7 +62,12 @@ def drawn(explorer, choice, alpha=0.5, again=0):
 
 def test_an_image_is_the_synthesizers_and_is_remembered(explorer, choice):
     image = explorer.image(choice)
-    made = Synthesizer(explorer.backbone, explorer.bank, "fade/chm", "fireflow", 2, 1.0)
+    made = Synthesizer(
+        explorer.backbone,
+        explorer.bank,
+        Rule.parse("fade/chm"),
+        Sampling(solver="fireflow", steps=2, guidance=1.0),
+    )
     assert torch.equal(image, made.images([choice.plan])[0])
     assert explorer.image(replace(choice, alpha=1.0)) is image
     other = replace(choice, plan=reweighted(choice.plan, [1, 2, 3]))
@@ -83,7 +98,7 @@ def test_members_come_and_go(explorer):
 
 
 def test_a_draw_is_what_synthesize_throws(explorer, choice):
-    planner = Planner(explorer.bank.members, 7, 0.5, 3, 0.25)
+    planner = Planner(explorer.bank.members, Mixing(seed=7, alpha=0.5, members=3, noise=0.25))
     for again in (0, 1):
         plan = drawn(explorer, choice, again=again).plan
         assert plan == planner(0, plan.index)  # whose class goes by the index

@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import snapshot
 
-from augment import LatentBank, Plan, UserError, sample
+from augment import LatentBank, Plan, Rule, UserError, sample
 from augment.bank.fill import fill_bank
 from augment.inversion import inverted, inverter
 from augment.plan.planner import Planner
@@ -115,8 +115,9 @@ def test_a_bank_keeps_the_embeddings_and_samples_with_them(tiny, bank, tmp_path)
     assert rows.tolist() == [0, 1]
     one = bank.subset(lambda image_id: image_id != "Coat/000.png")
     assert one.null_embeddings("Coat")[1].tolist() == [1]
-    synthesizer = Synthesizer(tiny, bank, "nin/0")
-    assert (synthesizer.solver, synthesizer.steps, synthesizer.guidance) == (
+    synthesizer = Synthesizer(tiny, bank, Rule.parse("nin/0"))
+    how = synthesizer.resolved
+    assert (how.solver, how.steps, how.guidance) == (
         "ddim",
         STEPS,
         GUIDANCE,

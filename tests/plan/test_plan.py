@@ -6,11 +6,11 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import paint, snapshot
+from conftest import dataset_with, paint, planner_with, snapshot
 from safetensors.torch import save_file
 from torch.utils.data import DataLoader
 
-from augment import LatentBank, Plan, Planner, SyntheticDataset, UserError
+from augment import LatentBank, Mixing, Plan, Planner, Sampling, UserError
 from augment.bank.fill import fill_bank
 from augment.plan.planner import round_robin
 from augment.shards.write import write_shards
@@ -43,7 +43,7 @@ GOLDEN = [
 def test_the_dice_of_one_class_and_one_alpha_fall_as_they_always_did(
     options, epoch, index, name, rows, weights
 ):
-    plan = Planner(IMAGES, **options)(epoch, index)
+    plan = planner_with(IMAGES, **options)(epoch, index)
     assert plan.members == tuple(IMAGES[name][row] for row in rows)
     assert plan.weights == pytest.approx(weights, rel=1e-12, abs=0)
     assert (plan.class_name, plan.classes) == (name, ())
@@ -86,7 +86,7 @@ def brute(images, table, plan, members, names):
 @pytest.mark.parametrize("classes", [1, 3])
 def test_neighbours_are_the_nearest_by_brute_force(ties, members, classes):
     table = features(IMAGES, ties)
-    planner = Planner(IMAGES, members=members, classes=classes, features=table)
+    planner = Planner(IMAGES, Mixing(members=members), classes=classes, features=table)
     anchors = set()
     for index in range(120):
         plan = planner(0, index)
@@ -99,7 +99,7 @@ def test_neighbours_are_the_nearest_by_brute_force(ties, members, classes):
 
 def test_an_anchor_comes_before_its_duplicates():
     alike = {name: torch.ones(len(ids), 2) for name, ids in IMAGES.items()}
-    planner = Planner(IMAGES, members=3, features=alike)
+    planner = Planner(IMAGES, Mixing(members=3), features=alike)
     plans = [planner(0, 4 * number + 1) for number in range(60)]
     assert {plan.members[0] for plan in plans} == set(IMAGES["bee"])
     for plan in plans:
@@ -108,13 +108,15 @@ def test_an_anchor_comes_before_its_duplicates():
 
 
 def test_the_first_alpha_favours_the_anchor():
-    planner = Planner(EQUAL, alpha=(8.0, 1.0, 1.0), members=3, features=features(EQUAL, False))
+    planner = Planner(
+        EQUAL, Mixing(alpha=(8.0, 1.0, 1.0), members=3), features=features(EQUAL, False)
+    )
     weights = torch.tensor([planner(0, index).weights for index in range(600)])
     torch.testing.assert_close(weights.mean(0), torch.tensor([0.8, 0.1, 0.1]), rtol=0, atol=0.03)
 
 
 def test_home_classes_take_turns_and_the_others_are_drawn_alike():
-    planner = Planner(IMAGES, members=2, classes=2)
+    planner = Planner(IMAGES, Mixing(members=2), classes=2)
     others = dict.fromkeys(IMAGES, 0)
     for index in range(1200):
         plan = planner(0, index)
@@ -155,13 +157,13 @@ def test_a_soft_label_adds_up_the_weights_of_each_class():
 
 def test_the_effective_count_of_a_plan_is_that_of_its_weights():
     assert by_hand().effective_count == pytest.approx(1 / 0.38)
-    assert Planner(IMAGES, alpha=math.inf)(0, 3).effective_count == pytest.approx(40)
-    assert Planner(IMAGES, alpha=0.0)(0, 3).effective_count == 1
+    assert Planner(IMAGES, Mixing(alpha=math.inf))(0, 3).effective_count == pytest.approx(40)
+    assert Planner(IMAGES, Mixing(alpha=0.0))(0, 3).effective_count == 1
 
 
 @pytest.mark.parametrize("classes", [1, 2, 4])
 def test_soft_labels_sum_to_one_and_favour_nobody_beyond_the_mixed(classes):
-    planner = Planner(IMAGES, members=3, classes=classes, noise=0.5)
+    planner = Planner(IMAGES, Mixing(members=3, noise=0.5), classes=classes)
     for index in range(40):
         plan = planner(1, index)
         assert Plan.from_json(plan.to_json()) == plan
@@ -205,7 +207,7 @@ FAULTS = {
 def test_a_choice_that_cannot_be_made_is_refused_at_once(fault):
     options, words = FAULTS[fault]
     with pytest.raises(UserError) as caught:
-        Planner(IMAGES, **options)
+        planner_with(IMAGES, **options)
     assert all(word in str(caught.value) for word in words), caught.value
 
 
@@ -264,7 +266,7 @@ def drawn(tmp_path_factory, tiny) -> LatentBank:
 
 def test_a_dataset_of_several_classes_gives_soft_labels(drawn, tiny):
     options = {"members": 2, "classes": 2, "alpha": (4.0, 1.0, 1.0, 1.0), "nearest": "latent"}
-    synthetic = SyntheticDataset(drawn, tiny, "lin/0", per_class=2, steps=1, **options)
+    synthetic = dataset_with(drawn, tiny, rule="lin/0", per_class=2, steps=1, **options)
     images, labels = next(iter(DataLoader(synthetic, batch_size=6)))
     assert images.shape == (6, 1, 32, 32)
     assert (labels.shape, labels.dtype) == ((6, 3), torch.float32)
@@ -276,7 +278,7 @@ def test_a_dataset_of_several_classes_gives_soft_labels(drawn, tiny):
             centroid += weight * drawn.latents(name)[drawn.members[name].index(member)]
         torch.testing.assert_close(label, shares)
         torch.testing.assert_close(synthetic.synthesizer.centroid(plan), centroid)
-    hard = SyntheticDataset(
+    hard = dataset_with(
         drawn, tiny, per_class=2, steps=1, **options, target_transform=lambda t: t.argmax().item()
     )
     assert [hard[index][1] for index in range(6)] == labels.argmax(1).tolist()
@@ -304,8 +306,8 @@ def test_a_folder_records_how_it_was_chosen_and_goes_on_only_so(bank, gaussian, 
         raise AssertionError(f"{constant} is no JSON")
 
     def write(**options):
-        synthesizer = Synthesizer(gaussian, bank, steps=1)
-        return write_shards(synthesizer, Planner(bank.members, **options), 1, tmp_path / "out")
+        synthesizer = Synthesizer(gaussian, bank, sampling=Sampling(steps=1))
+        return write_shards(synthesizer, planner_with(bank.members, **options), 1, tmp_path / "out")
 
     options, alpha = RECORDS[record]
     write(**options)
@@ -323,8 +325,8 @@ def test_a_folder_records_how_it_was_chosen_and_goes_on_only_so(bank, gaussian, 
 
 def test_a_folder_of_neighbours_goes_on_with_the_same_features_only(bank, gaussian, tmp_path):
     def write(table):
-        synthesizer = Synthesizer(gaussian, bank, steps=1)
-        planner = Planner(bank.members, members=2, features=table)
+        synthesizer = Synthesizer(gaussian, bank, sampling=Sampling(steps=1))
+        planner = Planner(bank.members, Mixing(members=2), features=table)
         return write_shards(synthesizer, planner, 1, tmp_path / "out")
 
     table = features(bank.members, False)

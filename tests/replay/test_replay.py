@@ -18,10 +18,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import dataset_with
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from augment import MixedDataset, SyntheticDataset, UserError
+from augment import MixedDataset, Mixing, Sampling, SyntheticDataset, UserError
 from augment.core.errors import AugmentWarning
 from augment.replay import store as slots
 from augment.replay.pool import ReplayPool
@@ -133,7 +134,9 @@ def flat():
 
 
 def test_draws_are_images_of_the_dataset_and_say_which(bank, gaussian):
-    dataset = SyntheticDataset(bank, gaussian, steps=3, per_class=4, noise=0.3, batch_size=5)
+    dataset = SyntheticDataset(
+        bank, gaussian, Mixing(noise=0.3), Sampling(steps=3, batch_size=5), per_class=4
+    )
     with ReplayPool(dataset, 7) as pool:
         assert pool.made >= 5, "one of each class, and a batch is whole"
         assert (pool.classes, pool.class_to_idx) == (dataset.classes, dataset.class_to_idx)
@@ -436,7 +439,7 @@ def test_images_that_do_not_fit_are_refused(store):
 @pytest.mark.parametrize("other", [{"rule": "lin/0"}, {"steps": 4}, {"seed": 1}, {"members": 1}])
 def test_a_file_of_images_made_otherwise_is_told_apart(bank, gaussian, other):
     datasets = [
-        SyntheticDataset(bank, gaussian, **{"steps": 3} | options) for options in ({}, {}, other)
+        dataset_with(bank, gaussian, **{"steps": 3} | options) for options in ({}, {}, other)
     ]
     first, second, third = (slots.layout_of(data, data[0], 4) for data in datasets)
     assert first == second != third

@@ -18,7 +18,7 @@ from conftest import paint
 from PIL import Image
 
 import augment
-from augment import LatentBank, Planner, Synthesizer, UserError, open_shards
+from augment import LatentBank, Mixing, Planner, Rule, Sampling, Synthesizer, UserError, open_shards
 from augment.bank.fill import fill_bank
 from augment.cli import main
 from augment.commands import report
@@ -79,7 +79,10 @@ class Parsed(HTMLParser):
 def shards(bank, gaussian, tmp_path, monkeypatch):
     """12 images a class at most, half of the candidates refused."""
     monkeypatch.setitem(FILTERS, "dark", Dark)
-    made, dice = Synthesizer(gaussian, bank, "fix/0", steps=2), Planner(bank.members, members=2)
+    made, dice = (
+        Synthesizer(gaussian, bank, Rule.parse("fix/0"), Sampling(steps=2)),
+        Planner(bank.members, Mixing(members=2)),
+    )
     options = {"filters": {"dark": Dark()}, "candidates": 2, "shard_size": 12, "extension": "png"}
     write_shards(made, dice, 12, tmp_path / "shards", **options)
     return tmp_path / "shards"
@@ -115,7 +118,7 @@ def test_rules_mix_the_same_members(page):
 
 
 def test_kept_and_refused_images_have_plan_and_score(page, bank, shards):
-    opened, dice = open_shards(shards), Planner(bank.members, members=2)
+    opened, dice = open_shards(shards), Planner(bank.members, Mixing(members=2))
     for name in bank.classes:
         for tile in page.tiles(name, "kept"):
             plan = opened.plan(tile["row"])
@@ -224,14 +227,14 @@ def test_real_images_that_are_gone_or_changed_leave_a_sentence(gaussian, tmp_pat
 
 
 def test_classes_without_synthetic_images_are_named(bank, gaussian, tmp_path):
-    synthesizer = Synthesizer(gaussian, bank, steps=2)
+    synthesizer = Synthesizer(gaussian, bank, sampling=Sampling(steps=2))
     write_shards(synthesizer, Planner(bank.members), {"bee": 3}, tmp_path / "s")
     page = Parsed(write_report(bank, tmp_path / "r.html", tmp_path / "s"))
     assert "No synthetic images are there of 'ant', 'cat'." in page.words
 
 
 def test_a_plan_of_no_class_is_not_taken_for_one_of_the_job(bank, gaussian, tmp_path):
-    synthesizer = Synthesizer(gaussian, bank, steps=2)
+    synthesizer = Synthesizer(gaussian, bank, sampling=Sampling(steps=2))
     opened = write_shards(synthesizer, Planner(bank.members), 1, tmp_path / "s")
     plan = opened.plan(0)
     planner = Making.of(bank, tmp_path / "s").planner

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from conftest import paint
 
-from augment import Planner, Synthesizer, load_backbone, open_shards
+from augment import Mixing, Planner, Rule, Sampling, Synthesizer, load_backbone, open_shards
 from augment.bank.fill import fill_bank
 from augment.report import write_report
 from augment.shards.dataset import decode
@@ -60,10 +60,10 @@ def work(tmp_path_factory):
     root, backbone = tmp_path_factory.mktemp("report"), load_backbone("tiny", device="cpu")
     source = Folder(write_fashion(root / "images", "shots", list(range(6))))
     bank = fill_bank(root / "bank", backbone, source, steps=5)
-    made = Synthesizer(backbone, bank, "fix/chm")
+    made = Synthesizer(backbone, bank, Rule.parse("fix/chm"))
     filters = {"degenerate": make_filter("degenerate", minimum=0.5)}
     options = {"filters": filters, "candidates": 2, "extension": "png"}
-    write_shards(made, Planner(bank.members, seed=3), 6, root / "shards", **options)
+    write_shards(made, Planner(bank.members, Mixing(seed=3)), 6, root / "shards", **options)
     write_report(bank, root / "report.html", root / "shards", backbone, classes=4)
     return root
 
@@ -182,7 +182,7 @@ def test_light_dark_narrow_and_printed(scheme, work, visit, tmp_path):
 def test_1000_classes_open_and_are_found_in_2_s(visit, gaussian, tmp_path):
     counts = {f"class {number:04d}": 2 for number in range(1000)}
     bank = fill_bank(tmp_path / "bank", gaussian, Folder(paint(tmp_path / "i", counts)), steps=1)
-    made = Synthesizer(gaussian, bank, steps=1)
+    made = Synthesizer(gaussian, bank, sampling=Sampling(steps=1))
     write_shards(made, Planner(bank.members), 2, tmp_path / "shards", extension="png")
     write_report(bank, tmp_path / "report.html", tmp_path / "shards", gaussian, classes=20)
     page = visit("about:blank")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import COUNTS, amend, snapshot
+from conftest import COUNTS, amend, planner_with, snapshot
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -31,11 +31,13 @@ from augment.core.errors import AugmentWarning, Damaged
 from augment.core.files import sha256
 from augment.core.schema import sealed
 from augment.diffusion.backbones.gaussian import GaussianBackbone
+from augment.diffusion.sampling import Sampling
 from augment.inversion import inverter
 from augment.jobs.job import estimate, run, stripe
-from augment.shards.format import repair_settings, shard_path
+from augment.plan.mixing import Mixing
+from augment.shards.format import Output, repair_settings, shard_path
 from augment.shards.verify import count_shards, inspect, verify
-from augment.shards.write import Synthesis, write_shards
+from augment.shards.write import ShardJob, write_shards
 from augment.sources import Folder
 from augment.synthesis.filters import Reference
 
@@ -70,11 +72,14 @@ class Never:
 def make(bank, gaussian, tmp_path):
     """A job of 8 images a class in shards of 10."""
 
-    def make(out: str = "out", alpha: float = 1.0, source=None, **options) -> Synthesis:
-        synthesizer = Synthesizer(gaussian, bank, steps=2, batch_size=4, source=source)
-        planner = Planner(bank.members, alpha=alpha, members=2, noise=0.3)
+    def make(out: str = "out", alpha: float = 1.0, source=None, **options) -> ShardJob:
+        synthesizer = Synthesizer(
+            gaussian, bank, sampling=Sampling(steps=2, batch_size=4), source=source
+        )
+        planner = Planner(bank.members, Mixing(alpha=alpha, members=2, noise=0.3))
         options = {"shard_size": 10, "extension": "png"} | options
-        return Synthesis(tmp_path / out, synthesizer, planner, 8, **options)
+        job = {k: options.pop(k) for k in ("filters", "where") if k in options}
+        return ShardJob(tmp_path / out, synthesizer, planner, 8, Output(**options), **job)
 
     return make
 
@@ -123,7 +128,7 @@ def test_a_job_sent_elsewhere_loads_its_backbone_by_its_recipe(tiny, tmp_path):
     bank = LatentBank.open(tmp_path / "bank")
     here = fill_bank(tmp_path / "here", tiny, source, steps=1)
     assert torch.equal(bank.latents("Bag"), here.latents("Bag"))
-    shards = Synthesis(tmp_path / "s", Synthesizer(tiny, bank), Planner(bank.members), 1)
+    shards = ShardJob(tmp_path / "s", Synthesizer(tiny, bank), Planner(bank.members), 1)
     assert pickle.loads(pickle.dumps(shards)).synthesizer.backbone is None
     assert shards.synthesizer.backbone is tiny
 
@@ -239,8 +244,10 @@ def test_fewer_images_than_were_asked_for_are_said_by_class(make, tmp_path):
     ids=str,
 )
 def test_copies_are_said_before_and_after(options, words, found, bank, gaussian, tmp_path):
-    planner = Planner(bank.members, **options)
-    job = Synthesis(tmp_path / "out", Synthesizer(gaussian, bank, steps=2), planner, 8)
+    planner = planner_with(bank.members, **options)
+    job = ShardJob(
+        tmp_path / "out", Synthesizer(gaussian, bank, sampling=Sampling(steps=2)), planner, 8
+    )
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         assert run(job)
@@ -255,7 +262,7 @@ def test_classes_that_get_no_images_are_not_told_as_copies(bank, gaussian, tmp_p
     counts = {"ant": 2, "bee": 2}
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        synthesizer = Synthesizer(gaussian, bank, steps=2)
+        synthesizer = Synthesizer(gaussian, bank, sampling=Sampling(steps=2))
         write_shards(synthesizer, Planner(bank.members), counts, tmp_path / "out")
 
 
@@ -364,7 +371,7 @@ def test_a_damaged_bank_is_not_copied(bank, tmp_path):
 
 
 def test_a_bank_in_memory_gives_what_one_on_disk_gives(bank, gaussian, monkeypatch):
-    near, planner = bank.to("cpu"), Planner(bank.members, members=3, noise=0.2)
+    near, planner = bank.to("cpu"), Planner(bank.members, Mixing(members=3, noise=0.2))
     plans = [planner(0, index) for index in range(9)]
     points, weights = bank.gather(plans)
     assert points.shape == (9, 3, 1, 8, 8) and weights.shape == (9, 3)
@@ -485,14 +492,14 @@ def test_any_value_in_any_place_of_a_shards_record_is_one_of_our_errors(drawn, d
 @pytest.fixture(scope="module")
 def drawn(bank, gaussian, tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("drawn") / "shards"
-    synthesizer = Synthesizer(gaussian, bank, steps=2)
+    synthesizer = Synthesizer(gaussian, bank, sampling=Sampling(steps=2))
     write_shards(synthesizer, Planner(bank.members), 2, path, filters={"dark": Dark()})
     return path
 
 
 def test_a_shard_is_the_same_whatever_its_neighbours_are(bank, gaussian, tmp_path):
     """Plans and images of a shard depend on its number, not on how many shards there are."""
-    synthesizer = Synthesizer(gaussian, bank, steps=2, batch_size=4)
+    synthesizer = Synthesizer(gaussian, bank, sampling=Sampling(steps=2, batch_size=4))
     few = write_shards(synthesizer, Planner(bank.members), 4, tmp_path / "few", shard_size=6)
     many = write_shards(synthesizer, Planner(bank.members), 8, tmp_path / "many", shard_size=6)
     assert len(many) == 2 * len(few)
@@ -567,9 +574,10 @@ def old(folder: Path) -> Path:
 
 
 def test_a_job_of_an_older_version_goes_on(bank, gaussian, tmp_path):
-    def job() -> Synthesis:
-        made = Synthesizer(gaussian, bank, steps=2)
-        return Synthesis(tmp_path / "out", made, Planner(bank.members, noise=0.3), 8, 10)
+    def job() -> ShardJob:
+        made = Synthesizer(gaussian, bank, sampling=Sampling(steps=2))
+        planner = Planner(bank.members, Mixing(noise=0.3))
+        return ShardJob(tmp_path / "out", made, planner, 8, Output(shard_size=10))
 
     assert run(job())
     before = snapshot(old(tmp_path / "out"))

@@ -35,7 +35,7 @@ from augment.core.schema import as_object, write
 from augment.shards.dataset import Sample, Shards, encode, open_shards, verify_shard, write_shard
 from augment.shards.export import export_folder, to_webdataset
 from augment.shards.format import (
-    ShardSettings,
+    ShardManifest,
     read_settings,
     read_table,
     shard_path,
@@ -327,7 +327,7 @@ SETTINGS = {"schema": 1, "classes": CLASSES, "shards": 2, "extension": "png"}
 )  # fmt: skip
 def test_settings_that_are_wrong_are_refused(harm, tmp_path):
     (tmp_path / "synthesis.json").write_text(json.dumps(SETTINGS))
-    assert read_settings(tmp_path) == ShardSettings(1, CLASSES, 2, "png")
+    assert read_settings(tmp_path) == ShardManifest(1, CLASSES, 2, "png")
     (tmp_path / "synthesis.json").write_text(json.dumps(SETTINGS | harm))
     with pytest.raises(UserError, match=r"synthesis\.json"):
         read_settings(tmp_path)

@@ -10,10 +10,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import COUNTS, paint, snapshot
+from conftest import COUNTS, dataset_with, paint, planner_with, settings_of, snapshot
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from augment import BankMismatch, MixedDataset, Plan, Planner, Rule, SyntheticDataset, UserError
+from augment import (
+    BankMismatch,
+    MixedDataset,
+    Mixing,
+    Plan,
+    Planner,
+    Rule,
+    Sampling,
+    SyntheticDataset,
+    UserError,
+)
 from augment.bank.fill import fill_bank
 from augment.core.errors import AugmentWarning, BiasWarning
 from augment.core.rng import normal, rng
@@ -50,9 +60,7 @@ every_choice = pytest.mark.parametrize(
 @pytest.fixture
 def make(bank, gaussian):
     """Synthetic datasets of the shared bank, of few steps and images."""
-    return lambda **options: SyntheticDataset(
-        bank, gaussian, **{"steps": 3, "per_class": 4} | options
-    )
+    return lambda **options: dataset_with(bank, gaussian, **{"steps": 3, "per_class": 4} | options)
 
 
 class Insides(Dataset[tuple[str, torch.Tensor]]):
@@ -147,7 +155,7 @@ def test_transforms_are_applied_to_image_and_label(make):
 
 
 def test_the_bank_may_be_given_by_its_path(make, bank, gaussian):
-    by_path = SyntheticDataset(str(bank.path), gaussian, steps=3, per_class=4)
+    by_path = SyntheticDataset(str(bank.path), gaussian, sampling=Sampling(steps=3), per_class=4)
     assert same(list(Insides(by_path)), list(Insides(make())))
 
 
@@ -214,22 +222,22 @@ def test_a_plan_that_the_bank_cannot_follow_is_refused(make, odd):
 
 @every_planner
 def test_a_plan_is_on_the_simplex_and_within_its_class(bank, options):
-    planner = Planner(bank.members, **options)
+    planner = planner_with(bank.members, **options)
     for epoch, index in itertools.product(range(2), range(12)):
         plan = planner(epoch, index)
         ids = bank.members[plan.class_name]
         assert plan.label == index % 3 == list(COUNTS).index(plan.class_name)
-        assert len(plan.members) == min(planner.members or 99, len(ids)) == len(plan.weights)
+        assert len(plan.members) == min(planner.mixing.members or 99, len(ids)) == len(plan.weights)
         assert set(plan.members) <= set(ids)
         assert len(set(plan.members)) == len(plan.members)
         assert min(plan.weights) >= 0
         assert sum(plan.weights) == pytest.approx(1)
-        assert (plan.noise, plan.seed) == (planner.noise, planner.seed)
+        assert (plan.noise, plan.seed) == (planner.mixing.noise, planner.mixing.seed)
         assert (plan.epoch, plan.index) == (epoch, index)
 
 
 def test_drawn_members_are_each_drawn_equally_often(bank):
-    planner = Planner(bank.members, members=2)
+    planner = Planner(bank.members, Mixing(members=2))
     drawn = [image for n in range(600) for image in planner(0, 3 * n + 1).members]
     assert all(drawn.count(image) == pytest.approx(300, abs=60) for image in bank.members["bee"])
 
@@ -370,16 +378,13 @@ def write(bank, gaussian):
     """Synthesise two images a class as shards of four, with few steps."""
 
     def write(out: Path, planner=None, per_class: int = 2, **options) -> Shards:
-        made = {k: options.pop(k) for k in (*MAKES, "batch_size") if k in options}
-        synthesizer = Synthesizer(gaussian, bank, **{"steps": 3, "batch_size": 4} | made)
-        dice = Planner(bank.members, **planner or {})
-        options = {"shard_size": 4, "extension": "png"} | options
-        return write_shards(synthesizer, dice, per_class, out, **options)
+        options = {"steps": 3, "batch_size": 4, "shard_size": 4, "extension": "png"} | options
+        mixing, sampling, output = settings_of(options)
+        synthesizer = Synthesizer(gaussian, bank, Rule.parse(mixing.rule), sampling)
+        planner = planner_with(bank.members, **planner or {})
+        return write_shards(synthesizer, planner, per_class, out, **output)
 
     return write
-
-
-MAKES = ("rule", "solver", "steps", "guidance")
 
 
 def test_shards_hold_the_images_of_their_plans(write, bank, gaussian, tmp_path):
@@ -387,7 +392,7 @@ def test_shards_hold_the_images_of_their_plans(write, bank, gaussian, tmp_path):
     plans = [shards.plan(index) for index in range(len(shards))]
     assert plans == [Planner(bank.members)(0, index) for index in range(6)]
     assert shards.classes == bank.classes
-    images = Synthesizer(gaussian, bank, steps=3).images(plans)
+    images = Synthesizer(gaussian, bank, sampling=Sampling(steps=3)).images(plans)
     for plan, image, (stored, label) in zip(plans, images, shards, strict=True):
         assert label == plan.label
         torch.testing.assert_close(stored, image, rtol=0, atol=0.6 / 255)
@@ -399,7 +404,7 @@ def test_classes_may_have_numbers_of_their_own(write, bank, gaussian, tmp_path):
     counts = dict(zip(bank.classes, (0, 3, 1), strict=True))
     shards = write(tmp_path / "out", per_class=counts)
     assert shards.targets == [1, 2, 1, 1]
-    fly = SyntheticDataset(bank, gaussian, per_class=counts, steps=3)
+    fly = SyntheticDataset(bank, gaussian, sampling=Sampling(steps=3), per_class=counts)
     assert fly.targets == shards.targets == [label for _, label in fly]
     assert [fly.plan(index) for index in range(4)] == [shards.plan(index) for index in range(4)]
 
@@ -438,16 +443,16 @@ OTHERS = {
 
 def test_guidance_without_prompts_is_told_of(bank, gaussian):
     with pytest.warns(AugmentWarning, match="guidance does nothing"):
-        Synthesizer(gaussian, bank, guidance=2.0)
+        Synthesizer(gaussian, bank, sampling=Sampling(guidance=2.0))
 
 
 def test_steps_that_begin_at_another_level_are_refused(tmp_path, pictures):
     process = VariancePreserving(spacing="leading", offset=1)
     backbone = GaussianBackbone(latent_shape=(1, 8, 8), process=process)
     leading = fill_bank(tmp_path / "bank", backbone, Folder(pictures), steps=4)
-    assert Synthesizer(backbone, leading).steps == 4
+    assert Synthesizer(backbone, leading).resolved.steps == 4
     with pytest.raises(UserError, match="take 4 steps"):
-        Synthesizer(backbone, leading, steps=10)
+        Synthesizer(backbone, leading, sampling=Sampling(steps=10))
 
 
 @pytest.mark.filterwarnings("ignore:expected prompts to guide by")
@@ -506,15 +511,17 @@ def test_a_synthesizer_refuses_a_bank_of_another_backbone(bank):
 
 def test_a_bias_that_the_rule_enlarges_is_told_once(gaussian, tmp_path):
     bank = fill_bank(tmp_path / "bank", gaussian, Folder(paint(tmp_path / "p", {"a": 9, "b": 9})))
-    planner = Planner(bank.members, alpha=math.inf)
+    planner = Planner(bank.members, Mixing(alpha=math.inf))
     plans = [planner(0, index) for index in range(4)]
     dice = torch.Generator().manual_seed(0)
     biased = bank.to("cpu")
-    for stem in biased._resident:
-        biased._resident[stem] = 0.3 + torch.randn(9, 1, 8, 8, generator=dice)
+    for chunks in biased.chunks.values():
+        latents = 0.3 + torch.randn(9, 1, 8, 8, generator=dice)
+        biased._resident[chunks[0].stem] = latents
+        chunks[0] = dataclasses.replace(chunks[0], means=(latents.mean().item(),))
 
     def told(rule):
-        synthesizer = Synthesizer(gaussian, bank, rule, steps=1)
+        synthesizer = Synthesizer(gaussian, bank, Rule.parse(rule), Sampling(steps=1))
         synthesizer.bank = biased
         with warnings.catch_warnings(record=True) as seen:
             warnings.simplefilter("always")
@@ -529,11 +536,11 @@ def test_a_bias_that_the_rule_enlarges_is_told_once(gaussian, tmp_path):
 
 
 def test_lol_takes_the_mean_of_the_bank(gaussian, bank):
-    synthesizer = Synthesizer(gaussian, bank, "lol", steps=1)
+    synthesizer = Synthesizer(gaussian, bank, Rule.parse("lol"), Sampling(steps=1))
     everything = torch.cat([bank.latents(name) for name in bank.classes])
     torch.testing.assert_close(synthesizer.mu, everything.mean(0))
     plan = Planner(bank.members)(0, 1)
     points = bank.gather([plan])[0][0]
     expected = Rule.parse("lol")(points[None], torch.tensor([plan.weights]), everything.mean(0))
     torch.testing.assert_close(synthesizer.centroid(plan), expected[0])
-    assert Synthesizer(gaussian, bank, "fix/chm", steps=1).mu is None
+    assert Synthesizer(gaussian, bank, Rule.parse("fix/chm"), Sampling(steps=1)).mu is None

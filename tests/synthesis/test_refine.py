@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -15,11 +15,12 @@ from conftest import call, snapshot
 from test_filters import save_network
 
 import augment.synthesis.refine
-from augment import LatentBank, Planner, Synthesizer, UserError, open_shards, sample
+from augment import LatentBank, Planner, Rule, Sampling, Synthesizer, UserError, open_shards, sample
 from augment.bank.fill import fill_bank
 from augment.diffusion.backbone import denoiser
 from augment.diffusion.backbones.gaussian import GaussianBackbone
 from augment.diffusion.process import Flow, VariancePreserving
+from augment.diffusion.sampling import ResolvedSampling
 from augment.diffusion.solver import SOLVERS
 from augment.networks import feature_network, unit
 from augment.sources import Folder
@@ -27,6 +28,7 @@ from augment.sources.fashion import write_fashion
 from augment.synthesis.refine import Goal, Recorder, SeedSelect, losses
 
 CPU = torch.device("cpu")
+DDIM = ResolvedSampling(solver="ddim", steps=3)
 NAMES = ("Trouser", "Sneaker", "Bag")
 CONFIG = Path(__file__).parents[2] / "configs" / "seedselect.yaml"
 
@@ -116,7 +118,7 @@ def test_what_is_looked_at_is_the_images_of_the_last_three_steps(tiny, goals):
 def test_the_loss_and_the_distance_to_the_class_fall(tiny, bank, goals, solver):
     # twice the mean: a centroid in some way off
     centroids = torch.stack([bank.latents(name).mean(0) * 2 for name in bank.classes])
-    found = SeedSelect(4)(tiny, centroids, goals, "", solver, 3)
+    found = SeedSelect(4)(tiny, centroids, goals, "", ResolvedSampling(solver=solver, steps=3))
     assert found.losses.shape == (3, 5)
     assert (found.losses[:, -1] < found.losses[:, 0]).all()
     before, after = (
@@ -128,25 +130,25 @@ def test_the_loss_and_the_distance_to_the_class_fall(tiny, bank, goals, solver):
 
 def test_what_comes_out_is_the_best_on_the_way(tiny, goals):
     latents = noise(3)
-    far = SeedSelect(1, 50.0)(tiny, latents, goals, "", "ddim", 3)
+    far = SeedSelect(1, 50.0)(tiny, latents, goals, "", DDIM)
     assert (far.losses[:, 1] > far.losses[:, 0]).all() and torch.equal(far.latents, latents)
 
 
 @pytest.mark.slow
 def test_a_centroid_needs_five_steps_where_noise_needs_thirty(tiny, bank, goals):
-    made = Synthesizer(tiny, bank, "nao/chm", "ddim")
+    made = Synthesizer(tiny, bank, Rule.parse("nao/chm"), Sampling(solver="ddim"))
     plans = [Planner(bank.members)(0, label) for label in range(3)]
     centroids = torch.stack([made.centroid(plan) for plan in plans])
-    near = SeedSelect(5, 0.05)(tiny, centroids, goals, "", "ddim", 4).losses
-    far = SeedSelect(30, 0.1)(tiny, noise(3), goals, "", "ddim", 4).losses
+    near = SeedSelect(5, 0.05)(tiny, centroids, goals, "", replace(DDIM, steps=4)).losses
+    far = SeedSelect(30, 0.1)(tiny, noise(3), goals, "", replace(DDIM, steps=4)).losses
     assert far[:, -1].mean() < 0.5 * far[:, 0].mean()
     assert near[:, -1].mean() < far[:, -1].mean()
 
 
 def test_a_sample_does_not_depend_on_its_batch(tiny, goals):
     latents, refine = noise(3), SeedSelect(2)
-    how = tiny, latents, goals, ["", "top", "bag"], "ddim", 3, 2.0
-    whole, alone = refine(*how), refine(*how, batch_size=1)
+    how, guided = (tiny, latents, goals, ["", "top", "bag"]), replace(DDIM, guidance=2.0)
+    whole, alone = refine(*how, guided), refine(*how, replace(guided, batch_size=1))
     torch.testing.assert_close(alone.losses, whole.losses, rtol=1e-3, atol=1e-3)
     # a number whose slope is rounding alone may go the other way, by twice 2 · 0.05
     assert (alone.latents - whole.latents).abs().mean() < 1e-3
@@ -219,11 +221,13 @@ def test_faults_are_one_sentence(name):
 
 def test_a_synthesizer_refuses_what_it_cannot_refine(tiny, bank, goals, tmp_path):
     with pytest.raises(UserError, match="at least 3 solver steps"):
-        Synthesizer(tiny, bank, "fix", "ddim", 2, refine=SeedSelect())
+        Synthesizer(
+            tiny, bank, Rule.parse("fix"), Sampling(solver="ddim", steps=2), refine=SeedSelect()
+        )
     with pytest.raises(UserError, match="at least 3 solver steps"):
-        SeedSelect()(tiny, noise(1), goals[:1], "", "ddim", 2)
+        SeedSelect()(tiny, noise(1), goals[:1], "", replace(DDIM, steps=2))
     with pytest.raises(UserError, match="a solver out of"):
-        SeedSelect()(tiny, noise(1), goals[:1], "", "heun")
+        SeedSelect()(tiny, noise(1), goals[:1], "", ResolvedSampling(solver="heun"))
     mixed = Planner(bank.members, classes=2)(0, 0)
     with pytest.raises(UserError, match="one class each to refine"):
         Synthesizer(tiny, bank, refine=SeedSelect()).images([mixed])
@@ -237,14 +241,14 @@ def test_a_synthesizer_refuses_what_it_cannot_refine(tiny, bank, goals, tmp_path
 def test_overflow_is_told(tiny, goals):
     broken = Goal(goals[0].features, goals[0].clean * torch.inf)
     with pytest.raises(UserError, match="finite slope"):
-        SeedSelect()(tiny, noise(1), [broken], "", "ddim", 3)
+        SeedSelect()(tiny, noise(1), [broken], "", DDIM)
 
 
 def test_a_slope_that_overflows_is_had_at_a_smaller_scale(tiny, goals, monkeypatch):
     found = []
     for scales in ((torch.inf, 1.0), (1.0,)):
         monkeypatch.setattr(augment.synthesis.refine, "SCALES", scales)
-        found.append(SeedSelect(1)(tiny, noise(1), goals[:1], "", "ddim", 3).latents)
+        found.append(SeedSelect(1)(tiny, noise(1), goals[:1], "", DDIM).latents)
     assert torch.equal(*found)
 
 
@@ -267,13 +271,15 @@ def test_synthesize_refines_goes_on_and_makes_any_image_again(
     assert code == 2 and "(refine)" in told and told.count("\n") == 1
     assert call(monkeypatch, capsys, *command)[0] == 2, "nor is it the job without"
     shards = open_shards(out)
-    again = Synthesizer(tiny, LatentBank.open(bank.path), steps=3, refine=SeedSelect(**known))
+    again = Synthesizer(
+        tiny, LatentBank.open(bank.path), sampling=Sampling(steps=3), refine=SeedSelect(**known)
+    )
     for index in (1, 2):
         before, after = shards.about(index)["refined"]
         assert after <= before
         image, tolerance = again.images([shards.plan(index)])[0], 0.01
         assert (image - shards[index][0]).abs().mean() < tolerance
-        plain = Synthesizer(tiny, bank, steps=3).images([shards.plan(index)])[0]
+        plain = Synthesizer(tiny, bank, sampling=Sampling(steps=3)).images([shards.plan(index)])[0]
         assert (image - plain).abs().mean() > tolerance
 
 

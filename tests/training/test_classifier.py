@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from conftest import paint
 
-from augment import SyntheticDataset, UserError, fill_bank, write_shards
+from augment import Sampling, SyntheticDataset, UserError, fill_bank, write_shards
 from augment.core.errors import AugmentWarning
 from augment.shards.export import export_folder
 from augment.sources import FewShot, Folder
@@ -88,7 +88,7 @@ def test_deferred_weights_keep_the_scale_of_the_loss(batch):
 def test_the_prior_is_of_real_images_whatever_is_synthetic(tmp_path, tiny):
     paint(tmp_path / "real", {"Bag": 5, "Coat": 2}, size=28)
     bank = fill_bank(tmp_path / "bank", tiny, Folder(tmp_path / "real"), steps=1)
-    fly = SyntheticDataset(bank, tiny, per_class={"Coat": 3}, steps=1)
+    fly = SyntheticDataset(bank, tiny, sampling=Sampling(steps=1), per_class={"Coat": 3})
     for fakes in (None, fly):
         data = ImageData(str(tmp_path / "real"), synthetic=fakes, channels=1)
         assert data.counts == [5, 2]
@@ -102,7 +102,7 @@ def test_origins_follow_an_export_and_strangers_are_told(tmp_path, tiny):
     paint(tmp_path / "real", {"Bag": 4, "Coat": 3}, size=28)
     real = Folder(tmp_path / "real")
     bank = fill_bank(tmp_path / "bank", tiny, real, steps=1)
-    fly = SyntheticDataset(bank, tiny, per_class=1, steps=1)
+    fly = SyntheticDataset(bank, tiny, sampling=Sampling(steps=1), per_class=1)
     write_shards(fly.synthesizer, fly.planner, 1, tmp_path / "shards")
     export_folder(tmp_path / "shards", tmp_path / "exported")
     for name in ("shards", "exported"):

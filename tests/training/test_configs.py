@@ -93,7 +93,7 @@ def in_miniature(config: dict) -> dict:
     config["model"].pop("pretrained", None)
     if "FewShot" in str(config["data"]["train"]):
         config["data"]["resolution"] = 64
-        config["data"]["synthetic"]["init_args"] |= {"steps": 1, "per_class": 2}
+        config["data"]["synthetic"]["init_args"] |= {"sampling": {"steps": 1}, "per_class": 2}
     return config
 
 

@@ -14,7 +14,7 @@ from jsonargparse import auto_cli
 from safetensors.torch import save_file
 
 import training.episodes.evaluate as module
-from augment import UserError
+from augment import Mixing, Sampling, UserError
 from augment.bank.fill import fill_bank
 from augment.core.errors import AugmentWarning
 from augment.networks import feature_network
@@ -177,8 +177,7 @@ def test_copies_of_the_supports_change_nothing(name, source, weights):
 
 
 def test_centroids_mix_supports_alone(source, bank, tiny):
-    dice = {"seed": 0, "alpha": 1.0, "members": None, "noise": 0.2}
-    settings = ({"rule": "lol", "steps": 1}, dice, 2)
+    settings = (Mixing(rule="lol", noise=0.2), Sampling(steps=1), 2)
     synthesis, episode = Synthesis(bank, tiny, *settings), Episodes(source, **SMALL)[3]
     plans = synthesis.plans(3, episode)
     assert [(p.epoch, p.class_name) for p in plans] == [(3, c) for c in episode.classes] * 2

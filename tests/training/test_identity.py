@@ -11,7 +11,7 @@ from conftest import call, paint
 from PIL import Image
 from torch.utils.data import Subset
 
-from augment import SyntheticDataset, UserError
+from augment import Sampling, SyntheticDataset, UserError
 from augment.bank.fill import fill_bank
 from augment.core.errors import AugmentWarning
 from augment.shards.write import write_shards
@@ -39,7 +39,7 @@ def place(tmp_path, monkeypatch):
 
 def shards(tiny, root: Path, out: Path, per_class: int = 3) -> str:
     bank = fill_bank(root.with_name("bank"), tiny, Folder(root), steps=1)
-    fly = SyntheticDataset(bank, tiny, per_class=per_class, steps=1)
+    fly = SyntheticDataset(bank, tiny, sampling=Sampling(steps=1), per_class=per_class)
     write_shards(fly.synthesizer, fly.planner, per_class, out, extension="png")
     return str(out)
 
@@ -102,7 +102,7 @@ def test_an_image_in_two_classes_or_in_training_and_test_is_told(place):
 @pytest.mark.parametrize("how", ["shards", "fly"])
 def test_strangers_of_the_same_name_are_told(how, place, tiny):
     fakes = shards(tiny, place / "real", place / "shards")
-    fly = SyntheticDataset(place / "bank", tiny, per_class=3, steps=1)
+    fly = SyntheticDataset(place / "bank", tiny, sampling=Sampling(steps=1), per_class=3)
     paint(place / "real", COUNTS, size=32, seed=5)
     if how == "fly":
         with pytest.raises(UserError, match="got 6 others of the same names"):
@@ -114,7 +114,7 @@ def test_strangers_of_the_same_name_are_told(how, place, tiny):
 
 def test_a_renamed_image_is_no_stranger_and_one_of_another_class_is_told(place, tiny):
     fakes = shards(tiny, place / "real", place / "shards")
-    fly = SyntheticDataset(place / "bank", tiny, per_class=3, steps=1)
+    fly = SyntheticDataset(place / "bank", tiny, sampling=Sampling(steps=1), per_class=3)
     Path("real/Bag/0.png").rename("real/Bag/renamed.png")
     ImageData("real", synthetic=fakes, channels=1).setup("fit")
     data = ImageData("real", synthetic=fly, channels=1)
@@ -142,7 +142,7 @@ def test_fewer_synthetic_images_than_the_mix_asks_for_are_told(place, tiny):
     with pytest.warns(AugmentWarning, match="expected 7 synthetic images of class Bag, got 3"):
         ImageData("real", synthetic=fakes, mix=Mix(fill_to=10), channels=1).setup("fit")
     ImageData("real", synthetic=fakes, mix=Mix(fill_to=6), channels=1).setup("fit")
-    few = SyntheticDataset(place / "bank", tiny, per_class={"Bag": 2}, steps=1)
+    few = SyntheticDataset(place / "bank", tiny, sampling=Sampling(steps=1), per_class={"Bag": 2})
     with pytest.warns(AugmentWarning, match="some synthetic images of class Coat, got 0"):
         ImageData("real", synthetic=few, channels=1).setup("fit")
     none = Subset(few, [])

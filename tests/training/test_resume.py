@@ -6,11 +6,11 @@ import sys
 
 import pytest
 import torch
-from conftest import call, paint
+from conftest import call, dataset_with, paint
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.callbacks import EMAWeightAveraging
 
-from augment import ReplayPool, SyntheticDataset, UserError, cli
+from augment import ReplayPool, Sampling, SyntheticDataset, UserError, cli
 from augment.bank.fill import fill_bank
 from augment.shards.write import write_shards
 from augment.sources import Folder
@@ -47,7 +47,7 @@ def root(tmp_path_factory, tiny):
     paint(root / "real", {"Bag": 5, "Coat": 3}, size=28)
     paint(root / "val", {"Bag": 2, "Coat": 2}, size=28, seed=1)
     bank = fill_bank(root / "bank", tiny, Folder(root / "real"), steps=1)
-    fly = SyntheticDataset(bank, tiny, per_class=6, steps=1)
+    fly = SyntheticDataset(bank, tiny, sampling=Sampling(steps=1), per_class=6)
     write_shards(fly.synthesizer, fly.planner, 6, root / "shards", extension="png")
     return root
 
@@ -55,7 +55,7 @@ def root(tmp_path_factory, tiny):
 def synthetic(root, tiny, how):
     if how in ("fly", "kept"):
         options = {"per_class": 6, "steps": 1, "keep": how == "kept", "batch_size": 4}
-        return SyntheticDataset(root / "bank", tiny, **options)
+        return dataset_with(root / "bank", tiny, **options)
     return {"real": None, "shards": str(root / "shards"), "folder": str(root / "val")}[how]
 
 
@@ -207,7 +207,7 @@ def test_it_goes_on_twice_from_checkpoints_that_are_rare(root, tiny, tmp_path):
 
 def test_draws_from_a_pool_go_on_though_its_images_change(root, tiny, tmp_path):
     """Which draws are synthetic, and all real images, are as they would have been."""
-    fly = SyntheticDataset(root / "bank", tiny, per_class=6, steps=1)
+    fly = SyntheticDataset(root / "bank", tiny, sampling=Sampling(steps=1), per_class=6)
 
     def real(batches):
         return [batch for _, batch in batches]

@@ -14,7 +14,7 @@ from conftest import call, paint
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from augment import SyntheticDataset, UserError, fill_bank, load_backbone, write_shards
+from augment import Sampling, SyntheticDataset, UserError, fill_bank, load_backbone, write_shards
 from augment.diffusion.process import GOALS, PREDICTIONS, Flow, VariancePreserving
 from augment.shards.dataset import open_images
 from augment.sources import Folder, as_source
@@ -383,7 +383,7 @@ def test_the_command_takes_its_yaml(images, tmp_path, monkeypatch, capsys):
 
 def test_shards_are_images_to_train_on(tiny, images, tmp_path):
     bank = fill_bank(tmp_path / "bank", tiny, images, steps=1)
-    fly = SyntheticDataset(bank, tiny, per_class=2, steps=1)
+    fly = SyntheticDataset(bank, tiny, sampling=Sampling(steps=1), per_class=2)
     write_shards(fly.synthesizer, fly.planner, 2, tmp_path / "shards")
     source = as_source(open_images(tmp_path / "shards"))
     assert source.counts == [2, 2] and source.classes == ["Bag", "Coat"]

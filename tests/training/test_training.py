@@ -6,15 +6,15 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from conftest import paint
+from conftest import dataset_with, paint
 
-from augment import Planner, ReplayPool, Synthesizer, SyntheticDataset, UserError
+from augment import Planner, ReplayPool, Sampling, Synthesizer, SyntheticDataset, UserError
 from augment.bank.fill import fill_bank
 from augment.cli import main
 from augment.core.schema import write
 from augment.shards.dataset import write_shard
 from augment.shards.export import export_folder
-from augment.shards.format import ShardSettings
+from augment.shards.format import ShardManifest
 from augment.shards.write import write_shards
 from augment.sources import FewShot, Folder
 from training.data.draws import Mix
@@ -67,7 +67,7 @@ def synthetic_bank(folders, tiny):
 
 
 def test_shards_are_mixed_in_as_a_folder_of_them_is(folders, tiny, synthetic_bank):
-    synthesizer = Synthesizer(tiny, synthetic_bank, steps=1)
+    synthesizer = Synthesizer(tiny, synthetic_bank, sampling=Sampling(steps=1))
     planner = Planner(synthetic_bank.members)
     write_shards(synthesizer, planner, 4, folders / "shards", extension="png")
     export_folder(folders / "shards", folders / "exported")
@@ -87,7 +87,7 @@ def test_shards_are_mixed_in_as_a_folder_of_them_is(folders, tiny, synthetic_ban
 
 def test_shards_without_an_image_are_not_trained_on_in_silence(folders, tmp_path):
     write_shard(tmp_path / "shard-000000.tar", [], "png")
-    settings = ShardSettings(2, Folder(folders / "real").classes, 1, "png")
+    settings = ShardManifest(2, Folder(folders / "real").classes, 1, "png")
     write(tmp_path / "synthesis.json", settings)
     with pytest.raises(UserError, match=r"expected synthetic images in .*, got none"):
         ImageData(str(folders / "real"), synthetic=str(tmp_path))
@@ -96,7 +96,7 @@ def test_shards_without_an_image_are_not_trained_on_in_silence(folders, tmp_path
 def test_on_the_fly_images_come_from_the_training_images_of_the_bank(folders, tiny, synthetic_bank):
     few_shots = FewShot(folders / "real", 2, seed=1)
     data = ImageData(
-        few_shots, synthetic=SyntheticDataset(synthetic_bank, tiny, per_class=3, steps=1),
+        few_shots, synthetic=dataset_with(synthetic_bank, tiny, steps=1, per_class=3),
         channels=1, batch_size=4, steps_per_epoch=2, mix=Mix(0.5),
     )  # fmt: skip
     members = {i for index in range(6) for i in data.synthetic.plan(index).members}
@@ -109,14 +109,14 @@ def test_on_the_fly_images_come_from_the_training_images_of_the_bank(folders, ti
 
 def test_kept_images_are_made_once_and_are_the_same_whoever_asks(tiny, synthetic_bank):
     options = {"per_class": 5, "steps": 1, "batch_size": 4, "keep": True}
-    one = SyntheticDataset(synthetic_bank, tiny, **options)
+    one = dataset_with(synthetic_bank, tiny, **options)
     images = [image for image, _ in one.__getitems__(range(10))]
     made = one.synthesizer.images
     one.synthesizer.images = None  # nothing is asked for again
     one.set_epoch(3)
     assert all(torch.equal(one[i][0], images[i]) for i in range(10))
     one.synthesizer.images = made
-    other = SyntheticDataset(synthetic_bank, tiny, **options)
+    other = dataset_with(synthetic_bank, tiny, **options)
     assert all(torch.equal(other[i][0], images[i]) for i in (7, 2, 9, 0))
     assert one.subset(lambda _: True).kept is one.kept, "the same images are not made again"
     some = one.subset(lambda image_id: not image_id.endswith("0.png"))
@@ -124,7 +124,9 @@ def test_kept_images_are_made_once_and_are_the_same_whoever_asks(tiny, synthetic
 
 
 def test_how_a_pool_is_reused_is_logged(folders, tiny, synthetic_bank):
-    synthetic = SyntheticDataset(synthetic_bank, tiny, per_class=2, steps=1, batch_size=2)
+    synthetic = SyntheticDataset(
+        synthetic_bank, tiny, sampling=Sampling(steps=1, batch_size=2), per_class=2
+    )
     with ReplayPool(synthetic, 4) as pool:
         data = few(folders, synthetic=pool, mix=Mix(0.5))
         trainer = quiet_trainer(3)
@@ -138,7 +140,9 @@ def test_how_a_pool_is_reused_is_logged(folders, tiny, synthetic_bank):
 
 
 def test_soft_labels_of_mixed_classes_are_batched_with_hard_ones(folders, tiny, synthetic_bank):
-    mixed = SyntheticDataset(synthetic_bank, tiny, per_class=3, steps=1, classes=2)
+    mixed = SyntheticDataset(
+        synthetic_bank, tiny, sampling=Sampling(steps=1), per_class=3, classes=2
+    )
     data = few(folders, synthetic=mixed, mix=Mix(0.5))
     _, labels, fake = next(iter(data.train_dataloader()))
     assert labels.shape == (8, 2) and torch.allclose(labels.sum(1), torch.ones(8))
@@ -171,7 +175,7 @@ def test_a_held_out_image_in_the_bank_is_refused(folders, tiny, synthetic_bank, 
     """Under another name, in another folder."""
     held_out = paint(tmp_path / "held-out", {"Bag": 2, "Coat": 2}, seed=7)
     stolen = (folders / "real" / "Coat" / "2.png").read_bytes()
-    fly = SyntheticDataset(synthetic_bank, tiny, per_class=1, steps=1)
+    fly = SyntheticDataset(synthetic_bank, tiny, sampling=Sampling(steps=1), per_class=1)
     if how == "shards":
         write_shards(fly.synthesizer, fly.planner, 1, tmp_path / "shards")
     with ReplayPool(fly, 2) if how == "pool" else nullcontext() as pool:

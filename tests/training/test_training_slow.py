@@ -15,7 +15,7 @@ import torch
 import yaml
 from conftest import paint
 
-from augment import SyntheticDataset, fill_bank, write_shards
+from augment import Sampling, SyntheticDataset, fill_bank, write_shards
 from augment.sources import Folder
 
 pytestmark = pytest.mark.slow
@@ -28,7 +28,7 @@ def root(tmp_path_factory, tiny):
     paint(root / "real", {"Bag": 6, "Coat": 4}, size=28)
     paint(root / "test", {"Bag": 3, "Coat": 2}, size=28, seed=1)
     bank = fill_bank(root / "bank", tiny, Folder(root / "real"), steps=1)
-    fly = SyntheticDataset(bank, tiny, per_class=6, steps=1)
+    fly = SyntheticDataset(bank, tiny, sampling=Sampling(steps=1), per_class=6)
     write_shards(fly.synthesizer, fly.planner, 6, root / "shards")
     return root
 

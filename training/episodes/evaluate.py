@@ -36,13 +36,15 @@ from augment.core.errors import AugmentWarning, UserError
 from augment.core.files import check_folder, locked, model_digest, remember, write_bytes
 from augment.diffusion import find_device, load_backbone
 from augment.diffusion.backbone import Backbone
+from augment.diffusion.sampling import Sampling
 from augment.networks import feature_network, usual_form
+from augment.plan.mixing import Mixing
 from augment.plan.plan import Plan
 from augment.plan.planner import Planner
 from augment.sources import Source, as_source
 from augment.sources.images import prepare
 from augment.sources.subsets import Selection
-from augment.synthesis.synthesizer import Synthesizer, solver_of
+from augment.synthesis.synthesizer import Synthesizer
 from training.data.identity import check_run
 from training.episodes.features import Network, embed, finite
 from training.episodes.protocol import OTHER, Episode, Episodes
@@ -60,20 +62,20 @@ class Synthesis:
     Args:
         bank: the latents of all supports at least.
         backbone: the model it was inverted with.
-        options: of `Synthesizer`: rule, solver, steps, guidance.
-        dice: of `Planner`: seed, alpha, members, noise.
+        mixing: what is mixed.
+        sampling: how a centroid becomes an image.
         per_class: images of each class.
     """
 
     bank: LatentBank
     backbone: Backbone
-    options: dict[str, Any]
-    dice: dict[str, Any]
+    mixing: Mixing
+    sampling: Sampling
     per_class: int
 
     def plans(self, task: int, episode: Episode) -> list[Plan]:
         """The plans of a task's images, of all its classes in turn; its number is their epoch."""
-        planner = Planner(dict(zip(episode.classes, episode.support, strict=True)), **self.dice)
+        planner = Planner(dict(zip(episode.classes, episode.support, strict=True)), self.mixing)
         return [planner(task, index) for index in range(self.per_class * len(episode.classes))]
 
     def __call__(
@@ -83,7 +85,8 @@ class Synthesis:
         members = dict(zip(episode.classes, episode.support, strict=True))
         view = dataclasses.replace(self.bank, members=members)  # of the supports, and no query
         plans = self.plans(task, episode)
-        images = Synthesizer(self.backbone, view, **self.options).images(plans)
+        rule = Rule.parse(self.mixing.rule)
+        images = Synthesizer(self.backbone, view, rule, self.sampling).images(plans)
         return images, torch.tensor([plan.label for plan in plans])
 
 
@@ -321,14 +324,12 @@ def run_episodes(
         found = frozen(path, source, shape, n_tasks, seed)
         tasks = found.tasks[:n_tasks]
         opened = open_bank(bank, tasks, noise, min(members or n_shot, n_shot)) if bank else None
-        options = {"rule": rule, "solver": solver, "steps": steps, "guidance": guidance}
-        dice = {"seed": seed, "alpha": alpha, "members": members, "noise": noise}
-        Planner({name: () for name in tasks[0].classes}, **dice)  # refused before anything is made
-        Rule.parse(rule)
-        if opened:
-            solver_of(opened, solver, steps)
-        mixing = {**options, **dice, "alpha": str(alpha), "per_class": per_class}
-        mixing |= {"synthetic_weight": synthetic_weight, "bank": opened and opened.digest}
+        sampling = Sampling(solver=solver, steps=steps, guidance=guidance)
+        mixing = Mixing(rule=rule, seed=seed, alpha=alpha, members=members, noise=noise)
+        making = {"rule": rule, "solver": solver, "steps": steps, "guidance": guidance}
+        making |= {"seed": seed, "alpha": str(alpha), "members": members, "noise": noise}
+        making |= {"per_class": per_class, "synthetic_weight": synthetic_weight}
+        making["bank"] = opened and opened.digest
         if not (network or weights):
             raise UserError("expected a network, such as fashion or resnet50, or weights; got none")
         settings = {"images": str(source.root), "episodes": found.digest}
@@ -337,7 +338,7 @@ def run_episodes(
         usual = usual_form(network or "", weights)
         form = (channels or usual[0], resolution or usual[1])
         settings |= {"form": list(form)}
-        settings |= {"head": repr(fitted), **(mixing if opened else {"bank": None})}
+        settings |= {"head": repr(fitted), **(making if opened else {"bank": None})}
         begun = any((root / name).exists() for name in (RESULTS, FEATURES))
         remember(root / "settings.json", settings, "--out", begun)
         used = Selection(source)
@@ -353,10 +354,10 @@ def run_episodes(
             eyes = feature_network(network or "", weights, where)
             ids = sorted({i for task in tasks for i in task.images})
             vectors = embed(root / FEATURES, source, ids, eyes, *form)
-            making = (
-                Synthesis(opened, model, options, dice, per_class) if opened and model else None
+            synthesis = (
+                Synthesis(opened, model, mixing, sampling, per_class) if opened and model else None
             )
-            evaluate = Evaluation(fitted, vectors, eyes, making, form, synthetic_weight)
+            evaluate = Evaluation(fitted, vectors, eyes, synthesis, form, synthetic_weight)
             evaluate_rest(root / RESULTS, evaluate, tasks, rows)
     print(summary(f"{n_way}-way {n_shot}-shot", rows[:n_tasks]))
     print(f"{root / RESULTS}: a row a task")
