@@ -41,6 +41,7 @@ from augment.centroid.residuals import mix
 from augment.core.errors import BiasWarning
 from augment.core.files import write_json
 from augment.core.rng import normal, rng
+from augment.report.evaluate import markdown
 from augment.sources import FewShot, Folder, Slice, Source
 from augment.sources.fashion import COARSE, write_fashion
 from augment.sources.images import save_image
@@ -244,20 +245,19 @@ def report(bench: Bench, rows: tuple[Row, ...], shots: list[int], found: dict[An
         return statistics.mean(100 * found[name, n, seed]["accuracy"] for seed in range(SEEDS))
 
     print("\naccuracy, %, and gain over classical, paired by seed; ± 95 % (Student's t)\n")
-    print("| row | " + " | ".join(f"{n} shots" for n in shots) + " | CPU seconds, 5 shots |")
-    print("|---" * (len(shots) + 2) + "|")
-    middle = 5 if 5 in shots else shots[0]
+    middle, table = 5 if 5 in shots else shots[0], []
     for row in rows:
-        cells = []
+        cells = {"row": row.name}
         for n in shots:
             runs = [found[row.name, n, seed]["accuracy"] for seed in range(SEEDS)]
             base = [found[BASE, n, seed]["accuracy"] for seed in range(SEEDS)]
             gains = [a - b for a, b in zip(runs, base, strict=True)]
             gain = "" if row.name == BASE else f" ({ci95(gains)})"
-            cells.append(ci95(runs) + gain)
+            cells[f"{n} shots"] = ci95(runs) + gain
         cost = [found[row.name, middle, seed] for seed in range(SEEDS)]
         made, spent = (statistics.mean(c[k] for c in cost) for k in ("synthesis_s", "training_s"))
-        print(f"| {row.name} | " + " | ".join(cells) + f" | {made:.1f} + {spent:.1f} |")
+        table.append(cells | {f"CPU seconds, {middle} shots": f"{made:.1f} + {spent:.1f}"})
+    print("\n".join(markdown(table)))
     figure, axes = plt.subplots(figsize=(8, 5))
     for row in rows:
         means = [mean(row.name, n) - mean(BASE, n) for n in shots]

@@ -18,6 +18,14 @@ SAVE_EVERY, LOG_EVERY = 600.0, 100  # seconds, steps
 HEADER = "step,images,hours,core_hours,loss,images_per_s\n"
 
 
+def options(doc: str, **defaults: object) -> argparse.ArgumentParser:
+    """Return a parser with an option for each default; the seed is 0."""
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
+    for name, value in {**defaults, "seed": 0}.items():
+        parser.add_argument(f"--{name}", type=type(value), default=value)
+    return parser
+
+
 def half_precision(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Copy a state in float16, except for whole numbers."""
     floats = {k: v.half() if v.is_floating_point() else v for k, v in state.items()}

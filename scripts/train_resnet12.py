@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from cifar_fs import PARTS, classes_of, load_part
-from long_run import LongRun, half_precision
+from long_run import LongRun, half_precision, options
 from safetensors import safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
@@ -138,15 +138,10 @@ def report(run: Run) -> None:
 
 def main() -> None:
     """Read the arguments, train and report."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = options(__doc__, epochs=60, batch=64, lr=0.05, episodes=600)
     parser.add_argument("images", type=Path, help="CIFAR-100's training images in class folders")
     parser.add_argument("--run", type=Path, default=Path("runs/resnet12"))
     parser.add_argument("--width", type=int, default=64, help="of the first block; 64 is ResNet-12")
-    parser.add_argument("--epochs", type=int, default=60)
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--lr", type=float, default=0.05)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--episodes", type=int, default=600)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--report", action="store_true", help="do not train")
     args = parser.parse_args()

@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 import torch
 from fashion_mnist import CLASSES, load_split
-from long_run import DenoiserRun, half_precision
+from long_run import DenoiserRun, half_precision, options
 from safetensors.torch import load_file, save
 from torch import Tensor
 from tqdm import tqdm
@@ -145,11 +145,7 @@ class Run(DenoiserRun):
 
 def main() -> None:
     """Read the arguments and train."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=10000)
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--seed", type=int, default=0)
+    parser = options(__doc__, steps=10_000, batch=64, lr=1e-3)
     parser.add_argument("--images", type=Path, help="CIFAR-10 in class folders")
     parser.add_argument("--start", type=Path, help="weights to begin with")
     parser.add_argument("--zero-snr", action="store_true", help="schedule that ends at pure noise")

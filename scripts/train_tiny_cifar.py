@@ -28,13 +28,13 @@ from functools import partial
 from pathlib import Path
 
 import torch
+import train_tiny
 from cifar_fs import SUPERCLASSES, classes_of, load_part
-from long_run import DenoiserRun, half_precision
+from long_run import DenoiserRun, half_precision, options
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from torchvision.utils import save_image
 from train_resnet12 import HELD_OUT, load_network, normalised
-from train_tiny import mirrored
 
 from augment.core.files import sha256, write_bytes
 from augment.core.rng import normal, rng
@@ -45,16 +45,13 @@ from augment.measure.features import frechet_distance
 from augment.networks import in_batches
 
 FEATURES = 320
-UNET = {
-    "sample_size": 16,
+UNET = train_tiny.UNET | {
     "in_channels": 12,
     "out_channels": 12,
     "layers_per_block": 1,
     "block_out_channels": (48, 96, 160),
     "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"),
     "up_block_types": ("AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
-    "norm_num_groups": 16,
-    "attention_head_dim": 32,
     "resnet_time_scale_shift": "scale_shift",
 }
 PROMPTS = ("", *SUPERCLASSES, *classes_of("base"))
@@ -147,7 +144,7 @@ class Run(DenoiserRun):
         clean = data.clean[rows]
         noise = torch.randn(clean.shape, generator=generator, device=self.device)
         flip = draw(count, 1, 1, 1) < 0.5
-        clean = torch.where(flip, mirrored(clean), clean)
+        clean = torch.where(flip, train_tiny.mirrored(clean), clean)
         edges = torch.tensor(list(KINDS.values()), device=self.device).cumsum(0)[:-1]
         kind = torch.bucketize(draw(count), edges)
         features = torch.zeros(count, FEATURES, device=self.device)
@@ -230,14 +227,10 @@ def report(args: argparse.Namespace) -> None:
 
 def main() -> None:
     """Read the arguments and train."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = options(__doc__, steps=150_000, batch=64, lr=6e-4)
     parser.add_argument("images", type=Path, help="CIFAR-100's training images in class folders")
     parser.add_argument("--run", type=Path, default=Path("runs/tiny-cifar"))
     parser.add_argument("--features", type=Path, help="file that train_resnet12.py wrote")
-    parser.add_argument("--steps", type=int, default=150_000)
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--lr", type=float, default=6e-4)
-    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu", help="cuda takes bfloat16")
     parser.add_argument("--report", type=Path, help="do not train; judge by this ResNet-12")
     parser.add_argument("--per-class", type=int, default=10, help="samples of the report")

@@ -107,55 +107,34 @@ class Model:
 
 FLOW = {"half": "bfloat16", "options": {"t5": True, "max_sequence_length": 256}}
 SMALL = {"millions": 0.0, "resolution": 64, "steps": (4, 4)}
+# 32 groups would leave two numbers to normalise where the UNet ends
+SMALL_UNET = {"cross_attention_dim": 32, "norm_num_groups": 8}
+SMALL_XL = {
+    "block_out_channels": (32, 64, 64),
+    "norm_num_groups": 8,
+    "transformer_layers_per_block": 1,
+    "cross_attention_dim": 56,
+    "attention_head_dim": (2, 4, 4),
+    "addition_time_embed_dim": 8,
+    "projection_class_embeddings_input_dim": 24 + 6 * 8,
+}
+SMALL_3 = {
+    "num_layers": 2,
+    "num_attention_heads": 2,
+    "attention_head_dim": 16,
+    "caption_projection_dim": 32,
+    "joint_attention_dim": 64,
+    "pooled_projection_dim": 32 + 24,
+    "dual_attention_layers": (0,),
+}
+SMALL_SD = SD15 | SMALL_UNET | {"block_out_channels": (32, 64, 64, 64)}
 MODELS = {
     "sd15": Model("sd", SD15, VAE, (768,), 859.5),
     "sdxl": Model("sdxl", SDXL, VAE_XL, (768, 1280), 2567.5),
     "sd35-medium": Model("sd3", SD35, VAE_3, (768, 1280, 4096), 2243.2, **FLOW),
-    "small": Model(
-        "sd",
-        SD15
-        | {
-            "block_out_channels": (32, 64, 64, 64),
-            "cross_attention_dim": 32,
-            "norm_num_groups": 8,  # 32 would leave two numbers to normalise where the UNet ends
-        },
-        VAE | SMALL_VAE,
-        (32,),
-        **SMALL,
-    ),
-    "small-xl": Model(
-        "sdxl",
-        SDXL
-        | {
-            "block_out_channels": (32, 64, 64),
-            "norm_num_groups": 8,
-            "transformer_layers_per_block": 1,
-            "cross_attention_dim": 56,
-            "attention_head_dim": (2, 4, 4),
-            "addition_time_embed_dim": 8,
-            "projection_class_embeddings_input_dim": 24 + 6 * 8,
-        },
-        VAE_XL | SMALL_VAE,
-        (32, 24),
-        **SMALL,
-    ),
-    "small-3": Model(
-        "sd3",
-        SD35
-        | {
-            "num_layers": 2,
-            "num_attention_heads": 2,
-            "attention_head_dim": 16,
-            "caption_projection_dim": 32,
-            "joint_attention_dim": 64,
-            "pooled_projection_dim": 32 + 24,
-            "dual_attention_layers": (0,),
-        },
-        VAE_3 | SMALL_VAE,
-        (32, 24, 64),
-        **SMALL,
-        **FLOW,
-    ),
+    "small": Model("sd", SMALL_SD, VAE | SMALL_VAE, (32,), **SMALL),
+    "small-xl": Model("sdxl", SDXL | SMALL_XL, VAE_XL | SMALL_VAE, (32, 24), **SMALL),
+    "small-3": Model("sd3", SD35 | SMALL_3, VAE_3 | SMALL_VAE, (32, 24, 64), **SMALL, **FLOW),
 }
 """The models by name."""
 

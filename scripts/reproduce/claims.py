@@ -1,6 +1,7 @@
 """What all reproductions share: options, a cache of finished parts, claims and verdicts."""
 
 import argparse
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ from torch import Tensor
 
 from augment.core.files import write_bytes, write_json, write_table
 from augment.report.evaluate import markdown
+
+sys.path.append(str(Path(__file__).parents[1]))  # for what other scripts have
 
 VERDICTS = {True: "holds", False: "does not hold", None: "within noise"}
 

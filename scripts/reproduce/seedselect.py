@@ -126,18 +126,14 @@ def judged(
     return {**unflat, "variety": variety}
 
 
-def resident(which: str) -> float:
-    """Return the memory of this process in MB: ``VmRSS`` now, or ``VmHWM``, the peak."""
-    status = Path("/proc/self/status").read_text()
-    return int(status.split(f"{which}:")[1].split()[0]) / 1024
-
-
 def memory(job: tuple[str, str, int, bool]) -> float:
     """Measure the MB of one refinement step, in a process of its own.
 
     Args:
         job: the backbone's name, the bank's path, solver steps, and whether layers are recomputed.
     """
+    from benchmarks.growth import memory as resident
+
     name, path, steps, again = job
     torch.set_num_threads(1)
     if not again:

@@ -13,7 +13,6 @@ of 96 images; here a step has 16. Interrupt it at any time: the same command res
 """
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +40,6 @@ from augment.sources.fashion import COARSE
 from augment.sources.prompts import class_prompts
 from augment.synthesis.synthesizer import Synthesizer
 from training.smooth.run import smooth_backbone
-
-sys.path.append(str(Path(__file__).parent.parent))
 
 RUNS: dict[str, tuple[float, int]] = {
     **{f"λ {weight:g}": (weight, 8) for weight in (0.0, 0.1, 1.0, 10.0, 100.0)},
