@@ -35,10 +35,10 @@ from augment.bank.format import (
 )
 from augment.bank.vectors import read_vectors
 from augment.core.errors import UserError
-from augment.core.files import damaged, unreadable
+from augment.core.files import JsonObject, damaged, unreadable
 from augment.core.schema import as_object
 from augment.diffusion import local_recipe
-from augment.diffusion.backbone import Backbone
+from augment.diffusion.backbone import Backbone, Recipe
 from augment.measure.health import ClassHealth
 from augment.plan.plan import Plan
 from augment.plan.planner import Images
@@ -118,7 +118,7 @@ class LatentBank:
         return list(self.members)
 
     @property
-    def fingerprint(self) -> dict[str, Any]:
+    def fingerprint(self) -> JsonObject:
         """How the latents were made; see `augment.bank.format.Fingerprint`."""
         return asdict(self.manifest.fingerprint)
 
@@ -137,7 +137,7 @@ class LatentBank:
         return background_of(self.manifest.fingerprint.preprocessing)
 
     @property
-    def inversion(self) -> dict[str, Any]:
+    def inversion(self) -> JsonObject:
         """Method, steps, guidance and settings of the inversion."""
         return self.manifest.fingerprint.inversion
 
@@ -147,7 +147,7 @@ class LatentBank:
         return f"{self.inversion['method']} in {self.inversion['steps']} steps"
 
     @property
-    def recipe(self) -> dict[str, Any]:
+    def recipe(self) -> Recipe:
         """Arguments of `load_backbone` that make the backbone without asking a hub."""
         name = self.manifest.fingerprint.backbone["name"]
         return local_recipe(self.manifest.recipe or {"name_or_path": name})

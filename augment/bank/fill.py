@@ -7,7 +7,6 @@ once; one that cannot be read, or whose latent is not usable, is rejected and li
 reason, and too many rejects stop the job.
 """
 
-import dataclasses
 import errno
 import json
 import math
@@ -49,11 +48,11 @@ from augment.bank.format import (
 )
 from augment.centroid.prior import nominal_norm
 from augment.core.errors import EnlargedWarning, ImageRejected, Missing, UserError
-from augment.core.files import check_folder, in_use, sha256, unreadable, write_bytes
+from augment.core.files import JsonObject, check_folder, in_use, sha256, unreadable, write_bytes
 from augment.core.registry import refuse_reserved
 from augment.core.schema import write
 from augment.diffusion import load_backbone, parse_dtype
-from augment.diffusion.backbone import Backbone, check_batch
+from augment.diffusion.backbone import Backbone, Recipe, check_batch
 from augment.diffusion.solver import sample
 from augment.inversion import INVERTERS, Inverter, check_guidance, inverted, inverter
 from augment.jobs.job import planning_device, run
@@ -136,8 +135,8 @@ class InvertSettings:
     batch_size: int = 64
     device: str | None = None
     dtype: str | None = None
-    inversion_options: dict[str, Any] | None = None
-    backbone_options: dict[str, Any] | None = None
+    inversion_options: JsonObject | None = None
+    backbone_options: JsonObject | None = None
     errors: bool = True
     clean: bool = False
     max_rejects: float = 0.05
@@ -233,7 +232,7 @@ class InversionJob:
     where: dict[str, Any] = field(default_factory=dict)
     title: str = field(default="invert", init=False)
     manifest: Manifest | None = field(default=None, init=False)
-    recipe: dict[str, Any] = field(default_factory=dict, init=False)
+    recipe: Recipe = field(default_factory=dict, init=False)
     units: list[list[ChunkPlan]] = field(default_factory=list, init=False)
     side: int = field(default=0, init=False)
 
@@ -285,7 +284,7 @@ class InversionJob:
         check_guidance(self.method, self.backbone, texts, self.guidance)
         self.backbone.condition(texts)
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> JsonObject:
         """Leave out the backbone where a worker knows how to load it."""
         return {**self.__dict__, "backbone": None if self.recipe else self.backbone}
 
@@ -295,7 +294,7 @@ class InversionJob:
             "method": next(k for k, v in INVERTERS.items() if type(self.method) is v),
             "solver": self.method.solver,
             "guidance": self.guidance,
-            **dataclasses.asdict(self.method),  # type: ignore[call-overload]
+            **vars(self.method),
         }
         versions = {name: version(name) for name in ("torch", "diffusers", "safetensors")}
         return BankSettings(

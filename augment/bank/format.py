@@ -45,9 +45,10 @@ from types import NoneType
 from typing import Any, ClassVar, NamedTuple
 
 from augment.core.errors import BankMismatch, Damaged, ImageRejected, Missing, UserError
-from augment.core.files import damaged, read_file, reading, sha256
+from augment.core.files import JsonObject, damaged, read_file, reading, sha256
 from augment.core.schema import Record, as_object, build, read
 from augment.diffusion import PATHS
+from augment.diffusion.backbone import Recipe
 from augment.inversion import INVERTERS
 from augment.sources.images import FITTING, preprocessing
 from augment.sources.source import Source
@@ -76,7 +77,7 @@ class Fingerprint:
     """
 
     backbone: dict[str, str]
-    inversion: dict[str, Any]
+    inversion: JsonObject
     preprocessing: str
 
     def __post_init__(self) -> None:
@@ -106,7 +107,7 @@ class BankSettings:
 
     latent_shape: list[int]
     fingerprint: Fingerprint
-    recipe: dict[str, Any]
+    recipe: Recipe
     source: str
     keeps: list[str]
     made_with: dict[str, str]
@@ -180,7 +181,7 @@ class Manifest(BankSettings, Record):
             raise ValueError("no class, or two of one name or folder")
 
     @property
-    def settings(self) -> dict[str, Any]:
+    def settings(self) -> JsonObject:
         """How the latents are made, as each commit record holds it."""
         plain = {field.name: getattr(self, field.name) for field in fields(BankSettings)}
         return plain | {"fingerprint": as_object(self.fingerprint)}
@@ -275,7 +276,7 @@ class ChunkRecord(Record):
     rejects: list[Reject]
     statistics: Statistics
     home: Home | None = None
-    settings: dict[str, Any] | None = None
+    settings: JsonObject | None = None
     schema: int = 2
 
     def __post_init__(self) -> None:
@@ -331,7 +332,7 @@ class ChunkPlan:
     stem: Path
     home: Home
     ids: list[str]
-    settings: dict[str, Any]
+    settings: JsonObject
     committed: Committed | None = None
 
     @property
@@ -388,7 +389,7 @@ def require_same_making(path: Path, have: BankSettings, want: BankSettings) -> N
     require_same(path, *({"preprocessing": way} for way in ways))
 
 
-def require_same(path: Path, have: dict[str, Any], want: dict[str, Any]) -> None:
+def require_same(path: Path, have: JsonObject, want: JsonObject) -> None:
     """Raise `BankMismatch` for the first field in which two fingerprints differ."""
     for key in {**want, **have}:
         if have.get(key) != want.get(key):

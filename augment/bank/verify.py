@@ -214,10 +214,10 @@ def inspect_bank(path: Path) -> str:
         for key, values in means.items():
             value = getattr(record.statistics, key)
             values += [] if value is None else [value] * count
-    least, most = min(made, key=made.get), max(made, key=made.get)  # type: ignore[arg-type]
+    fewest, most = min(made, key=made.__getitem__), max(made, key=made.__getitem__)
     lines = [
         f"bank {path}: {sum(made.values())} of {planned} latents of {len(made)} classes, "
-        f"{made[least]} ({least}) to {made[most]} ({most}) each; {rejects} images left out; "
+        f"{made[fewest]} ({fewest}) to {made[most]} ({most}) each; {rejects} images left out; "
         f"{size:,} bytes"
     ]
     prints = as_object(manifest.fingerprint) | {"made with": manifest.made_with}

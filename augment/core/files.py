@@ -17,6 +17,9 @@ from typing import Any, BinaryIO, NamedTuple
 
 from augment.core.errors import Damaged, Missing, UserError
 
+JsonObject = dict[str, Any]
+"""A JSON object: values by name."""
+
 
 def check_folder(path: Path) -> None:
     """Refuse a place for a folder where a file is."""
@@ -310,7 +313,7 @@ def _file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def remember(path: Path, settings: dict[str, Any], option: str, begun: bool = True) -> None:
+def remember(path: Path, settings: JsonObject, option: str, begun: bool = True) -> None:
     """Write the settings of a job into its folder; refuse to resume a job of other settings.
 
     Args:

@@ -21,7 +21,15 @@ from types import NoneType, UnionType
 from typing import Any, ClassVar, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
 
 from augment.core.errors import UserError
-from augment.core.files import LARGEST_RECORD, damaged, parse_json, read_file, sha256, write_bytes
+from augment.core.files import (
+    LARGEST_RECORD,
+    JsonObject,
+    damaged,
+    parse_json,
+    read_file,
+    sha256,
+    write_bytes,
+)
 
 T = TypeVar("T", bound="Record")
 
@@ -59,7 +67,7 @@ def sealed(record: Any, indent: int | None = 1) -> bytes:
     return body + f',\n "digest": "{sha256(body)}"\n}}\n'.encode()
 
 
-def as_object(value: Any) -> dict[str, Any]:
+def as_object(value: Any) -> JsonObject:
     """Return the fields of a dataclass; those that are None are left out."""
     named = {field.name: getattr(value, field.name) for field in fields(value)}
     return {name: inner for name, inner in named.items() if inner is not None}
@@ -76,7 +84,7 @@ def write(path: Path, record: Any, indent: int | None = 1) -> None:
     write_bytes(path, content)
 
 
-def load(path: Path, what: str, since: int, cure: str) -> dict[str, Any]:
+def load(path: Path, what: str, since: int, cure: str) -> JsonObject:
     """Read a record as a dictionary, without its digest, which is compared.
 
     Args:
@@ -200,7 +208,7 @@ def require(good: bool, name: str, words: str) -> None:
         raise ValueError(f"{name or 'a value'} that is not {words}")
 
 
-def objects(kind: Any, values: list[dict[str, Any]], name: str) -> list[Any]:
+def objects(kind: Any, values: list[JsonObject], name: str) -> list[Any]:
     """Build dataclasses of JSON objects."""
     columns, count = [], 0
     for field, form, make in known_fields(kind):

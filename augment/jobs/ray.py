@@ -8,6 +8,7 @@ All nodes need the same environment, with this package and the job's class insta
 system in common that holds the job's folder under the same path.
 """
 
+import logging
 import os
 import socket
 import textwrap
@@ -68,9 +69,13 @@ def connected() -> Iterator[Any]:
     if ours:
         address = os.environ.get("RAY_ADDRESS") or "local"
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
         try:
-            ray.init(address=address, include_dashboard=False, **quiet)
+            ray.init(
+                address=address,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+            )
         except ConnectionError as error:
             raise UserError(
                 f"expected a Ray cluster at {address}, got {error}; start it with ray start, or "

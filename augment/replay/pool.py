@@ -32,6 +32,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from augment.core.errors import AugmentWarning, UserError
+from augment.core.files import JsonObject
 from augment.plan.plan import Plan
 from augment.replay.store import CONTROL, Record, Store, layout_of, named, nameless
 from augment.synthesis.dataset import Sample, fetch
@@ -149,7 +150,7 @@ class ReplayPool(Dataset[Sample]):
                     )
                 time.sleep(0.02)
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> JsonObject:
         return {key: self.__dict__[key] for key in self.__dict__ if key not in ("dataset", "_stop")}
 
     def __len__(self) -> int:

@@ -26,7 +26,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from augment.core.errors import UserError
-from augment.core.files import lock_handle, sha256
+from augment.core.files import JsonObject, lock_handle, sha256
 from augment.synthesis.dataset import Sample
 
 MAGIC = b"latent-augment replay pool 1"
@@ -104,7 +104,7 @@ class Store:
                 return cell
         return os.getpid() % CELLS  # the file system has no such locks
 
-    def settle(self, layout: dict[str, Any]) -> None:
+    def settle(self, layout: JsonObject) -> None:
         """Reserve the slots of a layout, or check that they are there."""
         size = CONTROL.itemsize + layout["capacity"] * (PREFIX + slot_of(layout).itemsize)
         text = json.dumps(layout | {"bytes": size}, default=str).encode()
@@ -195,7 +195,7 @@ def form_of(image: Any, label: Any) -> tuple[list[Any], np.ndarray]:
     return [list(image.shape), number.dtype.str, list(number.shape)], number
 
 
-def layout_of(dataset: Any, sample: Sample, capacity: int) -> dict[str, Any]:
+def layout_of(dataset: Any, sample: Sample, capacity: int) -> JsonObject:
     """Describe the slots: their form, the classes, and all settings that determine the images."""
     low, high = sample[0].aminmax()
     if not -0.01 <= low <= high <= 1.01:
@@ -217,7 +217,7 @@ def layout_of(dataset: Any, sample: Sample, capacity: int) -> dict[str, Any]:
     return layout
 
 
-def slot_of(layout: dict[str, Any]) -> np.dtype:
+def slot_of(layout: JsonObject) -> np.dtype:
     """Return the dtype of a slot."""
     shape, *label = layout["form"]
     fields = [("epoch", "i8"), ("index", "i8"), ("label", *label), ("image", "u1", shape)]
