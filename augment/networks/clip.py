@@ -89,7 +89,7 @@ def load_clip(source: str, device: torch.device) -> Clip:
             raise ValueError(min(info["missing_keys"]))
     except UserError:
         raise
-    except Exception as error:  # of any type: loaders stumble over hostile files as they like
+    except Exception as error:  # of any type, since files may be hostile
         raise UserError(
             f"expected a whole CLIP of transformers at {source!r}, got one damaged in "
             f"{brief(error)}; give another folder or a repository of the hub"

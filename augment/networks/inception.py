@@ -30,7 +30,7 @@ def load_inception(weights: str, device: torch.device) -> Callable[[Tensor], Ten
             "expected torch-fidelity for Inception's features, got no such package; "
             "pip install torch-fidelity, or name a network of timm"
         ) from None
-    except Exception as error:  # of any type: unpicklers stumble over bytes as they like
+    except Exception as error:  # of any type, since files may be hostile
         raise UserError(
             f"expected torch-fidelity's weights of Inception, got none ({brief(error)}); download "
             "them where there is a network, and give the file"

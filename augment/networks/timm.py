@@ -76,7 +76,7 @@ def read_weights(path: str, device: torch.device | str = "cpu") -> Weights:
         state = {k.removeprefix("module."): v for k, v in state.items()}
         if not state or not all(isinstance(value, Tensor) for value in state.values()):
             raise ValueError("no state dict")
-    except Exception as error:  # of any type: unpicklers stumble over hostile bytes
+    except Exception as error:  # of any type, since files may be hostile
         reason = getattr(error, "strerror", None) or type(error).__name__
         raise UserError(
             "expected weights as a checkpoint of latent-augment train, a state dict or a "

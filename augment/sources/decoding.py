@@ -73,7 +73,7 @@ def open_image(
                 raise
             short, profile = _without_text(content)  # Pillow refuses long texts and profiles
             return as_shown(_decoded(short), background, name, profile)
-    except Exception as error:  # of any type: decoders stumble over hostile bytes as they like
+    except Exception as error:  # of any type, since files may be hostile
         unknown = isinstance(error, UnidentifiedImageError)  # whose text has an address in it
         reason = f"not an image of the formats {', '.join(FORMATS)}" if unknown else str(error)
         raise ImageRejected(reason if content else "an empty file") from None
@@ -246,7 +246,7 @@ def _turn_of(image: Image.Image) -> Image.Transpose | None:
     """Return what brings an image upright; None if it is so, or its tags cannot be read."""
     try:
         return _TURNS.get(image.getexif().get(_ORIENTATION, 1))
-    except Exception:  # of any type: tags are as hostile as pixels
+    except Exception:  # of any type, since files may be hostile
         return None
 
 
@@ -260,7 +260,7 @@ def _to_srgb(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
     try:
         own = ImageCms.ImageCmsProfile(io.BytesIO(profile))
         transform = ImageCms.ImageCmsTransform(own, _SRGB, mode, "RGB")
-    except Exception:  # of any type: profiles are as hostile as pixels
+    except Exception:  # of any type, since files may be hostile
         return None
     if mode == "CMYK":
         return transform

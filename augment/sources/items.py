@@ -100,7 +100,7 @@ class Items(Source):
             raise FileNotFoundError(f"no item {image_id}")
         try:
             item = self.dataset[self._places[image_id]]
-        except Exception as error:  # of any type: decoders stumble over hostile bytes as they like
+        except Exception as error:  # of any type, since files may be hostile
             raise OSError(f"{type(error).__name__}: {error}") from error
         return _to_image(_pair(item)[0], self.background, image_id)
 

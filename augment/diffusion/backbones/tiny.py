@@ -122,7 +122,7 @@ class Tiny:
             # the prompts' embeddings are looked up here, so that null-text can optimise them
             self.texts = state["class_embedding.weight"].float().to(self.device)
             self.unet.class_embedding = nn.Identity()
-        except Exception as error:  # of any type: a hostile header fails anywhere
+        except Exception as error:  # of any type, since files may be hostile
             raise UserError(
                 f"expected weights of the tiny backbone at {weights}, got "
                 f"{' '.join(str(error).split())[:120] or error!r}; "

@@ -168,7 +168,7 @@ class Checkpoint:
         options = dict.fromkeys(absent) | {"dtype": dtype, "local_files_only": True}
         for path in (self.folder or Path()).glob("*/*"):
             if path.exists() and not (path.is_file() or path.is_dir()):
-                raise UserError(f"expected files in {self.folder}, got {path}, which is none")
+                raise UserError(f"expected files in {self.folder}, got {path}, a pipe or the like")
         for part in (*parts, "scheduler"):
             self.config(part)
         if not self.file:

@@ -82,7 +82,7 @@ def _single_file(path: Path, config: str | Path | None, local_files_only: bool) 
     for key, value in schedule.items():
         if scheduler[key] != value:
             raise UserError(
-                f"expected a config with {key} {value}, as {path} says of itself, got "
+                f"expected a config with {key} {value}, as in {path}, got "
                 f"{scheduler[key]} in {folder}; give config=, a folder whose scheduler says so too"
             )
     return checkpoint

@@ -102,7 +102,7 @@ def damaged(source: str | Path) -> Iterator[None]:
         yield
     except (UserError, torch.OutOfMemoryError):
         raise
-    except Exception as error:  # of any type: loaders stumble over hostile files as they like
+    except Exception as error:  # of any type, since files may be hostile
         raise UserError(
             f"expected a whole checkpoint at {source}, got {brief(error)}; download it again"
         ) from None

@@ -178,7 +178,7 @@ def add_lora(pipe: Any, path: Path, scale: float) -> dict[str, str]:
     with quiet():
         try:
             pipe.load_lora_weights(lora.state, adapter_name="lora")
-        except Exception as error:  # of any type: peft and diffusers raise as they like
+        except Exception as error:  # of any type, since files may be hostile
             raise lora.misfit(brief(error)) from None
         networks = [part for part in pipe.components.values() if isinstance(part, nn.Module)]
         layers = (layer for network in networks for layer in network.modules())
