@@ -5,6 +5,8 @@ block that begins with the name of a file is that file. Commands marked ``consol
 download or a cluster, so only their options are checked; ``sh`` is installation.
 """
 
+import ast
+import importlib
 import json
 import os
 import re
@@ -60,6 +62,15 @@ def test_named_scripts_and_configs_exist(page):
         r"`(?:python )?((?:scripts|configs|augment|training)/[\w/.]+)`", page.read_text()
     ):
         assert (ROOT / name.rstrip(".")).exists(), name
+
+
+@pytest.mark.parametrize("page", PAGES, ids=NAMES)
+def test_imported_names_exist(page):
+    for _, text in blocks(page, "python"):
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.ImportFrom):
+                module = importlib.import_module(node.module)
+                assert all(hasattr(module, alias.name) for alias in node.names), node.module
 
 
 @pytest.mark.parametrize("page", PAGES, ids=NAMES)
