@@ -326,7 +326,7 @@ def report(
     from augment.centroid import Rule
     from augment.diffusion import load_backbone
     from augment.report import write_report
-    from augment.report.again import command
+    from augment.report.provenance import command
 
     opened, names = LatentBank.open(bank), [name for name in rules.split(",") if name]
     for name in names:

@@ -6,13 +6,12 @@ still finds every held-out image that its images come from. Each export adds to 
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 from augment.bank.format import DIGITS
 from augment.core.errors import UserError
 from augment.core.files import in_use, locked, read_file, read_json, write_bytes, write_json
-from augment.explore.session import Choice, Explorer
+from augment.explore.session import Choice, Explorer, settings
 from augment.shards.dataset import encode
 from augment.shards.export import METADATA, check_names
 from augment.sources.folder import ORIGINS
@@ -55,8 +54,7 @@ def export(explorer: Explorer, choices: Sequence[Choice]) -> Path:
                 "label": choice.plan.label,
                 "class_name": choice.plan.class_name,
             }
-            how = asdict(choice)
             write_bytes(out / facts["file_name"], encode(explorer.image(choice), "png"))
-            lines.append(json.dumps({**facts, **how.pop("plan"), **how, **facts}).encode())
+            lines.append(json.dumps({**facts, **settings(choice), **facts}).encode())
         write_bytes(out / METADATA, b"\n".join([*lines, b""]))
     return out

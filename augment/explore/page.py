@@ -1,8 +1,8 @@
 """The page: gradio's blocks around the pieces of `augment.explore.widgets`.
 
-Every hand on the page makes a new mixture or changes how it is sampled; then both images are made,
-the left one first, and each is shown once it is there. While one is made, only the last of further
-moves is kept.
+Every action on the page makes a new mixture or changes how it is sampled; then both images are
+made, the left one first, and each is shown once it is there. While one is made, only the last of
+further actions is kept.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -13,13 +13,13 @@ from augment.centroid import MEANS, NORMS, WALKS
 from augment.core.errors import UserError
 from augment.diffusion.sampling import PROFILES
 from augment.diffusion.solver import SOLVERS
-from augment.explore import takeaway, widgets
+from augment.explore import widgets
 from augment.explore.export import export
 from augment.explore.session import Choice, Explorer, reweighted, toggled
 from augment.plan.plan import Plan
 
 Mixture = tuple[Plan, float | None]
-"""A plan, and what it was thrown with as in `Choice`."""
+"""A plan, and the alpha that it was drawn with as in `Choice`."""
 QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
 BY_HAND = "# Weights set by hand have no command: take the Python lines, or draw."
 
@@ -45,18 +45,17 @@ class Page:
             gradio.HTML(widgets.heading(explorer))
             with gradio.Row(elem_id="page"):
                 with gradio.Column(scale=4, min_width=320):
-                    self._choosing(first)
+                    self._add_controls()
                 with gradio.Column(scale=7, min_width=480):
                     with gradio.Tab("Mix"):
-                        self._images()
+                        self._add_images()
                     with gradio.Tab("Walk"):
-                        self._walk()
+                        self._add_walk()
             self._wire()
 
-    def _choosing(self, first: Plan) -> None:
-        """The left side: class, members, weights, dice, sampling."""
-        gr, first_solver = self.gr, self.explorer.quick
-        _, steps, guidance = self.explorer.usual(first_solver)
+    def _add_controls(self) -> None:
+        """Add the left side: class, members, weights, draw, sampling."""
+        gr, usual = self.gr, self.explorer.sampling(self.explorer.quick)
         self.classes = gr.Dropdown(list(self.named), value=next(iter(self.named)), label="Class")
         self.grid = gr.HTML(js_on_load=widgets.asset("grid.js"))
         self.mixer = gr.HTML(js_on_load=widgets.asset("mixer.js"), elem_id="mixer")
@@ -66,15 +65,16 @@ class Page:
         self.draw = gr.Button("Draw members and weights", size="md")
         with gr.Accordion("Sampling", open=False):
             self.noise = gr.Slider(0, 0.95, 0, step=0.05, label="Share of fresh noise")
-            names = [*PROFILES, *SOLVERS]
-            self.solver = gr.Dropdown(names, value=first_solver, label="Solver")
-            self.steps = gr.Slider(1, 100, steps, step=1, label="Steps")
+            names, first = [*PROFILES, *SOLVERS], self.explorer.quick
+            self.solver = gr.Dropdown(names, value=first, label="Solver")
+            self.steps = gr.Slider(1, 100, usual.steps, step=1, label="Steps")
+            guided = self.explorer.guided
             self.guidance = gr.Slider(
-                1, 15, guidance, step=0.5, label="Guidance", interactive=self.explorer.guided
+                1, 15, usual.guidance, step=0.5, label="Guidance", interactive=guided
             )
 
-    def _images(self) -> None:
-        """The right side: two rules beside each other, and what was kept."""
+    def _add_images(self) -> None:
+        """Add the right side: two rules beside each other, and what was kept."""
         gr = self.gr
         names = [f"{norm}/{mean}" for mean in MEANS for norm in NORMS]
         self.sides = []
@@ -90,13 +90,13 @@ class Page:
                 self.sides.append((rules, image, keep, python, shell))
         self.tray = gr.HTML(elem_id="tray")
         out = self.explorer.out
-        told = widgets.shown(f"Export to {out}") if out else "Export: start with --out DIR"
+        label = widgets.shown(f"Export to {out}") if out else "Export: start with --out DIR"
         with gr.Row(visible=False) as self.tray_buttons:
             self.empty = gr.Button("Empty", size="sm", scale=1)
-            self.export = gr.Button(told, size="sm", scale=3, interactive=out is not None)
+            self.export = gr.Button(label, size="sm", scale=3, interactive=out is not None)
 
-    def _walk(self) -> None:
-        """Two images, and the way between them."""
+    def _add_walk(self) -> None:
+        """Add two images, and the walk between them."""
         gr, self.ends = self.gr, []
         names = (list(self.named) * 2)[:2]
         with gr.Row():
@@ -105,7 +105,7 @@ class Page:
                     ids = list(self.ids_of(name))
                     kind = gr.Dropdown(list(self.named), value=name, label=label)
                     image = gr.Dropdown(ids, value=ids[min(number, len(ids) - 1)], label="Image")
-                self.ends.append((kind, image))
+                self.ends += [kind, image]
         with gr.Row():
             self.way = gr.Dropdown(list(WALKS), value="slerp", label="Walk")
             self.frames = gr.Slider(3, 33, 9, step=2, label="Frames")
@@ -113,7 +113,7 @@ class Page:
         self.player = gr.HTML(js_on_load=widgets.asset("player.js"))
 
     def _wire(self) -> None:
-        """Which hand does what."""
+        """Connect the controls with what they change."""
         rules = [side[0] for side in self.sides]
         self.how = [self.solver, self.steps, self.guidance]
         self.given = [self.mixture, *rules, *self.how]
@@ -128,11 +128,18 @@ class Page:
         for control in (*rules, self.steps, self.guidance):
             self._on(control.input, self.same, fresh=False)
         chosen = self.solver.input(
-            lambda name: self.explorer.usual(name)[1], self.solver, self.steps, **QUIET
+            lambda name: self.explorer.sampling(name).steps, self.solver, self.steps, **QUIET
         )
         self._on(chosen.then, self.same, fresh=False, mode="multiple")
-        self._wire_tray()
-        self._wire_walk()
+        tray = [self.kept, self.tray, self.tray_buttons]
+        for rule, _, keep, *_ in self.sides:
+            keep.click(self.keep, [self.kept, self.mixture, rule, *self.how], tray, **QUIET)
+        self.empty.click(lambda: self.show_tray([]), None, tray, **QUIET)
+        self.export.click(self.exported, self.kept, tray, **QUIET)
+        for kind, image in (self.ends[:2], self.ends[2:]):
+            kind.input(self.images_of, kind, image, **QUIET)
+        inputs = [*self.ends, self.way, self.frames, *self.how]
+        self.go.click(self.walk, inputs, self.player, **{**QUIET, "show_progress": "full"})
 
     def _on(
         self,
@@ -142,11 +149,11 @@ class Page:
         fresh: bool = True,
         mode: str = "always_last",
     ) -> None:
-        """Let an event change the mixture, by a control's value or by what the event tells."""
+        """Let an event change the mixture, by the value of a control or the data of the event."""
 
         def listener(event: self.gr.EventData, mixture: Any, *rest: Any) -> Iterator[list[Any]]:  # type: ignore
-            *how, told = rest if control else (*rest, event._data)
-            yield from self.change(lambda *old: edit(*old, told), mixture, how, fresh)
+            *how, value = rest if control else (*rest, event._data)
+            yield from self.change(lambda *old: edit(*old, value), mixture, how, fresh)
 
         shown = [self.mixture, self.grid, self.mixer]
         shown += [part for _, image, _, *code in self.sides for part in (image, *code)]
@@ -155,122 +162,107 @@ class Page:
             concurrency_id="mixture", **QUIET,  # one after the other: the last move is shown last
         )  # fmt: skip
 
-    def _wire_tray(self) -> None:
-        tray = [self.kept, self.tray, self.tray_buttons]
-        for rule, _, keep, *_ in self.sides:
-            keep.click(self.keep, [self.kept, self.mixture, rule, *self.how], tray, **QUIET)
-        self.empty.click(lambda: self.show_tray([]), None, tray, **QUIET)
-        self.export.click(self.exported, self.kept, tray, **QUIET)
-
-    def _wire_walk(self) -> None:
-        for kind, image in self.ends:
-            kind.input(self.images_of, kind, image, **QUIET)
-        ends = [part for end in self.ends for part in end]
-        told = {**QUIET, "show_progress": "full"}
-        self.go.click(self.walk, [*ends, self.way, self.frames, *self.how], self.player, **told)
-
     def change(
         self, edit: Callable[..., Mixture], mixture: Mixture, how: Any, fresh: bool = True
     ) -> Iterator[list[Any]]:
         """Change the mixture, and show what comes of it, piece by piece.
 
         Args:
-            edit: from a plan and what it was thrown with to the new ones.
-            mixture: the old.
+            edit: maps a plan and its alpha to the new ones.
+            mixture: the old mixture.
             how: both rules, solver, steps, guidance.
             fresh: whether grid and sliders are to be drawn again.
         """
         skip, (*rules, solver, steps, guidance) = self.gr.skip(), how
         try:
-            plan, thrown = edit(*mixture)
+            plan, alpha = edit(*mixture)
             pieces = [skip, skip]
             if fresh:
                 pieces = [widgets.grid(self.explorer, plan), widgets.mixer(self.explorer, plan)]
-            yield [(plan, thrown), *pieces, *[skip] * 6]
+            yield [(plan, alpha), *pieces, *[skip] * 6]
             for side, rule in enumerate(rules):
-                name = self.explorer.usual(solver)[0]
-                choice = Choice(plan, rule, name, int(steps), float(guidance), thrown)
+                choice = self.choice((plan, alpha), rule, solver, steps, guidance)
                 yield [*[skip] * (3 + 3 * side), *self.side(choice), *[skip] * (3 - 3 * side)]
         except UserError as error:
-            raise self.gr.Error(widgets.shown(str(error)), print_exception=False) from None
+            raise self.error(error) from None
+
+    def error(self, error: UserError) -> Exception:
+        """Return an error as gradio shows it."""
+        return self.gr.Error(widgets.shown(str(error)), print_exception=False)
+
+    def choice(self, mixture: Mixture, rule: str, *how: Any) -> Choice:
+        """Return the choice of a mixture, a rule, and solver, steps and guidance."""
+        solver, steps, guidance = how
+        sampling = self.explorer.sampling(solver, int(steps), float(guidance))
+        return Choice(mixture[0], rule, sampling, mixture[1])
 
     def side(self, choice: Choice) -> list[str]:
-        """An image, and the lines to make it again."""
+        """Return an image, and the lines to make it again."""
         return [
             widgets.centroid(self.explorer, choice),
-            widgets.shown(takeaway.python(self.explorer, choice)),
-            widgets.shown(takeaway.command(self.explorer, choice) or BY_HAND),
+            widgets.shown(self.explorer.python(choice)),
+            widgets.shown(self.explorer.command(choice) or BY_HAND),
         ]
 
     def of_class(self, plan: Plan, _: float | None, name: str) -> Mixture:
-        """The first images of another class."""
+        """Take the first images of another class."""
         first = self.explorer.start(self.named[name], len(plan.members))
         return replace(first, noise=plan.noise, seed=plan.seed), None
 
-    def same(self, plan: Plan, thrown: float | None, _: Any) -> Mixture:
-        """As it was."""
-        return plan, thrown
+    def same(self, plan: Plan, alpha: float | None, _: Any) -> Mixture:
+        """Leave the mixture as it is."""
+        return plan, alpha
 
-    def picked(self, plan: Plan, _: float | None, told: dict[str, Any]) -> Mixture:
-        """An image more, or less."""
-        return toggled(plan, self.bank.members[plan.class_name][told["row"]]), None
+    def picked(self, plan: Plan, _: float | None, data: dict[str, int]) -> Mixture:
+        """Add an image, or leave it out."""
+        return toggled(plan, self.bank.members[plan.class_name][data["row"]]), None
 
-    def mixed(self, plan: Plan, thrown: float | None, told: dict[str, Any]) -> Mixture:
-        """Other weights, unless they are of members that were exchanged meanwhile."""
-        weights = [float(weight) for weight in told["weights"]]
-        if len(weights) != len(plan.members):
-            return plan, thrown
-        return reweighted(plan, weights), None
+    def mixed(self, plan: Plan, alpha: float | None, data: dict[str, list[float]]) -> Mixture:
+        """Set other weights, unless they are of members that were exchanged meanwhile."""
+        if len(data["weights"]) != len(plan.members):
+            return plan, alpha
+        return reweighted(plan, data["weights"]), None
 
-    def drawn(self, plan: Plan, thrown: float | None, alpha: float) -> Mixture:
-        """The same dice with another α."""
-        again = 0 if thrown is None else plan.index // len(self.bank.classes)
+    def drawn(
+        self, plan: Plan, old: float | None, alpha: float, following: bool = False
+    ) -> Mixture:
+        """Repeat the draw with another α; the first draw after weights were set by hand."""
+        again = 0 if old is None else plan.index // len(self.bank.classes) + following
         return self.explorer.draw(plan, alpha, again), alpha
 
-    def drawn_again(self, plan: Plan, thrown: float | None, alpha: float) -> Mixture:
-        """The first throw of the dice, or the next."""
-        again = 0 if thrown is None else plan.index // len(self.bank.classes) + 1
-        return self.explorer.draw(plan, alpha, again), alpha
+    def drawn_again(self, plan: Plan, old: float | None, alpha: float) -> Mixture:
+        """Make the first draw, or the next."""
+        return self.drawn(plan, old, alpha, following=True)
 
-    def seeded(self, plan: Plan, thrown: float | None, seed: int | None) -> Mixture:
-        """Other dice; of a mixture by hand, other noise only."""
+    def seeded(self, plan: Plan, alpha: float | None, seed: int | None) -> Mixture:
+        """Draw with another seed; of a mixture by hand, the noise only."""
         plan = replace(plan, seed=int(seed or 0))
-        return (plan, None) if thrown is None else self.drawn(plan, thrown, thrown)
+        return (plan, None) if alpha is None else self.drawn(plan, alpha, alpha)
 
-    def noisy(self, plan: Plan, thrown: float | None, noise: float) -> Mixture:
-        """Another share of noise."""
-        return replace(plan, noise=float(noise)), thrown
+    def noisy(self, plan: Plan, alpha: float | None, noise: float) -> Mixture:
+        """Take another share of noise."""
+        return replace(plan, noise=float(noise)), alpha
 
-    def keep(
-        self,
-        kept: list[Choice],
-        mixture: Mixture,
-        rule: str,
-        solver: str,
-        steps: int,
-        guidance: float,
-    ) -> list[Any]:
+    def keep(self, kept: list[Choice], mixture: Mixture, rule: str, *how: Any) -> list[Any]:
         """Put an image into the tray, if it is not there."""
-        plan, thrown = mixture
-        name = self.explorer.usual(solver)[0]
-        choice = Choice(plan, rule, name, int(steps), float(guidance), thrown)
+        choice = self.choice(mixture, rule, *how)
         return self.show_tray([*kept, *([] if choice in kept else [choice])])
 
     def show_tray(self, kept: Sequence[Choice]) -> list[Any]:
-        """What is kept, its picture, and whether there is anything to do with it."""
+        """Return what is kept, its picture, and whether its buttons are visible."""
         return [list(kept), widgets.tray(self.explorer, kept), self.gr.Row(visible=bool(kept))]
 
     def exported(self, kept: list[Choice]) -> list[Any]:
-        """Write what is kept; the tray is empty then."""
+        """Write what is kept, and empty the tray."""
         try:
             path = export(self.explorer, kept)
         except UserError as error:
-            raise self.gr.Error(widgets.shown(str(error)), print_exception=False) from None
+            raise self.error(error) from None
         self.gr.Info(widgets.shown(f"{len(kept)} images written to {path}"))
         return self.show_tray([])
 
     def images_of(self, name: str) -> Any:
-        """The images of a class to choose from."""
+        """Return the images of a class to choose from."""
         ids = list(self.ids_of(name))
         return self.gr.Dropdown(ids, value=ids[0])
 
@@ -281,14 +273,12 @@ class Page:
     def walk(
         self, home: str, first: str, away: str, last: str, name: str, count: int, *how: Any
     ) -> str:
-        """A walk, ready to be played."""
+        """Return a walk, ready to be played."""
         solver, steps, guidance = how
-        method = self.explorer.usual(solver)[0]
         ends = [(self.named[n], self.ids_of(n).get(i, i)) for n, i in ((home, first), (away, last))]
         try:
-            images, norms = self.explorer.walk(
-                ends, name, int(count), method, int(steps), float(guidance)
-            )
+            sampling = self.explorer.sampling(solver, int(steps), float(guidance))
+            images, norms = self.explorer.walk(ends, name, int(count), sampling)
         except UserError as error:
-            raise self.gr.Error(widgets.shown(str(error)), print_exception=False) from None
+            raise self.error(error) from None
         return widgets.player(images, norms)

@@ -1,17 +1,16 @@
-"""What the explorer does, without a page: choices to images, thumbnails, walks.
+"""The work of the explorer, without a page: images of choices, thumbnails, walks.
 
-A `Choice` is all that one image depends on. It holds a plan as the planner makes it; so what is
-found by hand can be made again, written to shards and told apart like any other synthetic image.
+A `Choice` is everything that one image depends on. It holds a plan as the planner makes it, so what
+is found by hand can be made again and exported like any other synthetic image.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from threading import RLock
 from typing import Any
 
-import torch
 from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
@@ -23,44 +22,41 @@ from augment.centroid.prior import nominal_norm
 from augment.core.errors import ImageRejected, UserError
 from augment.core.files import check_folder
 from augment.diffusion.backbone import Backbone
-from augment.diffusion.sampling import Sampling
-from augment.diffusion.solver import sample
-from augment.inversion import INVERTERS
+from augment.diffusion.sampling import ResolvedSampling, Sampling
 from augment.plan.mixing import Mixing
 from augment.plan.plan import Plan
 from augment.plan.planner import Planner
+from augment.report import provenance
 from augment.shards.write import reduce
 from augment.sources import Source
 from augment.sources.images import decode_image, to_pil
 from augment.synthesis.synthesizer import Synthesizer, resolve
 
-MOST = 5
-"""Members that are mixed at most: more sliders than that nobody moves."""
-KEPT = 32  # images that are kept in memory
+MAX_MEMBERS = 5  # more sliders would be unusable
+CACHED = 32  # images in memory
 THUMBNAIL = 96  # pixels
 
 
 @dataclass(frozen=True)
 class Choice:
-    """All that an image depends on, beside bank and backbone.
+    """Everything that an image depends on, beside bank and backbone.
 
     Args:
         plan: members, weights, share of noise, seed.
-        rule, solver, steps, guidance: see `Synthesizer`; the solver by its own name.
-        alpha: what the plan was thrown with; None if its weights were set by hand.
+        rule: name of the rule.
+        sampling: how the centroid is sampled.
+        alpha: concentration that the plan was drawn with; None if its weights were set by hand.
     """
 
     plan: Plan
     rule: str
-    solver: str
-    steps: int
-    guidance: float
+    sampling: ResolvedSampling
     alpha: float | None = None
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What a centroid is like.
+    """Measurements of a centroid.
 
     Args:
         norm: ‖ẑ‖/√D, near 1 for white noise.
@@ -96,8 +92,8 @@ class Explorer:
         self.bank.check(self.backbone)
         if self.out is not None:
             check_folder(self.out)
-        self._made = lru_cache(KEPT)(self._make)
-        self._synthesizers = lru_cache(KEPT)(self._synthesizer)
+        self._made = lru_cache(CACHED)(self._make)
+        self._synthesizer = lru_cache(CACHED)(self._make_synthesizer)
         self.real = lru_cache(4096)(self._real)
 
     @property
@@ -105,39 +101,37 @@ class Explorer:
         """Whether there are prompts to guide by."""
         return any(map(self.bank.prompt, self.bank.classes))
 
-    def usual(self, solver: str = "exact") -> tuple[str, int, float]:
-        """The solver that a name or profile means, its steps, and the bank's guidance."""
-        usual = resolve(self.bank, Sampling(solver=solver))
-        return usual.solver, usual.steps, usual.guidance
+    def sampling(
+        self, solver: str = "exact", steps: int | None = None, guidance: float | None = None
+    ) -> ResolvedSampling:
+        """Resolve a solver or profile for the bank; see `augment.diffusion.sampling.Sampling`."""
+        return resolve(self.bank, Sampling(solver=solver, steps=steps, guidance=guidance))
 
     @property
     def quick(self) -> str:
         """The solver to begin with: ``fast`` where it is of the kind that undoes the inversion."""
-        return "fast" if self.usual()[0] == self.usual("fast")[0] else "exact"
+        return "fast" if self.sampling().solver == self.sampling("fast").solver else "exact"
 
     def start(self, class_name: str, count: int = 3) -> Plan:
-        """Equal parts of the first images of a class."""
+        """Return equal parts of the first images of a class."""
         members = self.bank.members[class_name][:count]
         label = self.bank.classes.index(class_name)
-        parts = (1 / len(members),) * len(members)
-        return Plan(label, class_name, members, parts, 0.0, 0, 0, label)
+        return Plan.equal(label, class_name, members, label)
 
     def draw(self, plan: Plan, alpha: float, again: int = 0) -> Plan:
-        """As many members of the class, and weights, as ``synthesize`` throws them.
+        """Draw as many members of the class, and weights, as ``synthesize`` does.
 
         Args:
-            plan: what says how many, the noise and the seed.
+            plan: says how many members, the noise and the seed.
             alpha: concentration of the weights.
-            again: the how-manieth throw of the class.
+            again: number of the draw of the class.
         """
-        count = len(plan.members)
-        planner = Planner(
-            self.bank.members, Mixing(seed=plan.seed, alpha=alpha, members=count, noise=plan.noise)
-        )
+        mixing = Mixing(seed=plan.seed, alpha=alpha, members=len(plan.members), noise=plan.noise)
+        planner = Planner(self.bank.members, mixing)
         return planner(0, plan.label + again * len(self.bank.classes), plan.label)
 
     def image(self, choice: Choice) -> Float[Tensor, "c h w"]:
-        """The image of a choice, on the CPU; the last ones are remembered.
+        """Return the image of a choice, on the CPU; the last ones are cached.
 
         Raises:
             UserError: see `Synthesizer`.
@@ -146,107 +140,128 @@ class Explorer:
             return self._made(replace(choice, alpha=None))
 
     def _make(self, choice: Choice) -> Tensor:
-        return self._synthesizer_of(choice).images([choice.plan])[0].cpu()
+        return self._synthesizer(choice.rule, choice.sampling).images([choice.plan])[0].cpu()
 
-    def _synthesizer_of(self, choice: Choice) -> Synthesizer:
-        return self._synthesizers(choice.rule, choice.solver, choice.steps, choice.guidance)
-
-    def _synthesizer(self, rule: str, solver: str, steps: int, guidance: float) -> Synthesizer:
-        return Synthesizer(
-            self.backbone,
-            self.bank,
-            Rule.parse(rule),
-            Sampling(solver=solver, steps=steps, guidance=guidance),
-        )
+    def _make_synthesizer(self, rule: str, sampling: ResolvedSampling) -> Synthesizer:
+        return Synthesizer(self.backbone, self.bank, Rule.parse(rule), sampling)
 
     def facts(self, choice: Choice) -> Facts:
-        """What the centroid of a choice is like."""
+        """Measure the centroid of a choice."""
         with self._lock:
-            made = self._synthesizer_of(choice)
-            centroid = made.centroid(choice.plan)
-            points, weights = made.points(choice.plan)
-        means, average = centroid.mean((-2, -1)), weights @ points.mean((-2, -1))
+            mixture = self._synthesizer(choice.rule, choice.sampling).mix([choice.plan])
+        centroid, average = mixture.centroids[0], mixture.averages[0]
         norm = centroid.norm().item() / nominal_norm(centroid.numel())
-        return Facts(norm, means.abs().max().item(), average.abs().max().item())
+        bias = centroid.mean((-2, -1)).abs().max().item()
+        return Facts(norm, bias, average.abs().max().item())
+
+    def python(self, choice: Choice) -> str:
+        """Return lines of Python that make the image of a choice."""
+        plan = f"Plan.from_json({choice.plan.to_json()!r})"
+        return provenance.python(self.bank, plan, choice.rule, choice.sampling, self.recipe)
+
+    def command(self, choice: Choice) -> str | None:
+        """Return the command that makes the image among others; None for weights set by hand.
+
+        The image is the one of the plan's index: ``shards[index]``.
+        """
+        plan, sampling = choice.plan, choice.sampling
+        again = plan.index // len(self.bank.classes)
+        if choice.alpha is None or plan != self.draw(plan, choice.alpha, again):
+            return None
+        name = self.recipe["name_or_path"]
+        options = {
+            "bank": str(self.bank.path.absolute()),
+            "out": "centroids",
+            "per_class": again + 1,
+            "rule": choice.rule,
+            "alpha": choice.alpha,
+            "seed": plan.seed,
+            "members": len(plan.members),
+            "noise": plan.noise,
+            "solver": sampling.solver,
+            "steps": sampling.steps,
+            "guidance": sampling.guidance,
+            "extension": "png",
+            "backbone": None if name == self.bank.recipe["name_or_path"] else name,
+            "device": self.recipe.get("device"),
+        }
+        return provenance.command("synthesize", options, " \\\n    ")
 
     def _real(self, class_name: str, image_id: str) -> Image.Image | None:
-        """A small picture of a real image; None if the file is not there, or is another one."""
+        """Return a small picture of a real image; None if its file is gone or has changed."""
         root = Path(self.bank.manifest.source) if self.source is None else self.source
         try:
             # whatever an id says, only an image that the bank was made from is ever shown
             content = read_original(root, image_id, self.bank.digests(class_name)[image_id])
             form = self.backbone.channels, self.backbone.resolution
-            image = decode_image(content, *form, self.bank.background)
+            return thumbnail(decode_image(content, *form, self.bank.background))
         except ImageRejected:
             return None
-        return to_pil(reduce(image[None], THUMBNAIL)[0])
 
     def thumbnail(self, class_name: str, image_id: str) -> Image.Image:
-        """A small picture of a member: the real image or, where that is gone, its latent's."""
+        """Return a small picture of a member: the real image, or its latent's if that is gone."""
         known = self.real(class_name, image_id)
         if known is None:
             plan = replace(self.start(class_name), members=(image_id,), weights=(1.0,))
-            image = self.image(Choice(plan, "lin/0", *self.usual()))
-            known = to_pil(reduce(image[None], THUMBNAIL)[0])
+            known = thumbnail(self.image(Choice(plan, "lin/0", self.sampling())))
         return known
 
     def walk(
-        self,
-        ends: Sequence[tuple[str, str]],
-        name: str,
-        count: int,
-        solver: str,
-        steps: int,
-        guidance: float,
+        self, ends: Sequence[tuple[str, str]], name: str, count: int, sampling: ResolvedSampling
     ) -> tuple[Float[Tensor, "t c h w"], list[float]]:
-        """The images of a walk, on the CPU, and ‖z‖/√D of its latents.
+        """Return the images of a walk, on the CPU, and ‖z‖/√D of its latents.
 
         Each latent is sampled with the prompt of the nearer end.
 
         Args:
             ends: class and image id of both.
-            name: of the walk, a key of `augment.centroid.WALKS`.
-            count: latents, both ends among them.
-            solver: by its own name.
-            steps: of it.
-            guidance: see `Synthesizer`.
+            name: name of the walk, a key of `augment.centroid.WALKS`.
+            count: number of latents, both ends among them.
+            sampling: how they are sampled.
         """
         (home, first), (away, last) = ends
         both = Plan(0, home, (first, last), (0.5, 0.5), 0.0, 0, 0, 0, (home, away))
         places = [i / max(count - 1, 1) for i in range(count)]
+        plans = [
+            replace(both, class_name=home if place < 0.5 else away, weights=(1 - place, place))
+            for place in places
+        ]
         with self._lock:
             points = self.bank.gather([both])[0][0]
             latents = walk(points[0], points[1], count, name)
-            made = self._synthesizer("lin/0", solver, steps, guidance)
-            prompts = [made.prompt(home if place < 0.5 else away) for place in places]
-            plans = [replace(both, weights=(1 - place, place)) for place in places]
-            method = INVERTERS[self.bank.inversion["method"]]
-            images = sample(
-                self.backbone, latents, prompts, solver, steps, guidance,
-                negative=prompts if method.negative == "prompt" else None,
-                nulls=torch.stack([made.null(p) for p in plans]) if made.has_nulls else None,
-            )  # fmt: skip
+            images = self._synthesizer("lin/0", sampling).sample(latents, plans)
         norms = latents.flatten(1).norm(dim=1) / nominal_norm(latents[0].numel())
         return images.cpu(), norms.tolist()
 
 
+def thumbnail(image: Float[Tensor, "c h w"]) -> Image.Image:
+    """Return a small picture of an image."""
+    return to_pil(reduce(image[None], THUMBNAIL)[0])
+
+
+def settings(choice: Choice) -> dict[str, object]:
+    """Return everything that a choice says, flat, for JSON."""
+    how = asdict(choice)
+    return how.pop("plan") | how.pop("sampling") | how
+
+
 def reweighted(plan: Plan, weights: Sequence[float]) -> Plan:
-    """A plan with weights that were set by hand, of any sum; equal ones if all are 0.
+    """Return a plan with other weights, scaled to sum 1; equal ones if all are 0.
 
     >>> plan = Plan(0, "ant", ("a", "b"), (0.5, 0.5), 0.0, 0, 0, 0)
     >>> reweighted(plan, [3, 1]).weights
     (0.75, 0.25)
     """
-    total = sum(weights)
+    total = float(sum(weights))
     shares = [weight / total if total > 0 else 1 / len(weights) for weight in weights]
     return replace(plan, weights=tuple(shares))
 
 
 def toggled(plan: Plan, image_id: str) -> Plan:
-    """A plan with one member more, of an equal share, or without it.
+    """Return a plan with one member more, of an equal share, or without it.
 
     Raises:
-        UserError: there would be none, or more than `MOST`.
+        UserError: there would be no member, or more than `MAX_MEMBERS`.
     """
     parts = dict(zip(plan.members, plan.weights, strict=True))
     if image_id in parts:
@@ -254,9 +269,9 @@ def toggled(plan: Plan, image_id: str) -> Plan:
     else:
         parts = {i: w * len(parts) / (len(parts) + 1) for i, w in parts.items()}
         parts[image_id] = 1 / (len(parts) + 1)
-    if not 1 <= len(parts) <= MOST:
+    if not 1 <= len(parts) <= MAX_MEMBERS:
         raise UserError(
-            f"expected 1 to {MOST} members, got {len(parts)}; take another one "
+            f"expected 1 to {MAX_MEMBERS} members, got {len(parts)}; take another one "
             + ("in first" if not parts else "out first")
         )
     return reweighted(replace(plan, members=tuple(parts)), list(parts.values()))

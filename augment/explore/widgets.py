@@ -15,15 +15,14 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from augment.explore.session import THUMBNAIL, Choice, Explorer
+from augment.explore.session import Choice, Explorer, thumbnail
 from augment.plan.plan import Plan
-from augment.shards.write import reduce
 from augment.sources.images import to_pil
 
 CORNERS = ((80.0, 0.0), (0.0, 138.0), (160.0, 138.0))
 """Corners of the triangle of three weights, in the units of its drawing."""
-SHOWN = 120
-"""Images of a class that are shown to choose from; the dice choose from all."""
+MAX_SHOWN = 120
+"""Maximum number of images of a class to choose from; a draw chooses from all."""
 COARSE = 64  # pixels up to which they are shown as squares, not blurred
 
 
@@ -37,35 +36,34 @@ def shown(name: str) -> str:
     return name.encode("utf-8", "backslashreplace").decode()
 
 
-def picture(image: Image.Image, told: str, more: str = "") -> str:
-    """An image in HTML, exactly (PNG).
+def picture(image: Image.Image, alt: str, more: str = "") -> str:
+    """Return an image in HTML, exactly (PNG).
 
     Args:
         image: grey or RGB.
-        told: what it is, for those who do not see it.
-        more: attributes.
+        alt: what it is, for those who do not see it.
+        more: other attributes.
     """
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
     content = base64.b64encode(buffer.getvalue()).decode()
     coarse = ' data-coarse=""' if max(image.size) <= COARSE else ""
-    return f'<img src="data:image/png;base64,{content}" alt="{escape(shown(told))}"{coarse} {more}>'
+    return f'<img src="data:image/png;base64,{content}" alt="{escape(shown(alt))}"{coarse} {more}>'
 
 
 def heading(explorer: Explorer) -> str:
-    """What is being explored."""
+    """Return what is being explored."""
     bank = explorer.bank
     count, classes = sum(map(len, bank.members.values())), len(bank.classes)
-    method = f"{bank.inversion['method']} in {bank.inversion['steps']} steps"
     model = bank.fingerprint["backbone"]["name"]
-    told = f"{count} latents of {classes} classes by {model}, {method} · {bank.path}"
-    return f'<p><b>Explorer</b> <span class="small">{escape(shown(told))}</span></p>'
+    title = f"{count} latents of {classes} classes by {model}, {bank.inverted_by} · {bank.path}"
+    return f'<p><b>Explorer</b> <span class="small">{escape(shown(title))}</span></p>'
 
 
 def grid(explorer: Explorer, plan: Plan) -> str:
-    """The images of a class, to choose members from."""
+    """Return the images of a class, to choose members from."""
     ids, cells = explorer.bank.members[plan.class_name], []
-    for row, image_id in enumerate(ids[:SHOWN]):
+    for row, image_id in enumerate(ids[:MAX_SHOWN]):
         known = explorer.real(plan.class_name, image_id)
         inner = picture(known, image_id) if known else escape(shown(PurePath(image_id).stem))
         chosen = str(image_id in plan.members).lower()
@@ -77,7 +75,7 @@ def grid(explorer: Explorer, plan: Plan) -> str:
 
 
 def mixer(explorer: Explorer, plan: Plan) -> str:
-    """A slider for each member's weight; for three, a triangle to drag in as well."""
+    """Return a slider for each member's weight; for three, a triangle to drag in as well."""
     names = [escape(shown(image_id)) for image_id in plan.members]
     images = [
         picture(explorer.thumbnail(plan.class_name, image_id), image_id)
@@ -92,7 +90,7 @@ def mixer(explorer: Explorer, plan: Plan) -> str:
 
 
 def triangle(plan: Plan, images: Sequence[str]) -> str:
-    """The simplex of three members, images at its corners, the plan's weights a dot in it."""
+    """Return the simplex of three members, with a dot at the plan's weights."""
     x, y = (
         sum(w * corner[axis] for w, corner in zip(plan.weights, CORNERS, strict=True))
         for axis in (0, 1)
@@ -109,28 +107,28 @@ def triangle(plan: Plan, images: Sequence[str]) -> str:
 
 
 def centroid(explorer: Explorer, choice: Choice) -> str:
-    """The image of a choice, and what its centroid is like."""
+    """Return the image of a choice, and measurements of its centroid."""
     image, facts = to_pil(explorer.image(choice)), explorer.facts(choice)
-    told = f"{choice.plan.class_name}, {choice.rule}"
+    title = f"{choice.plan.class_name}, {choice.rule}"
     count, members = choice.plan.effective_count, len(choice.plan.members)
     return (
-        f"<figure>{picture(image, told)}<figcaption>norm {facts.norm:.3f} √D · channel bias "
+        f"<figure>{picture(image, title)}<figcaption>norm {facts.norm:.3f} √D · channel bias "
         f"{facts.bias:.3f} (average {facts.average:.3f})<br>mixes {count:.1f} of {members} members"
         "</figcaption></figure>"
     )
 
 
 def tray(explorer: Explorer, choices: Sequence[Choice]) -> str:
-    """The images that were kept."""
+    """Return the images that were kept."""
     images = "".join(
-        picture(small(explorer.image(choice)), f"{choice.plan.class_name}, {choice.rule}")
+        picture(thumbnail(explorer.image(choice)), f"{choice.plan.class_name}, {choice.rule}")
         for choice in choices
     )
     return f'<div class="tray">{images}</div>'
 
 
 def player(images: Float[Tensor, "t c h w"], norms: Sequence[float]) -> str:
-    """The frames of a walk, to be played or pulled through."""
+    """Return the frames of a walk, to be played or pulled through."""
     last = len(images) - 1
     places = [f"γ {i / last:.2f} · norm {norm:.3f} √D" for i, norm in enumerate(norms)]
     frames = [
@@ -143,8 +141,3 @@ def player(images: Float[Tensor, "t c h w"], norms: Sequence[float]) -> str:
         f'aria-label="place on the walk"></div><output class="small">{places[0]}</output>'
         f'<div class="film">{"".join(frames)}</div></div>'
     )
-
-
-def small(image: Float[Tensor, "c h w"]) -> Image.Image:
-    """An image as small as thumbnails are."""
-    return to_pil(reduce(image[None], THUMBNAIL)[0])

@@ -5,8 +5,8 @@ the latents in plain sentences, and the same members mixed by each rule, and the
 
 The file needs no other and no network. `augment.measure.health` says what is wrong,
 `augment.report.plots` draws it, `augment.report.gallery` makes the pictures,
-`augment.report.again` knows how each is made again, `augment.report.facts` has the numbers, and
-`augment.report.page` puts it all together.
+`augment.report.provenance` knows how each is made again, `augment.report.facts` has the numbers,
+and `augment.report.page` puts it all together. `augment.report.evaluate` measures without pictures.
 """
 
 from collections.abc import Sequence
@@ -26,9 +26,9 @@ from augment.diffusion.backbone import Backbone
 from augment.measure.bias import BIAS_THRESHOLD
 from augment.measure.health import ClassHealth, findings, from_most_biased
 from augment.report import facts, page
-from augment.report.again import Making
 from augment.report.gallery import BACK, Gallery, side_of
 from augment.report.plots import bias_plot, norm_plot
+from augment.report.provenance import Provenance
 from augment.report.tiles import sprite
 from augment.sources import Source, place_of
 
@@ -55,14 +55,14 @@ def write_report(
         bank: the bank.
         out: the HTML file.
         shards: folder of synthetic images made with it; it need not be finished.
-        backbone: that the bank was made with, to sample some images back and to make centroids;
-            without it there are only the images on disk.
-        rules: of the centroids, which have the members, weights and noise of the shards' first
-            images, or else of those that ``synthesize`` makes by default.
-        classes: of how many classes at most; they are spread from the most biased to the least.
+        backbone: the model that the bank was made with, to sample some images back and to make
+            centroids; without it there are only the images on disk.
+        rules: names of the rules of centroids, which have the members, weights and noise of the
+            shards' first images, or else of those that ``synthesize`` makes by default.
+        classes: maximum number of classes to make images of, from the most biased to the least.
         images: the real images, a folder or a source; by default where they were.
         pool: file of a `ReplayPool`, for its throughput and reuse.
-        command: that is said to have made the report.
+        command: the command that made the report, to be shown.
 
     Returns:
         The file.
@@ -75,63 +75,51 @@ def write_report(
     if classes < 0:
         raise UserError(f"expected a number of classes ≥ 0, got {classes}; 0 makes no images")
     names = [str(Rule.parse(rule)) for rule in rules]
-    making = Making.of(bank, None if shards is None else Path(shards))
-    more = facts.pool_facts(Path(pool)) if pool else {}
+    provenance = Provenance.of(bank, None if shards is None else Path(shards))
+    pool_facts = facts.pool_facts(Path(pool)) if pool else {}
     health = [bank.health(name) for name in tqdm(bank.classes, "measure", unit="class", delay=2)]
     some = [] if backbone is None else from_most_biased(health, classes)
     side = side_of(bank, backbone, len(health), len(some), len(names))
-    gallery = Gallery(making, backbone, names, place_of(images), side)
+    gallery = Gallery(provenance, backbone, names, place_of(images), side)
     if some:
         gallery.paint(some)
-    records = [record(gallery, c) for c in tqdm(health, "pictures", unit="class", delay=2)]
+    records = [_record(gallery, c) for c in tqdm(health, "pictures", unit="class", delay=2)]
+    numbers = facts.bank_facts(bank, health) | facts.synthetic_facts(gallery) | pool_facts
     parts = {
         "name": escape("/".join(bank.path.parts[-2:])),  # most banks are called bank
         "path": escape(f"{bank.path} · {date.today()} · latent-augment {__version__}"),
         "summary": escape(facts.summary(bank, health)),
         "findings": page.finding_items(findings(health, bank.inverted_by)),
-        "facts": page.facts_list(
-            facts.bank_facts(bank, health) | facts.making_facts(gallery) | more
-        ),
+        "facts": page.facts_list(numbers),
         "norms": norm_plot(health),
         "bias": bias_plot(bank, health),
         "worst": escape(from_most_biased(health, 1)[0].name),
         "notes": page.paragraphs(facts.notes(gallery, len(some), len(health))),
         "rejects": page.rejects_section(facts.rejects_of(bank)),
-        "making": facts.making_section(making, command),
+        "making": facts.making_section(provenance, command),
     }
-    filters = making.settings.filters
+    folder = provenance.folder
+    filters = folder.manifest.filters if folder else {}
     data = {
         "side": side,
         "pairs": BACK,
         "threshold": BIAS_THRESHOLD,
-        "columns": facts.columns(making, health),
-        "rules": names,
+        "columns": facts.columns(folder, health),
         "minima": {name: settings.get("minimum") for name, settings in filters.items()},
-        "code": {"dice": making.code(), "shards": making.code(from_shards=True)},
-        "prompts": making.settings.prompts or {},
         "classes": records,
     }
     write_bytes(Path(out), page.assemble(parts, data))
     return Path(out)
 
 
-def record(gallery: Gallery, health: ClassHealth) -> dict[str, Any]:
-    """What the page knows of a class."""
-    bank, making, name = gallery.bank, gallery.making, health.name
+def _record(gallery: Gallery, health: ClassHealth) -> dict[str, object]:
+    """Return what the page shows of a class."""
+    bank, folder, name = gallery.bank, gallery.provenance.folder, health.name
     tiles = gallery.tiles(health)
-    row = health.row()
-    found = {
-        "name": row.pop("class"),
-        **row,
-        "label": bank.classes.index(name),
-        "prompt": bank.prompt(name),
-    }
-    if making.shards is not None:
-        why = {key: counts[name] for key, counts in making.tally.refused.items() if counts[name]}
-        more = {"synthetic": len(making.rows(name)), "refused": sum(why.values()), "why": why}
-        found |= more
-    return {
-        **found,
-        "sprite": sprite(tiles),
-        "tiles": [{"kind": tile.kind, **tile.about} for tile in tiles],
-    }
+    record: dict[str, object] = {"name": name, "prompt": bank.prompt(name)}
+    record["label"] = bank.classes.index(name)
+    record |= {key: value for key, value in health.row().items() if key != "class"}
+    if folder is not None:
+        why = {key: counts[name] for key, counts in folder.tally.refused.items() if counts[name]}
+        record |= {"synthetic": len(folder.rows(name)), "refused": sum(why.values()), "why": why}
+    return {**record, "sprite": sprite(tiles), "tiles": [tile.record() for tile in tiles]}

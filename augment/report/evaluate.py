@@ -43,17 +43,6 @@ from augment.sources import Source
 from augment.sources.images import prepare
 from augment.synthesis.synthesizer import Synthesizer
 
-__all__ = [
-    "EmbeddedSet",
-    "Evaluation",
-    "embed",
-    "evaluate_bank",
-    "evaluate_images",
-    "form_of",
-    "lpips_for",
-    "markdown",
-]
-
 Row = dict[str, str | float]
 """Cells by the titles of their columns."""
 Form = tuple[int, int]
@@ -115,7 +104,7 @@ class Evaluation:
         write_bytes(root / "evaluation.png", content.getvalue())
 
 
-def markdown(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+def markdown(rows: Sequence[Mapping[str, object]]) -> Iterator[str]:
     """Yield the lines of a table of rows with the same keys."""
     cells = [list(rows[0]), *([_cell(value) for value in row.values()] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
@@ -125,7 +114,7 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
             yield "|" + "|".join("-" * (w + 2) for w in widths) + "|"
 
 
-def _cell(value: Any) -> str:
+def _cell(value: object) -> str:
     if value is None or _is_nan(value):
         return ""
     if isinstance(value, bool):
@@ -133,7 +122,7 @@ def _cell(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _is_nan(value: Any) -> bool:
+def _is_nan(value: object) -> bool:
     return isinstance(value, float) and not math.isfinite(value)
 
 
@@ -244,16 +233,11 @@ class EmbeddedSet:
         return EmbeddedSet(self.features[rows], self.labels[rows])
 
     def distance(self, real: "EmbeddedSet") -> Tensor:
-        """Return the `class_distance` of each image."""
-        return class_distance(self.features, self.labels, real.features, real.labels)
-
-    @property
-    def own_distance(self) -> float:
-        """The mean class distance to the other images of the set; NaN if a class has one image."""
-        if self.labels.bincount()[self.labels.unique()].min() < 2:
-            return math.nan
-        pair = self.features, self.labels
-        return class_distance(*pair, *pair, same=True).mean().item()
+        """Return the `class_distance` of each image; of the set itself, NaN if a class has one."""
+        if self is real and self.labels.bincount()[self.labels.unique()].min() < 2:
+            return torch.tensor(math.nan)
+        sets = self.features, self.labels, real.features, real.labels
+        return class_distance(*sets, same=self is real)
 
 
 def evaluate_images(
@@ -357,7 +341,7 @@ def _measures(
         split = precision_recall(rest, some, NEAREST)
         for name, values in precision_recall(sets[1], sets[0], NEAREST).items():
             yield _mean_row(name, values, split[name].mean().item())
-    yield _mean_row("class distance", ours.distance(theirs), theirs.own_distance)
+    yield _mean_row("class distance", ours.distance(theirs), theirs.distance(theirs).mean().item())
     yield _mean_row("nearest real", near, among.mean().item())
     copies, usual = ((x < COPY_THRESHOLD).double() for x in (near, among))
     yield _mean_row(f"copies (nearest < {COPY_THRESHOLD})", copies, usual.mean().item())
@@ -372,7 +356,6 @@ def _mean_row(name: str, values: Tensor, real: float) -> Row:
 def _class_rows(
     ours: EmbeddedSet, theirs: EmbeddedSet, near: Tensor, classes: list[str]
 ) -> Iterator[Row]:
-    """Yield a row of each class that has synthetic images."""
     for label in ours.labels.unique().tolist():
         fake, real = ours.of(label), theirs.of(label)
         yield {
@@ -380,7 +363,7 @@ def _class_rows(
             "real": len(real.labels),
             "synthetic": len(fake.labels),
             "class distance": fake.distance(real).mean().item(),
-            "of real": real.own_distance,
+            "of real": real.distance(real).mean().item(),
             "diversity": diversity(fake.features),
             "of real images": diversity(real.features),
             "nearest real": near[ours.labels == label].median().item(),

@@ -1,6 +1,7 @@
-"""What a report says in words and numbers beside its pictures and plots."""
+"""Sentences and numbers of a report, beside its pictures and plots."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
 from statistics import fmean, median
@@ -15,53 +16,56 @@ from augment.core.schema import as_object
 from augment.measure.health import ClassHealth
 from augment.measure.latents import norm_law
 from augment.replay.store import CONTROL, MAGIC
-from augment.report.again import Making, invert_command, synthesize_command
 from augment.report.gallery import Gallery
 from augment.report.page import code_block, settings_block
+from augment.report.provenance import (
+    Provenance,
+    ShardFolder,
+    invert_command,
+    synthesize_command,
+)
 from augment.sources import Source
 
 
 def summary(bank: LatentBank, health: Sequence[ClassHealth]) -> str:
-    """What the bank is, in a line."""
-    total, method = sum(c.statistics.count for c in health), bank.inversion
+    """Describe the bank in a line."""
     counts = [c.statistics.count for c in health]
     each = f"{min(counts)}" if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"
     return (
-        f"{total:,} images of {len(health):,} classes, {each} each, inverted with "
-        f"{bank.recipe['name_or_path']} by {method['method']} in {method['steps']} steps"
+        f"{sum(counts):,} images of {len(health):,} classes, {each} each, inverted with "
+        f"{bank.recipe['name_or_path']} by {bank.inverted_by}"
     )
 
 
 def bank_facts(bank: LatentBank, health: Sequence[ClassHealth]) -> dict[str, str]:
-    """Numbers of the bank."""
-    shape, made = bank.manifest.latent_shape, bank.manifest.made_with
+    """Return numbers of the bank."""
     norms = [norm for c in health for norm in c.norms]
     psnrs = [c.psnr for c in health if c.psnr is not None]
-    law, spread = norm_law(health[0].statistics.dim)
+    law, deviation = norm_law(health[0].statistics.dim)
+    versions = bank.manifest.made_with.items()
     return {
-        "latent": " × ".join(map(str, shape)),
+        "latent": " × ".join(map(str, bank.manifest.latent_shape)),
         "guidance": f"{bank.inversion['guidance']:g}",
-        "norm / √D": f"{fmean(norms):.3f} (white noise {law:.3f} ± {spread:.3f})",
+        "norm / √D": f"{fmean(norms):.3f} (white noise {law:.3f} ± {deviation:.3f})",
         "sampled back": f"{fmean(psnrs):.1f} dB (PSNR)" if psnrs else "not measured",
         "left out": f"{len(rejects_of(bank))} images",
-        "made with": ", ".join(f"{name} {version}" for name, version in made.items()),
+        "made with": ", ".join(f"{name} {version}" for name, version in versions),
     }
 
 
-def making_facts(gallery: Gallery) -> dict[str, str]:
-    """Numbers of the synthetic images, and of those that were made for the report."""
-    making, facts = gallery.making, {}
-    if making.shards is not None:
-        tally, kept = making.tally, making.settings
+def synthetic_facts(gallery: Gallery) -> dict[str, str]:
+    """Return numbers of the synthetic images, and of those that were made for the report."""
+    folder, facts = gallery.provenance.folder, {}
+    if folder is not None:
+        tally, manifest = folder.tally, folder.manifest
         facts["synthetic"] = (
-            f"{tally.written:,} images by {kept.rule if making.job else 'hand'}, in "
-            f"{tally.shards} of {kept.shards} shards"
+            f"{tally.written:,} images by {manifest.rule}, in {tally.shards} of {manifest.shards} "
+            "shards"
         )
         facts["kept"] = f"{tally.written / max(tally.wanted, 1):.1%} of those wanted"
         for name, counts in tally.refused.items():
             facts[f"refused by {name}"] = f"{counts.total():,} candidates"
-        pace = shard_pace(making)
-        if pace:
+        if pace := shard_pace(folder):
             facts["written at"] = f"{pace:.3g} images/s, by the dates of the shards"
     count, seconds = gallery.speed
     if count:
@@ -71,37 +75,36 @@ def making_facts(gallery: Gallery) -> dict[str, str]:
     return facts
 
 
-def shard_pace(making: Making) -> float | None:
-    """Images a second between one shard and the next, by the dates of their records.
+def shard_pace(folder: ShardFolder) -> float | None:
+    """Return the images a second between one shard and the next, by the dates of their records.
 
-    The median, so that a pause does not count. None where two shards or fewer tell too little, or
+    The median, so that a pause does not count. None if there are two shards or fewer, or their
     dates are alike as after a copy.
     """
-    assert making.shards is not None
-    records = [path.with_suffix(".json") for path in making.shards.paths]
+    records = [path.with_suffix(".json") for path in folder.shards.paths]
     dates = sorted(path.stat().st_mtime for path in records)
     gaps = [b - a for a, b in pairwise(dates)]
     if len(gaps) < 2 or median(gaps) < 0.01:
         return None
-    return len(making.shards) / len(records) / median(gaps)
+    return len(folder.shards) / len(records) / median(gaps)
 
 
 def pool_facts(path: Path) -> dict[str, str]:
-    """Throughput and reuse factor of a replay pool, from its file.
+    """Return throughput and reuse factor of a replay pool, from its file.
 
     Raises:
         UserError: there is none.
     """
     try:
-        found: Any = np.fromfile(path, CONTROL, 1)
+        control: Any = np.fromfile(path, CONTROL, 1)
     except OSError as error:
         raise UserError(
             f"expected the file of a replay pool at {path}, got {error.strerror or error}; give "
             "the path that the pool has"
         ) from None
-    if not len(found) or found["magic"][0] != MAGIC:
+    if not len(control) or control["magic"][0] != MAGIC:
         raise UserError(f"expected the file of a replay pool at {path}, got another; choose that")
-    control = found[0]
+    control = control[0]
     made, draws = int(control["made"]), int(control["draws"].sum())
     seconds = float(control["beat"] - control["started"])
     facts = {
@@ -113,115 +116,101 @@ def pool_facts(path: Path) -> dict[str, str]:
 
 
 def rejects_of(bank: LatentBank) -> list[Reject]:
-    """The images that were left out."""
+    """Return the images that were left out."""
     return [r for chunks in bank.chunks.values() for c in chunks for r in c.rejects]
 
 
-def columns(making: Making, health: Sequence[ClassHealth]) -> list[dict[str, Any]]:
-    """The columns of the table: key, title, digits after the point, and what they are."""
+@dataclass(frozen=True)
+class Column:
+    """A column of the table of classes: key in their records, heading, digits, explanation."""
+
+    key: str
+    title: str
+    digits: int
+    hint: str
+
+
+def columns(folder: ShardFolder | None, health: Sequence[ClassHealth]) -> list[dict[str, object]]:
+    """Return the columns of the table that have values."""
     shown = [
-        ("latents", "Images", 0, "real images in the bank"),
-        ("bias", "Bias", 3, "the largest |channel mean| of the latents; white noise has 0"),
-        (
-            "fix/0 bias",
-            "by fix/0",
-            2,
-            "what fix/0 makes of the bias with all members in equal parts",
-        ),
-        (
-            "norm sigmas",
-            "Norm, σ",
-            1,
-            "standard errors by which the mean norm is off white noise's",
-        ),
+        Column("latents", "Images", 0, "real images in the bank"),
+        Column("bias", "Bias", 3, "the largest |channel mean| of the latents; white noise has 0"),
+        Column("fix/0 bias", "by fix/0", 2, "what fix/0 makes of it with all in equal parts"),
+        Column("norm sigmas", "Norm, σ", 1, "standard errors of the mean norm off white noise's"),
     ]
     if any(c.errors for c in health):
-        shown.append(("PSNR", "Back, dB", 1, "PSNR of the images sampled back from their latents"))
-    if making.shards is not None:
-        shown.append(("synthetic", "Synthetic", 0, "synthetic images in the shards"))
-    if making.tally.refused:
-        shown.append(("refused", "Refused", 0, "times that a filter refused a candidate"))
-    keys = ("key", "title", "digits", "hint")
-    return [dict(zip(keys, column, strict=True)) for column in shown]
+        shown.append(Column("PSNR", "Back, dB", 1, "PSNR of the images sampled back"))
+    if folder is not None:
+        shown.append(Column("synthetic", "Synthetic", 0, "synthetic images in the shards"))
+        if folder.tally.refused:
+            hint = "times that a filter refused a candidate"
+            shown.append(Column("refused", "Refused", 0, hint))
+    return [asdict(column) for column in shown]
 
 
-def notes(gallery: Gallery, painted: int, classes: int) -> list[str]:
-    """What one has to know of the pictures, in sentences."""
-    making, told = gallery.making, []
-    if not painted:
-        told.append("No images were made for this report (without a backbone, or classes).")
-    else:
-        some = (
-            "all classes"
-            if painted == classes
-            else f"{painted} classes, from the most biased to the least"
-        )
-        whose = (
-            "the shards' first images have" if making.planned else "synthesize throws by default"
-        )
-        told.append(
+def notes(gallery: Gallery, painted: int, classes: int) -> Iterator[str]:
+    """Yield what one has to know of the pictures, in sentences."""
+    provenance = gallery.provenance
+    if painted:
+        ends = ", from the most biased to the least"
+        some = "all classes" if painted == classes else f"{painted} classes{ends}"
+        whose = "the shards' first images have" if provenance.planned else "synthesize draws first"
+        yield (
             f"Centroids, of {some}: each row has the members and weights that {whose}, mixed by "
             "each rule, so that only the rule differs."
         )
+    else:
+        yield "No images were made for this report (without a backbone, or classes)."
     if gallery.missing:
         given = gallery.root.root if isinstance(gallery.root, Source) else gallery.root
-        where = given or making.bank.manifest.source
-        told.append(
+        where = given or provenance.bank.manifest.source
+        yield (
             f"{gallery.missing} real images are not in {where} as they were inverted, and have no "
             "picture here; say where they are with --images."
         )
-    return told + shard_notes(gallery, painted)
+    if provenance.folder is not None:
+        yield from _shard_notes(provenance, provenance.folder, painted)
 
 
-def shard_notes(gallery: Gallery, painted: int) -> list[str]:
-    """What one has to know of the synthetic images."""
-    making, told = gallery.making, []
-    if making.shards is None:
-        return told
-    kept = making.settings
-    if not making.job:
-        told.append("The synthetic images were chosen one by one, with explore.")
-    if making.tally.shards < kept.shards:
-        told.append(
-            f"The synthetic images are not finished: {making.tally.shards} of {kept.shards} "
-            "shards are there; the same synthesize command goes on."
+def _shard_notes(provenance: Provenance, folder: ShardFolder, painted: int) -> Iterator[str]:
+    tally, manifest = folder.tally, folder.manifest
+    if tally.shards < manifest.shards:
+        yield (
+            f"The synthetic images are not finished: {tally.shards} of {manifest.shards} shards "
+            "are there; the same synthesize command goes on."
         )
-    lacking = [
-        repr(name)
-        for name, (count, _) in making.tally.by_class(kept.classes).items()
-        if not count and making.tally.shards == kept.shards
-    ]
-    if lacking:
-        told.append(f"No synthetic images are there of {first_few(lacking)}.")
-    if kept.bank != making.bank.digest:
-        told.append("The bank is no longer as it was when the synthetic images were made.")
-    if making.tally.refused:
-        if kept.refine:
+    else:
+        counts = tally.by_class(manifest.classes).items()
+        if lacking := [repr(name) for name, (count, _) in counts if not count]:
+            yield f"No synthetic images are there of {first_few(lacking)}."
+    if manifest.bank != provenance.bank.digest:
+        yield "The bank is no longer as it was when the synthetic images were made."
+    if tally.refused:
+        if manifest.refine:
             how = "refined ones are not made again here"
-        elif not making.planned:
+        elif not provenance.planned:
             how = "their plans are not known any more"
         elif painted:
             how = "some were made again for this page, from their plans"
         else:
             how = "with a backbone some are made again for this page"
-        told.append(f"Shards do not keep what filters refused; {how}.")
-    return told
+        yield f"Shards do not keep what filters refused; {how}."
 
 
-def making_section(making: Making, command: str) -> str:
-    """The commands and settings that made everything."""
-    manifest = making.bank.manifest.settings
-    parts = [code_block("The bank", invert_command(making.bank))]
-    if making.job:
-        parts.append(code_block("The synthetic images", synthesize_command(making)))
+def making_section(provenance: Provenance, command: str) -> str:
+    """Return the commands and settings that made everything, as HTML."""
+    parts = [code_block("The bank", invert_command(provenance.bank))]
+    folder, settings = provenance.folder, provenance.bank.manifest.settings
+    if folder is not None:
+        text = synthesize_command(provenance, folder)
+        parts.append(code_block("The synthetic images", text))
     if command:
         parts.append(code_block("This report", command))
-    parts.append(
-        settings_block("Settings of the bank: manifest.json, without its classes", manifest)
-    )
-    if making.shards is not None:
-        facts = as_object(making.settings).items()
-        kept = {key: value for key, value in facts if key not in ("images", "classes")}
+    title = "Settings of the bank: manifest.json, without its classes"
+    parts.append(settings_block(title, settings))
+    if folder is not None:
+        settings = as_object(folder.manifest)
+        kept = {key: value for key, value in settings.items() if key not in ("images", "classes")}
         title = "Settings of the synthetic images: synthesis.json, without its images"
         parts.append(settings_block(title, kept))
     return "".join(parts)

@@ -5,20 +5,20 @@ at. What the network has to make is made first, for some classes, in batches acr
 """
 
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from PIL import Image
+from torch import Tensor
 from tqdm import tqdm
 
 from augment.bank.bank import LatentBank
 from augment.bank.format import read_original
-from augment.centroid.rule import Rule
+from augment.centroid import Rule
 from augment.core.errors import BiasWarning, ImageRejected, UserError
 from augment.diffusion.backbone import Backbone
 from augment.diffusion.checkpoints.hub import offline
@@ -26,8 +26,8 @@ from augment.diffusion.sampling import Sampling
 from augment.measure.health import ClassHealth
 from augment.measure.reconstruction import psnr
 from augment.plan.plan import Plan
-from augment.report.again import SAMPLING, Making, throws
-from augment.report.tiles import Tile, rounded, square, told
+from augment.report.provenance import Provenance
+from augment.report.tiles import Tile, square
 from augment.shards.dataset import decode
 from augment.shards.write import score
 from augment.sources import Source
@@ -37,11 +37,19 @@ from augment.synthesis.filters import Reference, make_filter
 from augment.synthesis.synthesizer import Synthesizer
 
 REAL, BACK, PLANS, KEPT, REFUSED = 16, 5, 2, 8, 4
-"""Of a class at most: real images, images sampled back, centroids by each rule, and synthetic
-images, kept and refused. Real ones that are not sampled back are seen as inputs of the others."""
+"""Maximum numbers of a class: real images, images sampled back, centroids by each rule, and
+synthetic images, kept and refused. Real ones that are not sampled back are inputs of the others."""
 
-PIXELS = 5e7  # of all tiles: about 10 MB
-LARGEST = 256  # pixels a side
+MAX_PIXELS = 5e7  # of all tiles: about 10 MB
+MAX_SIDE, MIN_SIDE = 256, 48  # pixels of a tile
+
+
+class Work(NamedTuple):
+    """Plans of one kind to make images of."""
+
+    kind: str
+    synthesizer: Synthesizer
+    plans: list[Plan]
 
 
 @dataclass
@@ -49,18 +57,23 @@ class Gallery:
     """Makes tiles.
 
     Args:
-        making: how images are, or were, made.
+        provenance: how images are, or were, made.
         backbone: makes images; without it there are only those on disk.
-        rules: of centroids.
+        rules: names of the rules of centroids.
         root: the real images, a folder or a source; by default where they were.
-        side: pixels of a tile.
+        side: pixels a side of a tile.
+
+    Attributes:
+        missing: number of real images that are no longer where they were.
+        made: tiles that were made, by class.
+        speed: number of images that were made, and the seconds that took.
     """
 
-    making: Making
+    provenance: Provenance
     backbone: Backbone | None
     rules: Sequence[str]
     root: Path | Source | None
-    side: int = LARGEST
+    side: int = MAX_SIDE
     missing: int = field(default=0, init=False)
     made: dict[str, list[Tile]] = field(default_factory=dict, init=False)
     speed: tuple[int, float] = field(default=(0, 0.0), init=False)
@@ -68,113 +81,101 @@ class Gallery:
     @property
     def bank(self) -> LatentBank:
         """The bank."""
-        return self.making.bank
+        return self.provenance.bank
 
     def paint(self, classes: Sequence[ClassHealth]) -> None:
-        """Make what the network has to make, for some classes: ``made``.
-
-        ``speed`` is how many images that were, and in how many seconds.
+        """Make what the network has to make, for some classes; fills ``made`` and ``speed``.
 
         Raises:
             UserError: a rule does not fit a class, or a chunk of the bank is damaged.
         """
-        assert self.backbone is not None
-        jobs = list(self._jobs(classes))
-        began, count = perf_counter(), 0
-        with (
-            tqdm(total=sum(len(plans) for _, _, plans in jobs), desc="images", unit="image") as bar,
-            warnings.catch_warnings(),
-        ):
-            warnings.simplefilter("ignore", BiasWarning)  # the report tells it, with a plot
-            for kind, synthesizer, plans in jobs:
+        work = list(self._work(classes))
+        began, total = perf_counter(), sum(len(part.plans) for part in work)
+        with tqdm(total=total, desc="images", unit="image") as bar, warnings.catch_warnings():
+            warnings.simplefilter("ignore", BiasWarning)  # the report shows it in a plot
+            for kind, synthesizer, plans in work:
                 scorers = self._scorers(synthesizer) if kind == "refused" else {}
-                for batch in batches(plans, synthesizer.resolved.batch_size):
+                size = synthesizer.sampling.batch_size
+                for start in range(0, len(plans), size):
+                    batch = plans[start : start + size]
                     images = synthesizer.images(batch)
                     scores = score(scorers, images, [plan.label for plan in batch])
                     for row, (plan, image) in enumerate(zip(batch, images, strict=True)):
-                        mine = {name: values[row] for name, values in scores.items()}
-                        tile = self.tile(to_pil(image), kind, self._about(kind, synthesizer, plan))
-                        if mine:
-                            tile.about["scores"] = rounded(mine)
+                        tile = Tile(kind, square(to_pil(image), self.side))
+                        if kind == "back":
+                            tile.id = plan.members[0]
+                        else:
+                            tile.plan, tile.rule = plan, str(synthesizer.rule)
+                            tile.code = self.provenance.python(plan, tile.rule)
+                        tile.scores = {name: values[row] for name, values in scores.items()}
                         self.made.setdefault(plan.class_name, []).append(tile)
                     bar.update(len(batch))
-                    count += len(batch)
-        self.speed = count, perf_counter() - began
+        self.speed = total, perf_counter() - began
 
-    def _jobs(self, classes: Sequence[ClassHealth]) -> "list[tuple[str, Synthesizer, list[Plan]]]":
-        """What to make: of each kind, by whom, and the plans."""
-        bank, dice, names = self.bank, self.making.planner, self.bank.classes
-        sampling, prompts = self.making.sampling, self.making.settings.prompts
+    def _work(self, classes: Sequence[ClassHealth]) -> Iterator[Work]:
+        """Yield what to make, kind by kind."""
         assert self.backbone is not None
-        size = Sampling(batch_size=sampling.batch_size)
-        exact = Synthesizer(self.backbone, bank, Rule.parse("lin/0"), size)
+        bank, folder, names = self.bank, self.provenance.folder, self.bank.classes
         labels = [names.index(c.name) for c in classes]
         alone = [
             Plan.equal(label, names[label], [image_id], row)
             for label in labels
             for row, image_id in enumerate(bank.members[names[label]][:BACK])
         ]
-        jobs = [("back", exact, alone)]
-        plans = [dice(0, label + k * len(names), label) for label in labels for k in range(PLANS)]
+        sampling = self.provenance.sampling
+        exact = Sampling(batch_size=sampling.batch_size)
+        yield Work("back", Synthesizer(self.backbone, bank, Rule.parse("lin/0"), exact), alone)
+        draw, count = self.provenance.planner, len(names)
+        plans = [draw(0, label + k * count, label) for label in labels for k in range(PLANS)]
+        prompts = folder.manifest.prompts if folder else None
         for rule in self.rules:
             made = Synthesizer(self.backbone, bank, Rule.parse(rule), sampling, prompts)
-            jobs.append(("rule", made, plans))
-        refused = [plan for c in classes for plan in islice(self._refused(c.name), REFUSED)]
-        if refused and (rule := self.making.settings.rule):
-            jobs.append(("refused", replace(jobs[1][1], rule=Rule.parse(rule)), refused))
-        return jobs
+            yield Work("rule", made, plans)
+        if folder is None or folder.manifest.refine:  # these would take five times as long to make
+            return
+        found = [islice(self.provenance.rejected(c.name), REFUSED) for c in classes]
+        refused = [plan for some in found for plan in some]
+        if refused:
+            rule = Rule.parse(folder.manifest.rule or "")
+            made = Synthesizer(self.backbone, bank, rule, sampling, prompts, source=self.root)
+            yield Work("refused", made, refused)
 
-    def _refused(self, name: str) -> Any:
-        """Plans of refused candidates; refined ones would take five times as long to make."""
-        refined = self.making.settings.refine
-        return iter(()) if refined else self.making.refused(name, self.making.rows(name))
-
-    def _scorers(self, synthesizer: Synthesizer) -> dict[str, Any]:
-        """The filters of the shards, as far as they are at hand."""
-        bank, found = self.bank, {}
+    def _scorers(self, synthesizer: Synthesizer) -> dict[str, Callable[..., Tensor]]:
+        """Return the filters of the shards, as far as they are at hand."""
+        bank, backbone, folder = self.bank, synthesizer.backbone, self.provenance.folder
+        found: dict[str, Callable[..., Tensor]] = {}
         reference = Reference(
             classes=bank.classes,
             prompts=[bank.prompt(name) for name in bank.classes],
-            real=lambda label: replace(synthesizer, source=self.root).real(bank.classes[label]),
-            device=synthesizer.backbone.device,
+            real=lambda label: synthesizer.real(bank.classes[label]),
+            device=backbone.device,
             counts=[len(ids) for ids in bank.members.values()],
         )
-        for name, settings in self.making.settings.filters.items():
+        side = backbone.resolution
+        for name, settings in (folder.manifest.filters if folder else {}).items():
             try:
                 with offline():  # the shards may come from a stranger
                     scores = make_filter(name, **settings).prepare(reference)
-                scores(torch.zeros(1, *self._shape()), [0])  # some look at real images only now
+                # some look at real images only now
+                scores(torch.zeros(1, backbone.channels, side, side), [0])
                 found[name] = scores
             except UserError as error:
                 tqdm.write(f"without scores of {name} for what it refused: {error}")
         return found
 
-    def _shape(self) -> tuple[int, int, int]:
-        """Of the backbone's images."""
-        assert self.backbone is not None
-        return self.backbone.channels, self.backbone.resolution, self.backbone.resolution
-
-    def _about(self, kind: str, synthesizer: Synthesizer, plan: Plan) -> dict[str, Any]:
-        """What is told of an image that was made here."""
-        if kind == "back":
-            return {"id": plan.members[0]}
-        return {"rule": str(synthesizer.rule), **told(plan)}
-
     def tiles(self, health: ClassHealth) -> list[Tile]:
-        """All of a class, in the order of the page."""
-        made = self.made.get(health.name, [])
-        real = list(self._real(health.name))
-        known = self.bank.members[health.name]
-        errors = dict(zip(known, health.errors or (), strict=False))
+        """Return all tiles of a class, in the order of the page."""
+        made, real = self.made.get(health.name, []), list(self._real(health.name))
+        errors = dict(zip(self.bank.members[health.name], health.errors or (), strict=False))
         for tile in (*real, *made):
-            if tile.kind in ("real", "back") and tile.about["id"] in errors:
-                tile.about["psnr"] = round(psnr(errors[tile.about["id"]]), 1)
+            if tile.id in errors:
+                tile.psnr = psnr(errors[tile.id])
         early = [tile for tile in made if tile.kind != "refused"]
         late = [tile for tile in made if tile.kind == "refused"]
         return [*real, *early, *self._kept(health.name), *late]
 
-    def _real(self, name: str) -> Any:
-        """The first real images of a class; those that are gone are counted as ``missing``."""
+    def _real(self, name: str) -> Iterator[Tile]:
+        """Yield the first real images of a class; those that are gone are counted."""
         root = Path(self.bank.manifest.source) if self.root is None else self.root
         digests = self.bank.digests(name)
         for image_id in self.bank.members[name][:REAL]:
@@ -186,44 +187,43 @@ class Gallery:
                 continue
             if self.backbone is not None:
                 picture = picture.convert("L" if self.backbone.channels == 1 else "RGB")
-            yield self.tile(picture, "real", {"id": image_id})
+            yield Tile("real", square(picture, self.side), id=image_id)
 
-    def _kept(self, name: str) -> Any:
-        """The first synthetic images of a class."""
-        for row in self.making.rows(name)[:KEPT]:
-            shards = self.making.shards
-            assert shards is not None
-            about, plan = shards.about(row), shards.plan(row)
-            more = {"rule": str(about.get("rule", "")), "row": row, **told(plan)}
-            more["planned"] = self.making.planned and throws(self.making.planner, plan)
-            if not self.making.job:
-                more |= {key: about.get(key) for key in SAMPLING}
-            if isinstance(about.get("scores"), dict):
-                more["scores"] = rounded(about["scores"])
-            if about.get("refined"):
-                more["refined"] = about["refined"]
-            yield self.tile(to_pil(decode(shards.read(row), shards.extension)), "kept", more)
-
-    def tile(self, picture: Image.Image, kind: str, about: dict[str, Any]) -> Tile:
-        """A tile of a picture."""
-        return Tile(kind, square(picture, self.side), about)
-
-
-def batches(plans: Sequence[Plan], size: int) -> Any:
-    """Plans, so many at a time."""
-    for first in range(0, len(plans), size):
-        yield plans[first : first + size]
+    def _kept(self, name: str) -> Iterator[Tile]:
+        """Yield the first synthetic images of a class."""
+        folder = self.provenance.folder
+        for row in folder.rows(name)[:KEPT] if folder else []:
+            shards = folder.shards  # type: ignore[union-attr]
+            about: dict[str, Any] = shards.about(row)
+            plan, rule, scores = shards.plan(row), str(about.get("rule", "")), about.get("scores")
+            yield Tile(
+                "kept",
+                square(to_pil(decode(shards.read(row), shards.extension)), self.side),
+                plan=plan,
+                rule=rule,
+                row=row,
+                code=self.provenance.python(plan, rule, row),
+                scores=scores if isinstance(scores, dict) else {},
+                refined=about.get("refined") or (),
+            )
 
 
 def side_of(
     bank: LatentBank, backbone: Backbone | None, classes: int, painted: int, rules: int
 ) -> int:
-    """Pixels a side of tiles, a multiple of 16: as many as images have, or `PIXELS` allow."""
+    """Return the pixels a side of tiles, a multiple of 16: as images have, or `MAX_PIXELS` allow.
+
+    Args:
+        bank: the bank.
+        backbone: the backbone, if it makes images.
+        classes: number of classes.
+        painted: number of classes that images are made of.
+        rules: number of rules.
+    """
     records = (c.record for chunks in bank.chunks.values() for c in chunks)
     sides = [image.side for record in records for image in record.images]
-    most = backbone.resolution if backbone else max(sides)
+    largest = backbone.resolution if backbone else max(sides)
     real = sum(min(len(ids), REAL) for ids in bank.members.values())
     count = real + classes * KEPT + painted * (BACK + PLANS * rules + REFUSED)
-    allowed = (PIXELS / count) ** 0.5 // 16 * 16
-    wanted = -(-most // 16) * 16
-    return int(min(wanted, max(allowed, 48), LARGEST))
+    allowed = (MAX_PIXELS / count) ** 0.5 // 16 * 16
+    return int(min(-(-largest // 16) * 16, max(allowed, MIN_SIDE), MAX_SIDE))

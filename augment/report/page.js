@@ -229,7 +229,7 @@ function open(record, place) {
   const right = el("div", {}, facts);
   if (tile.members) right.append(el("h3", {}, "Inputs and weights"), membersOf(record, tile));
   const body = el("div", { className: "detail" }, view(record, place, nameOf(record, tile)), right);
-  document.getElementById("detail-body").replaceChildren(body, ...codeOf(record, tile));
+  document.getElementById("detail-body").replaceChildren(body, ...codeOf(tile));
   document.getElementById("previous").disabled = place === 0;
   document.getElementById("next").disabled = place === record.tiles.length - 1;
   if (!dialog.open) dialog.showModal();
@@ -240,9 +240,9 @@ function* factsOf(record, tile) {
   if (tile.psnr !== undefined) yield ["sampled back", `${tile.psnr.toFixed(1)} dB (PSNR)`];
   if (!tile.members) return;
   yield ["rule", tile.rule];
-  yield ["dice", `seed ${tile.seed}, epoch ${tile.epoch}, index ${tile.index}`];
+  yield ["random choices", `seed ${tile.seed}, epoch ${tile.epoch}, index ${tile.index}`];
   const count = tile.members.length + (tile.rest ? tile.rest[0] : 0);
-  yield ["really mixed", `${tile.mixed.toFixed(1)} of ${count} members (effective count)`];
+  yield ["effective count", `${tile.mixed.toFixed(1)} of ${count} members`];
   if (tile.noise) yield ["fresh noise", `${(100 * tile.noise).toFixed(0)} %`];
   for (const [name, value] of Object.entries(tile.scores || {})) {
     const least = data.minima[name] ?? null;
@@ -273,19 +273,12 @@ function membersOf(record, tile) {
   return list;
 }
 
-/** The Python that makes an image again; what JSON calls a string, a number or a list, it does too. */
-function codeOf(record, tile) {
-  if (!tile.members) return [];
-  const own = tile.kind === "kept" && (!tile.planned || tile.refined);
-  const values = { class: record.name, prompt: record.prompt, label: record.label, ...tile };
-  values.prompt = data.prompts[record.name] ?? record.prompt;
-  const text = data.code[own ? "shards" : "dice"].replace(/@(\w+)@/g, (_, key) =>
-    JSON.stringify(values[key]),
-  );
+/** The Python that makes an image again. */
+function codeOf(tile) {
+  if (!tile.code) return [];
   const copy = el("button", { type: "button", className: "copy" }, "Copy");
   const caption = el("figcaption", {}, "Python that makes it again", copy);
-  const block = el("figure", { className: "code" }, caption, el("pre", { tabIndex: 0 }, text));
-  return [block];
+  return [el("figure", { className: "code" }, caption, el("pre", { tabIndex: 0 }, tile.code))];
 }
 
 function step(by) {

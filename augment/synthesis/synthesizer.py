@@ -215,20 +215,30 @@ class Synthesizer:
         """See `images`; and the losses of `augment.synthesis.refine.Refined`, if there are."""
         mixture = self.mix(plans)
         self._warn_of_bias(plans, mixture)
-        own = [self.bank.prompt(plan.class_name) for plan in plans]
-        away_from = INVERTERS[self.bank.inversion["method"]].negative
-        prompts = [self.prompt(plan.class_name) for plan in plans]
-        negative = own if away_from == "prompt" else None
-        nulls = torch.stack([self.null(p) for p in plans]) if self.has_nulls else None
-        guide = {"negative": negative, "nulls": nulls}
         centroids, losses = mixture.centroids, None
         if self.refine:
+            prompts, guide = self._conditions(plans)
             goals = [self.goal(plan) for plan in plans]
             centroids, losses = self.refine(
                 self.backbone, centroids, goals, prompts, self.resolved, **guide
             )
-        images = sample(self.backbone, centroids, prompts, **vars(self.resolved), **guide)
-        return images, losses
+        return self.sample(centroids, plans), losses
+
+    def sample(
+        self, latents: Float[Tensor, "n c h w"], plans: Sequence[Plan]
+    ) -> Float[Tensor, "n channels height width"]:
+        """Sample latents with the prompts and embeddings of plans, one of each."""
+        prompts, guide = self._conditions(plans)
+        return sample(self.backbone, latents, prompts, **vars(self.resolved), **guide)
+
+    def _conditions(self, plans: Sequence[Plan]) -> tuple[list[str], dict[str, Any]]:
+        """Return the prompts of plans, and what is guided away from."""
+        own = [self.bank.prompt(plan.class_name) for plan in plans]
+        away_from = INVERTERS[self.bank.inversion["method"]].negative
+        negative = own if away_from == "prompt" else None
+        nulls = torch.stack([self.null(p) for p in plans]) if self.has_nulls else None
+        guide = {"negative": negative, "nulls": nulls}
+        return [self.prompt(plan.class_name) for plan in plans], guide
 
     def goal(self, plan: Plan) -> Goal:
         """What a plan's centroid is refined for: the means of its class's real images.

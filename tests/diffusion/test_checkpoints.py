@@ -26,8 +26,8 @@ from augment.diffusion import BACKBONES, local_recipe
 from augment.diffusion.checkpoints.find import guess_config
 from augment.diffusion.checkpoints.hub import HUB
 from augment.networks.timm import read_weights
-from augment.report.again import Making
 from augment.report.gallery import Gallery
+from augment.report.provenance import Provenance
 from augment.shards.write import write_shards
 from augment.sources import Folder
 from augment.synthesis.filters import make_filter
@@ -238,7 +238,7 @@ def test_a_report_does_not_download_what_shards_name(hub, tiny, pictures, tmp_pa
     made, shards = Synthesizer(tiny, bank, source=pictures), tmp_path / "shards"
     write_shards(made, Planner(bank.members), 1, shards, filters=judges)
     assert hub.asked
-    gallery = Gallery(Making.of(bank, shards), tiny, ["fix/0"], pictures)
+    gallery = Gallery(Provenance.of(bank, shards), tiny, ["fix/0"], pictures)
     hub.asked.clear()
     assert list(gallery._scorers(made)) == ["clip"]
     shutil.rmtree(constants.HF_HUB_CACHE)

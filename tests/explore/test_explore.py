@@ -27,9 +27,9 @@ from augment import (
 from augment.bank.fill import fill_bank
 from augment.bank.format import DIGITS
 from augment.core.files import sha256
-from augment.explore import Choice, Explorer, server, takeaway, widgets
+from augment.explore import Choice, Explorer, server, widgets
 from augment.explore.export import export
-from augment.explore.session import MOST, reweighted, toggled
+from augment.explore.session import MAX_MEMBERS, reweighted, toggled
 from augment.sources import Folder
 from training.data.identity import check_apart, origins
 
@@ -52,7 +52,7 @@ def explorer(path, tiny, tmp_path):
 @pytest.fixture
 def choice(explorer):
     plan = reweighted(explorer.start("Bag"), [3, 2, 1])
-    return Choice(plan, "fade/chm", "fireflow", 2, 1.0)
+    return Choice(plan, "fade/chm", explorer.sampling("fireflow", 2, 1.0))
 
 
 def drawn(explorer, choice, alpha=0.5, again=0):
@@ -62,12 +62,8 @@ def drawn(explorer, choice, alpha=0.5, again=0):
 
 def test_an_image_is_the_synthesizers_and_is_remembered(explorer, choice):
     image = explorer.image(choice)
-    made = Synthesizer(
-        explorer.backbone,
-        explorer.bank,
-        Rule.parse("fade/chm"),
-        Sampling(solver="fireflow", steps=2, guidance=1.0),
-    )
+    sampling = Sampling(solver="fireflow", steps=2, guidance=1.0)
+    made = Synthesizer(explorer.backbone, explorer.bank, Rule.parse("fade/chm"), sampling)
     assert torch.equal(image, made.images([choice.plan])[0])
     assert explorer.image(replace(choice, alpha=1.0)) is image
     other = replace(choice, plan=reweighted(choice.plan, [1, 2, 3]))
@@ -79,7 +75,8 @@ def test_an_image_is_the_synthesizers_and_is_remembered(explorer, choice):
 
 def test_the_first_solver_is_quick_where_it_undoes_the_inversion(explorer, path, tiny, tmp_path):
     assert explorer.quick == "fast"
-    assert explorer.usual("fast") == ("fireflow", 10, 1.0)
+    fast = explorer.sampling("fast")
+    assert (fast.solver, fast.steps, fast.guidance) == ("fireflow", 10, 1.0)
     bank = fill_bank(tmp_path / "bank", tiny, Folder(path / "images"), None, "ddim", 2)
     assert Explorer(bank, tiny, {}).quick == "exact"
 
@@ -91,13 +88,13 @@ def test_members_come_and_go(explorer):
     assert more.weights == pytest.approx((1 / 3,) * 3)
     assert toggled(more, "Bag/5.png").weights == pytest.approx(plan.weights)
     assert reweighted(plan, [0, 0]).weights == (0.5, 0.5)
-    with pytest.raises(UserError, match=f"1 to {MOST} members, got 0"):
+    with pytest.raises(UserError, match=f"1 to {MAX_MEMBERS} members, got 0"):
         toggled(explorer.start("Bag", 1), "Bag/0.png")
-    with pytest.raises(UserError, match=f"1 to {MOST} members, got 6"):
-        toggled(explorer.start("Bag", MOST), "Bag/5.png")
+    with pytest.raises(UserError, match=f"1 to {MAX_MEMBERS} members, got 6"):
+        toggled(explorer.start("Bag", MAX_MEMBERS), "Bag/5.png")
 
 
-def test_a_draw_is_what_synthesize_throws(explorer, choice):
+def test_a_draw_is_the_one_of_synthesize(explorer, choice):
     planner = Planner(explorer.bank.members, Mixing(seed=7, alpha=0.5, members=3, noise=0.25))
     for again in (0, 1):
         plan = drawn(explorer, choice, again=again).plan
@@ -109,9 +106,9 @@ def test_the_python_lines_make_the_image_again(explorer, choice, tmp_path, monke
     monkeypatch.chdir(tmp_path)
     for mine in (choice, drawn(explorer, choice)):
         names = {}
-        exec(compile(takeaway.python(explorer, mine), "copied", "exec"), names)
+        exec(compile(explorer.python(mine), "copied", "exec"), names)
         assert torch.equal(names["image"], explorer.image(mine))
-        with Image.open("centroid.png") as file:
+        with Image.open("image.png") as file:
             assert file.size == (32, 32)
 
 
@@ -119,11 +116,11 @@ def test_the_command_makes_the_image_again(explorer, choice, tmp_path, monkeypat
     from augment.cli import main
 
     monkeypatch.chdir(tmp_path)
-    assert takeaway.command(explorer, choice) is None
-    assert takeaway.command(explorer, replace(choice, alpha=0.5)) is None  # moved since
+    assert explorer.command(choice) is None
+    assert explorer.command(replace(choice, alpha=0.5)) is None  # moved since
     for again in (0, 1):
         mine = drawn(explorer, choice, again=again)
-        words = takeaway.command(explorer, mine).replace("centroids", f"centroids-{again}")
+        words = explorer.command(mine).replace("centroids", f"centroids-{again}")
         monkeypatch.setattr(sys, "argv", shlex.split(words.replace("\\\n", " ")))
         main()
         shards = open_shards(f"centroids-{again}")
@@ -147,11 +144,11 @@ def test_thumbnails_are_of_the_banks_images_alone(path, tiny, tmp_path):
 
 def test_a_walk_begins_and_ends_in_its_images(explorer):
     ends = [("Bag", "Bag/0.png"), ("Coat", "Coat/1.png")]
-    images, norms = explorer.walk(ends, "slerp", 3, "fireflow", 2, 1.0)
+    images, norms = explorer.walk(ends, "slerp", 3, explorer.sampling("fireflow", 2, 1.0))
     assert len(images) == len(norms) == 3
     for image, (name, image_id) in zip(images[[0, -1]], ends, strict=True):
         plan = replace(explorer.start(name), members=(image_id,), weights=(1.0,))
-        own = explorer.image(Choice(plan, "lin/0", "fireflow", 2, 1.0))
+        own = explorer.image(Choice(plan, "lin/0", explorer.sampling("fireflow", 2, 1.0)))
         assert (image - own).abs().max() < 1e-3
     assert widgets.player(images, norms).count("<img") == 4
 
@@ -195,12 +192,14 @@ def test_an_export_goes_to_a_folder_of_its_own(explorer, choice, tmp_path):
         export(replace(explorer, bank=bank), [choice])
 
 
-def test_names_are_not_taken_for_html(explorer):
+def test_names_are_not_taken_for_html(explorer, choice):
     name = "<b>${1}"
     for html in (
         widgets.grid(explorer, explorer.start(name)),
         widgets.mixer(explorer, explorer.start(name)),
-        widgets.centroid(explorer, Choice(explorer.start(name), "lin/0", "fireflow", 2, 1.0)),
+        widgets.centroid(
+            explorer, Choice(explorer.start(name), "lin/0", explorer.sampling("fireflow", 2, 1.0))
+        ),
     ):
         assert "<b>" not in html and "&lt;b&gt;" in html
 

@@ -128,7 +128,7 @@ def test_a_weight_changes_the_image_and_the_copied_lines_make_it_again(page, pla
     assert weights == [75, 0, 25]
     lines = copied(page, "#py-a")
     subprocess.run([sys.executable, "-c", lines], cwd=tmp_path, check=True)
-    with Image.open(tmp_path / "centroid.png") as file:
+    with Image.open(tmp_path / "image.png") as file:
         assert (np.array(file) == pixels(page, "#image-a")).all()
     assert "take the Python lines" in page.locator("#sh-a").inner_text()
 

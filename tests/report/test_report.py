@@ -28,8 +28,8 @@ from augment.measure.bias import measured_bias
 from augment.measure.health import ClassHealth, findings, from_most_biased
 from augment.replay.store import CONTROL, MAGIC
 from augment.report import RULES, write_report
-from augment.report.again import Making, invert_command, synthesize_command, throws
 from augment.report.facts import pool_facts, shard_pace
+from augment.report.provenance import Provenance, draws, invert_command, synthesize_command
 from augment.shards.write import write_shards
 from augment.sources import Folder
 from augment.synthesis.filters import FILTERS
@@ -79,12 +79,10 @@ class Parsed(HTMLParser):
 def shards(bank, gaussian, tmp_path, monkeypatch):
     """12 images a class at most, half of the candidates refused."""
     monkeypatch.setitem(FILTERS, "dark", Dark)
-    made, dice = (
-        Synthesizer(gaussian, bank, Rule.parse("fix/0"), Sampling(steps=2)),
-        Planner(bank.members, Mixing(members=2)),
-    )
+    made = Synthesizer(gaussian, bank, Rule.parse("fix/0"), Sampling(steps=2))
+    planner = Planner(bank.members, Mixing(members=2))
     options = {"filters": {"dark": Dark()}, "candidates": 2, "shard_size": 12, "extension": "png"}
-    write_shards(made, dice, 12, tmp_path / "shards", **options)
+    write_shards(made, planner, 12, tmp_path / "shards", **options)
     return tmp_path / "shards"
 
 
@@ -118,7 +116,7 @@ def test_rules_mix_the_same_members(page):
 
 
 def test_kept_and_refused_images_have_plan_and_score(page, bank, shards):
-    opened, dice = open_shards(shards), Planner(bank.members, Mixing(members=2))
+    opened, planner = open_shards(shards), Planner(bank.members, Mixing(members=2))
     for name in bank.classes:
         for tile in page.tiles(name, "kept"):
             plan = opened.plan(tile["row"])
@@ -132,7 +130,7 @@ def test_kept_and_refused_images_have_plan_and_score(page, bank, shards):
     ]
     assert refused and all(tile["scores"]["dark"] < -0.5 for _, tile in refused)
     for name, tile in refused:
-        plan = dice(tile["epoch"], tile["index"], bank.classes.index(name))
+        plan = planner(tile["epoch"], tile["index"], bank.classes.index(name))
         assert {i for i, _ in tile["members"]} == set(plan.members)
     assert sum(c["refused"] for c in page.data["classes"]) >= len(refused)
 
@@ -143,18 +141,32 @@ def test_the_lines_of_python_make_the_image_again(
 ):
     monkeypatch.setattr(augment, "load_backbone", lambda **_: gaussian)
     monkeypatch.chdir(tmp_path)
-    record, tile = next(
-        (c, t) for c in page.data["classes"] for t in c["tiles"] if t["kind"] == kind
-    )
-    values = {"label": record["label"], **tile}
-    for source in {"kept": ("dice", "shards")}.get(kind, ("dice",)):
-        code = re.sub("@(.*?)@", lambda m: json.dumps(values[m[1]]), page.data["code"][source])
-        exec(code, {})
-        with Image.open("image.png") as image:
-            made = np.array(image)
-        if kind == "kept":
-            there = (open_shards(shards)[tile["row"]][0] * 255).round().numpy()[0]
-            assert (made == there).mean() > 0.99 and abs(made - there).max() <= 1
+    tile = next(t for c in page.data["classes"] for t in c["tiles"] if t["kind"] == kind)
+    assert "Planner(bank.members, Mixing(" in tile["code"]
+    exec(tile["code"], {})
+    if kind == "kept":
+        assert_same_as_in(shards, tile["row"])
+
+
+def assert_same_as_in(shards, row):
+    """The image that lines of Python left is the one of the shards."""
+    with Image.open("image.png") as image:
+        made = np.array(image)
+    there = (open_shards(shards)[row][0] * 255).round().numpy()[0]
+    assert (made == there).mean() > 0.99 and abs(made - there).max() <= 1
+
+
+def test_the_lines_of_an_image_that_no_planner_draws_take_its_plan_from_the_shards(
+    page, bank, gaussian, shards, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(augment, "load_backbone", lambda **_: gaussian)
+    monkeypatch.chdir(tmp_path)
+    provenance = replace(Provenance.of(bank, shards), planner=Planner(bank.members, Mixing(seed=5)))
+    plan = provenance.folder.shards.plan(2)
+    code = provenance.python(plan, "fix/0", 2)
+    assert "complete=False).plan(2)" in code
+    exec(code, {})
+    assert_same_as_in(shards, 2)
 
 
 def test_the_commands_are_those_that_made_it(tmp_path, monkeypatch, capsys):
@@ -170,12 +182,14 @@ def test_the_commands_are_those_that_made_it(tmp_path, monkeypatch, capsys):
         "--members 2 --steps 3 --filters degenerate,duplicate --nearest latent --noise 0.1"
     )
     bank = LatentBank.open("b")
-    making = Making.of(bank, tmp_path / "s")
+    provenance = Provenance.of(bank, tmp_path / "s")
     before = (tmp_path / "s" / "synthesis.json").read_bytes()
     call(invert_command(bank))  # of other settings these would be refused
-    call(synthesize_command(making))
+    call(synthesize_command(provenance, provenance.folder))
     assert (tmp_path / "s" / "synthesis.json").read_bytes() == before
-    assert making.planned and 'features=bank.features("latent")' in making.code()
+    plan = provenance.folder.shards.plan(0)
+    assert provenance.planned
+    assert "features=bank.features('latent')" in provenance.python(plan, "lin/0", 0)
 
 
 def test_what_is_hostile_stays_text(gaussian, tmp_path):
@@ -237,9 +251,9 @@ def test_a_plan_of_no_class_is_not_taken_for_one_of_the_job(bank, gaussian, tmp_
     synthesizer = Synthesizer(gaussian, bank, sampling=Sampling(steps=2))
     opened = write_shards(synthesizer, Planner(bank.members), 1, tmp_path / "s")
     plan = opened.plan(0)
-    planner = Making.of(bank, tmp_path / "s").planner
-    assert throws(planner, plan)
-    assert not throws(planner, replace(plan, label=3))
+    planner = Provenance.of(bank, tmp_path / "s").planner
+    assert draws(planner, plan)
+    assert not draws(planner, replace(plan, label=3))
 
 
 def test_shards_need_not_be_finished(bank, shards, tmp_path):
@@ -258,7 +272,7 @@ def test_shards_of_another_state_or_bank_are_told(bank, gaussian, shards, pictur
     grown = fill_bank(tmp_path / "grown", gaussian, Folder(more), steps=4)
     page = Parsed(write_report(grown, tmp_path / "r.html", shards, gaussian))
     assert "no longer as it was" in page.words and "plans are not known" in page.words
-    assert not any(tile["planned"] for tile in page.tiles("bee", "kept"))
+    assert all("open_shards(" in tile["code"] for tile in page.tiles("bee", "kept"))
     other = fill_bank(tmp_path / "other", gaussian, Folder(paint(tmp_path / "o", {"dog": 2})))
     with pytest.raises(UserError, match=r"shards of classes of bank .*, got 'ant'"):
         write_report(other, tmp_path / "r.html", shards)
@@ -266,14 +280,14 @@ def test_shards_of_another_state_or_bank_are_told(bank, gaussian, shards, pictur
         write_report(bank, tmp_path / "r.html", tmp_path / "nothing")
 
 
-def test_images_that_were_chosen_one_by_one_are_made_again_too(bank, gaussian, shards, tmp_path):
+def test_images_that_were_chosen_one_by_one_are_refused(bank, shards, tmp_path):
+    """Older versions of the explorer exported shards; `open_shards` still reads them."""
     settings = json.loads((shards / "synthesis.json").read_text())
     keys = ("schema", "classes", "shards", "extension", "images", "bank")
-    write(shards / "synthesis.json", {key: settings[key] for key in keys})  # as of explore
-    page = Parsed(write_report(bank, tmp_path / "r.html", shards, gaussian))
-    assert "one by one" in page.words and "latent-augment synthesize" not in page.words
-    assert "solver=@solver@, steps=@steps@" in page.data["code"]["shards"]
-    assert page.tiles("ant", "rule") and page.tiles("ant", "kept")[0]["solver"] is None
+    write(shards / "synthesis.json", {**{key: settings[key] for key in keys}, "by": "explore"})
+    assert len(open_shards(shards))
+    with pytest.raises(UserError, match="chosen one by one"):
+        write_report(bank, tmp_path / "r.html", shards)
 
 
 def test_classes_are_spread_from_the_most_biased_to_the_least():
@@ -346,13 +360,13 @@ def test_a_pool_tells_throughput_and_reuse(tmp_path):
 def test_the_pace_is_told_by_dates_and_only_where_they_tell(bank, shards):
     import os
 
-    making = Making.of(bank, shards)
-    for number, path in enumerate(making.shards.paths):
+    folder = Provenance.of(bank, shards).folder
+    for number, path in enumerate(folder.shards.paths):
         os.utime(path.with_suffix(".json"), (1e9, 1e9 + 4 * number))
-    assert shard_pace(making) == pytest.approx(len(making.shards) / 3 / 4)
-    for path in making.shards.paths:
+    assert shard_pace(folder) == pytest.approx(len(folder.shards) / 3 / 4)
+    for path in folder.shards.paths:
         os.utime(path.with_suffix(".json"), (1e9, 1e9))
-    assert shard_pace(making) is None
+    assert shard_pace(folder) is None
 
 
 def luminance(colour):
