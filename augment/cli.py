@@ -69,7 +69,7 @@ def spell(args: list[str], switches: Collection[str]) -> list[str]:
 
 
 def run(args: list[str]) -> Any:
-    """Run a command, of which the first required option needs no name, and return its record.
+    """Run a command and return its record.
 
     Raises:
         UserError: there is no such command, or it reports a mistake.
@@ -89,28 +89,46 @@ def run(args: list[str]) -> Any:
     args, command = keep_names(args), COMMANDS[name]
     if name == "train":  # Lightning parses the rest
         return command(args)
+    settings = command.__annotations__.get("settings")  # where its class is, as text
+    if not settings:
+        return command(**parse(command, command, args))
+    target = pkgutil.resolve_name(settings)
+    return command(target(**parse(command, target, args)))
+
+
+def parse(
+    command: Callable[..., Any], target: Callable[..., Any], args: list[str]
+) -> dict[str, Any]:
+    """Return the values of a command's options by name.
+
+    Args:
+        command: the function, whose docstring is the help.
+        target: the class or function whose parameters are the options; the first required one may
+            be typed without its name.
+        args: what is typed after the name of the command.
+    """
     from jsonargparse import ActionConfigFile, ArgumentParser
 
-    settings = command.__annotations__.get("settings")  # its name: annotations are text
-    target = pkgutil.resolve_name(settings) if settings else command
     options = signature(target).parameters
     args = spell(args, [key for key, option in options.items() if option.default is False])
     if args and not args[0].startswith("-"):
         required = (key for key, option in options.items() if option.default is option.empty)
         args.insert(0, f"--{next(required, next(iter(options)))}")
     summary, examples = documented(command)
-    parser = ArgumentParser(prog=f"latent-augment {name}", description=summary, exit_on_error=False)
+    prog = f"latent-augment {command.__name__}"
+    parser = ArgumentParser(prog=prog, description=summary, exit_on_error=False)
     parser.add_argument("--config", action=ActionConfigFile, help="YAML file of options.")
     add = parser.add_class_arguments if isclass(target) else parser.add_function_arguments
-    add(target, as_group=False, sub_configs=True)
+    own = vars(target).get("__annotations__", options).keys()
+    for others in (options.keys() - own, own):  # what a class inherits follows
+        add(target, as_group=False, sub_configs=True, skip={*others})
     try:
         values = parser.instantiate(parser.parse_args(args))
     except SystemExit:
         if {"-h", "--help"} & {*args} and examples:
             print(f"\nexamples:\n{indent(dedent(examples), '  ')}")
         raise
-    values.pop("config", None)
-    return command(target(**values)) if isclass(target) else target(**values)
+    return {key: value for key, value in vars(values).items() if key != "config"}
 
 
 def documented(command: Callable[..., Any]) -> tuple[str, str]:

@@ -22,7 +22,6 @@ from augment.core.errors import UserError
 if TYPE_CHECKING:  # the types of options, which jsonargparse imports when it shows or parses them
     import augment.bank.fill
     import augment.shards.format
-    from augment.bank.bank import LatentBank
     from augment.jobs.job import Job
     from augment.shards.write import ShardJob
     from augment.sources import Source
@@ -267,7 +266,7 @@ def evaluate(
 
     if (Path(path) / "manifest.json").exists():
         bank = LatentBank.open(path)
-        model = None if real is None else load_backbone(**recipe_of(bank, backbone), device=device)
+        model = None if real is None else load_backbone(**bank.recipe_with(backbone), device=device)
         found = study.evaluate_bank(bank, model, None if real is None else as_source(real))
     elif real is None:
         raise UserError(
@@ -331,7 +330,7 @@ def report(
     opened, names = LatentBank.open(bank), [name for name in rules.split(",") if name]
     for name in names:
         Rule.parse(name)  # what can be refused is refused before gigabytes are loaded
-    model = load_backbone(**recipe_of(opened, backbone), device=device) if names else None
+    model = load_backbone(**opened.recipe_with(backbone), device=device) if names else None
     typed = command("report", options)
     write_report(opened, out, shards, model, names, classes, images, pool, typed)
     print(f"{out}: written; open it in a browser")
@@ -484,7 +483,7 @@ def explore(
 
     require()  # before gigabytes are loaded
     opened = LatentBank.open(bank)
-    recipe = recipe_of(opened, backbone) | ({"device": device} if device else {})
+    recipe = opened.recipe_with(backbone) | ({"device": device} if device else {})
     folder = None if out is None else Path(out)
     explorer = Explorer(opened, load_backbone(**recipe), recipe, place_of(images), folder)
     page = serve(explorer, host, port)
@@ -535,11 +534,6 @@ def split_names(text: str, known: Callable[[str], bool]) -> list[str]:
         names.append(",".join(parts[:size]) if size else parts[0].strip())
         parts = parts[size or 1 :]
     return names
-
-
-def recipe_of(bank: "LatentBank", backbone: str | None = None) -> dict[str, Any]:
-    """Return the arguments of `load_backbone` that make a bank's backbone, or another one."""
-    return bank.recipe_with(backbone)
 
 
 def summarize_bank(path: Path) -> Record:

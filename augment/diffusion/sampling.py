@@ -21,9 +21,9 @@ class Sampling:
     Args:
         solver: exact (undoes the bank's inversion), fast (fireflow in 10 steps), or ddim, euler,
             dpm++, midpoint, fireflow.
-        steps: solver steps; by default those of the bank, or 10 with fast.
+        steps: number of solver steps; by default that of the bank, or 10 with fast.
         guidance: scale of classifier-free guidance; by default as the bank was inverted.
-        interval: noise levels between which there is guidance, as YAML such as '[0.2, 0.8]'.
+        interval: noise levels between which guidance is applied, as YAML such as '[0.2, 0.8]'.
         batch_size: images a network call; halved if a GPU's memory is too small.
 
     Raises:

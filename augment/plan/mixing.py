@@ -16,11 +16,11 @@ class Mixing:
     Args:
         rule: norm rule and mean split, such as fade/chm or fix/0.
         alpha: concentration of the Dirichlet weights; 1 is uniform on the simplex, inf the centre.
-            Or one for each member, such as 10,1,1 (the first is the anchor's, with nearest).
-        members: how many images of a class a centroid mixes; by default all.
+            Or one for each member, such as 10,1,1 (with nearest, the first is the drawn image's).
+        members: number of images of a class that a centroid mixes; by default all.
         noise: share of fresh noise, in [0, 1).
-        seed: of all random choices.
-        nearest: mix an image, drawn at random, with its neighbours, as many as members says: by
+        seed: seed of all random draws.
+        nearest: mix an image drawn at random with its nearest neighbours, members images in all: by
             the distance of latents (latent), or of the vectors by image id of a .safetensors file.
 
     Raises:

@@ -49,11 +49,11 @@ class Output:
     """How images are written.
 
     Args:
-        extension: jpg, webp or png.
-        quality: of jpg and webp, from 1 to 100.
-        pixels: larger images are reduced to this many a side.
+        extension: image format: jpg, webp or png.
+        quality: quality of jpg and webp, from 1 to 100.
+        pixels: largest side of an image; larger images are reduced to it.
         shard_size: images a shard.
-        candidates: how many plans are tried for an image before it is given up.
+        candidates: number of plans that are tried for an image before it is given up.
 
     Raises:
         UserError: a value out of its range.
@@ -85,25 +85,26 @@ class ShardSettings(Mixing, Sampling, Output):
 
     Args:
         bank: folder of the bank.
-        out: folder for the shards, out/shard-000000.tar and so on; an interrupted job goes on.
+        out: folder for the shards, out/shard-000000.tar and so on; an interrupted job is resumed.
         per_class: images a class.
         fill_to: top every class up to this many images, counting the real ones; replaces per_class.
         tail_only: skip classes that have at least this many real images.
-        prompt: a template such as 'a sketch of a {name}', if other than the bank's prompts.
-        backbone: the diffusion model; by default the one that made the bank.
-        device: such as cuda or cpu; by default the GPU if there is one.
-        dtype: float32, float16 or bfloat16 of the network; by default what the backbone likes.
-        backbone_options: of the backbone, as YAML such as '{compile: true}'.
-        refine: steps of SeedSelect, such as 5, that bring each centroid nearer to its class, in
-            some four times a sampling's time each; or its settings, as --refine.steps 5
-            --refine.network resnet50, or YAML. See --refine.help.
-        filters: what images have to pass, such as degenerate,duplicate, out of classifier,
+        prompt: template of prompts that replace the bank's, such as 'a sketch of a {name}'.
+        backbone: diffusion model; by default the one that made the bank.
+        device: device such as cuda or cpu; by default the GPU if there is one.
+        dtype: number type of the network, float32, float16 or bfloat16; by default the backbone's.
+        backbone_options: options of the backbone, as YAML such as '{compile: true}'.
+        refine: number of steps of SeedSelect, such as 5, that bring each centroid nearer to its
+            class (a step takes about four times as long as sampling the image); or its settings,
+            as --refine.steps 5 --refine.network resnet50, or YAML. See --refine.help.
+        filters: filters that images have to pass, such as degenerate,duplicate, out of classifier,
             prototype, clip, duplicate, degenerate; or YAML with their settings, such as
             '{degenerate: {}, duplicate: {minimum: 0.5}}'.
-        images: the real images that refine and filters compare with, a folder or another source
-            as for invert; by default where they were.
-        executor: local, this process or, under torchrun or in a Slurm array, its share; or ray.
-        dry_run: do and keep one shard, and report how long all will take.
+        images: real images that refine and filters compare with, a folder or another source as for
+            invert; by default they are looked for where the bank was made.
+        executor: where shards are made: local, in this process (under torchrun or in a Slurm array,
+            this process makes its share), or ray.
+        dry_run: make and keep one shard, and report how long all will take.
 
     Raises:
         UserError: a value out of its range.
