@@ -74,9 +74,9 @@ def assign_chunks(
                 inverted.update(i for i in part.ids if i not in rejected)
                 yield from record.images
 
-    check_source(path, stored_images(), source, ids)
+    _check_source(path, stored_images(), source, ids)
     rejects = [reject for known in committed.values() for reject in known.rejects]
-    refused = {r.id for r in rejects if r.id in ids and same_file(source, r)}
+    refused = {r.id for r in rejects if r.id in ids and _same_file(source, r)}
     classes, by_name = [], {nfc(known.name): known for known in old_classes}
     free = 1 + max((int(known.folder) for known in old_classes), default=-1)
     unit = 1 + max((chunk.unit for known in old_classes for chunk in known.chunks), default=-1)
@@ -134,7 +134,7 @@ def size_of(stem: Path, files: dict[str, FileRecord]) -> int:
     return sum(file.bytes for file in files.values()) + record.st_size
 
 
-def same_file(source: Source, known: ImageRecord | Reject, read: bool = True) -> bool:
+def _same_file(source: Source, known: ImageRecord | Reject, read: bool = True) -> bool:
     """Tell whether an image's file has the size of a record, and the digest if it is ``read``."""
     if source.size(known.id) != known.bytes:
         return False
@@ -144,7 +144,7 @@ def same_file(source: Source, known: ImageRecord | Reject, read: bool = True) ->
         return not known.sha256  # as it was then
 
 
-def check_source(path: Path, stored: Iterator[ImageRecord], source: Source, ids: set[str]) -> None:
+def _check_source(path: Path, stored: Iterator[ImageRecord], source: Source, ids: set[str]) -> None:
     """Refuse a source that lacks or has changed an image of a bank.
 
     Args:
@@ -161,7 +161,7 @@ def check_source(path: Path, stored: Iterator[ImageRecord], source: Source, ids:
             break
     for image in chain(few, stored):
         name = image.id
-        if name not in ids or not same_file(source, image, total <= MAX_DIGESTED):
+        if name not in ids or not _same_file(source, image, total <= MAX_DIGESTED):
             try:
                 source.read(name) if name in ids else None
             except OSError as error:  # its content is unknown

@@ -329,7 +329,7 @@ class InversionJob:
             part.committed = committed.get(part.stem)
             units.setdefault(part.home.unit, []).append(part)
         self.units = [units[number] for number in sorted(units)]
-        remove_strays(self.path, {part.stem for part in self._parts})
+        _remove_strays(self.path, {part.stem for part in self._parts})
         return [sum(len(part.ids) for part in parts) for parts in self.units]
 
     def _old_manifest(self) -> Manifest | None:
@@ -454,7 +454,7 @@ class InversionJob:
             )
 
 
-def remove_strays(root: Path, planned: set[Path]) -> None:
+def _remove_strays(root: Path, planned: set[Path]) -> None:
     """Remove files of chunks that are no longer planned, whose names others may get."""
     for folder in (path for path in root.iterdir() if path.name.isdigit() and path.is_dir()):
         for file in folder.iterdir():

@@ -417,14 +417,14 @@ def read_manifest(path: Path) -> Manifest:
 
 def read_record(part: ChunkPlan) -> ChunkRecord | None:
     """Read the commit record of a planned chunk; None if it is not committed."""
-    record = record_at(part.stem)
-    if record is not None and not made_of(record, part):
+    record = _record_at(part.stem)
+    if record is not None and not _is_of(record, part):
         path = part.stem.with_suffix(".json")
         raise damaged(path, ChunkRecord.WHAT, "that of another chunk", ChunkRecord.CURE)
     return record
 
 
-def record_at(stem: Path) -> ChunkRecord | None:
+def _record_at(stem: Path) -> ChunkRecord | None:
     """Read the commit record of some chunk; None if there is none."""
     try:
         return read(ChunkRecord, stem.with_suffix(".json"))
@@ -432,7 +432,7 @@ def record_at(stem: Path) -> ChunkRecord | None:
         return None
 
 
-def made_of(record: ChunkRecord, part: ChunkPlan) -> bool:
+def _is_of(record: ChunkRecord, part: ChunkPlan) -> bool:
     """Tell whether a record is of a planned chunk: its place, settings and images.
 
     Rejected images may be planned elsewhere by now. A record of schema 2 says neither place nor
@@ -523,7 +523,7 @@ class Chunk:
     @property
     def record(self) -> ChunkRecord:
         """Its commit record, read from disk."""
-        record = record_at(self.stem)
+        record = _record_at(self.stem)
         if record is None or (record.files, _packed_ids(record)) != (self.files, self.packed):
             raise UserError(
                 f"expected the commit record at {self.stem.with_suffix('.json')} as it was when "

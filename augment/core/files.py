@@ -101,7 +101,7 @@ def in_use(folder: Path) -> bool:
     return any(not TEMPORARY.fullmatch(path.name) for path in folder.iterdir())
 
 
-def leftovers(folder: Path) -> list[Path]:
+def _leftovers(folder: Path) -> list[Path]:
     """Return the temporary files of `replacing` in a folder."""
     with suppress(OSError):
         files = [path for path in folder.rglob(".*.tmp") if path.is_file()]
@@ -137,7 +137,7 @@ class Lock(NamedTuple):
 
     def sweep(self) -> None:
         """Remove what killed writers left; beside others only what preceded them."""
-        for path in leftovers(self.path) if self.alone else self.dead:
+        for path in _leftovers(self.path) if self.alone else self.dead:
             with suppress(OSError):
                 path.unlink()
 
@@ -194,7 +194,7 @@ def _take(path: Path, handle: int, shared: bool) -> Lock:
     dead: list[Path] = []
     with suppress(BlockingIOError):
         lock_handle(handle)
-        dead = leftovers(path)
+        dead = _leftovers(path)
     lock_handle(handle, fcntl.LOCK_SH, PATIENCE_S)
     return Lock(path, alone=False, dead=dead)
 

@@ -131,10 +131,10 @@ def build(kind: Any, value: Any) -> Any:
     >>> build(list[int], [1, 2]), build(dict[str, float], {"a": 0.5})
     ([1, 2], {'a': 0.5})
     """
-    return converted(form_of(kind), [value], "")[0]
+    return _converted(_form_of(kind), [value], "")[0]
 
 
-class Form(NamedTuple):
+class _Form(NamedTuple):
     """What an annotation asks for, looked at once.
 
     Args:
@@ -150,37 +150,37 @@ class Form(NamedTuple):
 
 
 @cache
-def form_of(kind: Any) -> Form:
+def _form_of(kind: Any) -> _Form:
     """Return the form of an annotation."""
     if is_dataclass(kind):
-        return Form(Record, kind)
+        return _Form(Record, kind)
     inner = [part for part in get_args(kind) if part not in (NoneType, ...)]
-    return Form(get_origin(kind), None, form_of(inner[-1])) if inner else Form(kind)
+    return _Form(get_origin(kind), None, _form_of(inner[-1])) if inner else _Form(kind)
 
 
-def converted(form: Form, values: list[Any], name: str) -> list[Any]:
+def _converted(form: _Form, values: list[Any], name: str) -> list[Any]:
     """Build values of a form, all at once: a record of many images is quickly read."""
     tag = form.tag
     if tag is Any or not values:
         return values
     if tag in PLAIN:
         allowed, words, good = PLAIN[tag]
-        require(set(map(type, values)) <= allowed and good(values), name, words)
+        _require(set(map(type, values)) <= allowed and good(values), name, words)
         return values
     if tag is UnionType:
-        given = iter(converted(form.inner, [v for v in values if v is not None], name))
+        given = iter(_converted(form.inner, [v for v in values if v is not None], name))
         return [None if value is None else next(given) for value in values]
     if tag in (list, tuple):  # tuples are of any length
-        require(set(map(type, values)) <= {list}, name, "a list")
+        _require(set(map(type, values)) <= {list}, name, "a list")
         inner = values[0] if len(values) == 1 else list(chain.from_iterable(values))
-        given = converted(form.inner, inner, name)
-        parts = values if given is inner else split(given, map(len, values))
+        given = _converted(form.inner, inner, name)
+        parts = values if given is inner else _split(given, map(len, values))
         return parts if tag is list else list(map(tuple, parts))
-    require(set(map(type, values)) <= {dict}, name, "an object")
+    _require(set(map(type, values)) <= {dict}, name, "an object")
     if tag is Record:
-        return objects(form.kind, values, name)
+        return _objects(form.kind, values, name)
     inner = [item for value in values for item in value.values()]
-    given = converted(form.inner, inner, name)
+    given = _converted(form.inner, inner, name)
     if given is inner:
         return values
     left = iter(given)
@@ -196,29 +196,29 @@ PLAIN: dict[Any, tuple[set[type], str, Callable[[list[Any]], bool]]] = {
 """Of a plain type the types of its values, its name, and a check of several values."""
 
 
-def split(items: list[Any], lengths: Iterable[int]) -> list[list[Any]]:
+def _split(items: list[Any], lengths: Iterable[int]) -> list[list[Any]]:
     """Cut a list into parts of some lengths."""
     given = iter(items)
     return [list(islice(given, length)) for length in lengths]
 
 
-def require(good: bool, name: str, words: str) -> None:
+def _require(good: bool, name: str, words: str) -> None:
     """Raise `ValueError` with the name of a key whose value is of another form."""
     if not good:
         raise ValueError(f"{name or 'a value'} that is not {words}")
 
 
-def objects(kind: Any, values: list[JsonObject], name: str) -> list[Any]:
+def _objects(kind: Any, values: list[JsonObject], name: str) -> list[Any]:
     """Build dataclasses of JSON objects."""
     columns, count = [], 0
-    for field, form, make in known_fields(kind):
+    for field, form, make in _known_fields(kind):
         place = f"{name}.{field}" if name else field
         try:
             here = list(map(itemgetter(field), values))
         except KeyError:
             here = [value[field] for value in values if field in value]
         count += len(here)
-        column = converted(form, here, place)
+        column = _converted(form, here, place)
         if len(here) < len(values):
             if make is None:
                 raise ValueError(f"no {place}")
@@ -226,19 +226,19 @@ def objects(kind: Any, values: list[JsonObject], name: str) -> list[Any]:
             column = [next(given) if field in value else make() for value in values]
         columns.append(column)
     if count < sum(map(len, values)):
-        strange = {key for value in values for key in value} - {f for f, *_ in known_fields(kind)}
+        strange = {key for value in values for key in value} - {f for f, *_ in _known_fields(kind)}
         raise ValueError(f"an unknown key {min(strange)[:60]!r}" + (f" in {name}" if name else ""))
     return list(map(kind, *columns))
 
 
 @cache
-def known_fields(kind: Any) -> list[tuple[str, Form, Callable[[], Any] | None]]:
+def _known_fields(kind: Any) -> list[tuple[str, _Form, Callable[[], Any] | None]]:
     """Return name, form and maker of the default, if there is one, of each field."""
     hints = get_type_hints(kind)
-    return [(field.name, form_of(hints[field.name]), maker(field)) for field in fields(kind)]
+    return [(field.name, _form_of(hints[field.name]), _maker(field)) for field in fields(kind)]
 
 
-def maker(field: Field[Any]) -> Callable[[], Any] | None:
+def _maker(field: Field[Any]) -> Callable[[], Any] | None:
     """Return what makes the default of a field; None if it has none."""
     if field.default is not MISSING:
         return lambda: field.default

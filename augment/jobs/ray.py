@@ -56,7 +56,7 @@ class Worker:
 
 
 @contextmanager
-def connected() -> Iterator[Any]:
+def _connected() -> Iterator[Any]:
     """Connect to the caller's Ray cluster, the one at ``RAY_ADDRESS``, or a new one here."""
     try:
         import ray
@@ -88,7 +88,7 @@ def connected() -> Iterator[Any]:
             ray.shutdown()
 
 
-def death_of(call: Any) -> Exception | None:
+def _death_of(call: Any) -> Exception | None:
     """Return what a worker died of at a finished call, or None; raise what its code raised."""
     import ray
     from ray.exceptions import RayError, RayTaskError
@@ -130,7 +130,7 @@ def ray_pool(job: Any, units: Sequence[int]) -> Iterator[int]:
         UserError: Ray is missing, a unit cannot be done, or workers die again and again.
         Exception: whatever a unit raised, as it is.
     """
-    with connected() as ray:
+    with _connected() as ray:
         kind = "GPU" if ray.cluster_resources().get("GPU", 0) >= 1 else "CPU"
         need = {"num_gpus": 1, "num_cpus": 0} if kind == "GPU" else {"num_cpus": 1}
         create_actor = ray.remote(max_restarts=0, max_task_retries=0, **need)(Worker).remote
@@ -146,7 +146,7 @@ def ray_pool(job: Any, units: Sequence[int]) -> Iterator[int]:
                     busy[worker.start.remote(shared)] = worker, None
                 for call in ray.wait(list(busy), timeout=POLL_S)[0]:
                     worker, unit = busy[call]
-                    death = death_of(call)
+                    death = _death_of(call)
                     del busy[call]
                     if death or not left:
                         ray.kill(worker)

@@ -106,7 +106,7 @@ class Store:
 
     def settle(self, layout: JsonObject) -> None:
         """Reserve the slots of a layout, or check that they are there."""
-        size = CONTROL.itemsize + layout["capacity"] * (PREFIX + slot_of(layout).itemsize)
+        size = CONTROL.itemsize + layout["capacity"] * (PREFIX + _slot_of(layout).itemsize)
         text = json.dumps(layout | {"bytes": size}, default=str).encode()
         layout, kept = json.loads(text), self.control["layout"].item()
         with suppress(ValueError):
@@ -126,7 +126,7 @@ class Store:
                 room = os.fstatvfs(file)
                 if number < len(self.files) and room.f_bavail * room.f_frsize < 2 * size:
                     continue  # the workers of a DataLoader need shared memory too
-                reserve(file, size)
+                _reserve(file, size)
                 self.control["layout"], self.control["ready"] = text, number
                 return
             except OSError as error:
@@ -141,7 +141,7 @@ class Store:
         """Map the slots if their layout is known; return whether it is."""
         if self.control["ready"] and not self.layout:
             self.layout = json.loads(self.control["layout"].item())
-            self.slot = slot_of(self.layout)
+            self.slot = _slot_of(self.layout)
             content = mmap.mmap(self.files[int(self.control["ready"]) - 1], self.layout["bytes"])
             shape = self.layout["capacity"], PREFIX + self.slot.itemsize
             self.slots = np.ndarray(shape, np.uint8, content, CONTROL.itemsize)
@@ -217,7 +217,7 @@ def layout_of(dataset: Any, sample: Sample, capacity: int) -> JsonObject:
     return layout
 
 
-def slot_of(layout: JsonObject) -> np.dtype:
+def _slot_of(layout: JsonObject) -> np.dtype:
     """Return the dtype of a slot."""
     shape, *label = layout["form"]
     fields = [("epoch", "i8"), ("index", "i8"), ("label", *label), ("image", "u1", shape)]
@@ -229,7 +229,7 @@ def _checksum(content: bytes | memoryview) -> bytes:
     return (zlib.crc32(content) | 1 << 32).to_bytes(PREFIX, "little")
 
 
-def reserve(file: int, size: int) -> None:
+def _reserve(file: int, size: int) -> None:
     """Allocate room now, since a full disk kills a process that writes to a mapped page."""
     getattr(os, "posix_fallocate", lambda file, _, size: os.ftruncate(file, size))(file, 0, size)
 
@@ -239,7 +239,7 @@ def nameless() -> tuple[str, list[int]]:
     folders, files = ("/dev/shm", tempfile.gettempdir()), []
     for folder in folders:
         with suppress(OSError), tempfile.TemporaryFile(dir=folder) as file:
-            reserve(file.fileno(), CONTROL.itemsize)
+            _reserve(file.fileno(), CONTROL.itemsize)
             files.append(os.dup(file.fileno()))
     if not files:
         raise UserError(f"expected room in {' or '.join(folders)}, got none; make some")
@@ -259,7 +259,7 @@ def named(path: Path) -> tuple[str, list[int]]:
         except BlockingIOError:
             raise OSError(0, "one that another run draws from") from None
         os.pwrite(file, MAGIC, 0)
-        reserve(file, CONTROL.itemsize)
+        _reserve(file, CONTROL.itemsize)
     except OSError as error:
         if file >= 0:
             os.close(file)  # and with it the lock
