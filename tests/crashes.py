@@ -28,7 +28,7 @@ from augment import LatentBank, Planner, Sampling, Synthesizer
 from augment.bank.fill import InversionJob, fill_bank
 from augment.bank.merge import merge as merge_banks
 from augment.diffusion.backbones.gaussian import GaussianBackbone
-from augment.shards.write import Synthesis, write_shards
+from augment.shards.write import ShardJob, write_shards
 from augment.sources import Folder
 
 KILLS, PER_CLASS = int(os.environ.get("KILLS", "50")), 30
@@ -91,7 +91,7 @@ def wait(child: int) -> bool:
 
 def counted(log: Path) -> None:
     """Log every unit that is begun."""
-    for kind in (InversionJob, Synthesis):
+    for kind in (InversionJob, ShardJob):
         inner = kind.work
 
         def outer(self, loaded, unit, inner=inner):

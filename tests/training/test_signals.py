@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from augment.bank.fill import InversionJob
 from augment.core.errors import UserError
 from augment.core.files import locked
-from augment.shards.write import Synthesis
+from augment.shards.write import ShardJob
 from training.episodes.evaluate import Evaluation
 from training.models.classifier import Classifier
 from training.smooth.regulariser import SmoothDiffusion
@@ -30,7 +30,7 @@ TRAIN = (
 JOBS = {
     "invert": ("invert images --bank made --steps 1", InversionJob, "work"),
     "synthesize": (
-        "synthesize bank --out made --per-class 2 --shard-size 2 --steps 1", Synthesis, "work",
+        "synthesize bank --out made --per-class 2 --shard-size 2 --steps 1", ShardJob, "work",
     ),
     "train": (f"{TRAIN} --trainer.default_root_dir made", Classifier, "training_step"),
     "smooth": (
