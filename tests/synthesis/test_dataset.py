@@ -5,16 +5,14 @@ import itertools
 import math
 import random
 import shutil
-import warnings
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import COUNTS, dataset_with, paint, planner_with, settings_of, snapshot
+from conftest import COUNTS, dataset_with, planner_with, settings_of, snapshot
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from augment import (
-    BankMismatch,
     MixedDataset,
     Mixing,
     Plan,
@@ -25,7 +23,7 @@ from augment import (
     UserError,
 )
 from augment.bank.fill import fill_bank
-from augment.core.errors import AugmentWarning, BiasWarning
+from augment.core.errors import AugmentWarning
 from augment.core.rng import normal, rng
 from augment.diffusion.backbones.gaussian import GaussianBackbone
 from augment.diffusion.process import VariancePreserving
@@ -502,45 +500,3 @@ def test_a_bad_number_leaves_no_half_made_folder(write, fault, tmp_path):
     with pytest.raises(UserError):
         write(tmp_path / "out", **fault)
     assert not (tmp_path / "out").exists()
-
-
-def test_a_synthesizer_refuses_a_bank_of_another_backbone(bank):
-    with pytest.raises(BankMismatch):
-        Synthesizer(GaussianBackbone(mean=0.7, latent_shape=(1, 8, 8)), bank)
-
-
-def test_a_bias_that_the_rule_enlarges_is_told_once(gaussian, tmp_path):
-    bank = fill_bank(tmp_path / "bank", gaussian, Folder(paint(tmp_path / "p", {"a": 9, "b": 9})))
-    planner = Planner(bank.members, Mixing(alpha=math.inf))
-    plans = [planner(0, index) for index in range(4)]
-    dice = torch.Generator().manual_seed(0)
-    biased = bank.to("cpu")
-    for chunks in biased.chunks.values():
-        latents = 0.3 + torch.randn(9, 1, 8, 8, generator=dice)
-        biased._resident[chunks[0].stem] = latents
-        chunks[0] = dataclasses.replace(chunks[0], means=(latents.mean().item(),))
-
-    def told(rule):
-        synthesizer = Synthesizer(gaussian, bank, Rule.parse(rule), Sampling(steps=1))
-        synthesizer.bank = biased
-        with warnings.catch_warnings(record=True) as seen:
-            warnings.simplefilter("always")
-            synthesizer.images(plans)
-            synthesizer.images(plans)
-        return [str(warning.message) for warning in seen if warning.category is BiasWarning]
-
-    (message,) = told("fix/0")
-    assert message.startswith("class 'a': fix/0 makes the channel means 2.1 times")
-    assert "fix/chm keeps them" in message
-    assert told("fix/chm") == []
-
-
-def test_lol_takes_the_mean_of_the_bank(gaussian, bank):
-    synthesizer = Synthesizer(gaussian, bank, Rule.parse("lol"), Sampling(steps=1))
-    everything = torch.cat([bank.latents(name) for name in bank.classes])
-    torch.testing.assert_close(synthesizer.mu, everything.mean(0))
-    plan = Planner(bank.members)(0, 1)
-    points = bank.gather([plan])[0][0]
-    expected = Rule.parse("lol")(points[None], torch.tensor([plan.weights]), everything.mean(0))
-    torch.testing.assert_close(synthesizer.centroid(plan), expected[0])
-    assert Synthesizer(gaussian, bank, Rule.parse("fix/chm"), Sampling(steps=1)).mu is None

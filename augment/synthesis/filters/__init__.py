@@ -1,20 +1,19 @@
 """Filters: which synthetic images to keep.
 
 A filter gives each image a score, the higher the better, and those of its ``minimum`` and above are
-kept. What scores mean is told by each; what depends on the data is on the scale of the real
-images, so that the defaults hold for any bank.
+kept. Each filter says what its scores mean; those that depend on the data are on the scale of the
+real images, so that the defaults hold for any bank.
 
 To add one: a file with a frozen dataclass that has the members of `Filter`, and an entry in
 `FILTERS`. Its fields are its settings; a network is loaded in ``prepare``, with the helpers of
-`augment.networks`, and what real images are like is learned with those of
+`augment.networks`, and the real images are measured with those of
 `augment.synthesis.filters.reference`. An image's score may depend on its pixels, its label and the
 bank, not on the images beside it.
 """
 
-import dataclasses
-from typing import Any, Protocol, get_args, get_type_hints, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
-from augment.core.errors import UserError, lookup
+from augment.core.registry import make
 from augment.synthesis.filters.classifier import Classifier
 from augment.synthesis.filters.clip import Clip
 from augment.synthesis.filters.degenerate import Degenerate
@@ -60,7 +59,7 @@ FILTERS: dict[str, type[Filter]] = {
 
 
 def make_filter(name: str, **settings: Any) -> Filter:
-    """A filter by name.
+    """Build a filter by name.
 
     Raises:
         UserError: an unknown name or setting, or one of another type or out of its range.
@@ -68,20 +67,4 @@ def make_filter(name: str, **settings: Any) -> Filter:
     >>> make_filter("degenerate", minimum=None)
     Degenerate(quantile=0.01, minimum=None)
     """
-    kind = lookup(FILTERS, name, "filter")
-    known = {field.name: field.default for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
-    hints = get_type_hints(kind)
-    for key, value in settings.items():
-        if key not in known:
-            raise UserError(
-                f"expected settings of {name} out of {', '.join(known)}, got {key!r}; choose one "
-                "of these"
-            )
-        wanted = get_args(hints[key]) or (hints[key],)
-        number = type(value) is int and float in wanted
-        if not (type(value) in wanted or number) or value != value:
-            kinds = " or ".join(kind.__name__ for kind in wanted).replace("NoneType", "None")
-            raise UserError(
-                f"expected {key} of {name} as {kinds}, got {value!r}; the default is {known[key]!r}"
-            )
-    return kind(**settings)
+    return make(FILTERS, name, settings, "filter")
