@@ -100,7 +100,7 @@ def fireflow(
     levels: Sequence[float],
     tick: Callable[[], Any] = lambda: None,
 ) -> Float[Tensor, "n c h w"]:
-    """`midpoint` at one evaluation a step, for half steps reuse the last middle's estimates.
+    """`midpoint` at one evaluation a step: half steps reuse the last middle's estimates.
 
     Deng et al., *FireFlow*, arXiv 2412.07517, for rectified flow; here for any process.
     The first step takes one evaluation more.
@@ -116,7 +116,7 @@ def fireflow(
 def halfway(
     denoise: Denoiser, latent: Tensor, way: tuple[float, float, float], pair: Pair | None
 ) -> tuple[Tensor, Pair]:
-    """A step from way[0] by way[1] to way[2], and the estimates at way[1] it was made with."""
+    """Step from way[0] by way[1] to way[2]; return the latent, and the estimates at way[1]."""
     here, middle, there = way
     if pair is None:
         pair = estimates(denoise, latent, here, middle)
@@ -161,7 +161,7 @@ def sample(
     negative: str | Sequence[str] | None = None,
     nulls: Float[Tensor, "n steps ..."] | None = None,
 ) -> Float[Tensor, "n channels height width"]:
-    """Images of latents.
+    """Sample and decode latents.
 
     Args:
         backbone: the model.

@@ -44,7 +44,7 @@ class Plan:
 
     @classmethod
     def equal(cls, label: int, class_name: str, members: Sequence[str], index: int = 0) -> "Plan":
-        """Members of one class in equal parts; of one member, that image alone."""
+        """Mix members of one class in equal parts; of one member, that image alone."""
         shares = (1 / len(members),) * len(members)
         return cls(label, class_name, tuple(members), shares, 0.0, 0, 0, index)
 
@@ -55,11 +55,11 @@ class Plan:
 
     @property
     def effective_count(self) -> float:
-        """How many members are really mixed, fresh noise aside; see `augment.plan.weights`."""
+        """Number of members really mixed, fresh noise aside; see `augment.plan.weights`."""
         return effective_count(torch.tensor(self.weights, dtype=torch.float64)).item()
 
     def soft_label(self, class_names: Sequence[str]) -> Float[Tensor, " c"]:
-        """The share of each class, float32, of sum 1: its members' weights added up.
+        """Return the share of each class, float32, of sum 1: its members' weights added up.
 
         Fresh noise is of no class and takes nothing from any.
 
@@ -75,12 +75,12 @@ class Plan:
         return shares.index_add(0, torch.tensor(rows), shares.new_tensor(self.weights)).float()
 
     def to_json(self) -> str:
-        """One line of JSON that `from_json` reads back without loss."""
+        """Return one line of JSON that `from_json` reads back without loss."""
         return json.dumps(dataclasses.asdict(self), ensure_ascii=False)
 
     @classmethod
     def from_json(cls, line: str) -> "Plan":
-        """The plan of a line of JSON.
+        """Read the plan of a line of JSON.
 
         Raises:
             UserError: the line is not a plan.

@@ -1,4 +1,4 @@
-"""The planner: draws the plan of every synthetic image from a seed.
+"""The planner draws the plan of every synthetic image from a seed.
 
 ``Planner(...)(epoch, index)`` is a pure function of its arguments.
 """
@@ -20,8 +20,7 @@ from augment.plan.plan import Plan
 from augment.plan.weights import dirichlet, expected_count
 
 Images = Mapping[str, tuple[str, ...]]
-"""The image ids of each class, in label order; of a bank they are unpacked when asked for."""
-
+"""The image ids of each class, in label order; those of a bank are unpacked on demand."""
 
 CACHED = 2**17
 """Numbers that a CPU holds in its caches."""
@@ -29,24 +28,24 @@ CACHED = 2**17
 
 def budget(
     real: np.ndarray,
-    most: int,
+    per_class: int,
     fill_to: int | None = None,
     per_real: float | None = None,
     tail_only: int | None = None,
 ) -> np.ndarray:
-    """How many synthetic images each class gets.
+    """Return how many synthetic images each class gets.
 
     >>> budget(np.array([9, 2]), 100, fill_to=5), budget(np.array([9, 2]), 100, tail_only=5)
     (array([0, 3]), array([  0, 100]))
 
     Args:
         real: the number of real images of each class.
-        most: so many, or instead:
-        fill_to: as many as bring a class to so many;
-        per_real: so many for every real one.
-        tail_only: none for classes with so many real images or more.
+        per_class: images a class.
+        fill_to: top every class up to this many, counting the real ones; replaces per_class.
+        per_real: images for every real one; replaces per_class.
+        tail_only: skip classes that have at least this many real images.
     """
-    counts = np.full(len(real), most)
+    counts = np.full(len(real), per_class)
     if fill_to is not None:
         counts = np.maximum(fill_to - real, 0)
     if per_real is not None:
@@ -55,11 +54,10 @@ def budget(
 
 
 def round_robin(per_class: int | dict[str, int], classes: Sequence[str]) -> list[int]:
-    """The label of each image of an epoch: class after class, round after round.
+    """Return the label of each image of an epoch: class after class, round after round.
 
     Args:
-        per_class: images of every class, or of each, which are left out once they are enough; a
-            class that is not named has none.
+        per_class: images of every class, or of each by its name; the others have none.
         classes: their names, in label order.
 
     Raises:
@@ -69,9 +67,8 @@ def round_robin(per_class: int | dict[str, int], classes: Sequence[str]) -> list
     [0, 1, 1, 1]
     """
     given = dict.fromkeys(classes, per_class) if isinstance(per_class, int) else per_class
-    known = dict.fromkeys(classes)
     for name in given:
-        lookup(known, name, "class")
+        lookup(dict.fromkeys(classes), name, "class")
     counts = np.array([given.get(name, 0) for name in classes], dtype=np.int64)
     if not len(counts) or counts.min() < 0 or not counts.any():
         raise UserError(f"expected at least 1 image a class, or of some, got {per_class}")
@@ -135,7 +132,7 @@ class Planner:
         return min(self.mixing.members or len(ids), len(ids))
 
     def _check_features(self, features: dict[str, Tensor]) -> None:
-        """A finite row for every image, and all of one length."""
+        """Refuse features other than a finite row for every image, all of one length."""
         if self.mixing.members is None:
             raise UserError(
                 "expected a number of members beside features (nearest), got none; say how many "
@@ -145,16 +142,16 @@ class Planner:
         for name, ids in self.images.items():
             rows = features.get(name)
             if rows is None:
-                found = "none"
+                flaw = "none"
             elif rows.ndim != 2 or rows.shape != (len(ids), *width):
-                found = f"shape {tuple(rows.shape)}"
+                flaw = f"shape {tuple(rows.shape)}"
             elif not rows.isfinite().all():
-                found = "NaN or infinity"
+                flaw = "NaN or infinity"
             else:
                 continue
             raise UserError(
                 f"expected the features of class {name!r} as {len(ids)} finite rows, as long as "
-                f"those of any class, got {found}; give every image a row"
+                f"those of any class, got {flaw}; give every image a row"
             )
 
     def __call__(self, epoch: int, index: int, label: int | None = None) -> Plan:
@@ -242,7 +239,7 @@ def warn_of_copies(planner: Planner, labels: Iterable[int]) -> None:
 
 
 def distances(rows: Real[Tensor, "n f"], point: Real[Tensor, " f"]) -> Float[Tensor, " n"]:
-    """Euclidean distances of rows to a point, float64; of a few rows at a time, which stay near.
+    """Return Euclidean distances of rows to a point, float64, a cache's worth of rows at a time.
 
     >>> distances(torch.eye(2), torch.zeros(2))
     tensor([1., 1.], dtype=torch.float64)

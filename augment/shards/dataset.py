@@ -47,7 +47,7 @@ from augment.shards.format import (
     AGAIN,
     CRC,
     FORMATS,
-    LARGEST,
+    MAX_BYTES,
     SCHEMA,
     UNCHECKED,
     ShardRecord,
@@ -65,8 +65,8 @@ from augment.sources.images import to_pil
 BLOCK = 512  # a tar is made of these
 EMPTY = tarfile.TarInfo().tobuf(tarfile.USTAR_FORMAT)  # of a file without name or content
 END = bytes(2 * BLOCK)
-EARLY = 2**20  # bytes after which the disk may begin
-MOST_PIXELS = 2**26  # of an image
+FLUSH_BYTES = 2**20  # after which the disk may begin to write
+MAX_PIXELS = 2**26  # of an image
 OPEN_FILES = 64  # of one `Shards` in one process
 
 
@@ -98,10 +98,10 @@ class Sample(NamedTuple):
 
 
 def encode(image: Float[Tensor, "c h w"], extension: str = "jpg", quality: int = 95) -> bytes:
-    """An image file of an image in [0, 1], grey or RGB. WebP knows no grey: it comes back as RGB.
+    """Encode an image in [0, 1], grey or RGB. WebP knows no grey: it comes back as RGB.
 
-    JPEG keeps the colour of every pixel (4:4:4). PIL's default makes four share theirs: one more
-    trace to tell synthetic images by.
+    JPEG keeps the colour of every pixel (4:4:4). PIL's default makes four share theirs, one more
+    trace that gives synthetic images away.
 
     Args:
         image: (1 | 3, H, W).
@@ -119,16 +119,16 @@ def encode(image: Float[Tensor, "c h w"], extension: str = "jpg", quality: int =
 
 
 def decode(content: bytes, extension: str) -> Float[Tensor, "c h w"]:
-    """The image in [0, 1] of an image file of one format, grey as (1, H, W), else (3, H, W).
+    """Decode an image file of one format to [0, 1], grey as (1, H, W), else (3, H, W).
 
     PIL reads the header; the pixels of a JPEG come from torchvision, the same and twice as fast.
 
     Raises:
-        Flaw: it is none, or has more than `MOST_PIXELS`.
+        Flaw: it is none, or has more than `MAX_PIXELS`.
     """
     try:
         with Image.open(io.BytesIO(content), formats=[FORMATS[extension]]) as file:
-            if file.width * file.height > MOST_PIXELS:
+            if file.width * file.height > MAX_PIXELS:
                 raise ValueError(f"{file.width} × {file.height} pixels")
             if file.info.get("progressive"):
                 check_scans(content, file.width * file.height)
@@ -148,7 +148,7 @@ def decode(content: bytes, extension: str) -> Float[Tensor, "c h w"]:
 
 
 def header(name: str, size: int) -> bytes:
-    """The block before a member: USTAR, a regular file, mode 0644, of nobody and no time."""
+    """Return the block before a member: USTAR, a regular file, mode 0644, no owner, no time."""
     block = bytearray(EMPTY)
     block[: len(name)], block[124:135] = name.encode(), b"%011o" % size
     block[148:154] = b"%06o" % (sum(block) - sum(block[148:156]) + 8 * ord(" "))
@@ -156,16 +156,16 @@ def header(name: str, size: int) -> bytes:
 
 
 def declared(block: bytes, name: str) -> int:
-    """The size in a header, which has to be what we would write, or a `Flaw`."""
+    """Return the size in a header; raise `Flaw` if it is not what `header` writes."""
     with suppress(ValueError):
         size = int(block[124:135], 8)
-        if 0 <= size <= LARGEST and block == header(name, size):
+        if 0 <= size <= MAX_BYTES and block == header(name, size):
             return size
     raise Flaw(f"something else where {name} belongs")
 
 
 def packed(key: int, contents: dict[str, bytes]) -> bytes:
-    """The members of a sample, by their suffixes, as they stand in a tar."""
+    """Return the bytes of a sample's members, by their suffixes, in a tar."""
     parts = []
     for suffix, content in contents.items():
         name = f"{key:08d}.{suffix}"
@@ -200,9 +200,9 @@ def write_shard(path: Path, samples: Iterable[Sample], extension: str, **more: A
     with replacing(path) as file:
         for key, image, label, about in samples:
             assert not rows or key > rows[-1][0], "keys have to increase"
-            if len(image) > LARGEST:
+            if len(image) > MAX_BYTES:
                 raise UserError(
-                    f"expected images of at most {LARGEST} bytes, got {len(image)}; choose "
+                    f"expected images of at most {MAX_BYTES} bytes, got {len(image)}; choose "
                     "another format, or a lower resolution"
                 )
             rows.append([key, label, end + BLOCK, len(image)])
@@ -212,7 +212,7 @@ def write_shard(path: Path, samples: Iterable[Sample], extension: str, **more: A
             file.write(content)
             digest.update(content)
             end += len(content)
-            if end - flushed > EARLY:
+            if end - flushed > FLUSH_BYTES:
                 file.flush()
                 start_writing(file.fileno(), flushed, end - flushed)
                 flushed = end
@@ -279,7 +279,7 @@ class Shards(Dataset[tuple[Any, Any]]):
         return self.item((index, self.read(index)))
 
     def item(self, source: tuple[int, bytes]) -> tuple[Any, Any]:
-        """(image, label) of an index and what `read` gave for it, transformed."""
+        """Return (image, label), transformed, of (index, what `read` gave for it)."""
         path, (key, label, *_) = self._place(source[0])
         with expecting(f"image {key} in {path}"):
             image = decode(source[1], self.extension)
@@ -302,7 +302,7 @@ class Shards(Dataset[tuple[Any, Any]]):
             return content
 
     def about(self, index: int) -> dict[str, Any]:
-        """How an image was made: the JSON of its sample.
+        """Return how an image was made: the JSON of its sample.
 
         Raises:
             IndexError: the index is out of range.
@@ -310,13 +310,13 @@ class Shards(Dataset[tuple[Any, Any]]):
         """
         text = self.text(index)
         with suppress(ValueError, RecursionError):
-            if isinstance(found := json.loads(text), dict):
-                return found
+            if isinstance(about := json.loads(text), dict):
+                return about
         with expecting(f"a JSON object about image {index}"):
             raise Flaw(f"{text[:60]!r}")
 
     def text(self, index: int) -> bytes:
-        """That JSON unread."""
+        """Return that JSON as bytes."""
         path, (key, _, offset, size, check) = self._place(index)
         start = offset + size + -size % BLOCK + 2 * BLOCK  # behind the image and the label
         with expecting(f"the JSON of image {key} in {path}"):
@@ -327,7 +327,7 @@ class Shards(Dataset[tuple[Any, Any]]):
             return content
 
     def plan(self, index: int) -> Plan:
-        """The plan of an image; `Synthesizer.images` makes it again.
+        """Return the plan of an image; `Synthesizer.images` makes it again.
 
         Raises:
             IndexError: the index is out of range.
@@ -336,13 +336,13 @@ class Shards(Dataset[tuple[Any, Any]]):
         return Plan.from_json(json.dumps(self.about(index).get("plan")))
 
     def stream(self, numbers: Iterable[int]) -> Iterator[tuple[int, bytes]]:
-        """Index and file of every image of some shards, each read from front to back."""
+        """Yield index and file of every image of some shards, each read from front to back."""
         for number in numbers:
             for index in range(*self.starts[number : number + 2]):
                 yield index, self.read(index)
 
     def metadata(self, index: int) -> dict[str, Any]:
-        """Of an image the name of a file, in a folder of its class, its label, and its plan."""
+        """Return the name of a file for an image, in a folder of its class, its label and plan."""
         _, (key, label, *_) = self._place(index)
         name = f"{self.classes[label]}/{key:08d}.{self.extension}"
         facts = {"file_name": name, "label": label, "class_name": self.classes[label]}
@@ -350,14 +350,14 @@ class Shards(Dataset[tuple[Any, Any]]):
         return {**facts, **(plan if isinstance(plan, dict) else {}), **facts}
 
     def _place(self, index: int) -> tuple[Path, list[int]]:
-        """The tar of an image, and its row in the table."""
+        """Return the tar of an image, and its row in the table."""
         if not -len(self) <= index < len(self):
             raise IndexError(f"expected an index below {len(self)}, got {index}")
         row = index % len(self)
         return self.paths[bisect_right(self.starts, row) - 1], self.rows[row].tolist()
 
     def _bytes(self, path: Path, offset: int, size: int) -> bytes:
-        """A part of a tar, without the file position that forks and threads share."""
+        """Read a part of a tar, without the file position that forks and threads share."""
         try:
             file = self._open(path)  # a name of its own keeps it open until it is read
             content = os.pread(file.fileno(), size, offset)
@@ -374,7 +374,7 @@ def open_shards(
     target_transform: Callable[[int], Any] | None = None,
     complete: bool = True,
 ) -> Shards:
-    """The images of a folder of shards as a map-style dataset of (image, label).
+    """Open a folder of shards as a map-style dataset of (image, label).
 
     Args:
         folder: what ``latent-augment synthesize`` wrote to.

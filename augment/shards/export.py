@@ -32,7 +32,7 @@ def to_webdataset(
     transform: Callable[[Tensor], Any] | None = None,
     target_transform: Callable[[int], Any] | None = None,
 ) -> IterableDataset[tuple[Any, Any]]:
-    """The same images as a webdataset pipeline, for those who stream: every tar front to back.
+    """Stream the images as a webdataset pipeline, every tar from front to back.
 
     Shards are dealt to nodes, then to the workers of each; a worker without any gives nothing.
     The tars are read by their records, not by webdataset, which cannot open a path with ``#`` or
@@ -67,10 +67,10 @@ def export_folder(folder: str | Path, out: str | Path) -> None:
     """Write the images of a folder of shards as files ``out/class/key.jpg`` and ``metadata.jsonl``.
 
     A line of that is an image: ``file_name``, ``label``, ``class_name``, and its plan. It has a
-    hidden name until all images are there; to run the same again goes on. torchvision's
+    hidden name until all images are there; the same call again resumes. torchvision's
     ``ImageFolder`` reads this, and numbers the classes by the alphabet; ``load_dataset(
     "imagefolder", data_dir=out)`` too, and takes a class named like a split (test, dev) for one,
-    unless it is told ``data_files={"train": "**"}``. A class without an image has an empty folder,
+    unless it is given ``data_files={"train": "**"}``. A class without an image has an empty folder,
     so that the numbers of the others stay; ``ImageFolder`` reads that with ``allow_empty=True``.
 
     Raises:

@@ -37,7 +37,7 @@ SETTINGS, INFO = "synthesis.json", "_info.json"
 FORMATS = {"jpg": "JPEG", "webp": "WEBP", "png": "PNG"}
 """PIL's name of an image format by the extension of its files."""
 
-LARGEST = 64 * 2**20  # bytes of a member
+MAX_BYTES = 64 * 2**20  # of a member
 MAX_SHARDS = 10**6  # a number of six digits
 UNCHECKED = -1  # in place of the digests of a sample
 CRC = 2**32 - 1  # the bits of a CRC-32
@@ -237,8 +237,8 @@ class ShardManifest(Record):
     @cached_property
     def origins(self) -> dict[str, str]:
         """The real images that the shards come from: ids by the first digits of their SHA-256."""
-        known = [ids for ids in self.images.values() if isinstance(ids, dict)]
-        return {digest: image_id for ids in known for image_id, digest in ids.items()}
+        classes = [ids for ids in self.images.values() if isinstance(ids, dict)]
+        return {digest: image_id for ids in classes for image_id, digest in ids.items()}
 
 
 @dataclass(frozen=True)
@@ -349,16 +349,16 @@ def recover_settings(folder: Path) -> ShardManifest | None:
     Returns:
         The settings; None if no record has them.
     """
-    found = None
+    best = None
     for number in shard_numbers(folder):
         with suppress(Damaged, Missing):
             record = read(ShardRecord, shard_path(folder, number).with_suffix(".json"))
-            known = record.synthesis
-            if known is not None and (found is None or known.shards > found.shards):
-                found = known
-    if found is not None:
-        write(folder / SETTINGS, found)
-    return found
+            copy = record.synthesis
+            if copy is not None and (best is None or copy.shards > best.shards):
+                best = copy
+    if best is not None:
+        write(folder / SETTINGS, best)
+    return best
 
 
 def repair_settings(folder: Path) -> str:
@@ -439,7 +439,7 @@ def table(record: ShardRecord, classes: int) -> np.ndarray:
     keys, labels, offsets, sizes, _ = rows.T
     if (keys[1:] <= keys[:-1]).any() or (labels >= classes).any():
         raise ValueError("a record with keys that do not increase, or labels of no class")
-    if (offsets > record.bytes).any() or (sizes > LARGEST).any():
+    if (offsets > record.bytes).any() or (sizes > MAX_BYTES).any():
         raise ValueError("a record with images that are not in the tar")
     if (np.append(0, offsets + sizes) > np.append(offsets, record.bytes)).any():
         raise ValueError("a record with images that overlap or pass the end of the tar")

@@ -167,8 +167,8 @@ def count_shards(path: Path) -> Tally:
         record, rows = read_table(shard, len(settings.classes))
         tally.shards += 1
         tally.lengths.append(len(rows))
-        known = np.where(rows[:, 4] == UNCHECKED, rows[:, 0], rows[:, 4] >> 32)
-        tally.images.append(rows[:, 1] << 32 | known & CRC)
+        digests = np.where(rows[:, 4] == UNCHECKED, rows[:, 0], rows[:, 4] >> 32)
+        tally.images.append(rows[:, 1] << 32 | digests & CRC)
         tally.wanted += record.wanted
         tally.bytes += record.bytes
         for name, counts in record.dropped.items():

@@ -125,7 +125,7 @@ class ShardJob:
             UserError: a setting is unknown, does not fit the bank, or asks for no image.
         """
         bank = LatentBank.open(settings.bank)
-        planner, counts = planner_of(bank, settings), image_counts(bank, settings)
+        planner, counts = planner_of(bank, settings), _image_counts(bank, settings)
         refine, filters = settings.refine, settings.filters or {}
         refine = SeedSelect(refine) if isinstance(refine, int) else refine
         if refine:  # what can be refused is refused before gigabytes are loaded
@@ -142,12 +142,12 @@ class ShardJob:
             load_backbone(**here),
             bank,
             Rule.parse(settings.rule),
-            part_of(settings, Sampling),
+            _part_of(settings, Sampling),
             class_prompts(bank.classes, settings.prompt) if settings.prompt else None,
             refine,
             settings.images,
         )
-        output = part_of(settings, Output)
+        output = _part_of(settings, Output)
         return cls(Path(settings.out), synthesizer, planner, counts, output, judges, where)
 
     def __post_init__(self) -> None:
@@ -169,7 +169,7 @@ class ShardJob:
         self.filters = dict(sorted(self.filters.items()))  # so that scores have one order
 
     def __getstate__(self) -> dict[str, Any]:
-        """What is sent to a worker elsewhere: how to load the backbone, where that is known."""
+        """Return what is sent to a worker elsewhere: not the backbone, where it can be loaded."""
         synthesizer = copy.copy(self.synthesizer)
         if self.recipe:
             synthesizer.backbone = None  # type: ignore[assignment]
@@ -188,7 +188,7 @@ class ShardJob:
     def settings(self) -> ShardManifest:
         """Return all that the shards depend on."""
         made, mixing = self.synthesizer, self.planner.mixing
-        nearest = features_digest(self.planner)
+        nearest = _features_digest(self.planner)
         facts = {
             "schema": SCHEMA,
             "classes": list(self.planner.images),
@@ -212,24 +212,24 @@ class ShardJob:
         return build(ShardManifest, json.loads(json.dumps(facts)))
 
     def origins(self) -> dict[str, dict[str, str]]:
-        """The real images of each class, and the first `DIGITS` digits of their SHA-256.
+        """Return the real images of each class, and the first `DIGITS` digits of their SHA-256.
 
         By these no image that a classifier is tested on is ever one that it was trained with.
         """
         bank = self.synthesizer.bank
-        known = {name: bank.digests(name) for name in self.planner.images}
+        digests = {name: bank.digests(name) for name in self.planner.images}
         return {
-            name: {i: known[name][i][:DIGITS] for i in ids}
+            name: {i: digests[name][i][:DIGITS] for i in ids}
             for name, ids in self.planner.images.items()
         }
 
     def plan(self) -> list[int]:
-        """The images of each shard; the settings are written, or compared."""
+        """Return the number of images of each shard; write the settings, or compare them."""
         settings, old = self.settings(), self._known()
         if old is not None:
             settings = replace(settings, schema=old.schema)
             if old != settings:
-                names = [known.name for known in fields(settings)]
+                names = (field.name for field in fields(settings))
                 other = next(n for n in names if getattr(old, n) != getattr(settings, n))
                 raise UserError(
                     f"expected {self.path} to be new or of the same settings, got images of "
@@ -260,12 +260,12 @@ class ShardJob:
         except Missing:
             return recover_settings(self.path)
         except Damaged:
-            if known := recover_settings(self.path):
-                return known
+            if recovered := recover_settings(self.path):
+                return recovered
             raise
 
     def committed(self, unit: int) -> int:
-        """The bytes of a shard and its record; 0 if it is not finished, or was harmed since."""
+        """Return the bytes of a shard and its record; 0 if it is not finished, or is damaged."""
         path = shard_path(self.path, unit)
         if not path.with_suffix(".json").exists():
             return 0
@@ -304,8 +304,8 @@ class ShardJob:
                     scores = score(scorers, images, [plan.label for plan in plans])
                     small = reduce(images, self.output.pixels).cpu()
                     for row, plan in enumerate(plans):
-                        mine = {name: values[row] for name, values in scores.items()}
-                        bad = [n for n in mine if fails(self.filters[n], mine[n])]
+                        own = {name: values[row] for name, values in scores.items()}
+                        bad = [n for n in own if _fails(self.filters[n], own[n])]
                         for name in bad:
                             dropped[name][plan.class_name] += 1
                         if bad:
@@ -315,7 +315,7 @@ class ShardJob:
                             encode, small[row], self.output.extension, self.output.quality
                         )
                         loss = None if losses is None else [losses[row, 0], losses[row].min()]
-                        made[plan.index] = (plan, mine, loss, data)
+                        made[plan.index] = (plan, own, loss, data)
                 pending = refused
         samples = (self._sample(*made[index]) for index in sorted(made))
         write_shard(
@@ -341,7 +341,7 @@ class ShardJob:
         loss: list[Tensor] | None,
         data: "Future[bytes]",
     ) -> Sample:
-        """What the shard holds of an image; of a refined one, its loss before and after."""
+        """Return what the shard holds of an image; of a refined one, its loss before and after."""
         about = {
             "plan": asdict(plan),
             "rule": str(self.synthesizer.rule),
@@ -367,9 +367,9 @@ class ShardJob:
                 "folder"
             )
         if self.lacking:
-            found = first_few([f"{name!r} {words}" for name, words in self.lacking.items()])
+            lacking = first_few([f"{name!r} {words}" for name, words in self.lacking.items()])
             warnings.warn(
-                f"expected {tally.wanted:,} different images, got {found}; allow "
+                f"expected {tally.wanted:,} different images, got {lacking}; allow "
                 "more --candidates where filters refused images, and add real images, noise or a "
                 "larger alpha where images are copies",
                 AugmentWarning,
@@ -402,7 +402,7 @@ def contents(judge: Filter | SeedSelect) -> dict[str, Any]:
 
 
 def precision(backbone: Any) -> str:
-    """The network's dtype, if it is not what the backbone takes on its device by default."""
+    """Return the network's dtype, or default where the backbone takes it on its device anyway."""
     on_gpu = backbone.device.type == "cuda"
     usual = getattr(backbone, "half", torch.float32) if on_gpu else torch.float32
     dtype = getattr(backbone, "dtype", usual)
@@ -412,23 +412,23 @@ def precision(backbone: Any) -> str:
 def score(
     scorers: dict[str, Callable[..., Tensor]], images: Tensor, labels: list[int]
 ) -> dict[str, list[float]]:
-    """The scores of a batch by each filter."""
+    """Return the scores of a batch by each filter."""
     return {name: scorer(images, labels).tolist() for name, scorer in scorers.items()}
 
 
-def fails(judge: Filter, value: float) -> bool:
-    """Whether a score is below what a filter asks for; one that is not a number is."""
+def _fails(judge: Filter, value: float) -> bool:
+    """Tell whether a score is below what a filter asks for; one that is not a number is."""
     return judge.minimum is not None and not value >= judge.minimum
 
 
 def reduce(images: Float[Tensor, "n c h w"], pixels: int) -> Float[Tensor, "n c r r"]:
-    """Images of at most so many pixels a side."""
+    """Reduce images to at most this many pixels a side."""
     if images.shape[-1] <= pixels:
         return images
     return F.interpolate(images, (pixels, pixels), mode="bilinear", antialias=True).clamp(0, 1)
 
 
-def features_digest(planner: Planner) -> str | None:
+def _features_digest(planner: Planner) -> str | None:
     """Return the SHA-256 of the features that neighbours are found by, if there are any."""
     if planner.features is None:
         return None
@@ -436,7 +436,7 @@ def features_digest(planner: Planner) -> str | None:
     return sha256("".join(sha256(part.numpy().tobytes()) for part in rows).encode())
 
 
-def image_counts(bank: LatentBank, settings: ShardSettings) -> int | dict[str, int]:
+def _image_counts(bank: LatentBank, settings: ShardSettings) -> int | dict[str, int]:
     """Return the number of images of every class, or of each that needs some.
 
     Raises:
@@ -455,6 +455,6 @@ def image_counts(bank: LatentBank, settings: ShardSettings) -> int | dict[str, i
     return {name: count for name, count in zip(bank.members, counts, strict=True) if count}
 
 
-def part_of(settings: ShardSettings, kind: type[T]) -> T:
+def _part_of(settings: ShardSettings, kind: type[T]) -> T:
     """Return the part of the settings that one of their base classes holds."""
     return kind(**{f.name: getattr(settings, f.name) for f in fields(kind)})  # type: ignore[arg-type]

@@ -83,7 +83,7 @@ class SyntheticDataset(Dataset[Sample]):
         self.kept: dict[int, tuple[Tensor, Any]] | None = {} if keep else None
 
     def subset(self, keep: Callable[[str], bool]) -> "SyntheticDataset":
-        """The same dataset of fewer real images.
+        """Return the same dataset of fewer real images.
 
         Args:
             keep: whether an image id stays.
@@ -108,12 +108,12 @@ class SyntheticDataset(Dataset[Sample]):
         return len(self.targets)
 
     def set_epoch(self, epoch: int) -> None:
-        """Throw the dice of another epoch from now on."""
+        """Draw other plans from now on."""
         if self.kept is None:
             self.epoch = epoch
 
     def plan(self, index: int) -> Plan:
-        """The plan of item ``index`` in this epoch; `Synthesizer.images` makes its image again.
+        """Return the plan of item ``index`` in this epoch; `Synthesizer.images` makes its image.
 
         Raises:
             IndexError: the index is out of range.
@@ -124,14 +124,14 @@ class SyntheticDataset(Dataset[Sample]):
         return self.planner(self.epoch, index, self.targets[index])
 
     def label(self, plan: Plan) -> int | Tensor:
-        """What a plan's image is labelled with: its class, or the share of each if it mixes any."""
+        """Return the label of a plan's image: its class, or the share of each of several."""
         return plan.soft_label(self.classes) if self.planner.classes > 1 else plan.label
 
     def __getitem__(self, index: int) -> Sample:
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: Sequence[int]) -> list[Sample]:
-        """The items of a batch, synthesised together."""
+        """Return the items of a batch, synthesised together."""
         if get_worker_info() is not None and self.synthesizer.backbone.device.type == "cuda":
             raise RuntimeError(
                 "expected to synthesise in the main process, got a DataLoader worker and a CUDA "
@@ -144,12 +144,12 @@ class SyntheticDataset(Dataset[Sample]):
         return [(transform(image), target(label)) for image, label in made]
 
     def _made(self, indices: Iterable[int]) -> Iterable[Sample]:
-        """Images, synthesised together, and labels."""
+        """Synthesise images together; yield them and their labels."""
         plans = [self.plan(index) for index in indices]
         return zip(self.synthesizer.images(plans), map(self.label, plans), strict=True)
 
     def _kept(self, indices: Sequence[int], kept: dict[int, tuple[Tensor, Any]]) -> list[Sample]:
-        """The same from memory. Those that are not there yet are made in whole blocks.
+        """Return the same from memory; items that are not there yet are made in whole blocks.
 
         So an image's last bits do not depend on who asked first.
         """
@@ -200,18 +200,18 @@ class MixedDataset(Dataset[Sample]):
                 part.set_epoch(epoch)
 
     def draw(self, index: int) -> tuple[int, int]:
-        """(0 real | 1 synthetic, index within it) of a draw."""
+        """Return (0 real | 1 synthetic, index within it) of a draw."""
         if not -len(self) <= index < len(self):
             raise IndexError(f"expected an index below {len(self)}, got {index}")
-        dice = rng(self.seed, "mix", self.epoch, index % len(self))
-        part = int(dice.random() < self.p_synthetic)
-        return part, int(dice.integers(len(self.parts[part])))
+        generator = rng(self.seed, "mix", self.epoch, index % len(self))
+        part = int(generator.random() < self.p_synthetic)
+        return part, int(generator.integers(len(self.parts[part])))
 
     def __getitem__(self, index: int) -> Sample:
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: Sequence[int]) -> list[Sample]:
-        """The items of a batch; each part is asked at most once."""
+        """Return the items of a batch; each part is asked at most once."""
         draws = [self.draw(index) for index in indices]
         streams = [
             iter(fetch(part, [row for p, row in draws if p == number]))
@@ -221,7 +221,7 @@ class MixedDataset(Dataset[Sample]):
 
 
 def fetch(dataset: Any, rows: Sequence[int]) -> list[Sample]:
-    """The items of some rows, in one call where the dataset offers that."""
+    """Return the items of some rows, in one call where the dataset offers that."""
     if rows and hasattr(dataset, "__getitems__"):
         return dataset.__getitems__(rows)
     return [dataset[row] for row in rows]

@@ -18,8 +18,8 @@ Where a decoder cuts pixels off at black or white, features have no slope, and r
 is beyond white stays white whatever its latent does. The distance of the clean latents, taken
 before the cut, brings it back.
 
-A run of the solver would keep what every layer found in every evaluation. So each evaluation, and
-each look at an image, keeps its input alone and is done again on the way back (Chen et al.,
+A run of the solver would keep the values of every layer in every evaluation. So each evaluation,
+and each look at an image, keeps its input alone and is done again on the way back (Chen et al.,
 *Training Deep Nets with Sublinear Memory Cost*, arXiv 1604.06174): memory is a latent for each
 evaluation and the layers of one. A step costs the time of some four samplings.
 
@@ -89,7 +89,7 @@ class Refined(NamedTuple):
 
 @dataclass(frozen=True)
 class Recorder(Denoiser):
-    """A denoiser that forgets what its layers found, and notes its clean estimates."""
+    """A denoiser that forgets the values of its layers, and notes its clean estimates."""
 
     seen: list[Tensor] = field(default_factory=list)
 
@@ -108,7 +108,7 @@ def losses(
     solver: str,
     levels: Sequence[float],
 ) -> Float[Tensor, " n"]:
-    """The loss of each latent; see the module's docstring.
+    """Return the loss of each latent; see the module's docstring.
 
     Args:
         recorder: the batch's denoiser, new.
@@ -135,7 +135,7 @@ def losses(
 def slope(
     loss: Callable[[Tensor], Tensor], latents: Float[Tensor, "n c h w"]
 ) -> tuple[Float[Tensor, " n"], Float[Tensor, "n c h w"]]:
-    """The losses of latents, and their slopes.
+    """Return the losses of latents, and their gradients.
 
     Raises:
         UserError: they overflow.
@@ -143,9 +143,9 @@ def slope(
     for scale in SCALES:
         with torch.enable_grad():
             values = loss(latents)
-            (found,) = torch.autograd.grad(scale * values.sum(), latents)
-        if found.isfinite().all():
-            return values.detach(), found / scale
+            (gradient,) = torch.autograd.grad(scale * values.sum(), latents)
+        if gradient.isfinite().all():
+            return values.detach(), gradient / scale
     raise UserError(
         "expected a finite slope to refine latents by, got overflow; take dtype float32 or bfloat16"
     )
@@ -171,7 +171,7 @@ class SeedSelect:
             default that of a checkpoint, or fashion for grey images and clip for others.
         weights: of the network: a .safetensors file, a state dict or a checkpoint of
             latent-augment train; of clip a folder or a repository of the hub; by default those that
-            it is known with.
+            it comes with.
 
     Raises:
         UserError: a setting is out of its range, or a network without slopes.
@@ -196,12 +196,12 @@ class SeedSelect:
             )
 
     def of(self, backbone: Backbone) -> "SeedSelect":
-        """The same with the network that is the default for a backbone's images."""
+        """Return the same with the network that is the default for a backbone's images."""
         usual = "fashion" if backbone.channels == 1 else "clip"
         return replace(self, network=network_of(self.network, self.weights, usual))
 
     def see(self, backbone: Backbone) -> Network:
-        """The network, as a function of images (n, C, R, R) in [0, 1].
+        """Load the network, a function of images (n, C, R, R) in [0, 1].
 
         Raises:
             UserError: see `augment.networks.feature_network`.
@@ -211,7 +211,7 @@ class SeedSelect:
     @torch.inference_mode(False)  # what is made here takes part in what is differentiated
     @torch.no_grad()
     def goal(self, backbone: Backbone, images: Float[Tensor, "n c h w"]) -> Goal:
-        """What to refine a class's latents for.
+        """Return what to refine a class's latents for.
 
         Args:
             backbone: the model.
@@ -270,7 +270,7 @@ class SeedSelect:
     def _fit(
         self, loss: Callable[[Tensor], Tensor], latents: Tensor, tick: Callable[[], Any]
     ) -> Refined:
-        """The best latents on the way, and all losses."""
+        """Optimise latents; return the best on the way, and all losses."""
         latents.requires_grad_()
         optimiser, history, way = torch.optim.AdamW([latents], self.lr), [], []
         for _ in range(self.steps):

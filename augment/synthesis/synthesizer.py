@@ -202,7 +202,7 @@ class Synthesizer:
         return (sum(totals[1:], totals[0]) / count).float().to(self.bank.device)
 
     def images(self, plans: Sequence[Plan]) -> Float[Tensor, "n c h w"]:
-        """The images of plans, float32 in [0, 1] on the backbone's device.
+        """Make the images of plans, float32 in [0, 1] on the backbone's device.
 
         Raises:
             UserError: see `points` and, to refine, `goal`.
@@ -212,7 +212,7 @@ class Synthesizer:
     def made(
         self, plans: Sequence[Plan]
     ) -> tuple[Float[Tensor, "n c h w"], Float[Tensor, "n _"] | None]:
-        """See `images`; and the losses of `augment.synthesis.refine.Refined`, if there are."""
+        """Return `images`, and the losses of `augment.synthesis.refine.Refined`, if any."""
         mixture = self.mix(plans)
         self._warn_of_bias(plans, mixture)
         centroids, losses = mixture.centroids, None
@@ -241,7 +241,7 @@ class Synthesizer:
         return [self.prompt(plan.class_name) for plan in plans], guide
 
     def goal(self, plan: Plan) -> Goal:
-        """What a plan's centroid is refined for: the means of its class's real images.
+        """Return what a plan's centroid is refined for: the means of its class's real images.
 
         Raises:
             UserError: the plan mixes classes, or see `real` and `SeedSelect.see`.
@@ -258,7 +258,7 @@ class Synthesizer:
         return self._goals[name]
 
     def real(self, class_name: str) -> Float[Tensor, "n c r r"]:
-        """The real images of a class that the bank shows, in the backbone's format.
+        """Read the real images of a class that the bank shows, in the backbone's format.
 
         Raises:
             UserError: they are no longer where they were.
@@ -266,9 +266,9 @@ class Synthesizer:
         root: Any = Path(self.bank.manifest.source) if self.source is None else self.source
         where = root.root if isinstance(root, Source) else root
         channels, side = self.backbone.channels, self.backbone.resolution
-        known = self.bank.digests(class_name)
-        images = torch.empty(len(known), channels, side, side)
-        for row, (image_id, digest) in enumerate(known.items()):
+        digests = self.bank.digests(class_name)
+        images = torch.empty(len(digests), channels, side, side)
+        for row, (image_id, digest) in enumerate(digests.items()):
             try:
                 content = read_original(root, image_id, digest)
                 images[row] = decode_image(content, channels, side, self.bank.background)
@@ -289,15 +289,15 @@ class Synthesizer:
         )
 
     def prompt(self, class_name: str) -> str:
-        """What a class is sampled with."""
+        """Return what a class is sampled with."""
         return (self.prompts or {}).get(class_name, self.bank.prompt(class_name))
 
     def check(self, plans: Sequence[Plan]) -> None:
-        """Find out, before any is made, whether images of these plans can be.
+        """Refuse plans whose images cannot be made, before any is.
 
         Raises:
             UserError: a prompt that the backbone does not take, a rule that does not fit, a
-                file of the bank that is harmed, or, to refine, no network or real images.
+                file of the bank that is damaged, or, to refine, no network or real images.
         """
         self.backbone.condition([self.prompt(plan.class_name) for plan in plans])
         if self.refine:
@@ -308,7 +308,7 @@ class Synthesizer:
             self.null(plan)
 
     def null(self, plan: Plan) -> Float[Tensor, "steps ..."]:
-        """The null-text embeddings of a plan: its members', mixed by its weights.
+        """Mix the null-text embeddings of a plan's members by its weights.
 
         Mokady et al., arXiv 2211.09794, interpolate them linearly too. Fresh noise has the empty
         prompt's.

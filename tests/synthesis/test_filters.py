@@ -18,10 +18,10 @@ from augment.sources import Folder
 from augment.sources.fashion import write_fashion
 from augment.synthesis.filters import FILTERS, Filter, Reference, make_filter
 from augment.synthesis.filters.degenerate import statistics
-from augment.synthesis.filters.reference import ENOUGH
+from augment.synthesis.filters.reference import MIN_OWN
 
 CPU = torch.device("cpu")
-COUNTS = (ENOUGH + 2, 5, 1)
+COUNTS = (MIN_OWN + 2, 5, 1)
 """Images of the laws' classes: judged by itself, by all, and one alone."""
 
 NETWORK = "test_resnet"
@@ -323,7 +323,7 @@ def test_a_prototype_rejects_images_of_other_classes(trained, three):
 
 
 def test_the_median_real_image_scores_one_and_the_quantile_zero(settings):
-    images = textures(0, ENOUGH + 1)
+    images = textures(0, MIN_OWN + 1)
     scores = make_filter("prototype", quantile=0.1, **settings["prototype"])
     found = scores.prepare(bank_of([images]))(images, [0] * len(images))
     rows = timm_network(*settings["prototype"].values(), 0, CPU)(images)
@@ -441,7 +441,7 @@ def test_copies_seen_by_a_network(trained, three):
 
 
 def test_a_real_image_is_as_far_as_real_images_are():
-    images = textures(0, ENOUGH)
+    images = textures(0, MIN_OWN)
     rows = F.interpolate(images, (8, 8), mode="bilinear", antialias=True).flatten(1).double()
     apart = torch.stack([(rows - row).square().mean(1).sqrt() for row in rows])
     usual = apart.fill_diagonal_(9).amin(1).quantile(0.5)
@@ -519,7 +519,7 @@ def test_photographs_are_kept_and_faults_are_caught(shots, photographs):
 
 def test_a_class_of_its_own_range_and_one_of_all_classes():
     """A class of many images is judged by them; a class of few by those of all."""
-    dark, light = textures(0, ENOUGH) * 0.4, textures(1, ENOUGH) * 0.4 + 0.6
+    dark, light = textures(0, MIN_OWN) * 0.4, textures(1, MIN_OWN) * 0.4 + 0.6
     odd = textures(0, 5, seed=3) * 0.4 + 0.6
     many = make_filter("degenerate").prepare(bank_of([dark, light]))
     few = make_filter("degenerate").prepare(bank_of([dark[:30], light[:30]]))

@@ -47,8 +47,8 @@ class Classifier:
             raise UserError("expected 2 classes to tell apart, got one; take the filter prototype")
         classes = len(reference.classes)
         if self.weights:
-            known = read_weights(self.weights).settings.get("class_names")
-            check_names(known, reference.classes, self.weights)
+            names = read_weights(self.weights).settings.get("class_names")
+            check_names(names, reference.classes, self.weights)
         network = timm_network(self.model or "", self.weights, classes, reference.device)
 
         def scores(images: Tensor, labels: Sequence[int]) -> Tensor:

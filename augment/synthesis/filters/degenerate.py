@@ -29,11 +29,11 @@ from augment.synthesis.filters.reference import Real, Reference, Scores, by_clas
 TOLERANCES = (0.25, 0.25, 0.3, 0.05, 0.05, 0.3, 0.05, 0.05)
 """By how much a statistic may differ from the median however much alike the real images are."""
 
-TINY, TAIL, FOLDS, LARGEST = 1e-3, 0.05, 16, 2.5
+TINY, TAIL, FOLDS, MAX_BORDER = 1e-3, 0.05, 16, 2.5
 
 
 def statistics(images: Float[Tensor, "n c h w"]) -> Float[Tensor, "n k"]:
-    """The numbers of the module's docstring: 8, or 6 of a grey image."""
+    """Return the numbers of the module's docstring: 8, or 6 of a grey image."""
     grey, channels = to_channels(images, 1)[:, 0], images.mean((2, 3))
     means, deviations = grey.mean((1, 2)), grey.flatten(1).std(1, correction=0)
     shares = [part.float().mean((1, 2, 3)).sqrt() for part in (images < 0.02, images > 0.98)]
@@ -56,7 +56,7 @@ class Range:
     Args:
         middle: their medians (k,).
         below, above: the distances (k,) of their 5 % and 95 % quantiles from it, at least the
-            tolerances, which are the wider, the fewer images tell.
+            tolerances, which are the wider, the fewer images were measured.
     """
 
     middle: Float[Tensor, " k"]
@@ -65,13 +65,13 @@ class Range:
 
     @classmethod
     def of(cls, rows: Float[Tensor, "n k"], count: int) -> "Range":
-        """The range of at least one image's statistics, where ``count`` images are to tell."""
+        """Return the range of at least one image's statistics, as measured on ``count`` images."""
         low, middle, high = rows.quantile(rows.new_tensor([TAIL, 0.5, 1 - TAIL]), 0)
         least = rows.new_tensor(TOLERANCES)[: rows.shape[1]] * (1 + 5 / count)
         return cls(middle, (middle - low).maximum(least), (high - middle).maximum(least))
 
     def excess(self, rows: Float[Tensor, "n k"]) -> Float[Tensor, " n"]:
-        """How far out the worst statistic of an image is; 1 is at a quantile."""
+        """Return how far out the worst statistic of an image is; 1 is at a quantile."""
         off = rows - self.middle
         return torch.where(off < 0, -off / self.below, off / self.above).amax(1)
 
@@ -110,7 +110,7 @@ class Degenerate:
         return by_class(describe, lambda label: self.judge(real.values(label)))
 
     def judge(self, rows: Float[Tensor, "n k"]) -> Callable[[Tensor], float]:
-        """Statistics of an image → score, by the statistics of real images."""
+        """Return the function from an image's statistics to its score, by those of real images."""
         folds = torch.arange(len(rows)) % FOLDS
         parts = [
             Range.of(rows[folds != fold], len(rows)).excess(rows[folds == fold])
@@ -118,6 +118,6 @@ class Degenerate:
             if len(rows) > 1
         ]
         own = torch.cat(parts) if parts else rows.new_zeros(1)
-        border = own.quantile(1 - self.quantile).clamp(1, LARGEST).item()
+        border = own.quantile(1 - self.quantile).clamp(1, MAX_BORDER).item()
         middle, limits = min(own.quantile(0.5).item(), border - 0.25), Range.of(rows, len(rows))
         return lambda row: (border - limits.excess(row[None]).item()) / (border - middle)

@@ -73,7 +73,7 @@ class Duplicate:
         return by_class(describe, judge)
 
     def describe(self, reference: Reference) -> Callable[[Tensor], Tensor]:
-        """Images → rows whose Euclidean distance counts, float32 on the CPU."""
+        """Return the function from images to rows whose distance counts, float32 on the CPU."""
         if self.model or self.weights:
             network = feature_network(self.model, self.weights, reference.device)
             return lambda images: unit(network(images)).float()
@@ -87,12 +87,12 @@ class Duplicate:
 
 
 def distances(a: Float[Tensor, "n d"], b: Float[Tensor, "m d"]) -> Float[Tensor, "n m"]:
-    """Euclidean, and exactly 0 between equal rows."""
+    """Return Euclidean distances, exactly 0 between equal rows."""
     return torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")
 
 
 def to_the_next(rows: Float[Tensor, "n d"]) -> Float[Tensor, " m"]:
-    """Of each row, the distance to the nearest other; none if there is no other."""
+    """Return the distance of each row to the nearest other; none if there is no other."""
     if len(rows) < 2:
         return rows[:0, 0]
     return distances(rows, rows).fill_diagonal_(torch.inf).amin(1)

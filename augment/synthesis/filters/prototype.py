@@ -1,4 +1,4 @@
-"""Prototype filter: is the image like the real ones of its class, to a network's eye?"""
+"""Prototype filter: does a network find the image like the real ones of its class?"""
 
 from dataclasses import dataclass
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from augment.core.errors import UserError
 
-ENOUGH = 128  # real images of a class that are judged by themselves; fewer, by those of all classes
+MIN_OWN = 128  # real images of a class that judge it alone; fewer are judged by all classes
 POOL = 512  # about how many real images stand for all classes, and at most for one
 GOLDEN = 0.6180339887498949  # multiples of it, modulo 1, are spread evenly
 FLOOR = 1e-3  # the least difference of two values that means anything
@@ -65,7 +65,7 @@ class Real:
         self.reference, self.describe, self.own, self.limit = reference, describe, own, limit
 
     def features(self, label: int, limit: int | None) -> Float[Tensor, "n d"]:
-        """The features of a class, of ``limit`` images at most.
+        """Return the features of a class, of ``limit`` images at most.
 
         Raises:
             UserError: it has no images.
@@ -79,14 +79,14 @@ class Real:
         return self.describe(images)
 
     def __call__(self, label: int) -> tuple[Float[Tensor, "n d"], Float[Tensor, "m *k"]]:
-        """A class's features, and the values to judge it by: its own, or those of all classes."""
+        """Return a class's features, and the values to judge it by: its own, or of all classes."""
         rows = self.features(label, self.limit)
-        return rows, self.own(rows, label) if len(rows) >= ENOUGH else self.pool
+        return rows, self.own(rows, label) if len(rows) >= MIN_OWN else self.pool
 
     def values(self, label: int) -> Float[Tensor, "m *k"]:
-        """The values to judge a class by; a small class's images need not be read for them."""
+        """Return the values to judge a class by; a small class's images are not read for them."""
         counts = self.reference.counts
-        if counts is not None and counts[label] < ENOUGH:
+        if counts is not None and counts[label] < MIN_OWN:
             return self.pool
         return self(label)[1]
 
@@ -104,7 +104,7 @@ class Real:
 def by_class(
     describe: Callable[[Tensor], Tensor], judge: Callable[[int], Callable[[Tensor], float]]
 ) -> Scores:
-    """Scores of images one by one, by what their class's real images are like.
+    """Score images one by one, by what their class's real images are like.
 
     Args:
         describe: images → features, a row an image.
@@ -114,8 +114,8 @@ def by_class(
     judge(0)  # what is wrong with the bank shows before there are images
 
     def scores(images: Tensor, labels: Sequence[int]) -> Tensor:
-        found = zip(describe(images), map(judge, labels), strict=True)
-        return torch.tensor([score(row) for row, score in found], dtype=torch.float32)
+        rows = zip(describe(images), map(judge, labels), strict=True)
+        return torch.tensor([score(row) for row, score in rows], dtype=torch.float32)
 
     return scores
 
@@ -132,7 +132,7 @@ def typical(
     quantile: float,
     texts: Float[Tensor, "k d"] | None = None,
 ) -> Scores:
-    r"""Scores by the cosine to the class, on the scale of the real images' own.
+    r"""Score images by the cosine to the class, on the scale of the real images' own.
 
     With unit features f of the image and :math:`f_1 \dots f_n` of the class's real images, the
     value is the mean cosine :math:`v = \frac1n \sum_i ⟨f, f_i⟩`: the cosine to their mean but for a
