@@ -16,7 +16,7 @@ import json
 import statistics
 import time
 import warnings
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +62,7 @@ class Row:
     Args:
         name: as printed.
         kind: of the synthetic images: none, centroids, pixels or prompts.
-        rule, alpha, members, noise: how centroids are mixed.
+        mixing: how centroids are mixed; the seed is the run's.
         share: share of synthetic draws.
         per_class: synthetic images a class.
         augment: classical augmentation.
@@ -72,10 +72,7 @@ class Row:
 
     name: str
     kind: str = "none"
-    rule: str = "fade/chm"
-    alpha: float = 1.0
-    members: int | None = None
-    noise: float = 0.0
+    mixing: Mixing = Mixing()  # noqa: RUF009
     share: float = 0.25
     per_class: int = 30
     augment: Augmentation = Augmentation()  # noqa: RUF009
@@ -95,19 +92,19 @@ ROWS = (
     Row("mixup", mixup=1.0),
     Row("pixel mix", "pixels"),
     Row("prompt only", "prompts"),
-    *(Row(f"centroids {rule}", "centroids", rule) for rule in RULES),
+    *(Row(f"centroids {rule}", "centroids", Mixing(rule=rule)) for rule in RULES),
     Row("RandAugment + fade/chm", "centroids", augment=Augmentation(randaugment=2)),
     Row(TWICE, times=2),
 )
 TUNED = (
     Row(BASE),
     *(
-        Row(f"share {share} alpha {alpha}", "centroids", alpha=alpha, share=share)
+        Row(f"share {share} alpha {alpha}", "centroids", Mixing(alpha=alpha), share)
         for share in (0.1, 0.25, 0.5)
         for alpha in (0.2, 1.0, 5.0)
     ),
-    *(Row(f"members {count}", "centroids", members=count) for count in (1, 2, 3)),
-    *(Row(f"noise {noise}", "centroids", noise=noise) for noise in (0.1, 0.3, 0.5)),
+    *(Row(f"members {count}", "centroids", Mixing(members=count)) for count in (1, 2, 3)),
+    *(Row(f"noise {noise}", "centroids", Mixing(noise=noise)) for noise in (0.1, 0.3, 0.5)),
     *(Row(f"per class {count}", "centroids", per_class=count) for count in (10, 200)),
     Row(TWICE, times=2),
 )
@@ -172,9 +169,7 @@ class Bench:
         drawn = {image_id for ids in real.ids.values() for image_id in ids}
         bank = self.bank.subset(drawn.__contains__)
         if row.kind == "centroids":
-            mixing = Mixing(
-                rule=row.rule, alpha=row.alpha, members=row.members, noise=row.noise, seed=seed
-            )
+            mixing = replace(row.mixing, seed=seed)
             made: Any = SyntheticDataset(
                 bank, self.backbone, mixing, Sampling(solver="fast"), row.per_class, keep=True
             )

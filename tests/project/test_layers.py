@@ -85,6 +85,18 @@ def test_every_module_has_a_layer():
     assert [n for n, _ in modules() if layer(n) is None and n not in packages] == []
 
 
+@pytest.mark.parametrize("path", sorted(ROOT.glob("scripts/**/*.py")), ids=lambda path: path.stem)
+def test_names_that_scripts_import_exist(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module.split(".")[0] in (
+            "augment",
+            "training",
+        ):
+            module = import_module(node.module)
+            for alias in node.names:
+                assert hasattr(module, alias.name), f"{node.module} has no {alias.name}"
+
+
 def test_the_pure_core_knows_torch_alone():
     for name, source in modules():
         if name.startswith(("augment.centroid", "augment.diffusion.process")):
