@@ -122,9 +122,9 @@ def findings(classes: Sequence[ClassHealth], inversion: str) -> list[Finding]:
         inversion: how they were inverted, such as ``ddim in 50 steps``.
     """
     norms = [norm for c in classes for norm in c.norms]
-    found = [bias_finding(classes)]
+    found = [_bias_finding(classes)]
     found.append(norm_finding(fmean(norms), len(norms), classes[0].statistics.dim))
-    found += correlation_finding(classes)
+    found += _correlation_finding(classes)
     known = {c.name: c.psnr for c in classes if c.psnr is not None}
     if known:
         worst = min(known, key=lambda name: known[name])
@@ -140,7 +140,7 @@ def findings(classes: Sequence[ClassHealth], inversion: str) -> list[Finding]:
     return sorted(found, key=lambda finding: finding.level == "good")
 
 
-def bias_finding(classes: Sequence[ClassHealth]) -> Finding:
+def _bias_finding(classes: Sequence[ClassHealth]) -> Finding:
     """Say whether rules without a mean split are safe."""
     biased = [c for c in classes if c.statistics.biased]
     if not biased:
@@ -199,7 +199,7 @@ def norm_finding(mean: float, count: int, dim: int) -> Finding:
     return Finding("warning", "Norm", text)
 
 
-def correlation_finding(classes: Sequence[ClassHealth]) -> list[Finding]:
+def _correlation_finding(classes: Sequence[ClassHealth]) -> list[Finding]:
     """Say that neighbouring pixels correlate, if they do."""
     across = fmean(c.statistics.horizontal for c in classes)
     down = fmean(c.statistics.vertical for c in classes)

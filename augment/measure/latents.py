@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from augment.centroid.prior import log_chi, nominal_norm
+from augment.centroid.prior import nominal_norm
 from augment.centroid.residuals import TINY
 from augment.core.errors import UserError
 
@@ -65,7 +65,6 @@ class LatentStatistics(ChannelMeans):
         shared: δ² [0]; the estimate may be a little below 0. For a single latent, the part of its
             channel means only.
         norm, norm_spread: mean and standard deviation (0 for one latent) of ‖z‖/√D [`norm_law`].
-        log_density: mean of log χ_D(‖z‖) minus its value at the mode √(D − 1) [about −½].
         horizontal, vertical: correlation of neighbouring pixels, without the channel means [0].
     """
 
@@ -74,7 +73,6 @@ class LatentStatistics(ChannelMeans):
     shared: float
     norm: float
     norm_spread: float
-    log_density: float
     horizontal: float
     vertical: float
 
@@ -119,7 +117,6 @@ def latent_statistics(latents: Float[Tensor, "n c h w"]) -> LatentStatistics:
         errors = means.std(0) / math.sqrt(n)
         shared = (n * latents.mean(0).square().mean().item() - energy) / (n - 1)
     norms, centred = latents.flatten(1).norm(dim=1).clamp_min(TINY), latents - mean[:, None, None]
-    mode = norms.new_tensor(max(dim - 1, TINY)).sqrt()
     return LatentStatistics(
         count=n,
         dim=dim,
@@ -129,7 +126,6 @@ def latent_statistics(latents: Float[Tensor, "n c h w"]) -> LatentStatistics:
         shared=shared,
         norm=norms.mean().item() / nominal_norm(dim),
         norm_spread=norms.std(correction=min(n - 1, 1)).item() / nominal_norm(dim),
-        log_density=(log_chi(norms, dim) - log_chi(mode, dim)).mean().item(),
         horizontal=neighbour_correlation(centred),
         vertical=neighbour_correlation(centred.mT),
     )

@@ -33,7 +33,7 @@ from augment.shards.write import score
 from augment.sources import Source
 from augment.sources.decoding import open_image
 from augment.sources.images import to_pil
-from augment.synthesis.filters import Reference, make_filter
+from augment.synthesis.filters import make_filter
 from augment.synthesis.synthesizer import Synthesizer
 
 REAL, BACK, PLANS, KEPT, REFUSED = 16, 5, 2, 8, 4
@@ -142,15 +142,9 @@ class Gallery:
 
     def _scorers(self, synthesizer: Synthesizer) -> dict[str, Callable[..., Tensor]]:
         """Return the filters of the shards, as far as they are at hand."""
-        bank, backbone, folder = self.bank, synthesizer.backbone, self.provenance.folder
+        backbone, reference = synthesizer.backbone, synthesizer.reference
+        folder = self.provenance.folder
         found: dict[str, Callable[..., Tensor]] = {}
-        reference = Reference(
-            classes=bank.classes,
-            prompts=[bank.prompt(name) for name in bank.classes],
-            real=lambda label: synthesizer.real(bank.classes[label]),
-            device=backbone.device,
-            counts=[len(ids) for ids in bank.members.values()],
-        )
         side = backbone.resolution
         for name, settings in (folder.manifest.filters if folder else {}).items():
             try:

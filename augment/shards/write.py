@@ -54,7 +54,7 @@ from augment.shards.format import (
 )
 from augment.shards.verify import Tally, count_shards
 from augment.sources.prompts import class_prompts
-from augment.synthesis.filters import Filter, Reference, make_filter
+from augment.synthesis.filters import Filter, make_filter
 from augment.synthesis.refine import SeedSelect, check_sampling
 from augment.synthesis.synthesizer import Synthesizer, planner_of, resolve
 
@@ -282,13 +282,7 @@ class ShardJob:
         made = self.synthesizer
         if made.backbone is None:
             made.backbone = load_backbone(**self.recipe, **self.where)
-        reference = Reference(
-            classes=made.bank.classes,
-            prompts=[made.bank.prompt(name) for name in made.bank.classes],
-            real=lambda label: made.real(made.bank.classes[label]),
-            device=made.backbone.device,
-            counts=[len(ids) for ids in made.bank.members.values()],
-        )
+        reference = made.reference
         scorers = {name: f.prepare(reference) for name, f in self.filters.items()}
         return partial(self.work, scorers)
 

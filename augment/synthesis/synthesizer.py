@@ -34,6 +34,7 @@ from augment.plan.plan import Plan
 from augment.plan.planner import Planner
 from augment.sources import Source, place_of
 from augment.sources.images import decode_image
+from augment.synthesis.filters.reference import Reference
 from augment.synthesis.refine import Goal, SeedSelect, check_sampling
 
 MAX_POINTS = 2**26
@@ -279,6 +280,18 @@ class Synthesizer:
                     "data set that was inverted"
                 ) from None
         return images
+
+    @property
+    def reference(self) -> Reference:
+        """A new view of the bank for filters, which cache what they measure in it."""
+        classes = self.bank.classes
+        return Reference(
+            classes=classes,
+            prompts=[self.bank.prompt(name) for name in classes],
+            real=lambda label: self.real(classes[label]),
+            device=self.backbone.device,
+            counts=[len(ids) for ids in self.bank.members.values()],
+        )
 
     @property
     def has_nulls(self) -> bool:

@@ -39,7 +39,6 @@ def test_white_noise_passes_for_white_noise(shape):
     assert statistics.norm_spread == pytest.approx(
         norm_law(statistics.dim)[1], rel=4 / (2 * count) ** 0.5
     )
-    assert statistics.log_density == pytest.approx(-0.5, abs=4 * 0.71 / count**0.5)
     assert np.abs(correlations(statistics)).max() < 4
     pairs = count * (count - 1) / 2
     assert abs(statistics.shared) < 4 / math.sqrt(pairs * statistics.dim)
@@ -125,7 +124,6 @@ def test_a_scale_moves_the_norms_and_nothing_else(scale):
     assert other.biased
     assert other.norm_sigmas * (scale - 1) > 0
     assert abs(other.norm_sigmas) > 20
-    assert other.log_density < one.log_density - 3
 
 
 def test_a_blur_correlates_neighbours():
