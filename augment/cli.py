@@ -118,7 +118,7 @@ def parse(
     prog = f"latent-augment {command.__name__}"
     parser = ArgumentParser(prog=prog, description=summary, exit_on_error=False)
     parser.add_argument("--config", action=ActionConfigFile, help="YAML file of options.")
-    add = parser.add_class_arguments if isclass(target) else parser.add_function_arguments
+    add: Any = parser.add_class_arguments if isclass(target) else parser.add_function_arguments
     own = vars(target).get("__annotations__", options).keys()
     for others in (options.keys() - own, own):  # what a class inherits follows
         add(target, as_group=False, sub_configs=True, skip={*others})

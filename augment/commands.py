@@ -25,6 +25,9 @@ if TYPE_CHECKING:  # the types of options, which jsonargparse imports when it sh
     from augment.jobs.job import Job
     from augment.shards.write import ShardJob
     from augment.sources import Source
+if TYPE_CHECKING is True:  # jsonargparse passes this by: training imports Lightning, for seconds
+    import training.episodes.evaluate
+    import training.smooth.run
 
 Record = dict[str, Any]
 """What a command did, as JSON."""
@@ -483,7 +486,7 @@ def explore(
 
     require()  # before gigabytes are loaded
     opened = LatentBank.open(bank)
-    recipe = opened.recipe_with(backbone) | ({"device": device} if device else {})
+    recipe: Record = opened.recipe_with(backbone) | ({"device": device} if device else {})
     folder = None if out is None else Path(out)
     explorer = Explorer(opened, load_backbone(**recipe), recipe, place_of(images), folder)
     page = serve(explorer, host, port)
