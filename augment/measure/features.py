@@ -32,7 +32,7 @@ ROWS = 1024
 """Rows of a distance matrix that are computed at a time."""
 
 
-def frechet_distance(some: Float[Tensor, "n d"], others: Float[Tensor, "m d"]) -> float:
+def frechet_distance(a: Float[Tensor, "n d"], b: Float[Tensor, "m d"]) -> float:
     r"""Compute FID, :math:`|\mu-\nu|^2 + \mathrm{tr}(A + B - 2(AB)^{1/2})`.
 
     With :math:`A = R^\top R` and :math:`B = S^\top S` by QR of the centred features, the trace of
@@ -40,8 +40,8 @@ def frechet_distance(some: Float[Tensor, "n d"], others: Float[Tensor, "m d"]) -
     fewer images than features.
 
     Args:
-        some: features of one set, (n, d).
-        others: features of the other set, (m, d).
+        a: features of one set, (n, d).
+        b: features of the other set, (m, d).
 
     Raises:
         UserError: a set has fewer than two images.
@@ -50,49 +50,49 @@ def frechet_distance(some: Float[Tensor, "n d"], others: Float[Tensor, "m d"]) -
     >>> round(frechet_distance(x, x), 9), round(frechet_distance(x, x + 2), 6)
     (0.0, 12.0)
     """
-    check(2, some, others)
-    (mean, root), (mean2, root2) = moments(some), moments(others)
+    check(2, a, b)
+    (mean, root), (mean2, root2) = _moments(a), _moments(b)
     cross = torch.linalg.svdvals(root @ root2.mT).sum()
     spread = root.square().sum() + root2.square().sum() - 2 * cross
     return max(((mean - mean2).square().sum() + spread).item(), 0.0)
 
 
-def moments(features: Features) -> tuple[Float[Tensor, " d"], Float[Tensor, "r d"]]:
+def _moments(features: Features) -> tuple[Float[Tensor, " d"], Float[Tensor, "r d"]]:
     """Return the mean of features, and a root R of their covariance RᵀR."""
     features = features.double()
     mean = features.mean(0)
     return mean, torch.linalg.qr((features - mean) / (len(features) - 1) ** 0.5).R
 
 
-def kernel_distance(some: Float[Tensor, "n d"], others: Float[Tensor, "m d"]) -> float:
+def kernel_distance(a: Float[Tensor, "n d"], b: Float[Tensor, "m d"]) -> float:
     r"""Compute KID, the unbiased squared MMD with the kernel :math:`(x^\top y / d + 1)^3`.
 
     The sum runs over all pairs, so no subsets are drawn. For sets of the same distribution the
     expectation is 0, and half of the values are negative.
 
     Args:
-        some: features of one set, (n, d).
-        others: features of the other set, (m, d).
+        a: features of one set, (n, d).
+        b: features of the other set, (m, d).
 
     Raises:
         UserError: a set has fewer than two images.
     """
-    check(2, some, others)
-    within = [(total(x, x) - diagonal(x)) / (len(x) * (len(x) - 1)) for x in (some, others)]
-    return sum(within) - 2 * total(some, others) / (len(some) * len(others))
+    check(2, a, b)
+    within = [(_total(x, x) - _diagonal(x)) / (len(x) * (len(x) - 1)) for x in (a, b)]
+    return sum(within) - 2 * _total(a, b) / (len(a) * len(b))
 
 
-def kernel(a: Tensor, b: Tensor) -> Tensor:
+def _kernel(a: Tensor, b: Tensor) -> Tensor:
     """Return the polynomial kernel of all pairs of rows."""
     return (a.double() @ b.double().mT / a.shape[1] + 1) ** 3
 
 
-def total(a: Tensor, b: Tensor) -> float:
+def _total(a: Tensor, b: Tensor) -> float:
     """Sum the kernel over all pairs of rows."""
-    return sum(kernel(part, b).sum().item() for part in a.split(ROWS))
+    return sum(_kernel(part, b).sum().item() for part in a.split(ROWS))
 
 
-def diagonal(a: Tensor) -> float:
+def _diagonal(a: Tensor) -> float:
     """Sum the kernel of each row with itself."""
     return ((a.double().square().sum(1) / a.shape[1] + 1) ** 3).sum().item()
 
@@ -119,7 +119,7 @@ def precision_recall(
         UserError: a set has no more images than ``nearest``.
     """
     check(nearest + 1, real, fake)
-    wide, narrow = reach(real, nearest), reach(fake, nearest)
+    wide, narrow = _reach(real, nearest), _reach(fake, nearest)
     density, recall, covered = torch.zeros(len(fake), dtype=torch.float64), [], []
     for rows, distances in blocks(real, fake):
         inside = distances <= wide[rows, None]
@@ -134,7 +134,7 @@ def precision_recall(
     }
 
 
-def reach(features: Features, nearest: int) -> Float[Tensor, " n"]:
+def _reach(features: Features, nearest: int) -> Float[Tensor, " n"]:
     """Return the distance of each image to its ``nearest``-th neighbour in the set."""
     parts = [d.kthvalue(nearest + 1, dim=1).values for _, d in blocks(features, features)]
     return torch.cat(parts)
@@ -167,14 +167,14 @@ def class_distance(
     Raises:
         UserError: a class has no real image, or no other.
     """
-    found = torch.zeros(len(features), dtype=torch.float64)
+    distances = torch.zeros(len(features), dtype=torch.float64)
     features, real = (torch.nn.functional.normalize(x.double(), dim=1) for x in (features, real))
     for label in labels.unique().tolist():
-        rows, those = labels == label, real[real_labels == label]
-        check(1 + same, those)
-        centre = those.sum(0) - features[rows] if same else those.sum(0, keepdim=True)
-        found[rows] = 1 - torch.cosine_similarity(features[rows], centre)
-    return found
+        rows, own = labels == label, real[real_labels == label]
+        check(1 + same, own)
+        centre = own.sum(0) - features[rows] if same else own.sum(0, keepdim=True)
+        distances[rows] = 1 - torch.cosine_similarity(features[rows], centre)
+    return distances
 
 
 def nearest_distance(
@@ -194,9 +194,9 @@ def nearest_distance(
         UserError: there are fewer than two real images.
     """
     check(2, real)
-    usual = reach(real, 1)
-    found = [usual] if same else [d.amin(1) for _, d in blocks(features, real)]
-    return torch.cat(found) / usual.median().clamp_min(TINY)
+    usual = _reach(real, 1)
+    distances = [usual] if same else [d.amin(1) for _, d in blocks(features, real)]
+    return torch.cat(distances) / usual.median().clamp_min(TINY)
 
 
 def diversity(features: Float[Tensor, "n d"]) -> float:
@@ -226,12 +226,12 @@ def deviation(
     """
     if draws < 2:
         raise UserError(f"expected at least 2 draws of the bootstrap, got {draws}; 100 is usual")
-    found = []
+    values = []
     for draw in range(draws):
         generator = rng(seed, "order", draw)
         rows = [torch.from_numpy(generator.integers(len(x), size=len(x))) for x in sets]
-        found.append(measure(*(x[part] for x, part in zip(sets, rows, strict=True))))
-    return float(np.std(found, ddof=1))
+        values.append(measure(*(x[part] for x, part in zip(sets, rows, strict=True))))
+    return float(np.std(values, ddof=1))
 
 
 def check(least: int, *sets: Tensor) -> None:

@@ -39,14 +39,14 @@ def top_correlations(
     """
     if len(tensors) < 3:
         raise UserError(f"expected at least 3 tensors to correlate, got {len(tensors)}")
-    found = []
+    largest = []
     for rows in tensors.double().split(patch, dim=-2):
         for part in rows.split(patch, dim=-1):
             x = part.flatten(1) - part.flatten(1).mean(0)
             x = x / x.norm(dim=0).clamp_min(TINY)
             upper = (x.T @ x).triu(1).abs().flatten()
-            found.append(upper.topk(min(count, x.shape[1] * (x.shape[1] - 1) // 2)).values.mean())
-    return torch.stack(found)
+            largest.append(upper.topk(min(count, x.shape[1] * (x.shape[1] - 1) // 2)).values.mean())
+    return torch.stack(largest)
 
 
 def assignment(tensors: Float[Tensor, "n ..."], others: Float[Tensor, "n ..."]) -> float:
