@@ -80,7 +80,7 @@ class LatentBank:
         """
         path = Path(path)
         manifest = read_manifest(path)
-        chunks: dict[str, list[Chunk]] = {known.name: [] for known in manifest.classes}
+        chunks: dict[str, list[Chunk]] = {entry.name: [] for entry in manifest.classes}
         missing, hashes = 0, array("q")
         for part in parts_of(path, manifest):
             record = read_record(part)
@@ -129,7 +129,7 @@ class LatentBank:
 
     @cached_property
     def _prompts(self) -> dict[str, str]:
-        return {known.name: known.prompt for known in self.manifest.classes}
+        return {entry.name: entry.prompt for entry in self.manifest.classes}
 
     @property
     def background(self) -> str:
@@ -378,8 +378,8 @@ class LatentBank:
 
     def _read(self, chunk: Chunk, kind: str, *keys: str) -> list[Tensor]:
         """Read tensors of one of a chunk's files."""
-        path, known = chunk.file(kind), chunk.files.get(kind)
-        if known is None or not set(keys) <= set(known.holds):
+        path, expected = chunk.file(kind), chunk.files.get(kind)
+        if expected is None or not set(keys) <= set(expected.holds):
             raise UserError(
                 f"expected a bank that keeps {keys[0]} at {self.path}, got one of "
                 f"{self.inversion['method']} that does not; invert again "
@@ -387,11 +387,11 @@ class LatentBank:
             )
         try:
             if path not in self._checked:
-                check_file(path, known)
+                check_file(path, expected)
                 with safe_open(path, framework="pt") as file:
                     self._check_shape(chunk, path, file)
                 self._checked.add(path)
-            elif os.stat(path).st_size != known.bytes:  # noqa: PTH116, a microsecond less
+            elif os.stat(path).st_size != expected.bytes:  # noqa: PTH116, a microsecond less
                 raise changed(path, "a file of another size")
             with safe_open(path, framework="pt") as file:
                 return [file.get_tensor(key) for key in keys]

@@ -69,32 +69,32 @@ def assign_chunks(
         for part in parts:
             record = intact(part)
             if record is not None:
-                known = committed[part.stem] = Committed.of(record, side)
-                rejected = {reject.id for reject in known.rejects}
+                chunk = committed[part.stem] = Committed.of(record, side)
+                rejected = {reject.id for reject in chunk.rejects}
                 inverted.update(i for i in part.ids if i not in rejected)
                 yield from record.images
 
     _check_source(path, stored_images(), source, ids)
-    rejects = [reject for known in committed.values() for reject in known.rejects]
+    rejects = [reject for chunk in committed.values() for reject in chunk.rejects]
     refused = {r.id for r in rejects if r.id in ids and _same_file(source, r)}
-    classes, by_name = [], {nfc(known.name): known for known in old_classes}
-    free = 1 + max((int(known.folder) for known in old_classes), default=-1)
-    unit = 1 + max((chunk.unit for known in old_classes for chunk in known.chunks), default=-1)
+    classes, by_name = [], {nfc(entry.name): entry for entry in old_classes}
+    free = 1 + max((int(entry.folder) for entry in old_classes), default=-1)
+    unit = 1 + max((chunk.unit for entry in old_classes for chunk in entry.chunks), default=-1)
     room = size
     for name, members in source.ids.items():
         prompt = prompts.get(name, "")
-        known = by_name.get(nfc(name))
-        if known is None:
-            known, free = ClassEntry(name, f"{free:04d}", prompt, []), free + 1
-        if known.prompt != prompt:
+        entry = by_name.get(nfc(name))
+        if entry is None:
+            entry, free = ClassEntry(name, f"{free:04d}", prompt, []), free + 1
+        if entry.prompt != prompt:
             raise UserError(
-                f"expected the prompts of the bank {path}, {known.prompt!r} for class {name!r}, "
+                f"expected the prompts of the bank {path}, {entry.prompt!r} for class {name!r}, "
                 f"got {prompt!r}; use that, or a new folder"
             )
         chunks = []
-        for chunk in known.chunks:
+        for chunk in entry.chunks:
             left = chunk.ids
-            stem = stems[known.name, chunk.number]
+            stem = stems[entry.name, chunk.number]
             if stem in committed:  # a rejected image that was repaired, or is gone, leaves it
                 out = {reject.id for reject in committed[stem].rejects} - refused
                 left = [i for i in left if i not in out]
@@ -104,12 +104,12 @@ def assign_chunks(
                 chunks.append(replace(chunk, ids=left))
         planned = {i for chunk in chunks for i in chunk.ids}
         fresh = [i for i in members if i not in inverted and i not in planned]
-        number = 1 + max((chunk.number for chunk in known.chunks), default=-1)
+        number = 1 + max((chunk.number for chunk in entry.chunks), default=-1)
         while fresh:
             chunks.append(ChunkEntry(number, unit, fresh[:room]))
             number, fresh, room = number + 1, fresh[room:], room - len(fresh[:room])
             unit, room = (unit, room) if room else (unit + 1, size)
-        classes.append(replace(known, chunks=chunks))
+        classes.append(replace(entry, chunks=chunks))
     return classes, committed
 
 
@@ -134,14 +134,14 @@ def size_of(stem: Path, files: dict[str, FileRecord]) -> int:
     return sum(file.bytes for file in files.values()) + record.st_size
 
 
-def _same_file(source: Source, known: ImageRecord | Reject, read: bool = True) -> bool:
+def _same_file(source: Source, record: ImageRecord | Reject, read: bool = True) -> bool:
     """Tell whether an image's file has the size of a record, and the digest if it is ``read``."""
-    if source.size(known.id) != known.bytes:
+    if source.size(record.id) != record.bytes:
         return False
     try:
-        return not read or sha256(source.read(known.id)) == known.sha256
+        return not read or sha256(source.read(record.id)) == record.sha256
     except OSError:
-        return not known.sha256  # as it was then
+        return not record.sha256  # as it was then
 
 
 def _check_source(path: Path, stored: Iterator[ImageRecord], source: Source, ids: set[str]) -> None:

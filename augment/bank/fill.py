@@ -355,8 +355,8 @@ class InversionJob:
 
     def _size(self, part: ChunkPlan) -> int:
         """Return the bytes of a chunk's files; 0 if it is not whole, so that it is made again."""
-        known = self._read(part)
-        size = size_of(part.stem, known.files) if known else 0
+        committed = self._read(part)
+        size = size_of(part.stem, committed.files) if committed else 0
         if not size:
             part.committed = None
         return size
@@ -434,7 +434,7 @@ class InversionJob:
 
     def finish(self) -> None:
         """List the rejected images, and warn if images were enlarged more than `ENLARGED`-fold."""
-        done = [known for part in self._parts if (known := self._read(part))]
+        done = [chunk for part in self._parts if (chunk := self._read(part))]
         rejects = [reject for part in self._parts for reject in part.rejects]
         file = self.path / "rejects.jsonl"
         if rejects:
@@ -443,11 +443,11 @@ class InversionJob:
             write_bytes(file, lines.encode("utf-8", "surrogatepass"))
         else:
             file.unlink(missing_ok=True)
-        if enlarged := sum(known.enlarged for known in done):
-            least, name = min((known.smallest for known in done), key=itemgetter(0))
+        if enlarged := sum(chunk.enlarged for chunk in done):
+            least, name = min((chunk.smallest for chunk in done), key=itemgetter(0))
             warnings.warn(
                 f"expected images of about {self.side} pixels, got {enlarged} of "
-                f"{sum(known.images for known in done)} that are enlarged more than "
+                f"{sum(chunk.images for chunk in done)} that are enlarged more than "
                 f"{ENLARGED}-fold ({name}: {least}); their latents are of blurred images",
                 EnlargedWarning,
                 stacklevel=4,

@@ -344,9 +344,9 @@ class ChunkPlan:
 def parts_of(root: Path, manifest: Manifest) -> Iterator[ChunkPlan]:
     """Yield the planned chunks of a bank, class by class."""
     settings, count = manifest.settings, len(manifest.classes)
-    for label, known in enumerate(manifest.classes):
-        for chunk in known.chunks:
-            place = (known.name, known.folder, known.prompt, label, count)
+    for label, entry in enumerate(manifest.classes):
+        for chunk in entry.chunks:
+            place = (entry.name, entry.folder, entry.prompt, label, count)
             home = Home(*place, chunk.number, chunk.unit)
             yield ChunkPlan(stem_of(root, home), home, chunk.ids, settings)
 
@@ -362,13 +362,13 @@ def file_of(stem: Path, kind: str) -> Path:
     return stem.with_name(f"{stem.name}{part}.safetensors")
 
 
-def check_file(path: Path, known: FileRecord) -> None:
+def check_file(path: Path, expected: FileRecord) -> None:
     """Compare a file with its record."""
     with reading(path, WRITTEN, ChunkRecord.CURE) as file:
         size = os.fstat(file.fileno()).st_size
-        if size != known.bytes:
-            raise changed(path, f"{size} bytes instead of {known.bytes}")
-        if hashlib.file_digest(file, "sha256").hexdigest() != known.sha256:
+        if size != expected.bytes:
+            raise changed(path, f"{size} bytes instead of {expected.bytes}")
+        if hashlib.file_digest(file, "sha256").hexdigest() != expected.sha256:
             raise changed(path, "other bytes")
 
 

@@ -62,10 +62,10 @@ def _assemble(banks: list[tuple[LatentBank, list[str] | None]], out: Path) -> La
         require_same_making(bank.path, bank.manifest, first)
         for name in dict.fromkeys(list(bank.classes) if wanted is None else wanted):
             prompt = bank.prompt(name)
-            known = classes.setdefault(name, ClassEntry(name, f"{len(classes):04d}", prompt, []))
-            if known.prompt != prompt:
+            entry = classes.setdefault(name, ClassEntry(name, f"{len(classes):04d}", prompt, []))
+            if entry.prompt != prompt:
                 raise UserError(
-                    f"expected one prompt for class {name!r}, got {known.prompt!r} and "
+                    f"expected one prompt for class {name!r}, got {entry.prompt!r} and "
                     f"{prompt!r}; invert one of the banks again"
                 )
             for chunk in filled(bank.chunks[name]):
@@ -76,8 +76,8 @@ def _assemble(banks: list[tuple[LatentBank, list[str] | None]], out: Path) -> La
                         f"{twice} in both; invert one of them without it"
                     )
                 homes |= dict.fromkeys(chunk.ids, bank.path)
-                number = len(known.chunks)
-                known.chunks.append(ChunkEntry(number, len(origins), chunk.ids))
+                number = len(entry.chunks)
+                entry.chunks.append(ChunkEntry(number, len(origins), chunk.ids))
                 origins[name, number] = chunk
     manifest = replace(first, schema=Manifest.SCHEMA, classes=list(classes.values()))
     with locked(out) as lock:
@@ -110,8 +110,8 @@ def _copy(chunk: Chunk, part: ChunkPlan) -> None:
     if there is not None and there.files == chunk.files and size_of(part.stem, there.files):
         return
     record = chunk.record
-    for kind, known in record.files.items():
-        check_file(chunk.file(kind), known)
+    for kind, expected in record.files.items():
+        check_file(chunk.file(kind), expected)
         write_bytes(file_of(part.stem, kind), chunk.file(kind).read_bytes())
     facts = {"home": part.home, "settings": part.settings, "schema": ChunkRecord.SCHEMA}
     write(part.stem.with_suffix(".json"), replace(record, rejects=[], **facts))

@@ -79,11 +79,11 @@ def bank_findings(path: Path, images: Path | Source | None) -> Iterator[Finding]
             yield Finding(f"{part.stem.relative_to(path)}: not made yet")
             continue
         old += record.home is None  # of schema 2
-        for kind, known in record.files.items():
+        for kind, recorded in record.files.items():
             file = file_of(part.stem, kind)
             expected.add(file)
             try:
-                check_file(file, known)
+                check_file(file, recorded)
             except (Damaged, Missing) as error:
                 yield Finding(str(error), record_path)
             except UserError as error:
@@ -183,23 +183,23 @@ def _classes_of(path: Path, records: list[tuple[Home, ChunkRecord]]) -> list[Cla
         if home.name not in by_name:
             by_name[home.name] = ClassEntry(home.name, home.folder, home.prompt, [])
             classes.insert(home.label, by_name[home.name])
-        known = by_name[home.name]
-        if (known.folder, known.prompt) != (home.folder, home.prompt):
+        entry = by_name[home.name]
+        if (entry.folder, entry.prompt) != (home.folder, home.prompt):
             raise UserError(
                 f"expected records of one bank in {path}, got two folders or prompts for class "
                 f"{home.name!r}; remove the records that do not belong to it"
             )
         if ids:
-            known.chunks.append(ChunkEntry(home.number, home.unit, ids))
-    for known in classes:
-        known.chunks.sort(key=lambda chunk: chunk.number)
+            entry.chunks.append(ChunkEntry(home.number, home.unit, ids))
+    for entry in classes:
+        entry.chunks.sort(key=lambda chunk: chunk.number)
     return classes
 
 
 def inspect_bank(path: Path) -> str:
     """Describe what a bank holds, finished or not."""
     manifest = read_manifest(path)
-    made = {known.name: 0 for known in manifest.classes}
+    made = {entry.name: 0 for entry in manifest.classes}
     planned, size, rejects = 0, 0, 0
     means: dict[str, list[float]] = {"norm": [], "error": []}
     for part in parts_of(path, manifest):

@@ -111,9 +111,9 @@ def read(kind: type[T], path: Path) -> T:
     record = load(path, kind.WHAT, kind.SCHEMA, kind.CURE)
     number = record.get("schema", kind.OLDEST)
     if type(number) is int and not kind.OLDEST <= number <= kind.SCHEMA:
-        known = " or ".join(map(str, range(kind.OLDEST, kind.SCHEMA + 1)))
+        schemas = " or ".join(map(str, range(kind.OLDEST, kind.SCHEMA + 1)))
         raise UserError(
-            f"expected {kind.WHAT} of schema {known} at {path.parent}, got schema {number} of "
+            f"expected {kind.WHAT} of schema {schemas} at {path.parent}, got schema {number} of "
             "another version of latent-augment; use that version, or make a new folder"
         )
     try:
