@@ -15,7 +15,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from augment.core.errors import UserError
 
@@ -90,7 +90,7 @@ def train(args: list[str]) -> dict[str, float] | None:
     """Train a classifier with Lightning: train fit --config YAML; see train --help."""
     from training.cli import main
 
-    return main(args).found
+    return main(args).measured
 
 
 def sweep(
@@ -118,87 +118,24 @@ def sweep(
     sweep(recipe, out, seeds, vary, given)
 
 
-def episodes(settings: "training.episodes.evaluate.run_episodes") -> None:  # type: ignore[valid-type]
+def episodes(settings: "training.episodes.evaluate.EpisodeSettings") -> None:
     """Evaluate N-way K-shot episodes, with and without synthetic images of their supports."""
+    from training.episodes.evaluate import run_episodes
+
+    run_episodes(settings)
 
 
-def smooth(
-    images: "Source | str",
-    out: str,
-    backbone: str = "tiny",
-    prompt: str = "",
-    prompts: dict[str, str] | None = None,
-    captions: str | None = None,
-    weight: float = 1.0,
-    rank: int = 8,
-    targets: list[str] | None = None,
-    steps: int = 30000,
-    batch_size: int = 3,
-    accumulate: int = 32,
-    lr: float = 1e-4,
-    drop: float = 0.1,
-    seed: int = 0,
-    device: str | None = None,
-    devices: int = 1,
-    precision: Literal["32-true", "bf16-mixed"] = "32-true",
-    workers: int = 0,
-    backbone_options: dict[str, Any] | None = None,
-) -> Record:
+def smooth(settings: "training.smooth.run.SmoothSettings") -> Record:
     """Train a backbone so that equal steps of noise are equal steps of image (Smooth Diffusion).
-
-    Args:
-        images: folder with one sub-folder of image files a class, a folder of shards, or
-            another source, as for invert.
-        out: folder of the run, which gets pytorch_lora_weights.safetensors, for
-            --backbone-options '{lora: OUT}'; an interrupted run is resumed.
-        backbone: diffusion model, as for invert.
-        prompt: template of the prompts, such as 'a photo of a {name}'.
-        prompts: prompts by class, as YAML such as '{Coat: top}'; they replace the template's.
-        captions: metadata.jsonl with file_name and text of images; captions replace prompts.
-        weight: weight of the regulariser.
-        rank: rank of the low-rank weights; 0 trains all weights, and leaves a whole backbone.
-        targets: endings of the names of layers that get low-rank weights; by default the
-            projections of the attention.
-        steps: number of optimiser steps.
-        batch_size: images a batch, on each device.
-        accumulate: batches a step.
-        lr: learning rate, which is constant.
-        drop: share of the images that are trained without their prompt, in [0, 1].
-        seed: seed of all random draws.
-        device: device such as cuda or cpu; by default the GPU if there is one.
-        devices: number of processes, each on a device of its own.
-        precision: precision of the training; bf16-mixed computes in bfloat16 where it can.
-        workers: number of processes that load images.
-        backbone_options: options of the backbone, as YAML such as '{resolution: 384}'.
 
     Examples:
         latent-augment smooth --config configs/smooth_tiny.yaml
     """
-    import torch
-
-    from augment.core.registry import refuse_reserved
-    from augment.diffusion import load_backbone
-    from augment.jobs.job import planning_device
-    from augment.shards.dataset import open_images
-    from augment.sources import as_source
-    from augment.sources.prompts import prompts_of
-    from training.smooth.data import read_captions
-    from training.smooth.regulariser import PROJECTIONS
     from training.smooth.run import smooth_backbone
 
-    source = as_source(open_images(images)).readable(name="training")
-    texts = prompts_of(source.classes, prompt, prompts)
-    by_id = None if captions is None else read_captions(captions, source)
-    options = backbone_options or {}
-    refuse_reserved(options, "name_or_path", "device", "dtype")
-    where = planning_device(device)
-    model = load_backbone(backbone, where, torch.float32, **options)
-    place = smooth_backbone(
-        model, source, out, texts, by_id, weight, rank, targets or PROJECTIONS, steps, batch_size,
-        accumulate, lr, drop, seed, devices, precision, workers,
-    )  # fmt: skip
+    place = smooth_backbone(settings)
     option, value = "--backbone", str(place)
-    if rank:
+    if settings.rank:
         option, value = "--backbone-options", json.dumps({"lora": value}, ensure_ascii=False)
     advice = f"{option} {shlex.quote(value)}"
     print(f"{place}: written; load it with {advice}")

@@ -24,7 +24,7 @@ MODULES = (
 DENIED = (
     *("augment.cli", "augment.commands", "augment.core.files", "augment.explore"),
     *("augment.jobs.ray", "augment.replay.store", "augment.shards.dataset.Reader"),
-    *("training.cli", "training.demo", "training.sweep"),
+    *("training.cli", "training.demo", "training.lightning", "training.sweep"),
     *("torch.utils.data.datapipes", "timm.data.readers"),
 )
 """Parts of `MODULES` whose classes start processes, or open files to write."""

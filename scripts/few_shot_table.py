@@ -45,10 +45,10 @@ from augment.report.evaluate import markdown
 from augment.sources import FewShot, Folder, Slice, Source
 from augment.sources.fashion import COARSE, write_fashion
 from augment.sources.images import save_image
-from training.data.draws import Mix
+from training.data.draws import SyntheticMix
 from training.data.module import ImageData
 from training.data.transforms import Augmentation
-from training.demo import quiet_trainer
+from training.demo import demo_trainer
 from training.models.classifier import Classifier
 from training.models.metrics import interval
 
@@ -213,13 +213,13 @@ class Bench:
         fake, made = self.synthetic(row, real, seed)
         torch.manual_seed(seed)
         data = ImageData(
-            real, test=self.test, synthetic=fake, mix=Mix(row.share), augment=row.augment,
+            real, test=self.test, synthetic=fake, mix=SyntheticMix(row.share), augment=row.augment,
             channels=self.channels, steps_per_epoch=STEPS, seed=seed,
         )  # fmt: skip
         model = Classifier(
             data.counts, channels=self.channels, cutmix=row.cutmix, mixup=row.mixup, seed=seed
         )
-        trainer, begun = quiet_trainer(STEPS), time.process_time()
+        trainer, begun = demo_trainer(STEPS), time.process_time()
         trainer.fit(model, data)
         spent = time.process_time() - begun
         accuracy = trainer.test(model, data, verbose=False)[0]["test/accuracy"]

@@ -29,9 +29,9 @@ from torch import Tensor, nn
 from augment.core.files import write_bytes
 from augment.networks import in_batches, unit
 from augment.sources import Folder
-from training.episodes.evaluate import Evaluation
+from training.episodes.evaluate import TaskEvaluator
 from training.episodes.protocol import Episodes
-from training.models.heads import make_head
+from training.models.heads import HEADS
 from training.models.metrics import normal_interval
 from training.models.networks import resnet12
 
@@ -129,8 +129,8 @@ def report(run: Run) -> None:
         source = Folder(run.args.images)
         source.ids = {name: source.ids[name] for name in classes_of(part)}
         vectors = dict(zip((i for i, _ in source.samples), features[part], strict=True))
-        evaluate = Evaluation(make_head(name), vectors, trunk, None, (3, 32), 1.0)
-        tasks = Episodes(source, 5, shots, 15, run.args.episodes).tasks
+        evaluate = TaskEvaluator(HEADS[name](), vectors, trunk, None, (3, 32), 1.0)
+        tasks = Episodes.draw(source, 5, shots, 15, run.args.episodes).tasks
         found = [evaluate(number, task)[0] for number, task in enumerate(tasks)]
         mean, half = sum(found) / len(found), normal_interval(found)
         print(f"{part}, 5-way {shots}-shot, {name}: {100 * mean:.2f} ± {100 * half:.2f} %")

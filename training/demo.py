@@ -1,18 +1,16 @@
-"""The demo: 5 labelled images a class to a better classifier, and what each way of mixing bought.
+"""The demo: 5 labelled images a class to a better classifier, and what each way of mixing gains.
 
 Per seed it draws the shots from the embedded images, synthesises from their latents, and trains the
 same network for the same number of optimiser steps on each row's images. Every row but *real only*
-has the classical augmentation. The yardstick is what twice the real shots would have bought.
-Everything is a folder that ``invert``, ``synthesize`` and ``train`` read and write too, and every
-stage goes on where an interrupted demo stopped.
+has the classical augmentation. The yardstick is the gain from twice the real shots. Everything is
+a folder that ``invert``, ``synthesize`` and ``train`` read and write too, and every stage resumes
+where an interrupted demo stopped.
 """
 
-import logging
 import math
 import statistics
-import warnings
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +22,6 @@ from augment.bank.bank import LatentBank
 from augment.bank.fill import fill_bank
 from augment.centroid import Rule
 from augment.centroid.residuals import mix
-from augment.core.errors import UserError
 from augment.core.files import read_json, remember, write_json
 from augment.diffusion import Backbone, load_backbone
 from augment.diffusion.solver import sample
@@ -35,14 +32,16 @@ from augment.sources import Folder
 from augment.sources.fashion import few_shots, write_fashion
 from augment.sources.images import save_image, sheet
 from augment.synthesis.synthesizer import Synthesizer
-from training.data.draws import Mix
+from training.checks import expect
+from training.data.draws import SyntheticMix
 from training.data.module import ImageData
 from training.data.transforms import Augmentation
+from training.lightning import silence_lightning
 from training.models.classifier import Classifier
 from training.models.metrics import interval
 
 SHOTS = 5
-SHEET_RULES = ("lin/0", "fix/0", "nin/0", "vp/0", "fix/chm", "nin/chm", "fade/chm")
+_SHEET_RULES = ("lin/0", "fix/0", "nin/0", "vp/0", "fix/chm", "nin/chm", "fade/chm")
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,7 @@ class Row:
     Args:
         name: as printed.
         rule: how the synthetic images are mixed; ``pixels`` mixes the images themselves.
-        alpha: of their weights, if not the demo's; 0 mixes nothing.
+        alpha: of their weights, by default the demo's; 0 mixes nothing.
         twice: train on twice the shots.
         augment: classical augmentation.
         mixup: α of mixup.
@@ -90,11 +89,11 @@ ROWS = (
 
 @dataclass(frozen=True)
 class Settings:
-    """What a demo does; the defaults are the short one."""
+    """Settings of a demo; by default of the short one."""
 
     seeds: int = 3
     rows: tuple[str, ...] = tuple(row.name for row in ROWS if row.short)
-    per_class: int = 10  # did as well as 30 and 200: RESULTS.md
+    per_class: int = 10  # as good as 30 and 200: RESULTS.md
     train_steps: int = 200
     alpha: float = 1.0
     p_synthetic: float = 0.25
@@ -105,16 +104,11 @@ FULL = Settings(seeds=5, rows=tuple(row.name for row in ROWS), per_class=25)
 
 
 def run_demo(out: str | None, full: bool, seeds: int | None) -> None:
-    """Run the demo; see the command's help.
-
-    Raises:
-        UserError: the folder holds a demo of other settings.
-    """
+    """Run the demo; see the command's help."""
     settings = FULL if full else Settings()
     if seeds is not None:
-        if seeds < 2:
-            raise UserError(f"expected at least 2 seeds for an interval, got {seeds}")
-        settings = Settings(**{**asdict(settings), "seeds": seeds})
+        expect(seeds >= 2, "at least 2 seeds for an interval", seeds)
+        settings = replace(settings, seeds=seeds)
     root = Path(out or ("runs/demo-full" if full else "runs/demo"))
     backbone = load_backbone("tiny")
     remember(root / "settings.json", {**asdict(settings), **backbone.fingerprint}, "--out")
@@ -122,27 +116,23 @@ def run_demo(out: str | None, full: bool, seeds: int | None) -> None:
     write_fashion(root / "images", "shots", sorted(drawn))
     write_fashion(root / "test", "test")
     bank = fill_bank(root / "bank", backbone, Folder(root / "images"))
-    write_sheet(root, backbone, bank)
+    _write_sheet(root, backbone, bank)
     accuracies = {name: [0.0] * settings.seeds for name in settings.rows}
-    jobs = [(seed, row) for seed in range(settings.seeds) for row in rows_of(settings)]
+    rows = [row for row in ROWS if row.name in settings.rows]
+    jobs = [(seed, row) for seed in range(settings.seeds) for row in rows]
     with tqdm(jobs, "rows × seeds", unit="run") as bar:
         for seed, row in bar:
             bar.set_postfix_str(row.name)
             accuracies[row.name][seed] = run_row(root, row, seed, settings, backbone, bank)
     records = list(summarise(accuracies))
     write_json(root / "results.json", records)
-    report(root, records)
-
-
-def rows_of(settings: Settings) -> list[Row]:
-    """The rows a demo runs."""
-    return [row for row in ROWS if row.name in settings.rows]
+    _report(root, records)
 
 
 def run_row(
     root: Path, row: Row, seed: int, settings: Settings, backbone: Backbone, bank: LatentBank
 ) -> float:
-    """Test accuracy of one row and seed; read back if it was measured before."""
+    """Return the test accuracy of one row and seed; read it back if it was measured before."""
     folder = root / f"seed-{seed}"
     name = row.name.replace(" ", "-").replace("/", "-").replace("-+-", "-")
     done = folder / "accuracy" / f"{name}.json"
@@ -153,15 +143,23 @@ def run_row(
     out, fake = folder / "synthetic" / name, None
     if row.rule:
         alpha = settings.alpha if row.alpha is None else row.alpha
-        fake = synthetic(out, row.rule, alpha, seed, settings, backbone, bank)
+        fake, planner = (
+            str(out),
+            Planner(_of_shots(bank, seed).members, Mixing(seed=seed, alpha=alpha)),
+        )
+        if row.rule == "pixels":
+            _write_pixel_mixes(planner, Folder(folder / f"real-{SHOTS}"), settings.per_class, out)
+        else:
+            synthesizer = Synthesizer(backbone, bank, Rule.parse(row.rule))
+            write_shards(synthesizer, planner, settings.per_class, out, extension="png")
     torch.manual_seed(seed)
     data = ImageData(
-        str(real), test=str(root / "test"), synthetic=fake, mix=Mix(settings.p_synthetic),
+        str(real), test=str(root / "test"), synthetic=fake, mix=SyntheticMix(settings.p_synthetic),
         augment=Augmentation() if row.augment else Augmentation(crop=None, flip=False),
         channels=1, steps_per_epoch=settings.train_steps, seed=seed,
     )  # fmt: skip
     model = Classifier(data.counts, channels=1, mixup=row.mixup, seed=seed)
-    trainer = quiet_trainer(settings.train_steps)
+    trainer = demo_trainer(settings.train_steps)
     trainer.fit(model, data)
     accuracy = trainer.test(model, data, verbose=False)[0]["test/accuracy"]
     trainer.save_checkpoint(folder / "checkpoints" / f"{name}.ckpt", weights_only=True)
@@ -169,42 +167,23 @@ def run_row(
     return accuracy
 
 
-def quiet_trainer(steps: int) -> pl.Trainer:
-    """A Lightning trainer that leaves the terminal to the demo's own bar."""
-    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", ".*does not have many workers.*")
-    warnings.filterwarnings("ignore", ".*LeafSpec.*")
+def demo_trainer(steps: int) -> pl.Trainer:
+    """Return a Lightning trainer that leaves the terminal to the demo's own bar."""
+    silence_lightning()
     return pl.Trainer(
         max_steps=steps, logger=False, enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False, num_sanity_val_steps=0, limit_val_batches=0,
     )  # fmt: skip
 
 
-def synthetic(
-    out: Path,
-    rule: str,
-    alpha: float,
-    seed: int,
-    settings: Settings,
-    backbone: Backbone,
-    bank: LatentBank,
-) -> str:
-    """The folder of a row's synthetic images, made if needed."""
+def _of_shots(bank: LatentBank, seed: int) -> LatentBank:
+    """Return the bank of the shots of a seed."""
     shots = {f"{number:03d}.png" for number in few_shots(seed, SHOTS)}
-    bank = bank.subset(lambda image_id: Path(image_id).name in shots)
-    planner = Planner(bank.members, Mixing(seed=seed, alpha=alpha))
-    if rule == "pixels":
-        write_pixel_mixes(
-            planner, Folder(out.parents[1] / f"real-{SHOTS}"), settings.per_class, out
-        )
-    else:
-        synthesizer = Synthesizer(backbone, bank, Rule.parse(rule))
-        write_shards(synthesizer, planner, settings.per_class, out, extension="png")
-    return str(out)
+    return bank.subset(lambda image_id: Path(image_id).name in shots)
 
 
-def write_pixel_mixes(planner: Planner, source: Folder, per_class: int, out: Path) -> None:
-    """The naive thing: the plans that the centroids follow, applied to the pixels."""
+def _write_pixel_mixes(planner: Planner, source: Folder, per_class: int, out: Path) -> None:
+    """Apply the plans that the centroids follow to the pixels."""
     for index in range(per_class * len(planner.images)):
         plan = planner(0, index)
         images = torch.stack([source.load(i, 1, 32) for i in plan.members]).flatten(1)
@@ -212,20 +191,19 @@ def write_pixel_mixes(planner: Planner, source: Folder, per_class: int, out: Pat
         save_image(mixed.view(1, 32, 32), out / plan.class_name / f"{index:06d}.png")
 
 
-def write_sheet(root: Path, backbone: Backbone, bank: LatentBank) -> None:
-    """One picture: real images, their latents sampled back, and a centroid by each rule."""
+def _write_sheet(root: Path, backbone: Backbone, bank: LatentBank) -> None:
+    """Draw real images, their latents sampled back, and a centroid by each rule."""
     if (root / "sheet.png").exists():
         return
-    shots = {f"{number:03d}.png" for number in few_shots(0, SHOTS)}
-    bank = bank.subset(lambda image_id: Path(image_id).name in shots)
-    planner = Planner(bank.members, Mixing(seed=0, alpha=math.inf))
+    bank = _of_shots(bank, 0)
+    planner = Planner(bank.members, seed=0, alpha=math.inf)
     plans = [planner(0, label) for label in range(len(bank.classes))]
     source = Folder(root / "images")
     real = [source.load(plan.members[0], 1, 32) for plan in plans]
     latents = torch.stack([bank.latents(name)[0] for name in bank.classes])
     columns = {"real": real, "sampled back": sample(backbone, latents)}
-    for rule in tqdm(SHEET_RULES, "sheet", delay=2, leave=False):
-        columns[rule] = Synthesizer(backbone, bank, Rule.parse(rule)).images(plans)
+    for rule in tqdm(_SHEET_RULES, "sheet", delay=2, leave=False):
+        columns[rule] = Synthesizer(backbone, bank, rule).images(plans)
     rows = {
         name: [images[row] for images in columns.values()] for row, name in enumerate(bank.classes)
     }
@@ -233,7 +211,7 @@ def write_sheet(root: Path, backbone: Backbone, bank: LatentBank) -> None:
 
 
 def summarise(accuracies: dict[str, list[float]]) -> Iterator[dict[str, Any]]:
-    """A record a row; gains are paired with the classical row, seed by seed."""
+    """Yield a record a row; gains are paired with the classical row, seed by seed."""
     room = statistics.mean(accuracies[TWICE]) - statistics.mean(accuracies[BASE])
     for row in ROWS:
         if row.name not in accuracies:
@@ -253,7 +231,7 @@ def summarise(accuracies: dict[str, list[float]]) -> Iterator[dict[str, Any]]:
         }
 
 
-def report(root: Path, records: list[dict[str, Any]]) -> None:
+def _report(root: Path, records: list[dict[str, Any]]) -> None:
     """Print the table and where everything is."""
     print(f"\n{SHOTS} labelled images a class, {records[0]['seeds']} seeds, ± 95 % (Student's t)\n")
     heads = ("row", 29), ("accuracy", 13), ("gain over classical", 19), ("of twice the shots", 18)

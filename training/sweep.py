@@ -20,24 +20,25 @@ from augment.cli import main
 from augment.config import allowed, quote_names
 from augment.core.errors import UserError
 from augment.core.files import locked, read_json, remember, write_table
-from training.cli import remove_partial
+from training.checks import expect
 from training.data.identity import IMAGES
 from training.data.module import ImageData
+from training.lightning import remove_partial
 from training.models.metrics import interval
 
 
-class Loader(yaml.SafeLoader):
+class _Loader(yaml.SafeLoader):
     """YAML in which 1e-3 is a number, as for jsonargparse."""
 
 
-SCIENTIFIC = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+")
-Loader.add_implicit_resolver("tag:yaml.org,2002:float", SCIENTIFIC, list("-+.0123456789"))
+_SCIENTIFIC = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+")
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _SCIENTIFIC, list("-+.0123456789"))
 
-SEEDED = {"FewShot": "seed", "LongTail": "seed", "SyntheticDataset": "mixing.seed"}
+_SEEDED = {"FewShot": "seed", "LongTail": "seed", "SyntheticDataset": "mixing.seed"}
 """The argument for the seed of each class that draws random numbers of its own."""
 
-Run = tuple[dict[str, Any], int]
-"""What is varied, and the seed."""
+Config = dict[str, Any]
+"""Settings by name, nested; or by dotted name."""
 
 
 def sweep(
@@ -50,54 +51,46 @@ def sweep(
     """Train and test with several seeds, and print the mean and its 95 % interval.
 
     Args:
-        recipe: configuration of latent-augment train. All that throws dice in it gets the run's
-            seed: so FewShot draws other images.
-        out: folder for the runs and the tables runs.csv and summary.csv; runs that are done are
-            not done again, and one that was interrupted goes on.
-        seeds: how many, 0, 1, and so on.
-        vary: values of settings to be tried, each with each, as YAML such as
+        recipe: configuration of latent-augment train, in which everything that draws gets the
+            run's seed: so FewShot draws other images.
+        out: folder for the runs and the tables runs.csv and summary.csv; finished runs are not
+            repeated, and an interrupted one is resumed.
+        seeds: number of seeds: 0, 1, and so on.
+        vary: values of settings to try, each with each, as YAML such as
             '{data.train.init_args.shots: [1, 2, 4]}'.
         given: settings other than the configuration's, as YAML such as '{trainer.max_epochs: 10}'.
     """
-    if seeds < 2:
-        raise UserError(f"expected at least 2 seeds for an interval, got {seeds}")
+    expect(seeds >= 2, "at least 2 seeds for an interval", seeds)
     try:
-        base = yaml.load(quote_names(Path(recipe).read_text()), Loader)
+        base = yaml.load(quote_names(Path(recipe).read_text()), _Loader)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        told = " ".join(str(error).split())[:120]
-        raise UserError(f"expected a configuration at {recipe}, got {told}; correct it") from None
+        reason = " ".join(str(error).split())[:120]
+        raise UserError(f"expected a configuration at {recipe}, got {reason}; correct it") from None
     if not isinstance(base, dict):
         raise UserError(f"expected settings by name in {recipe}, got none; see configs/")
     for key, value in (given or {}).items():
         assign(base, key, value)
-    rows, names = [], list(vary or {})
-    for key, values in (vary or {}).items():
+    vary, root = vary or {}, Path(out)
+    for key, values in vary.items():
         if not isinstance(values, list) or not values:
             raise UserError(
                 f"expected a list of values for {key}, got {values!r}; write [{values}]"
             )
-    runs: list[Run] = [
-        (dict(zip(names, values, strict=True)), seed)
-        for values in itertools.product(*(vary or {}).values())
-        for seed in range(seeds)
-    ]
-    with locked(Path(out)) as lock, tqdm(runs, "runs", unit="run") as bar:
-        remove_partial(lock, Path(out))
+    choices = [dict(zip(vary, values, strict=True)) for values in itertools.product(*vary.values())]
+    runs, rows = [*itertools.product(choices, range(seeds))], []
+    with locked(root) as lock, tqdm(runs, "runs", unit="run") as bar:
+        remove_partial(lock, root)
         for chosen, seed in bar:
             bar.set_postfix_str(", ".join(f"{k.split('.')[-1]} {v}" for k, v in chosen.items()))
-            rows.append({**chosen, "seed": seed, **train(base, chosen, seed, Path(out))})
-            write(Path(out) / "runs.csv", rows)
-        summary = list(summarise(rows, names))
-        write(Path(out) / "summary.csv", summary)
-    tell(summary, names)
+            rows.append({**chosen, "seed": seed, **_train(base, chosen, seed, root)})
+            _write(root / "runs.csv", rows)
+        summary = list(_summarise(rows, [*vary]))
+        _write(root / "summary.csv", summary)
+    _print_table(summary, [*vary])
 
 
-def train(base: dict[str, Any], chosen: dict[str, Any], seed: int, out: Path) -> dict[str, float]:
-    """The test results of one run, in a process of its own; read back if it is done.
-
-    Raises:
-        UserError: it failed.
-    """
+def _train(base: Config, chosen: Config, seed: int, out: Path) -> dict[str, float]:
+    """Return the test results of one run, in a process of its own; read back if it is done."""
     parts = [f"{key.split('.')[-1]}-{value}".replace("/", "-") for key, value in chosen.items()]
     folder = out / "_".join([*parts, f"seed-{seed}"])
     config = seeded(base, seed)
@@ -108,23 +101,20 @@ def train(base: dict[str, Any], chosen: dict[str, Any], seed: int, out: Path) ->
     file, done = folder / "given.json", folder / "test.json"
     remember(file, config, "--out")
     if not done.exists():
-        code = run_child(["train", "fit", "--config", str(file)], folder / "log.txt")
+        code = _run_child(["train", "fit", "--config", str(file)], folder / "log.txt")
         if code or not done.exists():
             last = (folder / "log.txt").read_text(errors="replace").strip().splitlines()[-1:]
-            told = last[0] if code and last else "no test images (data.test)"
-            raise UserError(f"expected the run in {folder} to end with a test, got: {told}")
+            reason = last[0] if code and last else "no test images (data.test)"
+            raise UserError(f"expected the run in {folder} to end with a test, got: {reason}")
     else:
         check_finished(config, folder)
     return read_json(done, "the test of a run")
 
 
-def check_finished(config: dict[str, Any], folder: Path) -> None:
-    """Compare the images of a finished run with those that it began with.
+def check_finished(config: Config, folder: Path) -> None:
+    """Refuse other images than a finished run began with.
 
     Images that are synthesised on the fly are passed over: they need a backbone.
-
-    Raises:
-        UserError: they are others.
     """
     if not (folder / IMAGES).exists():
         return  # of an older version
@@ -134,7 +124,7 @@ def check_finished(config: dict[str, Any], folder: Path) -> None:
     parser.instantiate(parser.parse_object({"data": data})).data.compare_images(folder / IMAGES)
 
 
-def run_child(args: list[str], log: Path) -> int:
+def _run_child(args: list[str], log: Path) -> int:
     """Run a command in a process that does not outlive this one; return its exit code."""
     names = [word for name in allowed for word in ("--allow", name)]
     command = [sys.executable, "-m", "training.sweep", *names, *args]
@@ -147,14 +137,14 @@ def run_child(args: list[str], log: Path) -> int:
         return child.wait()
 
 
-def die_with_parent() -> None:
+def _die_with_parent() -> None:
     """Kill this process and its own children when the sweep ends and closes our standard input."""
     os.read(0, 1)
     os.killpg(0, signal.SIGKILL)
 
 
 def seeded(config: Any, seed: int) -> Any:
-    """A copy of a configuration in which everything that takes a seed has this one.
+    """Return a copy of a configuration in which everything that takes a seed has this one.
 
     >>> seeded({"class_path": "FewShot", "init_args": {"shots": 5}}, 3)
     {'class_path': 'FewShot', 'init_args': {'shots': 5, 'seed': 3}}
@@ -163,15 +153,15 @@ def seeded(config: Any, seed: int) -> Any:
         return [seeded(value, seed) for value in config]
     if not isinstance(config, dict):
         return config
-    made: dict[str, Any] = {k: seed if k == "seed" else seeded(v, seed) for k, v in config.items()}
-    key = SEEDED.get(str(made.get("class_path")).split(".")[-1])
+    made: Config = {k: seed if k == "seed" else seeded(v, seed) for k, v in config.items()}
+    key = _SEEDED.get(str(made.get("class_path")).split(".")[-1])
     if key:
         made["init_args"] = made.get("init_args") or {}
         assign(made, f"init_args.{key}", seed)
     return made
 
 
-def assign(config: dict[str, Any], key: str, value: Any) -> None:
+def assign(config: Config, key: str, value: Any) -> None:
     """Set ``a.b.c`` in nested dictionaries."""
     *path, last = key.split(".")
     for part in path:
@@ -183,27 +173,24 @@ def assign(config: dict[str, Any], key: str, value: Any) -> None:
     config[last] = value
 
 
-def summarise(rows: list[dict[str, Any]], names: list[str]) -> Iterator[dict[str, Any]]:
-    """Mean and interval over seeds of every measure, for each combination of values."""
+def _summarise(rows: list[Config], names: list[str]) -> Iterator[Config]:
+    """Yield mean and interval over seeds of every measure, for each combination of values."""
     for _, group in itertools.groupby(rows, key=lambda row: [row[name] for name in names]):
         runs = list(group)
-        measures = [key for key in runs[0] if key.startswith("test/")]
-        found: dict[str, Any] = {name: runs[0][name] for name in names}
-        found["seeds"] = len(runs)
-        for key in measures:
+        summary: Config = {**{name: runs[0][name] for name in names}, "seeds": len(runs)}
+        for key in (key for key in runs[0] if key.startswith("test/")):
             values = [run[key] for run in runs]
-            found[key], found[f"{key} ±"] = statistics.mean(values), interval(values)
-        yield found
+            summary[key], summary[f"{key} ±"] = statistics.mean(values), interval(values)
+        yield summary
 
 
-def write(path: Path, rows: list[dict[str, Any]]) -> None:
-    """A CSV file of rows that may lack some of the columns."""
+def _write(path: Path, rows: list[Config]) -> None:
+    """Write a CSV file of rows that may lack some of the columns."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
     write_table(path, [columns, *([row.get(key, "") for key in columns] for row in rows)])
 
 
-def tell(summary: list[dict[str, Any]], names: list[str]) -> None:
-    """Print the table."""
+def _print_table(summary: list[Config], names: list[str]) -> None:
     measures = [key for key in summary[0] if key.startswith("test/") and not key.endswith("±")]
     print("| " + " | ".join([*(n.split(".")[-1] for n in names), *measures]) + " |")
     print("|---" * (len(names) + len(measures)) + "|")
@@ -214,5 +201,5 @@ def tell(summary: list[dict[str, Any]], names: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    threading.Thread(target=die_with_parent, daemon=True).start()
+    threading.Thread(target=_die_with_parent, daemon=True).start()
     main()

@@ -32,8 +32,8 @@ from augment.replay.pool import ReplayPool
 from augment.sources import Folder
 from augment.sources.fashion import few_shots, write_fashion
 from benchmarks.paired import Comparison
-from training.cli import hush
 from training.data.module import ImageData
+from training.lightning import silence_lightning
 from training.models.classifier import Classifier
 from training.models.networks import small_cnn
 
@@ -140,7 +140,7 @@ class PlainModule(pl.LightningModule):
 
 def trainer(steps: int, device: str) -> pl.Trainer:
     """Return the trainer of both sides, which prints and saves nothing."""
-    hush()
+    silence_lightning()
     return pl.Trainer(
         max_steps=steps, accelerator="cpu" if device == "cpu" else "gpu", devices=1, logger=False,
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,

@@ -39,7 +39,7 @@ from augment.sources import Folder, Items, Source
 from augment.sources.fashion import COARSE
 from augment.sources.prompts import class_prompts
 from augment.synthesis.synthesizer import Synthesizer
-from training.smooth.run import smooth_backbone
+from training.smooth.run import SmoothSettings, smooth_backbone
 
 RUNS: dict[str, tuple[float, int]] = {
     **{f"λ {weight:g}": (weight, 8) for weight in (0.0, 0.1, 1.0, 10.0, 100.0)},
@@ -155,12 +155,12 @@ def trained(args: argparse.Namespace, name: str, source: Source, prompts: dict[s
     steps, fast = (150, 3.0) if args.quick else (2000, 1.0)
     rate = fast * (1e-3 if rank else 1e-4)
     tiny = args.backbone == "tiny"
-    return smooth_backbone(
-        load_backbone(args.backbone, dtype=torch.float32), source,
-        args.out / f"{'quick' if args.quick else 'full'}-{weight:g}-{rank}", prompts,
-        weight=weight, rank=rank, steps=steps, batch_size=16 if tiny else 2,
+    settings = SmoothSettings(
+        images=source, out=str(args.out / f"{'quick' if args.quick else 'full'}-{weight:g}-{rank}"),
+        prompts=prompts, weight=weight, rank=rank, steps=steps, batch_size=16 if tiny else 2,
         accumulate=1 if tiny else 8, lr=rate, drop=0.5 if tiny else 0.1,
     )  # fmt: skip
+    return smooth_backbone(settings, load_backbone(args.backbone, dtype=torch.float32))
 
 
 def draw(rows: list[dict[str, Any]], made: dict[str, dict[str, Tensor]], path: Path) -> None:

@@ -25,8 +25,8 @@ def model(**options):
 
 @pytest.fixture
 def batch():
-    dice = torch.Generator().manual_seed(1)
-    images, labels = torch.rand(8, 3, 32, 32, generator=dice), torch.arange(8) % 3
+    generator = torch.Generator().manual_seed(1)
+    images, labels = torch.rand(8, 3, 32, 32, generator=generator), torch.arange(8) % 3
     return images, labels, torch.tensor([0, 1, 0, 0, 1, 0, 0, 1]).bool()
 
 
@@ -98,7 +98,7 @@ def test_the_prior_is_of_real_images_whatever_is_synthetic(tmp_path, tiny):
         ]
 
 
-def test_origins_follow_an_export_and_strangers_are_told(tmp_path, tiny):
+def test_origins_follow_an_export_and_strangers_are_reported(tmp_path, tiny):
     paint(tmp_path / "real", {"Bag": 4, "Coat": 3}, size=28)
     real = Folder(tmp_path / "real")
     bank = fill_bank(tmp_path / "bank", tiny, real, steps=1)
@@ -122,7 +122,7 @@ def test_ranks_evaluate_each_image_once_in_equal_numbers_of_batches(tmp_path, co
     data = ImageData(str(root), test=str(root), channels=1)
     source = data.held_out["test"]
     source.samples = [source.samples[i % 4] for i in range(count)]
-    loaders = [data._held_out("test", rank, world) for rank in range(world)]
+    loaders = [data._loader("test", rank, world) for rank in range(world)]
     assert len({len(loader) for loader in loaders}) == 1
     rows = [row for loader in loaders for batch in loader.batch_sampler for row in batch]
     assert sorted(rows) == list(range(count))

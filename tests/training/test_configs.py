@@ -24,11 +24,11 @@ WORDNET = ("n01440764", "n01443537", "n01484850")
 
 def photographs(root: Path, counts: dict[str, int], size=(48, 40), suffix="JPEG") -> Path:
     """Class folders of colour noise."""
-    dice = np.random.default_rng(len(str(root)))
+    generator = np.random.default_rng(len(str(root)))
     for name, count in counts.items():
         (root / name).mkdir(parents=True, exist_ok=True)
         for number in range(count):
-            pixels = dice.integers(0, 256, (*size, 3), dtype=np.uint8)
+            pixels = generator.integers(0, 256, (*size, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(root / name / f"{name}_{number}.{suffix}", format="JPEG")
     return root
 
@@ -124,7 +124,7 @@ def test_a_config_trains(path, work, monkeypatch, tmp_path):
 
 
 def test_two_stages_and_tau_as_the_comments_say(work, monkeypatch, tmp_path):
-    """cRT, LWS and τ from the checkpoint of a first stage; an unknown key is told."""
+    """cRT, LWS and τ from the checkpoint of a first stage; an unknown key is an error."""
     monkeypatch.chdir(work)
     resnet10 = CONFIGS[0].parent / "imagenet_lt_resnet10.yaml"
     config = in_miniature(yaml.safe_load(resnet10.read_text()))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from augment import UserError
-from training.data.draws import SAMPLERS, Draws, Mix
+from training.data.draws import SAMPLERS, MixedBatchSampler, SyntheticMix
 
 COUNTS = (40, 25, 10, 5)
 REAL = [label for label, count in enumerate(COUNTS) for _ in range(count)]
@@ -14,7 +14,9 @@ FAKE = [label for _ in range(30) for label in range(4)]  # 30 a class, as shards
 
 
 def draws(mix=None, **options):
-    return Draws(REAL, options.pop("synthetic", FAKE), 4, mix or Mix(), **options)
+    return MixedBatchSampler(
+        REAL, options.pop("synthetic", FAKE), 4, mix or SyntheticMix(), **options
+    )
 
 
 def labels(rows):
@@ -22,16 +24,16 @@ def labels(rows):
 
 
 def test_an_epoch_without_synthetic_images_has_every_image_once():
-    one = draws(Mix(share=0), batch_size=16)
+    one = draws(SyntheticMix(share=0), batch_size=16)
     assert len(one) == 5 == len(list(one))
     assert sorted(one.rows(0)) == sorted(one.rows(3)) == list(range(80))
     assert list(one.rows(0)) != list(one.rows(3))
-    longer = draws(Mix(share=0), batch_size=16, steps=12).rows(0)
+    longer = draws(SyntheticMix(share=0), batch_size=16, steps=12).rows(0)
     assert sorted(longer[:80]) == sorted(longer[80:160]) == list(range(80))
 
 
 def test_a_shorter_last_batch_is_filled_up():
-    one = draws(Mix(share=0), batch_size=30)
+    one = draws(SyntheticMix(share=0), batch_size=30)
     assert [len(batch) for batch in one] == [30, 30, 30]
     assert set(one.rows(0)) == set(range(80))
 
@@ -41,11 +43,11 @@ def test_a_shorter_last_batch_is_filled_up():
 )
 @pytest.mark.parametrize("share", [0.0, 0.5])
 def test_classes_come_as_the_sampler_says_however_many_are_synthetic(sampler, power, share):
-    one = draws(Mix(share=share), sampler=sampler, batch_size=100, steps=400)
+    one = draws(SyntheticMix(share=share), sampler=sampler, batch_size=100, steps=400)
     rows = one.rows(0)
     law = np.array(COUNTS, float) ** power
-    found = np.bincount(labels(rows), minlength=4) / len(rows)
-    assert found == pytest.approx(law / law.sum(), abs=0.01)
+    shares = np.bincount(labels(rows), minlength=4) / len(rows)
+    assert shares == pytest.approx(law / law.sum(), abs=0.01)
     assert (rows >= len(REAL)).mean() == pytest.approx(share, abs=0.01)
     for part in (rows[rows < 80], rows[rows >= 80]):
         if len(part):
@@ -54,7 +56,9 @@ def test_classes_come_as_the_sampler_says_however_many_are_synthetic(sampler, po
 
 
 def test_the_progressive_sampler_goes_from_instances_to_classes():
-    one = draws(Mix(share=0), sampler="progressive", batch_size=100, steps=400, epochs=lambda: 5)
+    one = draws(
+        SyntheticMix(share=0), sampler="progressive", batch_size=100, steps=400, epochs=lambda: 5
+    )
     shares = [np.bincount(labels(one.rows(epoch)), minlength=4) / 40000 for epoch in range(5)]
     assert shares[0] == pytest.approx(np.array(COUNTS) / 80, abs=0.01)
     assert shares[2] == pytest.approx((np.array(COUNTS) / 80 + 0.25) / 2, abs=0.01)
@@ -64,11 +68,11 @@ def test_the_progressive_sampler_goes_from_instances_to_classes():
 @pytest.mark.parametrize(
     ("mix", "budget"),
     [
-        (Mix(fill_to=30), [0, 5, 20, 25]),
-        (Mix(fill_to=100), [30, 30, 30, 30]),  # there are no more
-        (Mix(per_real=0.5), [20, 12, 5, 2]),
-        (Mix(per_real=2, tail_only=20), [0, 0, 20, 10]),
-        (Mix(fill_to=20, tail_only=10), [0, 0, 0, 15]),
+        (SyntheticMix(fill_to=30), [0, 5, 20, 25]),
+        (SyntheticMix(fill_to=100), [30, 30, 30, 30]),  # there are no more
+        (SyntheticMix(per_real=0.5), [20, 12, 5, 2]),
+        (SyntheticMix(per_real=2, tail_only=20), [0, 0, 20, 10]),
+        (SyntheticMix(fill_to=20, tail_only=10), [0, 0, 0, 15]),
     ],
 )
 def test_budgets_by_count(mix, budget):
@@ -81,37 +85,39 @@ def test_budgets_by_count(mix, budget):
 
 
 def test_a_share_keeps_to_classes_that_have_synthetic_images():
-    one = draws(Mix(share=1.0, tail_only=20), batch_size=100, steps=20)
+    one = draws(SyntheticMix(share=1.0, tail_only=20), batch_size=100, steps=20)
     rows = one.rows(0)
     assert {int(c) for c in labels(rows[rows < 80])} == {0, 1}
     assert {int(c) for c in labels(rows[rows >= 80])} == {2, 3}
-    missing = draws(Mix(share=1.0), synthetic=[1] * 5, batch_size=100).rows(0)
+    missing = draws(SyntheticMix(share=1.0), synthetic=[1] * 5, batch_size=100).rows(0)
     assert ((missing >= 80) == (labels(np.minimum(missing, 79)) == 1))[missing < 80].all()
 
 
 def test_the_schedule_warms_up_and_ends_with_real_images():
-    mix = Mix(share=0.4, warm_up=3, real_only=2)
+    mix = SyntheticMix(share=0.4, warm_up=3, real_only=2)
     one = draws(mix, batch_size=100, steps=100, epochs=lambda: 8)
     shares = [(one.rows(epoch) >= 80).mean() for epoch in range(8)]
     assert shares == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.4, 0.4, 0, 0], abs=0.015)
-    count = draws(Mix(fill_to=30, warm_up=1, real_only=1), batch_size=8, epochs=lambda: 3)
+    count = draws(SyntheticMix(fill_to=30, warm_up=1, real_only=1), batch_size=8, epochs=lambda: 3)
     sizes = [len(set(count.rows(epoch)) - set(range(80))) for epoch in range(3)]
     assert sizes == [sum((0, 2, 10, 12)), 50, 0]  # Python rounds half to even
     assert len({len(count.rows(epoch)) for epoch in range(3)}) == 1, "steps stay as they are"
 
 
 def test_a_pool_is_mixed_by_share_alone():
-    one = draws(Mix(share=0.5), synthetic=16, batch_size=100, steps=100)
+    one = draws(SyntheticMix(share=0.5), synthetic=16, batch_size=100, steps=100)
     rows = one.rows(0)
     assert (rows >= 80).mean() == pytest.approx(0.5, abs=0.02)
     assert set(rows[rows >= 80]) == set(range(80, 96))
-    for mix in (Mix(fill_to=3), Mix(per_real=1), Mix(tail_only=20)):
+    for mix in (SyntheticMix(fill_to=3), SyntheticMix(per_real=1), SyntheticMix(tail_only=20)):
         with pytest.raises(UserError, match="pool"):
             draws(mix, synthetic=16)
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
-@pytest.mark.parametrize("mix", [Mix(share=0.3), Mix(fill_to=30)], ids=("share", "count"))
+@pytest.mark.parametrize(
+    "mix", [SyntheticMix(share=0.3), SyntheticMix(fill_to=30)], ids=("share", "count")
+)
 def test_ranks_share_the_batches_of_one_process(sampler, mix):
     def batches(size, rank, world):
         one = draws(mix, sampler=sampler, batch_size=size)
@@ -137,16 +143,16 @@ def test_it_goes_on_at_the_batch_that_the_training_has_reached():
 
 
 @pytest.mark.parametrize(
-    ("wrong", "told"),
+    ("wrong", "words"),
     [
-        (lambda: Mix(share=1.5), "share"),
-        (lambda: Mix(fill_to=3, per_real=1), "both"),
-        (lambda: Mix(warm_up=-1), "at least 0"),
+        (lambda: SyntheticMix(share=1.5), "share"),
+        (lambda: SyntheticMix(fill_to=3, per_real=1), "both"),
+        (lambda: SyntheticMix(warm_up=-1), "warm_up ≥ 0, got -1"),
         (lambda: draws(sampler="classes"), "instance, square_root"),
-        (lambda: Draws([]), "real images"),
-        (lambda: draws(batch_size=0), "1 image"),
+        (lambda: MixedBatchSampler([]), "real images"),
+        (lambda: draws(batch_size=0), "batch_size ≥ 1, got 0"),
     ],
 )
-def test_what_cannot_be_drawn_is_one_sentence(wrong, told):
-    with pytest.raises(UserError, match=told):
+def test_what_cannot_be_drawn_is_one_sentence(wrong, words):
+    with pytest.raises(UserError, match=words):
         wrong()

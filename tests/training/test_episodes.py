@@ -9,19 +9,24 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from conftest import paint
-from jsonargparse import auto_cli
+from conftest import call, paint
 from safetensors.torch import save_file
 
 import training.episodes.evaluate as module
 from augment import Mixing, Sampling, UserError
 from augment.bank.fill import fill_bank
 from augment.core.errors import AugmentWarning
+from augment.core.registry import make
 from augment.networks import feature_network
 from augment.sources import Folder
-from training.episodes.evaluate import Evaluation, Synthesis, run_episodes
+from training.episodes.evaluate import (
+    EpisodeSettings,
+    EpisodeSynthesizer,
+    TaskEvaluator,
+    run_episodes,
+)
 from training.episodes.protocol import Episodes
-from training.models.heads import HEADS, make_head
+from training.models.heads import HEADS
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("episodes_*.yaml"))
 NOVEL = dict.fromkeys(("ant", "bee", "cat", "dog", "elk", "fox"), 9)
@@ -59,20 +64,24 @@ def given(source, weights, tmp_path):
     return {**paths, "network": "test_resnet", **SMALL, **form}
 
 
+def make_head(name, **settings):
+    return make(HEADS, name, settings, "head")
+
+
 def samples(spread=0.3, classes=3, count=4, width=6):
     """Clusters: features, labels, weights, queries."""
-    dice, labels = torch.Generator().manual_seed(0), torch.arange(classes).repeat(count)
-    middle = torch.randn(classes, width, generator=dice).double()[labels]
-    noise = spread * torch.randn(2, len(labels), width, generator=dice).double()
-    weights = torch.rand(len(labels), generator=dice).double() + 0.1
+    generator, labels = torch.Generator().manual_seed(0), torch.arange(classes).repeat(count)
+    middle = torch.randn(classes, width, generator=generator).double()[labels]
+    noise = spread * torch.randn(2, len(labels), width, generator=generator).double()
+    weights = torch.rand(len(labels), generator=generator).double() + 0.1
     return middle + noise[0], labels, weights, middle + noise[1]
 
 
 def test_a_task_is_a_function_of_seed_and_number_and_disjoint(source):
-    some, more = (Episodes(source, **SMALL | {"n_tasks": n}) for n in (3, 50))
+    some, more = (Episodes.draw(source, **SMALL | {"n_tasks": n}) for n in (3, 50))
     assert more.tasks[:3] == some.tasks
     assert len(set(more.tasks)) == 50
-    assert Episodes(source, **SMALL, seed=1)[0] != some[0]
+    assert Episodes.draw(source, **SMALL, seed=1)[0] != some[0]
     for task in more:
         assert len(task.images) == 3 * (2 + 4)
         for name, support, query in zip(task.classes, task.support, task.query, strict=True):
@@ -80,24 +89,24 @@ def test_a_task_is_a_function_of_seed_and_number_and_disjoint(source):
             assert {*support, *query} <= set(source.ids[name])
 
 
-def test_frozen_tasks_come_back_and_harmed_ones_are_one_sentence(source, tmp_path):
-    path, thrown = tmp_path / "episodes.json", Episodes(source, **SMALL)
-    thrown.write(path)
+def test_frozen_tasks_come_back_and_damaged_ones_are_one_sentence(source, tmp_path):
+    path, drawn = tmp_path / "episodes.json", Episodes.draw(source, **SMALL)
+    drawn.write(path)
     good, read = path.read_text(), Episodes.read(path, source)
-    assert (read.tasks, read.digest, read.n_shot) == (thrown.tasks, thrown.digest, 2)
-    twice = thrown[1].support[0][0]
-    for part, value, told in (
+    assert (read.tasks, read.digest, read.n_shot) == (drawn.tasks, drawn.digest, 2)
+    twice = drawn[1].support[0][0]
+    for part, value, words in (
         ("classes", 3, "of another form"),
         ("classes", ["ant", "bee", "ant"], "2 classes in task 1"),
         ("support", [["ant/0.png"]] * 3, "other numbers of images than 2 a class in task 1"),
-        ("query", thrown[1].query[:2], "other numbers of images than 4 a class in task 1"),
-        ("classes", ["yak", *thrown[1].classes[1:]], "of class 'yak', which is not there, in"),
-        ("query", [[twice, *q[1:]] for q in thrown[1].query], "an image of class .* twice in"),
+        ("query", drawn[1].query[:2], "other numbers of images than 4 a class in task 1"),
+        ("classes", ["yak", *drawn[1].classes[1:]], "of class 'yak', which is not there, in"),
+        ("query", [[twice, *q[1:]] for q in drawn[1].query], "an image of class .* twice in"),
     ):
         record = json.loads(good)
         record["tasks"][1][part] = value
         path.write_text(json.dumps(record))
-        with pytest.raises(UserError, match=f"^expected .*{told}.*; .*remove the file"):
+        with pytest.raises(UserError, match=f"^expected .*{words}.*; .*remove the file"):
             Episodes.read(path, source)
     for content in (b"", b"[]", b"\xff\xfe", b"[" * 100_000, b'{"tasks": []}'):
         path.write_bytes(content)
@@ -126,8 +135,8 @@ def test_a_logistic_regression_is_at_its_optimum_and_separates():
     head = make_head("logistic", c=10)
     solution = head.fit(features, labels, weights).requires_grad_()
     logits = F.normalize(features) @ solution[:, :-1].T + solution[:, -1]
-    told = weights * F.cross_entropy(logits, labels, reduction="none")
-    (10 * told.sum() + solution[:, :-1].square().sum() / 2).backward()
+    costs = weights * F.cross_entropy(logits, labels, reduction="none")
+    (10 * costs.sum() + solution[:, :-1].square().sum() / 2).backward()
     assert solution.grad.abs().max() < 1e-5
     assert head(features, labels, weights, query).tolist() == labels.tolist()
 
@@ -145,19 +154,23 @@ def test_a_weight_counts_samples_and_zero_leaves_out(name):
 
 
 def test_wrong_tasks_and_heads_are_one_sentence(source):
-    for make, wrong, told in (
-        (Episodes, {"n_way": 7}, "at least 7 classes for 7 ways, got 6"),
-        (Episodes, {"n_query": 8}, r"2 \+ 8 images of each class to draw from, got 9 of 'ant'"),
-        (Episodes, {"n_shot": 0}, "n_shot ≥ 1, got 0"),
-        (Episodes, {"seed": -1}, "seed ≥ 0, got -1"),
+    for factory, wrong, words in (
+        (Episodes.draw, {"n_way": 7}, "at least 7 classes for 7 ways, got 6"),
+        (
+            Episodes.draw,
+            {"n_query": 8},
+            r"2 \+ 8 images of each class to draw from, got 9 of 'ant'",
+        ),
+        (Episodes.draw, {"n_shot": 0}, "n_shot ≥ 1, got 0"),
+        (Episodes.draw, {"seed": -1}, "seed ≥ 0, got -1"),
         (make_head, {"name": "svm"}, "a head out of prototype, logistic, got 'svm'"),
-        (make_head, {"name": "logistic", "l2": 1.0}, "setting of logistic out of c, got 'l2'"),
+        (make_head, {"name": "logistic", "l2": 1.0}, "settings of logistic out of c, got 'l2'"),
         (make_head, {"name": "logistic", "c": "1"}, "c of logistic as float, got '1'"),
         (make_head, {"name": "logistic", "c": 0.0}, "c > 0, got 0"),
         (make_head, {"name": "prototype", "metric": "taxi"}, "a metric out of cosine, euclid"),
     ):
-        with pytest.raises(UserError, match=told):
-            make(source, **SMALL | wrong) if make is Episodes else make(**wrong)
+        with pytest.raises(UserError, match=words):
+            factory(source, **SMALL | wrong) if factory == Episodes.draw else factory(**wrong)
 
 
 @each_head
@@ -168,9 +181,9 @@ def test_copies_of_the_supports_change_nothing(name, source, weights):
         images = [source.load(i, 1, 32) for ids in episode.support for i in ids]
         return torch.stack(images).repeat(3, 1, 1, 1), torch.tensor([0, 0, 1, 1, 2, 2] * 3)
 
-    for task, episode in enumerate(Episodes(source, **SMALL | {"n_tasks": 3})):
+    for task, episode in enumerate(Episodes.draw(source, **SMALL | {"n_tasks": 3})):
         vectors = {i: network(source.load(i, 1, 32)[None])[0] for i in episode.images}
-        real, fake = Evaluation(make_head(name), vectors, network, copies, (1, 32), 0.7)(
+        real, fake = TaskEvaluator(make_head(name), vectors, network, copies, (1, 32), 0.7)(
             task, episode
         )
         assert real == fake
@@ -178,24 +191,29 @@ def test_copies_of_the_supports_change_nothing(name, source, weights):
 
 def test_centroids_mix_supports_alone(source, bank, tiny):
     settings = (Mixing(rule="lol", noise=0.2), Sampling(steps=1), 2)
-    synthesis, episode = Synthesis(bank, tiny, *settings), Episodes(source, **SMALL)[3]
+    synthesis, episode = (
+        EpisodeSynthesizer(bank, tiny, *settings),
+        Episodes.draw(source, **SMALL)[3],
+    )
     plans = synthesis.plans(3, episode)
     assert [(p.epoch, p.class_name) for p in plans] == [(3, c) for c in episode.classes] * 2
     assert all(p.members == episode.support[p.label] for p in plans)
     images, labels = synthesis(3, episode)
     assert (images.shape, labels.tolist()) == ((6, 1, 32, 32), [0, 1, 2] * 2)
     only = replace(bank, members=dict(zip(episode.classes, episode.support, strict=True)))
-    assert torch.equal(Synthesis(only, tiny, *settings)(3, episode)[0], images)  # lol's mean too
+    assert torch.equal(
+        EpisodeSynthesizer(only, tiny, *settings)(3, episode)[0], images
+    )  # lol's mean too
 
 
 def test_a_run_resumes_to_the_same_table(given, bank, tmp_path, monkeypatch, capsys):
     given |= {"bank": str(bank.path), "episodes": str(tmp_path / "frozen.json")}
     whole, cut = tmp_path / "out" / "results.csv", tmp_path / "cut" / "results.csv"
-    run_episodes(**given)
-    told = capsys.readouterr().out
-    assert told.startswith("3-way 2-shot, 5 episodes: ")
-    assert " % real only, " in told
-    measure, given["out"] = Evaluation.__call__, str(cut.parent)
+    run_episodes(EpisodeSettings(**given))
+    out = capsys.readouterr().out
+    assert out.startswith("3-way 2-shot, 5 episodes: ")
+    assert " % real only, " in out
+    measure, given["out"] = TaskEvaluator.__call__, str(cut.parent)
 
     def dies(self, task, episode):
         if task == 3:
@@ -203,37 +221,37 @@ def test_a_run_resumes_to_the_same_table(given, bank, tmp_path, monkeypatch, cap
         return measure(self, task, episode)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Evaluation, "__call__", dies)
-        run_episodes(**given)
+        patch.setattr(TaskEvaluator, "__call__", dies)
+        run_episodes(EpisodeSettings(**given))
     assert cut.read_text() == "".join(whole.read_text().splitlines(keepends=True)[:4])
     cut.write_text(cut.read_text() + "3,0.5,0.")  # a torn row
-    run_episodes(**given | {"n_tasks": 4})
-    run_episodes(**given)
+    run_episodes(EpisodeSettings(**given | {"n_tasks": 4}))
+    run_episodes(EpisodeSettings(**given))
     assert cut.read_bytes() == whole.read_bytes()
     monkeypatch.setattr(module, "embed", None)  # all is done: nothing is loaded
-    run_episodes(**given)
+    run_episodes(EpisodeSettings(**given))
     with pytest.raises(UserError, match="cut to be new or of per_class 3, got 2; choose"):
-        run_episodes(**given | {"per_class": 3})
+        run_episodes(EpisodeSettings(**given | {"per_class": 3}))
     monkeypatch.undo()
-    run_episodes(**given | {"bank": None, "out": str(tmp_path / "real")})
+    run_episodes(EpisodeSettings(**given | {"bank": None, "out": str(tmp_path / "real")}))
     real = (tmp_path / "real" / "results.csv").read_text().splitlines()
     pairs = zip(whole.read_text().splitlines(), real, strict=True)
     assert all(a.split(",")[:2] == b.split(",")[:2] for a, b in pairs)
 
 
 def test_a_wrong_run_is_one_sentence(given, source, bank, tiny, tmp_path):
-    Episodes(source, **SMALL).write(tmp_path / "frozen.json")
+    Episodes.draw(source, **SMALL).write(tmp_path / "frozen.json")
     part = paint(tmp_path / "part", {"ant": 1}, size=32)
     lacking = str(fill_bank(tmp_path / "lacking", tiny, Folder(part), steps=1).path)
     one = {"episodes": None, "n_shot": 1}
-    for wrong, told in (
+    for wrong, words in (
         ({"n_shot": 1}, r"= \(3, 1, 4\), got 5 of \(3, 2, 4\) in .*; ask for these, or remove"),
         ({"n_tasks": 6}, "expected 6 tasks of .*, got 5 of"),
         ({"n_tasks": 1}, "at least 2 tasks for an interval, got 1"),
         ({"weights": "no.safetensors"}, r"weights at no\.safetensors, got no file of weights"),
         ({"weights": __file__}, r"\.safetensors file, got .*; save a state dict"),
         ({"weights": "no.ckpt"}, r"weights at no\.ckpt, got no file of weights"),
-        ({"per_class": 0}, "per_class ≥ 1 and synthetic_weight ≥ 0, got 0 and 1.0"),
+        ({"per_class": 0}, "per_class ≥ 1, got 0"),
         ({"rule": "fade/no"}, "got 'no'"),
         ({"bank": str(bank.path), "solver": "no"}, "a solver out of exact, fast, .*, got 'no'"),
         ({"noise": 1.0}, r"noise in \[0, 1\), got 1.0"),
@@ -242,9 +260,10 @@ def test_a_wrong_run_is_one_sentence(given, source, bank, tiny, tmp_path):
         ({"bank": lacking}, r"every support image in .*, got none of \w+/\d.png in class"),
         ({"bank": str(bank.path), **one}, "noise > 0 where a centroid mixes 1 support, got 0"),
     ):
-        given["out"] = str(tmp_path / f"out {told[:9]}")
-        with pytest.raises((UserError, AugmentWarning), match=told):
-            run_episodes(**{**given, "episodes": str(tmp_path / "frozen.json"), **wrong})
+        given["out"] = str(tmp_path / f"out {words[:9]}")
+        with pytest.raises((UserError, AugmentWarning), match=words):
+            given["episodes"] = str(tmp_path / "frozen.json")
+            run_episodes(EpisodeSettings(**{**given, **wrong}))
 
 
 def test_the_interval_is_paired_and_normal():
@@ -256,13 +275,13 @@ def test_the_interval_is_paired_and_normal():
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.name)
-def test_a_config_runs(config, given, bank, capsys):
+def test_a_config_runs(config, given, bank, monkeypatch, capsys):
     assert config.read_text().startswith("# expected:")
     given |= {"bank": bank.path, "n_way": 2, "n_query": 2, "n_tasks": 2}
     del given["n_shot"]
     args = [f"--{key}={value}" for key, value in given.items()]
-    auto_cli(run_episodes, args=["--config", str(config), *args], as_positional=False)
-    assert "% with synthetic, paired gain" in capsys.readouterr().out
+    code, out, _ = call(monkeypatch, capsys, "episodes", "--config", config, *args)
+    assert code == 0 and "% with synthetic, paired gain" in out
 
 
 def test_a_checkpoint_of_ours_gives_features(tmp_path):

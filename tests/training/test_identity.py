@@ -16,7 +16,7 @@ from augment.bank.fill import fill_bank
 from augment.core.errors import AugmentWarning
 from augment.shards.write import write_shards
 from augment.sources import Folder
-from training.data.draws import Mix
+from training.data.draws import SyntheticMix
 from training.data.identity import digests_of
 from training.data.module import ImageData
 from training.sweep import check_finished
@@ -63,9 +63,9 @@ def test_a_finished_run_of_other_images_is_refused(part, change, place, monkeypa
     assert call(monkeypatch, capsys, *TRAIN.split())[0] == 0  # the same images
     before = Path("run/test.json").read_bytes()
     change(place / part)
-    code, _, told = call(monkeypatch, capsys, *TRAIN.split())
+    code, _, err = call(monkeypatch, capsys, *TRAIN.split())
     name = {"real": "training", "test": "test"}[part]
-    assert code == 2 and f"expected the {name} images that the run in run began with (SHA" in told
+    assert code == 2 and f"expected the {name} images that the run in run began with (SHA" in err
     assert Path("run/test.json").read_bytes() == before
 
 
@@ -74,8 +74,8 @@ def test_a_run_of_other_shards_is_refused(place, tiny, monkeypatch, capsys):
     assert call(monkeypatch, capsys, *words)[0] == 0
     shutil.rmtree(place / "shards")
     shards(tiny, place / "real", place / "shards", per_class=4)
-    code, _, told = call(monkeypatch, capsys, *words)
-    assert code == 2 and "the synthetic images that the run in run began with" in told
+    code, _, err = call(monkeypatch, capsys, *words)
+    assert code == 2 and "the synthetic images that the run in run began with" in err
 
 
 def test_files_are_read_once_until_they_change(place):
@@ -89,7 +89,7 @@ def test_files_are_read_once_until_they_change(place):
     assert [i for i, d in digests_of(fresh, known).items() if d != first[i]] == ["Bag/0.png"]
 
 
-def test_an_image_in_two_classes_or_in_training_and_test_is_told(place):
+def test_an_image_in_two_classes_or_in_training_and_test_is_reported(place):
     shutil.copy("real/Bag/0.png", "real/Coat/same.png")
     with pytest.warns(AugmentWarning, match=r"Coat/same\.png of class Coat, which is Bag/0\.png"):
         ImageData("real", test="test", channels=1).setup("fit")
@@ -100,7 +100,7 @@ def test_an_image_in_two_classes_or_in_training_and_test_is_told(place):
 
 
 @pytest.mark.parametrize("how", ["shards", "fly"])
-def test_strangers_of_the_same_name_are_told(how, place, tiny):
+def test_strangers_of_the_same_name_are_reported(how, place, tiny):
     fakes = shards(tiny, place / "real", place / "shards")
     fly = SyntheticDataset(place / "bank", tiny, sampling=Sampling(steps=1), per_class=3)
     paint(place / "real", COUNTS, size=32, seed=5)
@@ -112,7 +112,7 @@ def test_strangers_of_the_same_name_are_told(how, place, tiny):
             ImageData("real", synthetic=fakes, channels=1).setup("fit")
 
 
-def test_a_renamed_image_is_no_stranger_and_one_of_another_class_is_told(place, tiny):
+def test_a_renamed_image_is_no_stranger_and_one_of_another_class_is_reported(place, tiny):
     fakes = shards(tiny, place / "real", place / "shards")
     fly = SyntheticDataset(place / "bank", tiny, sampling=Sampling(steps=1), per_class=3)
     Path("real/Bag/0.png").rename("real/Bag/renamed.png")
@@ -124,24 +124,24 @@ def test_a_renamed_image_is_no_stranger_and_one_of_another_class_is_told(place, 
         ImageData("real", synthetic=fakes, channels=1).setup("fit")
 
 
-def test_synthetic_images_that_look_different_are_told(place, tiny):
+def test_synthetic_images_that_look_different_are_reported(place, tiny):
     fakes = shards(tiny, place / "real", place / "shards")
     for path in place.glob("real/*/*.png"):
         pixels = np.asarray(Image.open(path).resize((96, 96)).convert("RGB")).copy()
         pixels[..., 0] //= 2
         Image.fromarray(pixels).save(path)
-    with pytest.warns(AugmentWarning) as told:
+    with pytest.warns(AugmentWarning) as err:
         ImageData("real", synthetic=fakes, channels=3, resolution=96).setup("fit")
-    words = [str(warning.message) for warning in told]
+    words = [str(warning.message) for warning in err]
     assert any("got grey ones" in text for text in words)
     assert any("at least 96 pixels a side" in text and "got 32" in text for text in words)
 
 
-def test_fewer_synthetic_images_than_the_mix_asks_for_are_told(place, tiny):
+def test_fewer_synthetic_images_than_the_mix_asks_for_are_reported(place, tiny):
     fakes = shards(tiny, place / "real", place / "shards")
     with pytest.warns(AugmentWarning, match="expected 7 synthetic images of class Bag, got 3"):
-        ImageData("real", synthetic=fakes, mix=Mix(fill_to=10), channels=1).setup("fit")
-    ImageData("real", synthetic=fakes, mix=Mix(fill_to=6), channels=1).setup("fit")
+        ImageData("real", synthetic=fakes, mix=SyntheticMix(fill_to=10), channels=1).setup("fit")
+    ImageData("real", synthetic=fakes, mix=SyntheticMix(fill_to=6), channels=1).setup("fit")
     few = SyntheticDataset(place / "bank", tiny, sampling=Sampling(steps=1), per_class={"Bag": 2})
     with pytest.warns(AugmentWarning, match="some synthetic images of class Coat, got 0"):
         ImageData("real", synthetic=few, channels=1).setup("fit")
@@ -161,22 +161,20 @@ def test_a_finished_run_of_a_sweep_is_of_the_same_images(place):
         check_finished(config, place)
 
 
-def test_an_inverted_image_of_two_classes_is_told(place, monkeypatch, capsys):
+def test_an_inverted_image_of_two_classes_is_reported(place, monkeypatch, capsys):
     shutil.copy("real/Bag/0.png", "real/Coat/same.png")
     with warnings.catch_warnings():
         warnings.simplefilter("always")
-        code, _, told = call(
-            monkeypatch, capsys, "invert", "real", "--bank", "bank", "--steps", "1"
-        )
-    assert code == 0 and "warning: expected every inverted image in one class, got Coat" in told
+        code, _, err = call(monkeypatch, capsys, "invert", "real", "--bank", "bank", "--steps", "1")
+    assert code == 0 and "warning: expected every inverted image in one class, got Coat" in err
 
 
 def test_a_smoothing_of_other_images_is_refused(place, monkeypatch, capsys):
     line = "smooth real --out run --steps 1 --accumulate 1 --rank 1 --device cpu"
     assert call(monkeypatch, capsys, *line.split())[0] == 0
     repaint(place / "real")
-    code, _, told = call(monkeypatch, capsys, *line.split())
-    assert code == 2 and "expected the training images that the run in run began with" in told
+    code, _, err = call(monkeypatch, capsys, *line.split())
+    assert code == 2 and "expected the training images that the run in run began with" in err
 
 
 def test_episodes_of_other_images_are_refused(place, tiny, monkeypatch, capsys):
@@ -189,8 +187,8 @@ def test_episodes_of_other_images_are_refused(place, tiny, monkeypatch, capsys):
     assert call(monkeypatch, capsys, *shorter.split())[0] == 0
     fill_bank(place / "bank", tiny, Folder(place / "real"), steps=1)
     paint(place / "real", COUNTS, size=32, seed=9)
-    code, _, told = call(monkeypatch, capsys, *line.split())
-    assert code == 2 and "expected the episode images that the run in run began with" in told
+    code, _, err = call(monkeypatch, capsys, *line.split())
+    assert code == 2 and "expected the episode images that the run in run began with" in err
     other = f"{line.replace('--out run', '--out other')} --bank bank --noise 0.5"
-    code, _, told = call(monkeypatch, capsys, *other.split())
-    assert code == 2 and "the bank to be of the images of the episodes, got another" in told
+    code, _, err = call(monkeypatch, capsys, *other.split())
+    assert code == 2 and "the bank to be of the images of the episodes, got another" in err

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from augment import UserError
-from training.models.losses import LDAM, LOSSES, class_weights, cost, log_others, make_loss, smooth
+from augment.core.registry import make
+from training.models.losses import LDAM, LOSSES, class_weights, cost, log_others, smooth
 
 COUNTS = [500, 60, 7, 1]
 
@@ -72,15 +73,15 @@ every_loss = pytest.mark.parametrize("name", LOSSES)
 
 
 def draw(n=16, k=4, dtype=torch.float64, spread=1.0, seed=0):
-    dice = torch.Generator().manual_seed(seed)
-    logits = torch.randn(n, k, generator=dice, dtype=dtype) * spread
-    return logits, torch.randint(k, (n,), generator=dice)
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(n, k, generator=generator, dtype=dtype) * spread
+    return logits, torch.randint(k, (n,), generator=generator)
 
 
 @pytest.mark.parametrize(("name", "options", "slow"), CASES)
 def test_a_loss_is_its_formula(name, options, slow):
     logits, _ = draw()
-    table = make_loss(name, **options)(logits, torch.tensor(COUNTS))
+    table = LOSSES[name](**options)(logits, torch.tensor(COUNTS))
     expected = [[slow(z, COUNTS, y, **options) for y in range(4)] for z in logits.tolist()]
     torch.testing.assert_close(
         table, torch.tensor(expected, dtype=torch.float64), rtol=1e-6, atol=1e-12
@@ -94,19 +95,19 @@ def test_every_loss_has_a_formula():
 @pytest.mark.parametrize("amount", [0.0, 0.1, 1.0])
 def test_cross_entropy_is_that_of_torch(amount):
     logits, labels = draw()
-    ours = cost(make_loss("cross_entropy")(logits, torch.ones(4)), smooth(labels, 4, amount))
-    theirs = F.cross_entropy(logits, labels, reduction="none", label_smoothing=amount)
-    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
+    ours = cost(LOSSES["cross_entropy"]()(logits, torch.ones(4)), smooth(labels, 4, amount))
+    expected = F.cross_entropy(logits, labels, reduction="none", label_smoothing=amount)
+    torch.testing.assert_close(ours, expected, rtol=1e-6, atol=1e-6)
     shares = logits.softmax(-1)
-    ours = cost(make_loss("cross_entropy")(logits, torch.ones(4)), smooth(shares, 4, amount))
-    theirs = F.cross_entropy(logits, shares, reduction="none", label_smoothing=amount)
-    torch.testing.assert_close(ours, theirs)
+    ours = cost(LOSSES["cross_entropy"]()(logits, torch.ones(4)), smooth(shares, 4, amount))
+    expected = F.cross_entropy(logits, shares, reduction="none", label_smoothing=amount)
+    torch.testing.assert_close(ours, expected)
 
 
 @every_loss
 def test_a_soft_label_costs_the_mixture(name):
     logits, labels = draw()
-    table = make_loss(name)(logits, torch.tensor(COUNTS))
+    table = LOSSES[name]()(logits, torch.tensor(COUNTS))
     other, share = labels.roll(1), 0.3
     mixed = share * F.one_hot(labels, 4).double() + (1 - share) * F.one_hot(other, 4).double()
     parts = share * cost(table, labels) + (1 - share) * cost(table, other)
@@ -121,7 +122,7 @@ def test_costs_and_gradients_are_finite_and_no_cost_is_negative(name, spread, dt
     logits = torch.eye(4, dtype=dtype) * spread * 2 - spread
     logits = torch.cat([logits, -logits, torch.zeros(1, 4, dtype=dtype)]).requires_grad_()
     counts = torch.tensor([10_000_000, 60, 1, 0])
-    table = make_loss(name)(logits, counts)
+    table = LOSSES[name]()(logits, counts)
     assert table.dtype == torch.promote_types(dtype, torch.float32)
     assert table.isfinite().all() and (table >= 0).all()
     table.sum().backward()
@@ -132,13 +133,13 @@ def test_costs_and_gradients_are_finite_and_no_cost_is_negative(name, spread, dt
 def test_the_gradient_is_that_of_differences(name):
     logits = draw(3)[0].requires_grad_()
     counts = torch.tensor(COUNTS)
-    assert torch.autograd.gradcheck(lambda z: make_loss(name)(z, counts), logits)
+    assert torch.autograd.gradcheck(lambda z: LOSSES[name]()(z, counts), logits)
 
 
 @pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0, 2.0])
 def test_the_focal_gradient_is_finite_where_the_truth_is_certain(gamma):
     logits = torch.tensor([[200.0, 0.0, 0.0]], requires_grad=True)
-    make_loss("focal", gamma=gamma)(logits, torch.ones(3)).sum().backward()
+    LOSSES["focal"](gamma=gamma)(logits, torch.ones(3)).sum().backward()
     assert logits.grad is not None and logits.grad.isfinite().all()
 
 
@@ -163,8 +164,8 @@ def test_the_sum_over_the_others_is_that_of_a_loop():
 @pytest.mark.parametrize("name", ["balanced_softmax", "logit_adjustment", "class_balanced"])
 def test_equal_counts_leave_cross_entropy(name):
     logits, _ = draw()
-    plain = make_loss("cross_entropy")(logits, torch.ones(4))
-    equal = make_loss(name)(logits, torch.full((4,), 37))
+    plain = LOSSES["cross_entropy"]()(logits, torch.ones(4))
+    equal = LOSSES[name]()(logits, torch.full((4,), 37))
     torch.testing.assert_close(equal, plain, rtol=1e-6, atol=1e-6)
 
 
@@ -179,14 +180,14 @@ def test_equal_counts_leave_cross_entropy(name):
 )
 def test_an_option_of_none_leaves_cross_entropy(name, options):
     logits, _ = draw()
-    plain = make_loss("cross_entropy")(logits, torch.ones(4))
-    torch.testing.assert_close(make_loss(name, **options)(logits, torch.tensor(COUNTS)), plain)
+    plain = LOSSES["cross_entropy"]()(logits, torch.ones(4))
+    torch.testing.assert_close(LOSSES[name](**options)(logits, torch.tensor(COUNTS)), plain)
 
 
 def test_balanced_softmax_is_logit_adjustment():
     logits, _ = draw()
     pair = [
-        make_loss(n)(logits, torch.tensor(COUNTS)) for n in LOSSES if "_softmax" in n or "_adj" in n
+        LOSSES[n]()(logits, torch.tensor(COUNTS)) for n in LOSSES if "_softmax" in n or "_adj" in n
     ]
     torch.testing.assert_close(*pair)
 
@@ -194,7 +195,7 @@ def test_balanced_softmax_is_logit_adjustment():
 @every_loss
 def test_a_class_without_images_counts_as_one_of_one(name):
     logits, _ = draw()
-    none, one = (make_loss(name)(logits, torch.tensor([500, 60, 7, n])) for n in (0, 1))
+    none, one = (LOSSES[name]()(logits, torch.tensor([500, 60, 7, n])) for n in (0, 1))
     torch.testing.assert_close(none, one)
 
 
@@ -212,18 +213,18 @@ def test_weights_sum_to_the_classes_and_fall_with_the_count(beta):
     ("name", "options", "words"),
     [
         ("hinge", {}, "loss out of cross_entropy"),
-        ("focal", {"tau": 1.0}, "option out of gamma of the loss focal"),
-        ("cross_entropy", {"tau": 1.0}, "no option of the loss cross_entropy"),
+        ("focal", {"tau": 1.0}, "settings of focal out of gamma"),
+        ("cross_entropy", {"tau": 1.0}, "no settings, got 'tau'; cross_entropy"),
         ("focal", {"gamma": -1.0}, "gamma ≥ 0"),
         ("ldam", {"scale": 0.0}, "scale > 0"),
         ("ldam", {"max_margin": -0.1}, "max_margin ≥ 0"),
         ("class_balanced", {"beta": 1.0}, "beta < 1"),
-        ("logit_adjustment", {"tau": math.nan}, "tau ≥ 0"),
+        ("logit_adjustment", {"tau": math.nan}, "tau of logit_adjustment as float, got nan"),
     ],
 )
 def test_a_wrong_loss_is_one_sentence(name, options, words):
     with pytest.raises(UserError, match=rf"^expected .*{words}"):
-        make_loss(name, **options)
+        make(LOSSES, name, options, "loss")
 
 
 def test_too_much_smoothing_is_refused():

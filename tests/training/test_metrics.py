@@ -13,9 +13,10 @@ from torchmetrics.classification import (
 
 from augment import UserError
 from training.models.metrics import (
-    Report,
+    LongTailMetrics,
     interval,
     normal_interval,
+    recalls,
     shot_groups,
     student_t,
     write_tables,
@@ -26,14 +27,14 @@ K = len(COUNTS)
 
 
 def draw(n=400, seed=0, classes=K):
-    dice = torch.Generator().manual_seed(seed)
-    labels = torch.randint(classes, (n,), generator=dice)
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(classes, (n,), generator=generator)
     hint = 2 * torch.nn.functional.one_hot(labels, K)
-    return torch.randn(n, K, generator=dice) * 2 + hint, labels
+    return torch.randn(n, K, generator=generator) * 2 + hint, labels
 
 
 def report(*batches, **options):
-    metric = Report(K, COUNTS, **options)
+    metric = LongTailMetrics(K, COUNTS, **options)
     for batch in batches:
         metric.update(*batch)
     return metric
@@ -55,7 +56,7 @@ def test_it_says_what_torchmetrics_says():
     assert figures["medium"] == pytest.approx(per_class[2:4].mean().item())
     assert figures["few"] == pytest.approx(per_class[4:].mean().item())
     assert torch.equal(metric.confusion, MulticlassConfusionMatrix(K)(logits, labels))
-    torch.testing.assert_close(metric.per_class.float(), per_class)
+    torch.testing.assert_close(recalls(metric.confusion).float(), per_class)
 
 
 def test_it_is_the_same_however_the_images_are_cut():
@@ -71,17 +72,16 @@ def test_it_is_the_same_however_the_images_are_cut():
 
 def test_ranks_add_up():
     one, other = draw(30), draw(50, seed=1)
-    theirs = report(other)
+    second = report(other)
 
     def gather(state, group=None):
-        name = "matrix" if state.shape == theirs.matrix.shape else "bins"
-        return [state, getattr(theirs, name)]
+        name = "matrix" if state.shape == second.matrix.shape else "bins"
+        return [state, getattr(second, name)]
 
     ours = report(one, dist_sync_fn=gather, distributed_available_fn=lambda: True)
     both = report(one, other)
     assert ours.compute() == both.compute()
     assert torch.equal(ours.confusion, both.confusion)
-    assert torch.equal(ours.per_class, both.per_class)
     assert ours.matrix.sum() == 30
 
 
@@ -89,8 +89,11 @@ def test_classes_that_do_not_occur_are_left_out():
     figures = report(draw(classes=4)).compute()
     assert "few" not in figures and "medium" in figures
     metric = report(draw(classes=4))
-    assert metric.per_class[4:].isnan().all()
-    assert figures["balanced_accuracy"] == pytest.approx(metric.per_class[:4].mean().item())
+    accuracies = recalls(metric.confusion)
+    assert accuracies[4:].isnan().all()
+    assert figures["balanced_accuracy"] == pytest.approx(
+        recalls(metric.confusion)[:4].mean().item()
+    )
 
 
 def test_the_edges_of_confidence_and_a_diverged_network():
@@ -107,7 +110,7 @@ def test_the_edges_of_confidence_and_a_diverged_network():
 
 def test_counts_of_other_classes_are_refused():
     with pytest.raises(UserError, match=r"^expected counts of 3 classes, got 2"):
-        Report(3, [1, 2])
+        LongTailMetrics(3, [1, 2])
 
 
 def test_the_groups_end_where_the_literature_ends_them():
@@ -132,7 +135,7 @@ def test_the_tables_are_read_back(tmp_path):
     assert [row["group"] for row in rows] == ["many"] * 2 + ["medium"] * 2 + ["few"] * 2
     assert [int(row["tested"]) for row in rows] == labels.bincount(minlength=K).tolist()
     assert rows[5]["accuracy"] == ""
-    for row, accuracy in zip(rows[:5], metric.per_class.tolist(), strict=False):
+    for row, accuracy in zip(rows[:5], recalls(metric.confusion).tolist(), strict=False):
         assert float(row["accuracy"]) == pytest.approx(accuracy, abs=1e-6)
     with (tmp_path / "out" / "confusion.csv").open(newline="", encoding="utf-8") as file:
         head, *body = csv.reader(file)

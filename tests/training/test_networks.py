@@ -139,9 +139,9 @@ def test_a_network_that_cannot_be_had_is_one_sentence(
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(huggingface_hub.file_download.constants, "HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(UserError, match=rf"^{words}") as told:
+    with pytest.raises(UserError, match=rf"^{words}") as caught:
         build_network(name, 3, 3, pretrained)
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -205,14 +205,12 @@ def test_a_frozen_network_learns_in_its_head_alone(name):
     before, head = state(network), head_name(network)
     step(network, batch)
     assert changed(network, before) == {f"{head}.weight", f"{head}.bias"}
-    freeze(network, but_head=False)
-    assert not any(p.requires_grad for p in network.parameters())
     train_mode(network)
     assert all(module.training for module in network.modules())
 
 
 def test_an_unknown_way_to_tune_is_one_sentence():
-    with pytest.raises(UserError, match=r"^expected tune out of all, head, lora, got 'some'"):
+    with pytest.raises(UserError, match=r"way to tune out of all, head, lora, got 'some'"):
         train_mode(nn.Linear(1, 1), "some")
 
 
@@ -250,7 +248,7 @@ def test_an_adapter_never_sits_where_it_would_be_idle():
         ("small_cnn", 2, None, "layers named attn for LoRA in Chain"),
         (VIT, 2, ["nothing"], "layers named nothing"),
         (VIT, 2, ["head"], "layers named head"),
-        (VIT, 0, None, "a rank ≥ 1"),
+        (VIT, 0, None, "rank ≥ 1, got 0"),
         ("test_efficientnet", 3, ["conv_dw"], "layers that LoRA fits"),
     ],
 )

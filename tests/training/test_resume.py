@@ -8,14 +8,14 @@ import pytest
 import torch
 from conftest import call, dataset_with, paint
 from pytorch_lightning import Callback, LightningModule, Trainer
-from pytorch_lightning.callbacks import EMAWeightAveraging
+from pytorch_lightning.callbacks import EMAWeightAveraging, ModelCheckpoint
 
 from augment import ReplayPool, Sampling, SyntheticDataset, UserError, cli
 from augment.bank.fill import fill_bank
 from augment.shards.write import write_shards
 from augment.sources import Folder
-from training import cli as command
-from training.data.draws import Mix
+from training import lightning
+from training.data.draws import SyntheticMix
 from training.data.module import ImageData
 from training.models.classifier import Classifier
 
@@ -77,10 +77,11 @@ def train(
     torch.manual_seed(0)
     data = ImageData(
         str(root / "real"), val=str(root / "val") if val else None, synthetic=fakes,
-        mix=mix or Mix(0.5), channels=1, batch_size=4, steps_per_epoch=STEPS, workers=workers,
+        mix=mix or SyntheticMix(0.5), channels=1, batch_size=4, steps_per_epoch=STEPS,
+        workers=workers,
     )  # fmt: skip
     model = Classifier(data.counts, channels=1, mixup=0.5, optimizer="sgd", lr=0.05)
-    keep = command.ModelCheckpoint(
+    keep = ModelCheckpoint(
         out, "last", **(keep or {"every_n_train_steps": every}), enable_version_counter=False
     )
     more = {"max_steps": LENGTH} | more
@@ -88,7 +89,7 @@ def train(
         accelerator="cpu", logger=False, enable_progress_bar=False,
         enable_model_summary=False, num_sanity_val_steps=0, use_distributed_sampler=False,
         callbacks=[Watched(seen, stop), EMAWeightAveraging(decay=0.9), keep],
-        plugins=[command.SafeCheckpoints()], **more,
+        plugins=[lightning.SafeCheckpoints()], **more,
     )  # fmt: skip
     with contextlib.suppress(InterruptedError):
         trainer.fit(model, data, ckpt_path=start)
@@ -193,7 +194,7 @@ def test_a_training_that_ends_early_is_an_error(root, tmp_path, monkeypatch, cap
 def test_it_goes_on_twice_from_checkpoints_that_are_rare(root, tiny, tmp_path):
     """Steps since the last checkpoint are done again; images come from worker processes."""
     fakes = str(root / "shards")
-    options = {"workers": 1, "mix": Mix(fill_to=8, warm_up=1, real_only=1), "val": False}
+    options = {"workers": 1, "mix": SyntheticMix(fill_to=8, warm_up=1, real_only=1), "val": False}
     batches, weights = train(root, tmp_path / "whole", fakes, **options)
     last, seen = tmp_path / "cut" / "last.ckpt", []
     for stop in (5, 9, None):
@@ -221,7 +222,7 @@ def test_draws_from_a_pool_go_on_though_its_images_change(root, tiny, tmp_path):
                 seen.append((fake.tolist(), images[~fake].sum().item(), labels[~fake].tolist()))
 
         with ReplayPool(fly, 4, warm_up=4) as pool:
-            original = command.ModelCheckpoint.on_train_batch_end
+            original = ModelCheckpoint.on_train_batch_end
             watched = Real()
 
             def both(self, *args, **kwargs):
@@ -229,7 +230,7 @@ def test_draws_from_a_pool_go_on_though_its_images_change(root, tiny, tmp_path):
                 return original(self, *args, **kwargs)
 
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(command.ModelCheckpoint, "on_train_batch_end", both)
+                patch.setattr(ModelCheckpoint, "on_train_batch_end", both)
                 train(root, tmp_path / out, pool, **options)
         return seen
 
@@ -277,7 +278,7 @@ def test_the_same_command_goes_on_and_another_is_refused(root, tmp_path, monkeyp
 
 def test_a_checkpoint_is_there_whole_or_not_at_all(tmp_path):
     path = tmp_path / "last.ckpt"
-    safe = command.SafeCheckpoints()
+    safe = lightning.SafeCheckpoints()
     safe.save_checkpoint({"step": torch.tensor(1)}, path)
 
     class Broken:
@@ -307,11 +308,11 @@ def test_a_training_on_a_full_disk_is_one_sentence_and_goes_on(
     else:
         resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, hard))
     try:
-        code, _, told = call(monkeypatch, capsys, *line.split())
+        code, _, err = call(monkeypatch, capsys, *line.split())
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
-    assert code == 2 and "run the same command again" in told and "Traceback" not in told
-    assert ("No space left" if where == "log" else "last.ckpt, got File too large") in told
+    assert code == 2 and "run the same command again" in err and "Traceback" not in err
+    assert ("No space left" if where == "log" else "last.ckpt, got File too large") in err
     assert not list(out.rglob("*.tmp"))
     (out / "hparams.yaml").unlink(missing_ok=True)
     assert call(monkeypatch, capsys, *line.split())[0] == 0

@@ -18,7 +18,7 @@ from augment.bank.fill import InversionJob
 from augment.core.errors import UserError
 from augment.core.files import locked
 from augment.shards.write import ShardJob
-from training.episodes.evaluate import Evaluation
+from training.episodes.evaluate import TaskEvaluator
 from training.models.classifier import Classifier
 from training.smooth.regulariser import SmoothDiffusion
 from training.sweep import assign
@@ -40,7 +40,7 @@ JOBS = {
     "episodes": (
         "episodes --images images --network test_resnet --weights net.safetensors --out made "
         "--n-way 2 --n-query 1 --n-tasks 3 --channels 1 --resolution 32",
-        *(Evaluation, "__call__"),
+        *(TaskEvaluator, "__call__"),
     ),
 }  # fmt: skip
 """Of each job its command, and what it calls again and again."""
@@ -78,10 +78,10 @@ def test_a_job_ends_with_143_and_a_sentence_and_goes_on_later(job, place, monkey
         save_file(network.state_dict(), place / "net.safetensors")
     with monkeypatch.context() as patch:
         patch.setattr(kind, name, asked_to_end)
-        code, _, told = call(patch, capsys, *line.split())
+        code, _, err = call(patch, capsys, *line.split())
     assert code == 143
-    assert told.endswith("latent-augment: terminated; run the same command again to go on\n")
-    assert "Traceback" not in told
+    assert err.endswith("latent-augment: terminated; run the same command again to go on\n")
+    assert "Traceback" not in err
     assert call(monkeypatch, capsys, *line.split())[0] == 0
 
 
@@ -97,8 +97,8 @@ def write_recipe(steps: int) -> str:
 
 def test_a_sweep_has_its_folder_to_itself(place, monkeypatch, capsys):
     with locked(Path("made")):
-        code, _, told = call(monkeypatch, capsys, *write_recipe(2).split())
-    assert code == 2 and "another run is at work" in told
+        code, _, err = call(monkeypatch, capsys, *write_recipe(2).split())
+    assert code == 2 and "another run is at work" in err
 
 
 @pytest.mark.parametrize("job", ["train", "smooth"])
@@ -109,8 +109,8 @@ def test_a_training_has_its_folder_to_itself_and_sweeps_it(job, place, monkeypat
     for path in (kept, old):
         path.touch()
     with locked(Path("made")):
-        code, _, told = call(monkeypatch, capsys, *line.split())
-    assert code == 2 and "another run is at work" in told and old.exists()
+        code, _, err = call(monkeypatch, capsys, *line.split())
+    assert code == 2 and "another run is at work" in err and old.exists()
     assert call(monkeypatch, capsys, *line.split())[0] == 0
     assert kept.exists() and not old.exists()
 
@@ -163,9 +163,9 @@ def test_a_sweep_that_ends_takes_its_run_with_it_and_goes_on_later(number, place
     sweep = process(write_recipe(1000))
     wait_for(last.exists)
     os.kill(sweep.pid, number)
-    told = sweep.communicate(timeout=100)[1]
+    err = sweep.communicate(timeout=100)[1]
     assert sweep.returncode == {signal.SIGTERM: 143, signal.SIGKILL: -9}[number]
-    assert number == signal.SIGKILL or "run the same command again" in told
+    assert number == signal.SIGKILL or "run the same command again" in err
     wait_for(lambda: not held(last.parent.parent), 30)
     assert torch.load(last, weights_only=True)["global_step"] < 1000
     stamp = last.stat().st_mtime_ns
@@ -183,6 +183,6 @@ def test_ranks_of_a_training_end_together(place):
     run = process(line.replace("max_steps 6", "max_steps 100000"))
     wait_for(Path("made/checkpoints/last.ckpt").exists)
     run.terminate()
-    told = run.communicate(timeout=400)[1]
-    assert run.returncode == 143 and "terminated; run the same command again" in told
+    err = run.communicate(timeout=400)[1]
+    assert run.returncode == 143 and "terminated; run the same command again" in err
     wait_for(lambda: not held(Path("made")), 10)

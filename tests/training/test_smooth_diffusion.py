@@ -18,9 +18,9 @@ from augment import Sampling, SyntheticDataset, UserError, fill_bank, load_backb
 from augment.diffusion.process import GOALS, PREDICTIONS, Flow, VariancePreserving
 from augment.shards.dataset import open_images
 from augment.sources import Folder, as_source
-from training.smooth.data import Noisings, Stream, read_captions
+from training.smooth.data import NoisedImages, NumberSampler, read_captions
 from training.smooth.regulariser import PROJECTIONS, SmoothDiffusion, measured
-from training.smooth.run import smooth_backbone
+from training.smooth.run import SmoothSettings, smooth_backbone
 
 PROCESSES = {
     "epsilon": VariancePreserving("epsilon"),
@@ -55,7 +55,7 @@ def rows(count=3):
 
 
 def measure(name, network, levels=LEVELS, part=slice(None)):
-    """The base loss and v of rows, by a network that is told nothing."""
+    """The base loss and v of rows, by a network without a condition."""
 
     def answer(latent, times):
         assert times.shape == (len(latent),)
@@ -161,6 +161,12 @@ def folder(tmp_path_factory):
     return stable_diffusion(tmp_path_factory.mktemp("sd"))
 
 
+def train(backbone, source, out, prompts=None, **settings):
+    """Train with `QUICK` settings, or others."""
+    given = {"images": source, "out": str(out), "prompts": prompts, **QUICK, **settings}
+    return smooth_backbone(SmoothSettings(**given), backbone)
+
+
 def fresh(**options):
     return load_backbone("tiny", device="cpu", **options)
 
@@ -173,7 +179,7 @@ def checkpoint(out):
 def whole(images, tmp_path_factory):
     """A run of `QUICK`, and the backbone as it was left."""
     backbone, out = fresh(), tmp_path_factory.mktemp("whole")
-    place = smooth_backbone(backbone, images, out, {"Bag": "bag"}, **QUICK)
+    place = train(backbone, images, out, {"Bag": "bag"})
     return place, backbone
 
 
@@ -181,8 +187,8 @@ def test_a_run_leaves_a_lora_that_loads(whole, images):
     place, trained = whole
     assert place.name == "pytorch_lora_weights.safetensors"
     smooth, plain = fresh(lora=place), fresh()
-    latents, told = draw(2, 4, 16, 16).float(), plain.condition(["bag", ""])
-    answers = [b.network(latents, 700, told) for b in (smooth, trained, plain)]
+    latents, condition = draw(2, 4, 16, 16).float(), plain.condition(["bag", ""])
+    answers = [b.network(latents, 700, condition) for b in (smooth, trained, plain)]
     torch.testing.assert_close(answers[0], answers[1], rtol=0, atol=1e-5)
     assert (answers[0] - answers[2]).abs().max() > 1e-3
     assert fresh(lora=place.parent).fingerprint == smooth.fingerprint != plain.fingerprint
@@ -212,19 +218,19 @@ def test_a_run_that_was_cut_short_ends_with_the_same_bits(whole, images, tmp_pat
     monkeypatch.setattr("training.smooth.run.SAVE_STEPS", 1)
     monkeypatch.setattr(SmoothDiffusion, "training_step", cut)
     with pytest.raises(Cut):
-        smooth_backbone(fresh(), images, tmp_path, {"Bag": "bag"}, **QUICK)
+        train(fresh(), images, tmp_path, {"Bag": "bag"})
     before = checkpoint(tmp_path)
     assert before["global_step"] == 2 and before["state_dict"]["a"].isfinite()
-    place = smooth_backbone(fresh(), images, tmp_path, {"Bag": "bag"}, **QUICK)
+    place = train(fresh(), images, tmp_path, {"Bag": "bag"})
     assert len(seen) == 6 + 4
     assert place.read_bytes() == whole[0].read_bytes()
     one, other = checkpoint(tmp_path)["state_dict"], checkpoint(whole[0].parent)["state_dict"]
     assert one["a"] == other["a"] != before["state_dict"]["a"]
     begun = place.stat().st_mtime_ns
-    smooth_backbone(fresh(), images, tmp_path, {"Bag": "bag"}, **QUICK)
+    train(fresh(), images, tmp_path, {"Bag": "bag"})
     assert len(seen) == 10 and place.stat().st_mtime_ns >= begun
     with pytest.raises(UserError, match=r"of weight 2, got 1\.0; choose another --out"):
-        smooth_backbone(fresh(), images, tmp_path, {"Bag": "bag"}, weight=2, **QUICK)
+        train(fresh(), images, tmp_path, {"Bag": "bag"}, weight=2)
 
 
 def test_the_mean_begins_with_the_first_batch_and_follows_slowly():
@@ -237,14 +243,14 @@ def test_the_mean_begins_with_the_first_batch_and_follows_slowly():
 
 
 def test_an_image_is_noised_alike_in_every_layout_and_prompts_are_dropped(images):
-    rows = Noisings(images, list("abcde"), fresh(), 0.5, seed=3)
-    first = [Stream(4, 3, lambda: 1)]
-    ranks = [Stream(2, 3, lambda: 1, rank, 2) for rank in (0, 1)]
+    rows = NoisedImages(images, list("abcde"), fresh(), 0.5, seed=3)
+    first = [NumberSampler(4, 3, lambda: 1)]
+    ranks = [NumberSampler(2, 3, lambda: 1, rank, 2) for rank in (0, 1)]
     batches = [[n for stream in part for batch in stream for n in batch] for part in (first, ranks)]
     assert sorted(batches[0]) == sorted(batches[1]) == list(range(4, 12))
     some = [rows[number] for number in range(200)]
-    told = [row["prompt"] for row in some]
-    assert 60 < told.count("") < 140 and set(told) == {"", *"abcde"}
+    prompts = [row["prompt"] for row in some]
+    assert 60 < prompts.count("") < 140 and set(prompts) == {"", *"abcde"}
     levels = torch.tensor([row["level"] for row in some])
     assert 0 < levels.min() < 0.1 and 0.9 < levels.max() <= 1
     assert torch.equal(rows[7]["noise"], some[7]["noise"])
@@ -254,10 +260,10 @@ def test_an_image_is_noised_alike_in_every_layout_and_prompts_are_dropped(images
 
 def test_all_weights_can_be_trained_and_are_a_backbone(images, tmp_path):
     trained = fresh()
-    place = smooth_backbone(trained, images, tmp_path, rank=0, weight=0.0, **QUICK)
+    place = train(trained, images, tmp_path, rank=0, weight=0.0)
     again = load_backbone(place, device="cpu")
-    latents, told = draw(2, 4, 16, 16).float(), again.condition(["bag", ""])
-    answers = [b.network(latents, 700, told) for b in (again, trained, fresh())]
+    latents, condition = draw(2, 4, 16, 16).float(), again.condition(["bag", ""])
+    answers = [b.network(latents, 700, condition) for b in (again, trained, fresh())]
     torch.testing.assert_close(answers[0], answers[1])
     assert (answers[0] - answers[2]).abs().max() > 1e-3
 
@@ -265,21 +271,21 @@ def test_all_weights_can_be_trained_and_are_a_backbone(images, tmp_path):
 @pytest.mark.parametrize("rank", [2, 0])
 def test_stable_diffusion_trains_and_loads(rank, folder, images, tmp_path):
     trained, plain = load_backbone(folder, device="cpu"), load_backbone(folder, device="cpu")
-    told = {"Bag": "a bag", "Coat": "a coat"}
-    place = smooth_backbone(trained, images, tmp_path, told, rank=rank, **QUICK)
+    prompts = {"Bag": "a bag", "Coat": "a coat"}
+    place = train(trained, images, tmp_path, prompts, rank=rank)
     again = load_backbone(folder, "cpu", lora=place) if rank else load_backbone(place, "cpu")
     latents, condition = draw(2, 4, 16, 16).float(), plain.condition([PROMPT, ""])
     answers = [b.network(latents, 700, condition) for b in (again, trained, plain)]
     torch.testing.assert_close(answers[0], answers[1], rtol=0, atol=1e-5)
     assert (answers[0] - answers[2]).abs().max() > 1e-3
     with pytest.raises(UserError, match="of backbone"):
-        smooth_backbone(fresh(), images, tmp_path, rank=rank, **QUICK)
+        train(fresh(), images, tmp_path, rank=rank)
 
 
 def test_a_flow_transformer_trains_and_loads(images, tmp_path):
     folder = sd3(tmp_path / "sd3")
     trained, plain = load_backbone(folder, device="cpu"), load_backbone(folder, device="cpu")
-    place = smooth_backbone(trained, images, tmp_path / "run", rank=2, **QUICK)
+    place = train(trained, images, tmp_path / "run", rank=2)
     again = load_backbone(folder, "cpu", lora=place)
     latents = draw(1, *plain.latent_shape).float()
     answers = [b.network(latents, 700, plain.condition([""])) for b in (again, trained, plain)]
@@ -305,20 +311,20 @@ def test_a_lora_of_another_model_is_refused(whole, folder, tmp_path):
     with pytest.raises(UserError, match="expected a LoRA for this model"):
         load_backbone(folder, device="cpu", lora=whole[0])
     state = load_file(whole[0])
-    harmed = {
+    damaged = {
         "a layer that is not there": {k.replace("mid_block", "end"): v for k, v in state.items()},
         "another width": {k: v.repeat(2, 2) for k, v in state.items()},
         "half of it": {k: v for k, v in state.items() if "lora_A" in k},
         "nothing": {"odd": torch.ones(1)},
     }
-    for name, other in harmed.items():
+    for name, other in damaged.items():
         save_file(other, tmp_path / "other.safetensors")
         with pytest.raises(UserError, match="expected a LoRA for this model"):
             fresh(lora=tmp_path / "other.safetensors")
             pytest.fail(name)
 
 
-def test_what_cannot_be_trained_is_told_in_one_sentence(gaussian, images, whole, folder, tmp_path):
+def test_what_cannot_be_trained_is_one_sentence(gaussian, images, whole, folder, tmp_path):
     module = {
         "no linear layers": ({"targets": ["to_p"]}, r"such as .*to_k, to_out.0, .* got 'to_p'"),
         "no such rank": ({"rank": -1}, "rank ≥ 0"),
@@ -336,13 +342,13 @@ def test_what_cannot_be_trained_is_told_in_one_sentence(gaussian, images, whole,
     run = {
         "prompt out of": {"prompts": {"Bag": "hat"}},
         "prompts for classes out of Bag, Coat, got one for 'Hat'": {"prompts": {"Hat": "bag"}},
-        "a share to drop": {"drop": 2},
-        "steps, accumulate": {"steps": 0},
-        "batch of at least 1": {"batch_size": 0},
+        "drop in": {"drop": 2},
+        "steps ≥ 1": {"steps": 0},
+        "batch_size ≥ 1": {"batch_size": 0},
     }
     for message, given in run.items():
         with pytest.raises(UserError, match=message):
-            smooth_backbone(fresh(), images, tmp_path / "run", **{**QUICK, **given})
+            train(fresh(), images, tmp_path / "run", **given)
     assert not (tmp_path / "run").exists()
 
 
@@ -374,11 +380,11 @@ def test_the_command_takes_its_yaml(images, tmp_path, monkeypatch, capsys):
     config |= {"images": str(images.root), "out": str(tmp_path / "run"), "steps": 1}
     config |= {"batch_size": 2, "prompts": {"Bag": "bag", "Coat": "top"}, "device": "cpu"}
     (tmp_path / "small.yaml").write_text(yaml.safe_dump(config))
-    code, told, _ = call(monkeypatch, capsys, "smooth", "--config", tmp_path / "small.yaml")
-    assert code == 0 and "pytorch_lora_weights.safetensors: written; load it with" in told
+    code, out, _ = call(monkeypatch, capsys, "smooth", "--config", tmp_path / "small.yaml")
+    assert code == 0 and "pytorch_lora_weights.safetensors: written; load it with" in out
     wrong = ("--targets", "[to_x]", "--out", tmp_path / "other")
-    code, _, told = call(monkeypatch, capsys, "smooth", "--config", tmp_path / "small.yaml", *wrong)
-    assert code == 2 and told.startswith("latent-augment: expected targets") and "'to_x'" in told
+    code, _, err = call(monkeypatch, capsys, "smooth", "--config", tmp_path / "small.yaml", *wrong)
+    assert code == 2 and err.startswith("latent-augment: expected targets") and "'to_x'" in err
 
 
 def test_shards_are_images_to_train_on(tiny, images, tmp_path):
@@ -387,7 +393,7 @@ def test_shards_are_images_to_train_on(tiny, images, tmp_path):
     write_shards(fly.synthesizer, fly.planner, 2, tmp_path / "shards")
     source = as_source(open_images(tmp_path / "shards"))
     assert source.counts == [2, 2] and source.classes == ["Bag", "Coat"]
-    row = Noisings(source, [""] * 4, tiny, 0.0, 0)[0]
+    row = NoisedImages(source, [""] * 4, tiny, 0.0, 0)[0]
     assert row["image"].shape == (1, 32, 32)
 
 

@@ -17,10 +17,10 @@ from augment.shards.export import export_folder
 from augment.shards.format import ShardManifest
 from augment.shards.write import write_shards
 from augment.sources import FewShot, Folder
-from training.data.draws import Mix
+from training.data.draws import SyntheticMix
 from training.data.module import ImageData, ReuseLogger
 from training.data.transforms import Augmentation, evaluation
-from training.demo import BASE, ROWS, TWICE, quiet_trainer, summarise
+from training.demo import BASE, ROWS, TWICE, demo_trainer, summarise
 from training.models.classifier import Classifier
 from training.models.metrics import interval
 
@@ -46,7 +46,7 @@ def classifier(data, **options):
 @pytest.mark.parametrize("mixup", [0.0, 1.0])
 def test_a_few_steps_change_the_weights_and_the_accuracy_is_counted(folders, mixup):
     torch.manual_seed(0)
-    data, trainer = few(folders), quiet_trainer(3)
+    data, trainer = few(folders), demo_trainer(3)
     model = classifier(data, mixup=mixup)
     before = model.network[0].weight.clone()
     trainer.fit(model, data)
@@ -74,7 +74,7 @@ def test_shards_are_mixed_in_as_a_folder_of_them_is(folders, tiny, synthetic_ban
     plain = Augmentation(crop=None, flip=False)
     drawn = []
     for name in ("shards", "exported"):
-        data = few(folders, synthetic=str(folders / name), augment=plain, mix=Mix(1.0))
+        data = few(folders, synthetic=str(folders / name), augment=plain, mix=SyntheticMix(1.0))
         items = [item for batch in data.train_dataloader() for item in zip(*batch, strict=True)]
         assert all(fake for _, _, fake in items)
         drawn.append({(int(label), image.numpy().tobytes()) for image, label, _ in items})
@@ -97,7 +97,7 @@ def test_on_the_fly_images_come_from_the_training_images_of_the_bank(folders, ti
     few_shots = FewShot(folders / "real", 2, seed=1)
     data = ImageData(
         few_shots, synthetic=dataset_with(synthetic_bank, tiny, steps=1, per_class=3),
-        channels=1, batch_size=4, steps_per_epoch=2, mix=Mix(0.5),
+        channels=1, batch_size=4, steps_per_epoch=2, mix=SyntheticMix(0.5),
     )  # fmt: skip
     members = {i for index in range(6) for i in data.synthetic.plan(index).members}
     assert members == {i for ids in few_shots.ids.values() for i in ids}
@@ -128,8 +128,8 @@ def test_how_a_pool_is_reused_is_logged(folders, tiny, synthetic_bank):
         synthetic_bank, tiny, sampling=Sampling(steps=1, batch_size=2), per_class=2
     )
     with ReplayPool(synthetic, 4) as pool:
-        data = few(folders, synthetic=pool, mix=Mix(0.5))
-        trainer = quiet_trainer(3)
+        data = few(folders, synthetic=pool, mix=SyntheticMix(0.5))
+        trainer = demo_trainer(3)
         trainer.callbacks.append(ReuseLogger())
         trainer.fit(classifier(data), data)
     assert trainer.logged_metrics["pool/made"] >= 2
@@ -143,11 +143,11 @@ def test_soft_labels_of_mixed_classes_are_batched_with_hard_ones(folders, tiny, 
     mixed = SyntheticDataset(
         synthetic_bank, tiny, sampling=Sampling(steps=1), per_class=3, classes=2
     )
-    data = few(folders, synthetic=mixed, mix=Mix(0.5))
+    data = few(folders, synthetic=mixed, mix=SyntheticMix(0.5))
     _, labels, fake = next(iter(data.train_dataloader()))
     assert labels.shape == (8, 2) and torch.allclose(labels.sum(1), torch.ones(8))
     assert ((labels.max(1).values == 1) == ~fake).all()
-    trainer = quiet_trainer(2)
+    trainer = demo_trainer(2)
     trainer.fit(classifier(data, loss="balanced_softmax", cutmix=1.0), data)
     assert trainer.global_step == 2
 
@@ -155,7 +155,7 @@ def test_soft_labels_of_mixed_classes_are_batched_with_hard_ones(folders, tiny, 
 def test_the_same_seed_trains_the_same_classifier(folders):
     def train():
         torch.manual_seed(1)
-        data, trainer = few(folders), quiet_trainer(3)
+        data, trainer = few(folders), demo_trainer(3)
         model = classifier(data)
         trainer.fit(model, data)
         return model.network[0].weight
@@ -192,10 +192,10 @@ def test_a_bad_training_folder_is_one_sentence(monkeypatch, capsys, folders):
     monkeypatch.setattr(sys, "argv", ["latent-augment", *args])
     with pytest.raises(SystemExit) as stop:
         main()
-    told = capsys.readouterr().err
+    err = capsys.readouterr().err
     assert stop.value.code == 2
-    assert told.startswith("latent-augment: expected")
-    assert "nowhere" in told
+    assert err.startswith("latent-augment: expected")
+    assert "nowhere" in err
 
 
 def test_the_interval_is_students():

@@ -16,7 +16,7 @@ from augment import UserError, cli
 from augment.core.rng import rng
 from augment.sources.images import to_pil
 from training import demo
-from training.data.draws import Mix
+from training.data.draws import SyntheticMix
 from training.data.module import ImageData
 from training.data.transforms import Augmentation
 from training.models.classifier import Classifier
@@ -131,7 +131,7 @@ def test_the_small_network_takes_images_of_any_size(channels, size):
 
 def test_synthetic_images_are_drawn_by_their_share(root, data):
     def share_of_black(share=0.25, **options):
-        one = data(augment=PLAIN, batch_size=300, mix=Mix(share), **options)
+        one = data(augment=PLAIN, batch_size=300, mix=SyntheticMix(share), **options)
         images = torch.cat([images for images, _, _ in one.train_dataloader()])
         return (images.flatten(1).sum(1) == 0).float().mean().item()
 
@@ -151,11 +151,11 @@ def test_shifts_and_mirror_images():
         classical = Augmentation(flip=flip)
         fixed, random = classical.fixed(1, 32), classical.random(32)
         columns, mirrored = set(), 0
-        dice = [rng(0, "augment", 0, place) for place in range(60)]
-        made = random([fixed(image)] * 60, dice)
+        generators = [rng(0, "augment", 0, place) for place in range(60)]
+        made = random([fixed(image)] * 60, generators)
         assert made.shape == (60, *image.shape)
         again = random([fixed(image)], [rng(0, "augment", 0, 59)])[0]
-        assert torch.equal(made[59], again), "an image's dice are its own"
+        assert torch.equal(made[59], again), "an image's generators are its own"
         for changed in made:
             assert changed.sum() == pytest.approx(32 + 8 * 127 / 255), "it is shifted, not cut"
             full = [c for c in range(32) if (changed[0, :, c] == 1).any()]
@@ -179,8 +179,8 @@ def test_shifts_and_mirror_images():
 def test_any_image_becomes_the_networks(channels, augment, mode):
     wide = torch.rand(3, 40, 57)
     image = wide if mode == "tensor" else to_pil(wide if mode == "RGB" else wide[:1])
-    dice = [rng(0, "augment", 0, place) for place in range(3)]
-    for made in augment.random(32)([augment.fixed(channels, 32)(image)] * 3, dice):
+    generators = [rng(0, "augment", 0, place) for place in range(3)]
+    for made in augment.random(32)([augment.fixed(channels, 32)(image)] * 3, generators):
         assert made.shape == (channels, 32, 32) and made.dtype == torch.float32
         assert 0 <= made.min() <= made.max() <= 1
 

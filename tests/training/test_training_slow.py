@@ -69,11 +69,11 @@ def test_killed_at_random_it_ends_with_the_same_weights(root, tmp_path, how):
     settings = config(root, fly if how == "fly" else str(root / "shards"))
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert start(settings, whole).wait(300) == 0, (whole / "log.txt").read_text()[-2000:]
-    dice, kills = random.Random(how), 0
+    generator, kills = random.Random(how), 0
     last = cut / "checkpoints/last.ckpt"
     while True:
         process = start(settings, cut)
-        begun, wait = last.stat().st_mtime_ns if last.exists() else 0, dice.uniform(0, 0.4)
+        begun, wait = last.stat().st_mtime_ns if last.exists() else 0, generator.uniform(0, 0.4)
         while process.poll() is None:  # until it has made a step, and a little longer
             if kills < 4 and last.exists() and last.stat().st_mtime_ns != begun:
                 time.sleep(wait)

@@ -20,7 +20,7 @@ from augment.sources.decoding import open_image
 from augment.synthesis.filters import make_filter
 from augment.synthesis.filters.reference import Reference
 from training.data.module import ImageData
-from training.demo import quiet_trainer
+from training.demo import demo_trainer
 from training.models.classifier import Classifier
 from training.models.networks import build_network
 
@@ -153,7 +153,7 @@ def test_a_test_takes_all_from_the_checkpoint(run, monkeypatch, capsys):
     assert code == 0
     assert json.loads((run / "run/test/test.json").read_text()) == measured
     images = ("--data.train", run / "train", "--data.test", run / "test")
-    for wrong, told in (
+    for wrong, words in (
         (("--model.network", "resnet32"), "small_cnn, got resnet32"),
         (("--data.channels", 3), "1, got 3"),
         (("--data.resolution", 64), "32, got 64"),
@@ -162,7 +162,7 @@ def test_a_test_takes_all_from_the_checkpoint(run, monkeypatch, capsys):
     ):
         code, _, err = call(monkeypatch, capsys, "train", "test", *images, *where, *wrong)
         assert code == 2 and err.startswith("latent-augment: expected ")
-        assert re.search(told, err), err
+        assert re.search(words, err), err
 
 
 def test_a_renamed_or_added_class_is_refused_with_its_name(run, monkeypatch, capsys):
@@ -257,8 +257,8 @@ def test_best_and_last_are_two_checkpoints(run, tmp_path, monkeypatch, capsys):
     assert call(monkeypatch, capsys, "train", *test, "--ckpt_path", "last")[0] == 0
     model = Classifier.load_from_checkpoint(root / "checkpoints/last.ckpt")
     data = ImageData(test=str(run / "test"))
-    found = quiet_trainer(1).test(model, data, verbose=False)[0]
-    assert measured("test/test.json")["test/accuracy"] == pytest.approx(found["test/accuracy"])
+    again = demo_trainer(1).test(model, data, verbose=False)[0]
+    assert measured("test/test.json")["test/accuracy"] == pytest.approx(again["test/accuracy"])
 
 
 def test_the_resolution_follows_the_network(tmp_path):
@@ -266,7 +266,7 @@ def test_the_resolution_follows_the_network(tmp_path):
     for network, asked, expected in (("test_vit", None, 160), ("test_vit", 32, 32)):
         data = ImageData(str(images), batch_size=2, steps_per_epoch=1, resolution=asked)
         model = Classifier(data.counts, network=network, resolution=asked)
-        quiet_trainer(1).fit(model, data)
+        demo_trainer(1).fit(model, data)
         assert model.hparams.resolution == expected
         assert next(iter(data.train_dataloader()))[0].shape[-1] == expected
         path = save(model, tmp_path / "vit.ckpt")
@@ -275,7 +275,7 @@ def test_the_resolution_follows_the_network(tmp_path):
             Classifier(data.counts, start=path, resolution=48)
     data = ImageData(str(images), resolution=64)
     with pytest.raises(UserError, match="a resolution as the classifier has it, 32, got 64"):
-        quiet_trainer(1).fit(model, data)
+        demo_trainer(1).fit(model, data)
 
 
 def test_one_may_start_with_weights_of_ones_own(tmp_path):
@@ -295,8 +295,8 @@ def test_one_may_start_with_weights_of_ones_own(tmp_path):
         {"start": local},
     ):
         model = Classifier([4] * 3, **given)
-        mine = model.network.state_dict()
-        assert all(torch.equal(mine[key], state[key]) for key in body), given
+        own = model.network.state_dict()
+        assert all(torch.equal(own[key], state[key]) for key in body), given
         assert model.mean == pytest.approx(network.pretrained_cfg["mean"])
         assert model.hparams.network == "test_resnet"
     path = save(model, tmp_path / "third.ckpt")

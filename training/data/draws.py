@@ -1,6 +1,6 @@
-"""Which image comes when: the draws of every epoch, thrown at once.
+"""Which image comes when: the draws of every epoch, drawn at once.
 
-The draws of epoch e are a pure function of (seed, e). So a training that was killed goes on with
+The draws of epoch e are a pure function of (seed, e). So a training that was killed resumes with
 the batches it would have had, ranks share a batch without talking, and all of them take the same
 number of steps. Rows number the real images first and the synthetic ones after them.
 """
@@ -15,6 +15,7 @@ from torch.utils.data import Sampler
 from augment.core.errors import UserError, lookup
 from augment.core.rng import rng
 from augment.plan.planner import budget
+from training.checks import at_least, expect
 
 SAMPLERS: dict[str, tuple[float, ...]] = {
     "instance": (1.0,),
@@ -25,21 +26,24 @@ SAMPLERS: dict[str, tuple[float, ...]] = {
 """The powers of the class counts that a sampler draws classes by; of two, training goes from the
 first to the second (Kang et al., arXiv 1910.09217, equations 1 and 2)."""
 
+_UNLIMITED = np.iinfo(np.int64).max
+
 
 @dataclass(frozen=True)
-class Mix:
+class SyntheticMix:
     """How synthetic images are mixed with real ones.
 
-    By share: the class of a draw is thrown first, by the sampler; then the draw is synthetic with
+    By share: the class of a draw is drawn first, by the sampler; then the draw is synthetic with
     probability ``share``, if the class has synthetic images. So classes keep their frequency
-    (DA-Fusion, arXiv 2302.07944). By count, where ``fill_to`` or ``per_real`` is given: so many
+    (DA-Fusion, arXiv 2302.07944). By count, where ``fill_to`` or ``per_real`` is given: this many
     synthetic images join the real ones for good (Fill-Up, arXiv 2306.07200).
 
     Args:
         share: of synthetic draws, in [0, 1].
-        fill_to: synthetic images that bring a class to so many images.
+        fill_to: top every class up to this many images, counting the real ones.
         per_real: synthetic images for every real one.
-        tail_only: none for classes with so many real images or more; 20 keeps to the few-shot ones.
+        tail_only: skip classes that have at least this many real images; 20 keeps to the few-shot
+            ones.
         warm_up: epochs during which the share, or the number, grows from nothing.
         real_only: last epochs, without synthetic images (Fill-Up's second stage).
 
@@ -55,13 +59,11 @@ class Mix:
     real_only: int = 0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.share <= 1:
-            raise UserError(f"expected a share of synthetic draws in [0, 1], got {self.share}")
+        expect(0 <= self.share <= 1, "a share of synthetic draws in [0, 1]", self.share)
         if self.fill_to is not None and self.per_real is not None:
             raise UserError("expected fill_to or per_real, got both; give one of them")
-        numbers = self.fill_to, self.per_real, self.tail_only, self.warm_up, self.real_only
-        if any(number is not None and number < 0 for number in numbers):
-            raise UserError(f"expected numbers of images and epochs of at least 0, got {numbers}")
+        at_least(0, fill_to=self.fill_to, per_real=self.per_real, tail_only=self.tail_only)
+        at_least(0, warm_up=self.warm_up, real_only=self.real_only)
 
     @property
     def by_count(self) -> bool:
@@ -69,12 +71,11 @@ class Mix:
         return self.fill_to is not None or self.per_real is not None
 
     def budget(self, real: np.ndarray) -> np.ndarray:
-        """How many synthetic images each class may use, by its number of real ones."""
-        most = np.iinfo(np.int64).max
-        return budget(real, most, self.fill_to, self.per_real, self.tail_only)
+        """Return how many synthetic images each class may use, by its number of real ones."""
+        return budget(real, _UNLIMITED, self.fill_to, self.per_real, self.tail_only)
 
     def strength(self, epoch: int, epochs: int) -> float:
-        """The part of the share, or of the number, that an epoch has."""
+        """Return the part of the share, or of the number, that an epoch has."""
         if epoch >= epochs - self.real_only:
             return 0.0
         return min(1.0, (epoch + 1) / (self.warm_up + 1))
@@ -88,7 +89,7 @@ class Draw(NamedTuple):
     row: int
 
 
-class Draws(Sampler[list[Draw]]):
+class MixedBatchSampler(Sampler[list[Draw]]):
     """The batches of a rank; a ``batch_sampler`` for a DataLoader.
 
     Without class weights (``instance``) an epoch goes through all images in a random order, and
@@ -99,13 +100,13 @@ class Draws(Sampler[list[Draw]]):
         real: the label of every real image.
         synthetic: the label of every synthetic image; or how many there are, if an image's class
             is not known before it is drawn (a pool), which share alone can mix.
-        num_classes: how many classes there are.
-        mix, sampler: see `Mix` and `SAMPLERS`.
+        num_classes: number of classes.
+        mix, sampler: see `SyntheticMix` and `SAMPLERS`.
         batch_size: images of a batch of one rank.
         steps: batches an epoch; by default one pass through all images.
         seed: of all draws.
         epochs: how many there will be, which schedules ask for.
-        done: how many batches the training has had, asked whenever an epoch begins.
+        done: number of batches that the training has had, asked whenever an epoch begins.
 
     Raises:
         UserError: there is no real image, or an option does not fit the images.
@@ -116,7 +117,7 @@ class Draws(Sampler[list[Draw]]):
         real: Sequence[int],
         synthetic: Sequence[int] | int = (),
         num_classes: int = 0,
-        mix: Mix | None = None,
+        mix: SyntheticMix | None = None,
         sampler: str = "instance",
         batch_size: int = 64,
         steps: int | None = None,
@@ -124,11 +125,9 @@ class Draws(Sampler[list[Draw]]):
         epochs: Callable[[], int] = lambda: 1,
         done: Callable[[], int] = lambda: 0,
     ) -> None:
-        self.mix, self.sampler = mix or Mix(), lookup(SAMPLERS, sampler, "sampler")
-        if not len(real):
-            raise UserError("expected real images to draw from, got none")
-        if batch_size < 1 or (steps is not None and steps < 1):
-            raise UserError(f"expected at least 1 image a step, 1 step, got {batch_size}, {steps}")
+        self.mix, self.sampler = mix or SyntheticMix(), lookup(SAMPLERS, sampler, "sampler")
+        expect(len(real) > 0, "real images to draw from", "none")
+        at_least(1, batch_size=batch_size, steps_per_epoch=steps)
         self.real = np.asarray(real, dtype=np.int64)
         classes = num_classes or int(self.real.max()) + 1
         self.counts = np.bincount(self.real, minlength=classes)
@@ -139,7 +138,11 @@ class Draws(Sampler[list[Draw]]):
                 "expected synthetic images of known classes for fill_to, per_real and tail_only, "
                 "got a pool, whose images change; mix it by share, or give shards or a dataset"
             )
-        self.synthetic = self._allowed(labels, classes)
+        order = np.argsort(labels, kind="stable")
+        ends = np.cumsum(np.bincount(labels, minlength=classes))[:-1]
+        rows, limits = np.split(order + len(self.real), ends), self.mix.budget(self.counts)
+        self.synthetic = [own[:limit] for own, limit in zip(rows, limits, strict=True)]
+        """The rows of the synthetic images that each class may use."""
         self.batch_size, self.seed, self.asked = batch_size, seed, steps
         self.epochs, self.done = epochs, done
         self.share(0, 1)
@@ -151,14 +154,6 @@ class Draws(Sampler[list[Draw]]):
         if self.mix.by_count:
             images += sum(map(len, self.synthetic))
         self.steps = self.asked or -(-images // (self.batch_size * world))
-
-    def _allowed(self, labels: np.ndarray, classes: int) -> list[np.ndarray]:
-        """The rows of the synthetic images that each class may use."""
-        budget = self.mix.budget(self.counts)
-        order = np.argsort(labels, kind="stable")
-        ends = np.cumsum(np.bincount(labels, minlength=classes))[:-1]
-        rows = np.split(order + len(self.real), ends)
-        return [some[:most] for some, most in zip(rows, budget, strict=True)]
 
     def __len__(self) -> int:
         return self.steps
@@ -172,50 +167,46 @@ class Draws(Sampler[list[Draw]]):
             yield [Draw(epoch, place, int(rows[place])) for place in places]
 
     def rows(self, epoch: int) -> np.ndarray:
-        """The rows of an epoch's draws, of all ranks, in order."""
-        dice = rng(self.seed, "order", epoch)
-        count = self.steps * self.batch_size * self.world
+        """Return the rows of an epoch's draws, of all ranks, in order."""
+        generator = rng(self.seed, "order", epoch)
         strength = self.mix.strength(epoch, self.epochs())
-        if self.mix.by_count:
-            synthetic = [rows[: round(strength * len(rows))] for rows in self.synthetic]
-            rows = np.concatenate([np.arange(len(self.real)), *synthetic])
-            sizes = [np.full(len(some), label) for label, some in enumerate(synthetic)]
-            return self._drawn(dice, rows, np.concatenate([self.real, *sizes]), count, epoch)
-        rows = self._drawn(dice, np.arange(len(self.real)), self.real, count, epoch)
-        return self._exchanged(dice, rows, strength * self.mix.share)
+        rows, labels = np.arange(len(self.real)), self.real
+        if not self.mix.by_count:
+            drawn = self._draw(generator, rows, labels, epoch)
+            return self._exchange(generator, drawn, strength * self.mix.share)
+        synthetic = [own[: round(strength * len(own))] for own in self.synthetic]
+        more = [np.full(len(own), label) for label, own in enumerate(synthetic)]
+        rows, labels = np.concatenate([rows, *synthetic]), np.concatenate([labels, *more])
+        return self._draw(generator, rows, labels, epoch)
 
-    def _drawn(
-        self,
-        dice: np.random.Generator,
-        rows: np.ndarray,
-        labels: np.ndarray,
-        count: int,
-        epoch: int,
+    def _draw(
+        self, generator: np.random.Generator, rows: np.ndarray, labels: np.ndarray, epoch: int
     ) -> np.ndarray:
-        """So many of the rows, in the sampler's manner."""
-        last = max(self.epochs() - 1, 1)
-        powers, t = self.sampler, min(epoch / last, 1.0)
-        if powers == (1.0,):
-            passes = [dice.permutation(rows) for _ in range(-(-count // len(rows)))]
+        """Draw an epoch's number of the rows, in the sampler's manner."""
+        count = self.steps * self.batch_size * self.world
+        if self.sampler == (1.0,):
+            passes = [generator.permutation(rows) for _ in range(-(-count // len(rows)))]
             return np.concatenate(passes)[:count]
         sizes = np.bincount(labels, minlength=len(self.counts)).astype(float)
-        laws = [np.where(sizes > 0, sizes**power, 0) for power in powers]
+        laws = [np.where(sizes > 0, sizes**power, 0) for power in self.sampler]
         laws = [law / law.sum() for law in laws]
+        t = min(epoch / max(self.epochs() - 1, 1), 1.0)
         law = laws[0] if len(laws) == 1 else (1 - t) * laws[0] + t * laws[1]
         by_class, starts = rows[np.argsort(labels, kind="stable")], np.cumsum([0, *sizes[:-1]])
-        drawn = dice.choice(len(law), count, p=law)
-        within = np.floor(dice.random(count) * sizes[drawn])
+        drawn = generator.choice(len(law), count, p=law)
+        within = np.floor(generator.random(count) * sizes[drawn])
         return by_class[(starts[drawn] + within).astype(np.int64)]
 
-    def _exchanged(self, dice: np.random.Generator, rows: np.ndarray, share: float) -> np.ndarray:
-        """Draws of real images, a share of them replaced by synthetic ones of the same class."""
-        swap, within = dice.random(len(rows)) < share, dice.random(len(rows))
+    def _exchange(
+        self, generator: np.random.Generator, rows: np.ndarray, share: float
+    ) -> np.ndarray:
+        """Replace a share of draws of real images by synthetic ones of the same class."""
+        swap, within = generator.random(len(rows)) < share, generator.random(len(rows))
         if self.unlabelled:
-            return np.where(swap, len(self.real) + np.floor(within * self.unlabelled), rows).astype(
-                np.int64
-            )
+            chosen = len(self.real) + np.floor(within * self.unlabelled)
+            return np.where(swap, chosen, rows).astype(np.int64)
         flat = np.concatenate([np.empty(0, np.int64), *self.synthetic])
-        sizes = np.array([len(some) for some in self.synthetic])
+        sizes = np.array([len(own) for own in self.synthetic])
         starts, labels = np.cumsum(sizes) - sizes, self.real[rows]
         swap &= sizes[labels] > 0
         chosen = (starts[labels] + np.floor(within * sizes[labels])).astype(np.int64)

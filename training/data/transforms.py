@@ -2,18 +2,18 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import UInt8
+from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2
 
-from augment.core.errors import UserError
+from augment.core.errors import lookup
 from augment.sources.images import fit, pixels_of, to_channels
 
-Dice = np.random.Generator
+Generators = Sequence[np.random.Generator]
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Augmentation:
         crop: ``shift``, random shifts by up to an eighth (CIFAR's four pixels of padding);
             ``resized``, random crops of 8 to 100 % of the area (ImageNet); None, the middle.
         flip: mirror images.
-        rotation: up to so many degrees.
+        rotation: maximum angle, in degrees.
         jitter: of brightness, contrast and saturation (0.4 for ImageNet-LT).
         randaugment: operations of RandAugment (Cubuk et al., arXiv 1909.13719) an image; 2 is
             usual.
@@ -42,29 +42,27 @@ class Augmentation:
     magnitude: int = 9
 
     def __post_init__(self) -> None:
-        if self.crop not in (None, "shift", "resized"):
-            raise UserError(
-                f"expected a crop out of shift, resized or null, got {self.crop!r}; choose one"
-            )
+        if self.crop is not None:
+            lookup(dict.fromkeys(("shift", "resized")), self.crop, "crop")
 
     @property
     def whole(self) -> bool:
-        """Whether dice are thrown after the image was brought to its size."""
+        """Whether random transforms come after the image was brought to its size."""
         return self.crop != "resized"
 
-    def fixed(self, channels: int, resolution: int) -> Callable[[Any], Tensor]:
-        """PIL image or tensor in [0, 1] to uint8 (channels, H, W): what no dice decide."""
+    def fixed(self, channels: int, resolution: int) -> Callable[[Image.Image | Tensor], Tensor]:
+        """Return PIL image or tensor in [0, 1] → uint8 (channels, H, W): what is not random."""
         steps = [Decoded(channels), *([Fitted(resolution)] if self.whole else [])]
         return v2.Compose(steps)
 
-    def random(self, resolution: int) -> Callable[[Sequence[Tensor], Sequence[Dice]], Tensor]:
-        """What `fixed` gives of a batch, and each image's dice, to float32 (n, C, R, R) in [0, 1].
+    def random(self, resolution: int) -> Callable[[Sequence[Tensor], Generators], Tensor]:
+        """Return images of `fixed` and their random generators → float32 (n, C, R, R) in [0, 1].
 
         R is the resolution. Shifting and mirroring are done here for the whole batch: image by
         image in torchvision they cost a small network a fifth of its step.
         """
         shift = resolution // 8 if self.crop == "shift" else 0
-        steps: list[Any] = []
+        steps: list[torch.nn.Module] = []
         if self.crop == "resized":
             steps.append(v2.RandomResizedCrop(resolution, antialias=True))
             steps += [v2.RandomHorizontalFlip()] if self.flip else []
@@ -74,57 +72,51 @@ class Augmentation:
             steps.append(v2.ColorJitter(self.jitter, self.jitter, self.jitter))
         if self.randaugment:
             steps.append(v2.RandAugment(self.randaugment, self.magnitude))
-
         one = v2.Compose(steps) if steps else None  # there is one where images differ in size
 
-        def run(images: Sequence[Tensor], dice: Sequence[Dice]) -> Tensor:
-            batch: Any = images
+        def run(images: Sequence[Tensor], generators: Generators) -> Tensor:
+            batch = images
             if self.whole:
-                batch = moved(torch.stack(list(images)), dice, shift, self.flip)
+                batch = _moved(torch.stack(list(images)), generators, shift, self.flip)
             if one:
-                batch = torch.stack(each(one, batch, dice))
+                batch = torch.stack(_each(one, batch, generators))
+            assert isinstance(batch, Tensor)  # a step takes images of several sizes to one
             return v2.functional.to_dtype(batch, torch.float32, scale=True)
 
         return run
 
 
-def moved(
-    images: UInt8[Tensor, "n c h w"], dice: Sequence[Dice], shift: int, flip: bool
+def _moved(
+    images: UInt8[Tensor, "n c h w"], generators: Generators, shift: int, flip: bool
 ) -> UInt8[Tensor, "n c h w"]:
-    """Images moved by up to ``shift`` pixels each way, black following, and half of them mirrored.
-
-    Args:
-        images: a batch.
-        dice: of each image.
-        shift: pixels.
-        flip: whether any are mirrored.
-    """
+    """Move images by up to ``shift`` pixels each way, black following; mirror half if ``flip``."""
     height, width = images.shape[-2:]
     padded = torch.nn.functional.pad(images, (shift,) * 4) if shift else images
-    thrown = [(*d.integers(0, 2 * shift + 1, 2).tolist(), d.random() < 0.5) for d in dice]
-    cut = [x[:, t : t + height, s : s + width] for x, (t, s, _) in zip(padded, thrown, strict=True)]
+    draws = [(*g.integers(0, 2 * shift + 1, 2).tolist(), g.random() < 0.5) for g in generators]
+    cut = [x[:, t : t + height, s : s + width] for x, (t, s, _) in zip(padded, draws, strict=True)]
     images = torch.stack(cut)
-    mirrored = torch.tensor([flip and turned for _, _, turned in thrown])
+    mirrored = torch.tensor([flip and turned for _, _, turned in draws])
     images[mirrored] = images[mirrored].flip(-1)
     return images
 
 
-def each(
-    transform: Callable[[Tensor], Tensor], images: Iterable[Tensor], dice: Sequence[Dice]
+def _each(
+    transform: Callable[[Tensor], Tensor], images: Iterable[Tensor], generators: Generators
 ) -> list[Tensor]:
-    """Images transformed one by one by what takes its dice from torch's global generator."""
+    """Transform images one by one; torchvision draws from torch's global generator alone."""
     made = []
     with torch.random.fork_rng(devices=[]):
-        for image, own in zip(images, dice, strict=True):
-            torch.random.default_generator.manual_seed(int(own.integers(2**63)))
+        for image, generator in zip(images, generators, strict=True):
+            torch.random.default_generator.manual_seed(int(generator.integers(2**63)))
             made.append(transform(image))
     return made
 
 
-def evaluation(channels: int, resolution: int, crop: float = 1.0) -> Callable[[Any], Tensor]:
-    """The middle of an image; ``crop`` is its share of the shorter side (0.875: 224 of 256)."""
-    whole = round(resolution / crop)
-    steps = [Decoded(channels), Fitted(whole), v2.CenterCrop(resolution)]
+def evaluation(
+    channels: int, resolution: int, crop: float = 1.0
+) -> Callable[[Image.Image | Tensor], Tensor]:
+    """Return what takes the middle, ``crop`` of the shorter side (0.875: 224 of 256)."""
+    steps = [Decoded(channels), Fitted(round(resolution / crop)), v2.CenterCrop(resolution)]
     return v2.Compose([*steps, v2.ToDtype(torch.float32, scale=True)])
 
 
@@ -135,8 +127,8 @@ class Decoded(torch.nn.Module):
         super().__init__()
         self.channels = channels
 
-    def forward(self, image: Any) -> Tensor:
-        """The pixels."""
+    def forward(self, image: Image.Image | Tensor) -> Tensor:
+        """Return the pixels."""
         if not isinstance(image, Tensor):
             return pixels_of(image, self.channels)
         pixels = v2.functional.to_dtype(image, torch.uint8, scale=True)
@@ -153,8 +145,7 @@ class Fitted(torch.nn.Module):
         self.resolution = resolution
 
     def forward(self, image: Tensor) -> Tensor:
-        """The square."""
+        """Return the square, uint8."""
         if image.shape[-2:] == (self.resolution, self.resolution):
             return image
-        square = fit(image, self.resolution)
-        return (square * 255).round().to(torch.uint8)
+        return (fit(image, self.resolution) * 255).round().to(torch.uint8)

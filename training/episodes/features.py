@@ -4,7 +4,6 @@ import json
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -22,12 +21,7 @@ from augment.sources import Source
 Network = Callable[[Tensor], Tensor]
 
 
-def frozen_classifier(
-    name: str,
-    path: str,
-    classes: int,
-    device: torch.device,
-) -> Network:
+def frozen_classifier(name: str, path: str, classes: int, device: torch.device) -> Network:
     """Load a checkpoint of our `Classifier` as a function of images in [0, 1].
 
     Images are brought to its channels, resolution, mean and deviation.
@@ -35,7 +29,7 @@ def frozen_classifier(
     Args:
         name: its network, to make sure; empty is any.
         path: the checkpoint.
-        classes: how many logits; 0 gives features, which its head would get.
+        classes: number of logits; 0 gives features, which its head would get.
         device: where it runs.
 
     Raises:
@@ -45,25 +39,25 @@ def frozen_classifier(
     from training.models.finetune import features
 
     model = Classifier.load_from_checkpoint(path)
-    hp: Any = model.hparams
+    hp = model.hp
     if name not in (hp.network, hp.source):
         agreed("a network", name or None, hp.network, None, path)
     if classes:
         check_classes(len(hp.counts), classes, path)
     model.eval().requires_grad_(False).to(device)
-    scale, size = getattr(model.loss, "scale", 1.0), hp.resolution and (hp.resolution,) * 2
+    size = hp.resolution and (hp.resolution,) * 2
 
     def run(images: Tensor) -> Tensor:
         inputs = normalise(images.to(device), hp.channels, size, (0.0,), (1.0,), "bilinear")
         if classes:
-            return model(inputs) * scale
+            return model(inputs) * model.scale
         return features(model.network, model.normalized(inputs)).flatten(1)
 
     return partial(in_batches, run)
 
 
-def known_features(path: Path) -> dict[str, Tensor]:
-    """The features that an interrupted run kept; none if there are no readable ones."""
+def _read_features(path: Path) -> dict[str, Tensor]:
+    """Return the features that an interrupted run kept; none if none can be read."""
     try:
         with safe_open(str(path), framework="pt") as file:
             ids = json.loads(file.metadata()["ids"])
@@ -75,13 +69,13 @@ def known_features(path: Path) -> dict[str, Tensor]:
 def embed(
     path: Path, source: Source, ids: Sequence[str], network: Network, channels: int, resolution: int
 ) -> dict[str, Float[Tensor, " f"]]:
-    """The features of images, float32, each computed once and kept in a file.
+    """Return the features of images, float32, each computed once and kept in a file.
 
     Raises:
         ImageRejected: an image cannot be read.
         UserError: the network gives NaN or infinity.
     """
-    vectors = known_features(path)
+    vectors = _read_features(path)
     todo = [i for i in ids if i not in vectors]
     with tqdm(total=len(todo), desc="features", unit="image", disable=not todo) as bar:
         for start in range(0, len(todo), BATCH):
@@ -96,11 +90,7 @@ def embed(
 
 
 def finite(features: Tensor) -> Tensor:
-    """Features in float32.
-
-    Raises:
-        UserError: they are not finite.
-    """
+    """Return features in float32; refuse what is not finite."""
     if not features.isfinite().all():
         raise UserError(
             "expected finite features, got NaN or infinity; check the network's weights"

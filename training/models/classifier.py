@@ -2,6 +2,8 @@
 
 import math
 import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from torch import Tensor, nn
 from torchvision.transforms import v2
 
 from augment.core.errors import AugmentWarning, UserError, lookup
+from augment.core.registry import make
 from augment.core.rng import rng
 from augment.diffusion.checkpoints.hub import brief
 from augment.networks.timm import (
@@ -25,29 +28,15 @@ from augment.networks.timm import (
     read_weights,
     recipe,
 )
-from training.models.finetune import (
-    TUNES,
-    AuxiliaryBatchNorm,
-    CosineHead,
-    ScaledHead,
-    add_lora,
-    auxiliary,
-    features,
-    freeze,
-    get_head,
-    head_name,
-    set_head,
-    tau_normalised,
-    train_mode,
-    with_auxiliary_norms,
-)
-from training.models.losses import class_weights, cost, make_loss, smooth
-from training.models.metrics import Report, write_tables
+from training.checks import at_least, expect
+from training.lightning import batches_done, prepare_resume
+from training.models import finetune
+from training.models.losses import LOSSES, class_weights, cost, smooth
+from training.models.metrics import LongTailMetrics, write_tables
 from training.models.networks import build_network, usual_resolution
 
 OPTIMIZERS = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
-WAYS = (*TUNES, "scale")
-TAUS = tuple(t / 10 for t in range(21))
+_TAUS = tuple(t / 10 for t in range(21))
 """What `Classifier.tau` is chosen from (Kang et al., arXiv 1910.09217)."""
 
 
@@ -58,9 +47,13 @@ class Classifier(pl.LightningModule):
     cRT is ``tune: head`` with the sampler ``class``, LWS ``tune: scale``; the τ-normalised head
     needs no training, ``tau: val`` when testing.
 
+    Mean and deviation of the pixels belong to the weights: those of timm's configuration for
+    pretrained ones, those of ``start`` for its, 0.5 and 0.25 otherwise. They lie in the state dict
+    (``mean_std``), and all that rebuilds the network lies in the hyperparameters of a checkpoint.
+
     Args:
-        counts: how many *real* training images there are of each class: what losses take for the
-            prior, and what many, medium and few are told by.
+        counts: number of *real* training images of each class: what losses take for the prior, and
+            what many, medium and few are counted by.
         class_names: for the tables; by default the labels.
         network: see `training.models.networks.build_network`; by default that of ``start``, or
             small_cnn.
@@ -90,11 +83,7 @@ class Classifier(pl.LightningModule):
         warm_up: steps over which the rate rises.
         tau: exponent of the τ-normalised head when testing; ``val`` chooses it by the validation
             images.
-        seed: of mixup, dropout and the like; each step has dice of its own.
-
-    Mean and deviation of the pixels belong to the weights: those of timm's configuration for
-    pretrained ones, those of ``start`` for its, 0.5 and 0.25 otherwise. They lie in the state dict
-    (``mean_std``), and all that rebuilds the network lies in the hyperparameters of a checkpoint.
+        seed: of mixup, dropout and the like; each step has a random generator of its own.
 
     Raises:
         UserError: an unknown network, loss, optimiser or ``tune``, an option out of its range, or
@@ -136,60 +125,72 @@ class Classifier(pl.LightningModule):
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
-        if tune not in WAYS:
-            raise UserError(f"expected tune out of {', '.join(WAYS)}, got {tune!r}; choose one")
-        if real_weight is not None and not 0 <= real_weight <= 1:
-            raise UserError(f"expected real_weight in [0, 1], got {real_weight}")
-        if isinstance(tau, str) and tau != "val":
-            raise UserError(f"expected a number or val for tau, got {tau!r}")
-        if min(mixup, cutmix, lr, weight_decay, warm_up, smoothing) < 0 or rank < 1:
-            raise UserError(
-                "expected mixup, cutmix, lr, weight_decay, warm_up, smoothing ≥ 0, rank ≥ 1, got "
-                f"{[mixup, cutmix, lr, weight_decay, warm_up, smoothing]} and {rank}"
-            )
-        if len(counts) < 2:
-            raise UserError(f"expected at least 2 classes to tell apart, got {len(counts)}")
+        lookup(dict.fromkeys((*finetune.TUNES, "scale")), tune, "way to tune")
         lookup(OPTIMIZERS, optimizer, "optimiser")
+        at_least(0, mixup=mixup, cutmix=cutmix, lr=lr, weight_decay=weight_decay, warm_up=warm_up)
+        at_least(1, rank=rank)
+        expect(0 <= smoothing <= 1, "smoothing in [0, 1]", smoothing)
+        expect(real_weight is None or 0 <= real_weight <= 1, "real_weight in [0, 1]", real_weight)
+        expect(not isinstance(tau, str) or tau == "val", "a number or val for tau", tau)
         classes = len(counts)
-        self.loss = make_loss(loss, **(loss_options or {}))
+        expect(classes >= 2, "at least 2 classes", classes)
+        self.loss = make(LOSSES, loss, loss_options or {}, "loss")
         sourced = start and start.startswith(SOURCE_PREFIXES)
         weights = read_weights(start) if start and not sourced else None
         pretrained = bool(sourced) or (pretrained and not start)
         self.network = self._build(weights.settings if weights else {}, classes, pretrained)
-        hp: Any = self.hparams
         if weights:
-            rows = weights.pixels(self.network, hp.channels)
+            rows = weights.pixels(self.network, self.hp.channels)
         else:
-            rows = mean_std(self.network if pretrained else None, hp.channels)
+            rows = mean_std(self.network if pretrained else None, self.hp.channels)
         self.register_buffer("mean_std", rows)
         if loss == "ldam":
-            head = get_head(self.network)
-            set_head(self.network, CosineHead(head.in_features, classes))
+            head = finetune.get_head(self.network)
+            finetune.set_head(self.network, finetune.CosineHead(head.in_features, classes))
         if auxiliary_norms:
-            with_auxiliary_norms(self.network)
+            finetune.with_auxiliary_norms(self.network)
         if weights:
             self._load(weights)
-        self._prepare()
+        if tune == "lora":
+            finetune.add_lora(self.network, rank, targets)
+        elif tune == "scale":
+            finetune.set_head(self.network, finetune.ScaledHead(finetune.get_head(self.network)))
+        if tune in ("head", "scale"):
+            finetune.freeze(self.network)
         self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.register_buffer("counts", torch.tensor(counts), persistent=False)
-        mixes = [(v2.MixUp, mixup), (v2.CutMix, cutmix)]
-        self.mixes = [mix(alpha=a, num_classes=classes) for mix, a in mixes if a]
-        self.report = Report(classes, counts)
+        mixes = ((v2.MixUp, mixup), (v2.CutMix, cutmix))
+        self.mixes = [mix(alpha=alpha, num_classes=classes) for mix, alpha in mixes if alpha]
+        self.metrics = LongTailMetrics(classes, counts)
 
-    def _build(self, known: dict[str, Any], classes: int, pretrained: bool) -> nn.Module:
+    @property
+    def hp(self) -> Any:
+        """The hyperparameters, by attribute."""
+        return self.hparams
+
+    @property
+    def scale(self) -> float:
+        """The factor of logits before a softmax: LDAM's s, or 1."""
+        return getattr(self.loss, "scale", 1.0)
+
+    @property
+    def names(self) -> list[str]:
+        """The names of the classes, or else their labels."""
+        return self.hp.class_names or [str(label) for label in range(len(self.counts))]
+
+    def _build(self, stored: dict[str, Any], classes: int, pretrained: bool) -> nn.Module:
         """Build the network as asked, or as a checkpoint's settings say; note what rebuilds it."""
-        hp: Any = self.hparams
-        start = hp.start or ""
+        hp, start = self.hp, self.hp.start or ""
         sourced = start if start.startswith(SOURCE_PREFIXES) else None
         asked = agreed("a network", hp.network, sourced, None, start)
-        if known and asked == known.get("source"):
+        if stored and asked == stored.get("source"):
             asked = None
-        name = agreed("a network", asked, known.get("network"), "small_cnn", start)
-        options = hp.network_options or known.get("network_options")
-        channels = agreed("channels", hp.channels, known.get("channels"), 3, start)
-        resolution = agreed("a resolution", hp.resolution, known.get("resolution"), None, start)
+        name = agreed("a network", asked, stored.get("network"), "small_cnn", start)
+        options = hp.network_options or stored.get("network_options")
+        channels = agreed("channels", hp.channels, stored.get("channels"), 3, start)
+        resolution = agreed("a resolution", hp.resolution, stored.get("resolution"), None, start)
         network = build_network(name, channels, classes, pretrained, resolution, options)
-        source = known.get("source")
+        source = stored.get("source")
         if name.startswith(SOURCE_PREFIXES):
             source, (name, more, _) = name, recipe(name)
             options = {**more, **(options or {})} or None
@@ -197,21 +198,16 @@ class Classifier(pl.LightningModule):
         self.hparams.update(
             network=name, network_options=options, source=source, channels=channels,
             resolution=resolution or (usual_resolution(network) if fixed else None),
-            crop=known.get("crop"),
+            crop=stored.get("crop"),
         )  # fmt: skip
         return network
 
     def _load(self, weights: Weights) -> None:
-        """Load the weights to start with; a head of other classes keeps its first weights.
-
-        Raises:
-            UserError: they are of another network, or a scale is to be learnt of another head.
-        """
-        hp: Any = self.hparams
-        name = head_name(self.network) + "."
-        head = {k: v for k, v in self.network.state_dict().items() if k.startswith(name)}
-        theirs = {k: v for k, v in weights.state.items() if k.startswith(name)}
-        fits = {k: v.shape for k, v in theirs.items()} == {k: v.shape for k, v in head.items()}
+        """Load the weights to start with; a head of other classes keeps its first weights."""
+        hp, name = self.hp, finetune.head_name(self.network) + "."
+        own = {k: v for k, v in self.network.state_dict().items() if k.startswith(name)}
+        head = {k: v for k, v in weights.state.items() if k.startswith(name)}
+        fits = {k: v.shape for k, v in head.items()} == {k: v.shape for k, v in own.items()}
         names = weights.settings.get("class_names")
         problem = other_classes(names, hp.class_names) if fits else "another number or kind of them"
         if problem and hp.tune == "scale":
@@ -227,22 +223,13 @@ class Classifier(pl.LightningModule):
                 stacklevel=2,
             )
         if problem or hp.tune in ("head", "lora"):
-            theirs = head
+            head = own
         body = {k: v for k, v in weights.state.items() if not k.startswith(name)}
-        load_weights(self.network, body | theirs, f"{hp.network} in {hp.start}")
-
-    def _prepare(self) -> None:
-        """Freeze what is not tuned."""
-        hp: Any = self.hparams
-        if hp.tune == "lora":
-            add_lora(self.network, hp.rank, hp.targets)
-        elif hp.tune == "scale":
-            set_head(self.network, ScaledHead(get_head(self.network)))
-        if hp.tune in ("head", "scale"):
-            freeze(self.network)
+        with _weights_of(f"{hp.network} in {hp.start}"):
+            self.network.load_state_dict(body | head)
 
     def forward(self, images: Float[Tensor, "n c h w"]) -> Float[Tensor, "n k"]:
-        """Logits of images in [0, 1]."""
+        """Return the logits of images in [0, 1]."""
         return self.network(self.normalized(images))
 
     @property
@@ -256,7 +243,7 @@ class Classifier(pl.LightningModule):
         return tuple(round(value, 7) for value in self.mean_std[1].tolist())
 
     def normalized(self, images: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c h w"]:
-        """What the network takes."""
+        """Return what the network takes."""
         mean, std = self.mean_std.to(images)[..., None, None]
         return ((images - mean) / std).contiguous(memory_format=torch.channels_last)
 
@@ -278,19 +265,18 @@ class Classifier(pl.LightningModule):
         Raises:
             UserError: the data contradict the classifier.
         """
-        hp: Any = self.hparams
-        check_names(hp.class_names, classes, "the classifier")
-        mine, usual = "the classifier", usual_resolution(self.network)
-        agreed("channels", channels, hp.channels, None, mine)
+        hp, name, usual = self.hp, "the classifier", usual_resolution(self.network)
+        check_names(hp.class_names, classes, name)
+        agreed("channels", channels, hp.channels, None, name)
         self.hparams.update(
-            resolution=agreed("a resolution", resolution, hp.resolution, usual, mine),
+            resolution=agreed("a resolution", resolution, hp.resolution, usual, name),
             crop=crop or hp.get("crop") or 1.0,
         )
         return hp.channels, hp.resolution, hp.crop
 
     @classmethod
     def load_from_checkpoint(  # type: ignore[override]
-        cls, checkpoint_path: str | Path, map_location: Any = "cpu", **kwargs: Any
+        cls, checkpoint_path: str | Path, map_location: str | torch.device = "cpu", **kwargs: Any
     ) -> "Classifier":
         """Load a checkpoint; neither the hub nor a ``start`` is asked for what lies in it.
 
@@ -309,55 +295,56 @@ class Classifier(pl.LightningModule):
                 f"expected a checkpoint of latent-augment train, got {path} without settings; "
                 "start with its weights instead"
             )
-        known = {**weights.settings, "pretrained": False, "start": None, **kwargs}
-        model = cls(**{name: value for name, value in known.items() if name in names})
+        stored = {**weights.settings, "pretrained": False, "start": None, **kwargs}
+        model = cls(**{name: value for name, value in stored.items() if name in names})
         model.on_load_checkpoint(weights.record)
         model.load_state_dict(weights.record["state_dict"])
         return model
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take the priors from a checkpoint, refuse one of other classes, and correct its counters.
-
-        Raises:
-            UserError: its classes have other names or another order, or there are more or fewer.
-        """
+        """Take the priors, refuse a checkpoint of other classes, and correct its counters."""
         prepare_resume(checkpoint)
-        hp: Any = self.hparams
-        known = checkpoint["hyper_parameters"]
-        names, mine = known.get("class_names"), hp.class_names
-        if names is None or mine is None:
-            names, mine = ([str(k) for k in range(len(c))] for c in (known["counts"], hp.counts))
-        check_names(names, mine, "the checkpoint")
-        self.hparams.update(counts=list(known["counts"]), crop=hp.get("crop") or known.get("crop"))
-        self.counts.copy_(torch.tensor(known["counts"]))
-        self.report = Report(len(known["counts"]), known["counts"]).to(self.device)
+        hp, stored = self.hp, checkpoint["hyper_parameters"]
+        names, own = stored.get("class_names"), hp.class_names
+        if names is None or own is None:
+            names, own = ([str(k) for k in range(len(c))] for c in (stored["counts"], hp.counts))
+        check_names(names, own, "the checkpoint")
+        self.hparams.update(
+            counts=list(stored["counts"]), crop=hp.get("crop") or stored.get("crop")
+        )
+        self.counts.copy_(torch.tensor(stored["counts"]))
+        self.metrics = LongTailMetrics(len(self.counts), stored["counts"]).to(self.device)
         if "mean_std" not in checkpoint["state_dict"]:
-            old = Weights({}, None, known, True, {})
+            old = Weights({}, None, stored, True, {})
             self.mean_std.copy_(old.pixels(self.network, hp.channels))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Note mean and deviation among the hyperparameters too, where they can be read."""
         checkpoint["hyper_parameters"].update(mean=list(self.mean), std=list(self.std))
 
-    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
+    def load_state_dict(
+        self, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False
+    ) -> Any:
         """Load a state dict; one of an old version has no ``mean_std``.
 
         Raises:
             UserError: it is of another network.
         """
         state = {"mean_std": self.mean_std, **state_dict}
-        return load_weights(super(), state, self.hparams.network, strict, assign)  # type: ignore[attr-defined]
+        with _weights_of(self.hp.network):
+            return super().load_state_dict(state, strict=strict, assign=assign)
 
-    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Throw this step's dice, whatever came before; keep what is frozen as it is."""
-        hp: Any = self.hparams
-        loop: Any = self.trainer.fit_loop.epoch_loop
-        done = loop.batch_progress.total.processed
-        torch.manual_seed(int(rng(hp.seed, "step", done, self.global_rank).integers(2**63)))
-        train_mode(self.network, "head" if hp.tune == "scale" else hp.tune)
+    def on_train_batch_start(self, batch: Sequence[Tensor], batch_idx: int) -> None:
+        """Seed this step, whatever came before; keep what is frozen as it is.
 
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """The loss of (images, labels) or (images, labels, whether synthetic)."""
+        Dropout, mixup and CutMix take their numbers from torch's global generator and no other.
+        """
+        done = batches_done(self.trainer)
+        torch.manual_seed(int(rng(self.hp.seed, "step", done, self.global_rank).integers(2**63)))
+        finetune.train_mode(self.network, "head" if self.hp.tune == "scale" else self.hp.tune)
+
+    def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:
+        """Return the loss of (images, labels) or (images, labels, whether synthetic)."""
         images, labels, *rest = batch
         fake = rest[0] if rest else torch.zeros(len(images), dtype=torch.bool, device=self.device)
         loss = self.loss_of(images, labels, fake)
@@ -367,139 +354,131 @@ class Classifier(pl.LightningModule):
     def loss_of(
         self, images: Float[Tensor, "n c h w"], labels: Tensor, fake: Bool[Tensor, " n"]
     ) -> Float[Tensor, ""]:
-        """The mean cost; or λ of the real images' mean and 1 − λ of the synthetic ones'.
+        """Return the mean cost; or λ of the real images' mean and 1 − λ of the synthetic ones'.
 
-        Real and synthetic images are mixed with their like where they are told apart.
+        Real and synthetic images are mixed with their like where the loss tells them apart.
         """
-        hp: Any = self.hparams
-        apart = hp.real_weight is not None or hp.auxiliary_norms
+        real_weight = self.hp.real_weight
+        apart = real_weight is not None or self.hp.auxiliary_norms
         parts = [~fake, fake] if apart else [torch.ones_like(fake)]
         parts = [part.nonzero().squeeze(1) for part in parts if part.any()]
         mixed = [self._mixed(images[part], labels[part]) for part in parts]
         inputs, targets = (torch.cat(column) for column in zip(*mixed, strict=True))
         synthetic = fake[torch.cat(parts)]
         costs = self._costs(self._logits(inputs, synthetic), targets)
-        if hp.real_weight is None:
-            return costs.mean() + self._nothing()
+        if real_weight is None:
+            return costs.mean() + self._zero_of_norms()
         means = [
             weight * costs[flag].sum() / flag.sum().clamp_min(1)
-            for weight, flag in ((hp.real_weight, ~synthetic), (1 - hp.real_weight, synthetic))
+            for weight, flag in ((real_weight, ~synthetic), (1 - real_weight, synthetic))
         ]
-        return means[0] + means[1] + self._nothing()
+        return means[0] + means[1] + self._zero_of_norms()
 
     def _mixed(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Images and their labels, by mixup or CutMix and smoothing if these are wanted."""
-        hp: Any = self.hparams
+        """Mix images and their labels by mixup or CutMix, and smooth labels, as asked."""
         if self.mixes:
             mix = self.mixes[int(torch.randint(len(self.mixes), ()))]
             images, labels = mix(images, labels)
-        if hp.smoothing:
-            labels = smooth(labels, len(self.counts), hp.smoothing)
+        if self.hp.smoothing:
+            labels = smooth(labels, len(self.counts), self.hp.smoothing)
         return images, labels
 
     def _logits(self, images: Tensor, fake: Bool[Tensor, " n"]) -> Float[Tensor, "n k"]:
-        """Logits of real images and, after them, synthetic ones, each by their own norms if any.
+        """Return logits of real images and, after them, synthetic ones, each by their own norms.
 
         A lone image of either, which no batch norm takes, goes with the others.
         """
-        hp: Any = self.hparams
         count = int(fake.sum())
-        if not hp.auxiliary_norms or count < 2:
+        if not self.hp.auxiliary_norms or count < 2:
             return self(images)
         if len(images) - count < 2:
-            with auxiliary(self.network):
+            with finetune.auxiliary(self.network):
                 return self(images)
         real = self(images[~fake])
-        with auxiliary(self.network):
+        with finetune.auxiliary(self.network):
             return torch.cat([real, self(images[fake])])
 
     def _costs(self, logits: Float[Tensor, "n k"], labels: Tensor) -> Float[Tensor, " n"]:
-        """The cost of each image; re-weighted ones keep the scale, as in the code of LDAM-DRW."""
-        hp: Any = self.hparams
-        table = self.loss(logits.float(), self.counts)
-        if hp.reweight_from is None or self.current_epoch < hp.reweight_from:
+        """Return the cost of each image; re-weighted ones keep the scale, as LDAM-DRW's code."""
+        table, begin = self.loss(logits.float(), self.counts), self.hp.reweight_from
+        if begin is None or self.current_epoch < begin:
             return cost(table, labels)
         weights = class_weights(self.counts).expand_as(table)
         return cost(table * weights, labels) / cost(weights, labels).mean()
 
-    def _nothing(self) -> Tensor | float:
-        """Zero, of all norms: DDP waits for gradients of those too that a rank had no image for."""
-        norms = [m for m in self.network.modules() if isinstance(m, AuxiliaryBatchNorm)]
+    def _zero_of_norms(self) -> Tensor | float:
+        """Return zero, computed from all norms: DDP waits for a gradient of every parameter."""
+        norms = finetune.added_norms(self.network)
         return sum(0.0 * p.sum() for norm in norms for p in norm.parameters())
 
-    def evaluation_step(self, batch: Any, batch_idx: int) -> None:
-        """Count."""
-        images, labels = batch[:2]
-        self.report.update(self(images).float() * getattr(self.loss, "scale", 1.0), labels)
+    def evaluation_step(self, batch: Sequence[Tensor], batch_idx: int) -> None:
+        """Count a batch."""
+        self.metrics.update(self(batch[0]).float() * self.scale, batch[1])
 
     validation_step = test_step = evaluation_step
 
-    def predict_step(self, batch: Any, batch_idx: int) -> Float[Tensor, "n k"]:
+    def predict_step(self, batch: Sequence[Tensor], batch_idx: int) -> Float[Tensor, "n k"]:
         """Return the probabilities of the classes."""
-        return (self(batch[0]).float() * getattr(self.loss, "scale", 1.0)).softmax(1).cpu()
+        return (self(batch[0]).float() * self.scale).softmax(1).cpu()
 
     def on_validation_epoch_end(self) -> None:
         """Log ``val/accuracy`` and the like."""
-        self._tell("val")
+        self._log_metrics("val")
 
     def on_test_epoch_end(self) -> None:
         """Log ``test/accuracy`` and the like, and write the tables beside the log."""
-        names = self.hparams.class_names or [str(k) for k in range(len(self.counts))]  # type: ignore[attr-defined]
-        confusion = self.report.confusion  # of all ranks
+        confusion = self.metrics.confusion  # of all ranks
         folder = self.trainer.log_dir if self.trainer.loggers else None
         if folder and self.trainer.is_global_zero:
-            write_tables(Path(folder), names, self.counts.tolist(), confusion)
-        self._tell("test")
+            write_tables(Path(folder), self.names, self.counts.tolist(), confusion)
+        self._log_metrics("test")
 
-    def _tell(self, stage: str) -> None:
-        values = {f"{stage}/{name}": value for name, value in self.report.compute().items()}
-        for name, value in values.items():
-            shown = name == f"{stage}/accuracy"
-            self.log(name, value, prog_bar=shown, sync_dist=True)  # the same on all ranks
-        self.report.reset()
+    def _log_metrics(self, stage: str) -> None:
+        for name, value in self.metrics.compute().items():  # the same on all ranks
+            self.log(f"{stage}/{name}", value, prog_bar=name == "accuracy", sync_dist=True)
+        self.metrics.reset()
 
     def on_test_start(self) -> None:
-        """Put the τ-normalised head in, if there is to be one."""
-        hp: Any = self.hparams
-        if hp.tau is not None:
-            self.head = get_head(self.network)
-            tau = self.best_tau() if hp.tau == "val" else float(hp.tau)
+        """Put the τ-normalised head in, if ``tau`` is given."""
+        if self.hp.tau is not None:
+            self.head = finetune.get_head(self.network)
+            tau = self._best_tau() if self.hp.tau == "val" else float(self.hp.tau)
             print(f"tau {tau:g}")
-            set_head(self.network, tau_normalised(self.head, tau))
+            finetune.set_head(self.network, finetune.tau_normalised(self.head, tau))
 
     def on_test_end(self) -> None:
         """Put the head back."""
-        if self.hparams.tau is not None:  # type: ignore[attr-defined]
-            set_head(self.network, self.head)
+        if self.hp.tau is not None:
+            finetune.set_head(self.network, self.head)
 
     on_predict_start, on_predict_end = on_test_start, on_test_end
 
     @torch.no_grad()
-    def best_tau(self) -> float:
-        """The τ out of `TAUS` of the best balanced accuracy on the validation images."""
+    def _best_tau(self) -> float:
+        """Return the τ out of `_TAUS` of the best balanced accuracy on the validation images."""
+        trainer: Any = self.trainer
         data, labels = [], []
-        for images, truth in self.trainer.datamodule.all_of("val"):  # type: ignore[attr-defined]
-            data.append(features(self.network, self.normalized(images.to(self.device))))
+        for images, truth in trainer.datamodule.all_of("val"):
+            data.append(finetune.features(self.network, self.normalized(images.to(self.device))))
             labels.append(truth)
         rows, truth = torch.cat(data), torch.cat(labels).to(self.device)
-        heads = {tau: tau_normalised(self.head, tau) for tau in TAUS}
+        heads = {tau: finetune.tau_normalised(self.head, tau) for tau in _TAUS}
         hits = {tau: (head(rows).argmax(1) == truth).float() for tau, head in heads.items()}
         present = F.one_hot(truth, len(self.counts)).float()
         recall = {tau: (hit @ present) / present.sum(0).clamp_min(1) for tau, hit in hits.items()}
-        return max(TAUS, key=lambda tau: recall[tau].mean().item())
+        return max(_TAUS, key=lambda tau: recall[tau].mean().item())
 
     def configure_optimizers(self) -> Any:
-        """The optimiser; the rate rises over ``warm_up`` steps and falls along a half cosine."""
-        hp: Any = self.hparams
-        kind, steps = OPTIMIZERS[hp.optimizer], self.total_steps()
-        rate = hp.lr
+        """Make the optimiser; the rate rises over ``warm_up`` steps, then falls along a cosine."""
+        hp, steps, rate = self.hp, self.total_steps(), self.hp.lr
+        trainer: Any = self.trainer
         if hp.reference_batch:
-            trainer: Any = self.trainer
             images = trainer.datamodule.batch_size * trainer.world_size
             rate *= images * trainer.accumulate_grad_batches / hp.reference_batch
         more = {"momentum": hp.momentum} if hp.optimizer == "sgd" else {}
         tuned = [p for p in self.parameters() if p.requires_grad]
-        optimizer = kind(tuned, lr=rate, weight_decay=hp.weight_decay, **more)
+        make_optimizer = OPTIMIZERS[hp.optimizer]
+        optimizer = make_optimizer(tuned, lr=rate, weight_decay=hp.weight_decay, **more)
 
         def factor(step: int) -> float:
             rising = min(1.0, (step + 1) / (hp.warm_up + 1))
@@ -509,18 +488,15 @@ class Classifier(pl.LightningModule):
         return [optimizer], [{"scheduler": schedule, "interval": "step"}]
 
     def total_steps(self) -> int:
-        """The optimiser's steps of the whole training.
+        """Return the optimiser's steps of the whole training.
 
         Not the trainer's ``estimated_stepping_batches``, which makes it lose a loader's state.
-
-        Raises:
-            UserError: the training has no end.
         """
         trainer: Any = self.trainer
-        data: Any = getattr(trainer, "datamodule", None)
+        draws = getattr(getattr(trainer, "datamodule", None), "draws", None)
         ends = [trainer.max_steps] if trainer.max_steps > 0 else []
-        if (trainer.max_epochs or -1) > 0 and hasattr(data, "draws"):
-            ends.append(trainer.max_epochs * -(-len(data.draws) // trainer.accumulate_grad_batches))
+        if (trainer.max_epochs or -1) > 0 and draws is not None:
+            ends.append(trainer.max_epochs * -(-len(draws) // trainer.accumulate_grad_batches))
         if not ends:
             raise UserError(
                 "expected trainer.max_steps ≥ 1, or max_epochs and ImageData, got neither; set "
@@ -529,39 +505,7 @@ class Classifier(pl.LightningModule):
         return min(ends)
 
 
-def prepare_resume(checkpoint: dict[str, Any]) -> None:
-    """Correct the loop counters of a checkpoint that was not written after a batch within an epoch.
-
-    Lightning 2.6 resumes correctly only there. After an epoch's end it takes one batch of
-    the next epoch for the whole epoch, so that a training with ``max_epochs`` ends too early.
-    """
-    loops = checkpoint.get("loops", {}).get("fit_loop")
-    if not loops or not loops["epoch_loop.batch_progress"]["current"]["ready"]:
-        return
-    epoch, batch = loops["epoch_progress"], loops["epoch_loop.batch_progress"]
-    if batch["current"]["processed"] < batch["current"]["ready"]:  # an error came within a batch
-        batch["is_last_batch"] = False
-        for count in (batch["total"], batch["current"]):
-            count["ready"] = count["started"] = count["processed"]
-    ready, complete = batch["current"]["ready"], batch["current"]["completed"]
-    if not batch["is_last_batch"]:
-        if complete == ready and epoch["total"]["processed"] == epoch["total"]["ready"]:
-            for count in (epoch["total"], epoch["current"]):  # max_steps cut this epoch short
-                count["processed"] = count["completed"] = count["ready"] - 1
-        return
-    epochs = batch["total"]["ready"] // ready
-    if complete == ready and epoch["total"]["processed"] < epochs:
-        return  # written after the validation: the epoch's end is still to come
-    if complete == ready:
-        loops["epoch_loop.state_dict"]["_batches_that_stepped"] -= 1
-    for count in (batch["total"], batch["current"]):
-        count["completed"] = count["ready"] - 1
-    batch["is_last_batch"] = False
-    for count in (epoch["total"], epoch["current"]):
-        count.update(ready=epochs + 1, started=epochs, processed=epochs, completed=epochs)
-
-
-def agreed(what: str, asked: Any, known: Any, default: Any, source: str) -> Any:
+def agreed(what: str, asked: object, known: object, default: object, source: str) -> Any:
     """Return what was asked for or else what is known or else the default.
 
     >>> agreed("channels", None, 1, 3, "a.ckpt"), agreed("channels", None, None, 3, "")
@@ -587,19 +531,14 @@ def agreed(what: str, asked: Any, known: Any, default: Any, source: str) -> Any:
     return asked
 
 
-def load_weights(
-    network: Any, state: dict[str, Tensor], source: str, strict: bool = True, assign: bool = False
-) -> Any:
-    """Load a state dict into a network.
-
-    Raises:
-        UserError: it is of another network.
-    """
+@contextmanager
+def _weights_of(source: str) -> Iterator[None]:
+    """Explain why a state dict does not fit a network."""
     try:
-        return network.load_state_dict(state, strict=strict, assign=assign)
+        yield
     except RuntimeError as error:
-        told = brief(error).partition(":")[2] or brief(error)
+        reason = brief(error).partition(":")[2] or brief(error)
         raise UserError(
-            f"expected weights of the network {source}, got others ({told.strip()}); give the "
+            f"expected weights of the network {source}, got others ({reason.strip()}); give the "
             "network and the settings that they were trained with"
         ) from None

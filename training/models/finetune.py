@@ -1,14 +1,13 @@
 """Heads, and the ways to train a part of a network.
 
-All that decouples features from classifier (cRT, τ-normalisation, LWS, episodes) is written on
-`get_head`, `set_head` and `features`.
+What decouples features from classifier (cRT, τ-normalisation, LWS, episodes) is written on
+`get_head`, `set_head` and `features`; these raise a `UserError` for a network without one head.
 """
 
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,8 +15,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from augment.core.errors import UserError
+from augment.core.errors import UserError, lookup
 from augment.diffusion.checkpoints.lora import inject_adapters
+from training.checks import at_least
 from training.models.networks import Images
 
 TUNES = ("all", "head", "lora")
@@ -37,20 +37,15 @@ class CosineHead(nn.Module):
         self.weight = nn.Parameter(F.normalize(weight))
 
     def forward(self, features: Float[Tensor, "n d"]) -> Float[Tensor, "n k"]:
-        """Cosines."""
+        """Return the cosines."""
         return F.linear(F.normalize(features), F.normalize(self.weight))
 
 
 class ScaledHead(nn.Module):
     """Learnable weight scaling, f_k·(w_k·x + b_k) with f alone learnt; arXiv 1910.09217, sec. 4.
 
-    The paper scales w; its code scales the bias too, and so does this. W and b are buffers.
-
-    Args:
-        head: the trained head, which is copied.
-
-    Raises:
-        UserError: a head that is not linear.
+    The paper scales w; its code scales the bias too, and so does this. W and b are buffers, copied
+    from a trained linear head.
     """
 
     weight: Tensor
@@ -58,7 +53,7 @@ class ScaledHead(nn.Module):
 
     def __init__(self, head: nn.Module) -> None:
         super().__init__()
-        linear = plain(head)
+        linear = _linear(head)
         self.in_features, self.out_features = linear.in_features, linear.out_features
         bias = None if linear.bias is None else linear.bias.detach().clone()
         self.register_buffer("weight", linear.weight.detach().clone())
@@ -66,15 +61,14 @@ class ScaledHead(nn.Module):
         self.scales = nn.Parameter(torch.ones_like(self.weight[:, 0]))
 
     def forward(self, features: Float[Tensor, "n d"]) -> Float[Tensor, "n k"]:
-        """Scaled logits."""
+        """Return scaled logits."""
         return self.scales * F.linear(features, self.weight, self.bias)
 
 
 Head = nn.Linear | CosineHead | ScaledHead
 
 
-def plain(head: nn.Module) -> nn.Linear:
-    """The head, if it is linear."""
+def _linear(head: nn.Module) -> nn.Linear:
     if not isinstance(head, nn.Linear):
         raise UserError(f"expected a linear head, got {type(head).__name__}; train one first")
     return head
@@ -82,29 +76,21 @@ def plain(head: nn.Module) -> nn.Linear:
 
 @torch.no_grad()
 def tau_normalised(head: nn.Module, tau: float) -> nn.Linear:
-    """A head with w_k / ‖w_k‖^τ and no bias; Kang et al., arXiv 1910.09217, sec. 4.
+    """Return a head with w_k / ‖w_k‖^τ and no bias; Kang et al., arXiv 1910.09217, sec. 4.
 
     Args:
-        head: the trained head, which is left as it is.
+        head: the trained linear head, which is left as it is.
         tau: 0 keeps the weights, 1 makes all classes' equally long; choose it on validation images.
-
-    Raises:
-        UserError: a head that is not linear.
     """
-    weight = plain(head).weight
+    weight = _linear(head).weight
     scaled = nn.Linear(weight.shape[1], weight.shape[0], bias=False).to(weight)
     scaled.weight.copy_(weight / weight.norm(dim=1, keepdim=True) ** tau)
     return scaled
 
 
 def head_name(network: nn.Module) -> str:
-    """The dotted name of the last layer.
-
-    Raises:
-        UserError: the network does not tell it, or has several.
-    """
-    config: Any = getattr(network, "pretrained_cfg", None) or {}
-    name = config.get("classifier")
+    """Return the dotted name of the last layer."""
+    name = (getattr(network, "pretrained_cfg", None) or {}).get("classifier")
     if not isinstance(name, str):
         raise UserError(
             f"expected a network with one head, got {type(network).__name__} with "
@@ -114,11 +100,7 @@ def head_name(network: nn.Module) -> str:
 
 
 def get_head(network: nn.Module) -> Head:
-    """The last layer.
-
-    Raises:
-        UserError: there are none or several, or it is no linear layer.
-    """
+    """Return the last layer."""
     head = network.get_submodule(head_name(network))
     if not isinstance(head, Head):
         raise UserError(
@@ -129,21 +111,13 @@ def get_head(network: nn.Module) -> Head:
 
 
 def set_head(network: nn.Module, head: Head) -> None:
-    """Put another last layer in place.
-
-    Raises:
-        UserError: as `get_head`.
-    """
+    """Put another last layer in place."""
     get_head(network)
     network.set_submodule(head_name(network), head)
 
 
 def features(network: nn.Module, images: Images) -> Float[Tensor, "n d"]:
-    """What the head is given.
-
-    Raises:
-        UserError: as `get_head`.
-    """
+    """Return what the head is given."""
     given: list[Tensor] = []
     hook = get_head(network).register_forward_pre_hook(lambda _, inputs: given.append(inputs[0]))
     try:
@@ -153,32 +127,21 @@ def features(network: nn.Module, images: Images) -> Float[Tensor, "n d"]:
     return given[0]
 
 
-def freeze(network: nn.Module, but_head: bool = True) -> None:
-    """Let no parameter learn but the head's; buffers need `train_mode` beside.
-
-    Raises:
-        UserError: as `get_head`.
-    """
+def freeze(network: nn.Module) -> None:
+    """Let no parameter learn but the head's; buffers need `train_mode` too."""
     network.requires_grad_(False)
-    if but_head:
-        get_head(network).requires_grad_(True)
+    get_head(network).requires_grad_(True)
 
 
 def train_mode(network: nn.Module, tune: str = "all") -> None:
-    """Training mode for what learns; what is frozen keeps its batch statistics.
+    """Set training mode for what learns; what is frozen keeps its batch statistics.
 
     Args:
         network: the network.
         tune: ``all``; ``head``, with all else in evaluation mode, dropout included; or ``lora``,
             with the batch norms in evaluation mode.
-
-    Raises:
-        UserError: another ``tune``, or as `get_head`.
     """
-    if tune not in TUNES:
-        raise UserError(
-            f"expected tune out of {', '.join(TUNES)}, got {tune!r}; choose one of these"
-        )
+    lookup(dict.fromkeys(TUNES), tune, "way to tune")
     network.train(tune != "head")
     if tune == "head":
         get_head(network).train()
@@ -188,8 +151,8 @@ def train_mode(network: nn.Module, tune: str = "all") -> None:
                 module.eval()
 
 
-def attention(network: nn.Module) -> Iterator[str]:
-    """Names of the linear layers in every ``attn``.
+def _attention(network: nn.Module) -> Iterator[str]:
+    """Yield the names of the linear layers in every ``attn``.
 
     Layers whose weight is used without calling them are left out, for an adapter there would be
     idle: in timm, ``qkv`` beside a ``q_bias`` of its own (BEiT, EVA, Swin v2).
@@ -214,16 +177,15 @@ def add_lora(network: nn.Module, rank: int, targets: Sequence[str] | None = None
         targets: ends of names of linear or convolutional layers; by default those of the attention.
 
     Raises:
-        UserError: peft is not installed, nothing matches, or as `get_head`.
+        UserError: peft is not installed, or nothing matches.
     """
-    if rank < 1:
-        raise UserError(f"expected a rank ≥ 1 of LoRA, got {rank}; choose another")
+    at_least(1, rank=rank)
     head, last = get_head(network), head_name(network)
-    names = attention(network) if targets is None else (
-        name for name, module in network.named_modules()
-        if isinstance(module, nn.Linear | nn.Conv2d)
-        and any(f".{name}".endswith(f".{end}") for end in targets)
-    )  # fmt: skip
+    if targets is None:
+        names = [*_attention(network)]
+    else:
+        kinds = nn.Linear | nn.Conv2d
+        names = [n for end in targets for n, m in ends_in(network, end) if isinstance(m, kinds)]
     names = [name for name in names if name != last]
     if not names:
         raise UserError(
@@ -233,6 +195,13 @@ def add_lora(network: nn.Module, rank: int, targets: Sequence[str] | None = None
     network = inject_adapters(network, rank, "|".join(map(re.escape, names)))
     head.requires_grad_(True)
     return network
+
+
+def ends_in(network: nn.Module, end: str) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the modules, by name, whose dotted names end in a part."""
+    for name, module in network.named_modules():
+        if f".{name}".endswith(f".{end}"):
+            yield name, module
 
 
 class AuxiliaryBatchNorm(nn.Module):
@@ -257,12 +226,8 @@ class AuxiliaryBatchNorm(nn.Module):
 
 
 def with_auxiliary_norms(network: nn.Module) -> nn.Module:
-    """Replace every batch norm by an `AuxiliaryBatchNorm`, in place, and only once.
-
-    Raises:
-        UserError: the network has none.
-    """
-    if any(isinstance(module, AuxiliaryBatchNorm) for module in network.modules()):
+    """Replace every batch norm by an `AuxiliaryBatchNorm`, in place, and only once."""
+    if added_norms(network):
         return network
     norms = [name for name, module in network.named_modules() if isinstance(module, _BatchNorm)]
     if not norms:
@@ -275,14 +240,15 @@ def with_auxiliary_norms(network: nn.Module) -> nn.Module:
     return network
 
 
+def added_norms(network: nn.Module) -> list[AuxiliaryBatchNorm]:
+    """Return the batch norms that `with_auxiliary_norms` has put in."""
+    return [module for module in network.modules() if isinstance(module, AuxiliaryBatchNorm)]
+
+
 @contextmanager
 def auxiliary(network: nn.Module) -> Iterator[None]:
-    """Within it a batch is synthetic: the second norms are used, if in training mode.
-
-    Raises:
-        UserError: the network has none.
-    """
-    norms = [module for module in network.modules() if isinstance(module, AuxiliaryBatchNorm)]
+    """Take batches for synthetic: the second norms are used, if in training mode."""
+    norms = added_norms(network)
     if not norms:
         raise UserError(
             f"expected a network with auxiliary norms, got {type(network).__name__} without; "

@@ -1,18 +1,17 @@
-"""Heads on frozen features: what a handful of labelled images is fitted by."""
+"""Heads on frozen features, fitted to a handful of labelled images."""
 
-import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from augment.core.errors import UserError, lookup
+from augment.core.errors import lookup
 from augment.networks import unit
+from training.checks import expect
 
 Head = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """Features (n, f), labels (n,), weights (n,), features (m, f) of queries → labels of these (m,).
@@ -42,7 +41,7 @@ class Prototype:
     metric: str = "cosine"
 
     def __post_init__(self) -> None:
-        lookup({"cosine": 0, "euclid": 0}, self.metric, "metric")
+        lookup(dict.fromkeys(("cosine", "euclid")), self.metric, "metric")
 
     def __call__(
         self,
@@ -51,7 +50,7 @@ class Prototype:
         weights: Float[Tensor, " n"],
         query: Float[Tensor, "m f"],
     ) -> Int[Tensor, " m"]:
-        """See `Head`."""
+        """Label the queries; see `Head`."""
         cosine = self.metric == "cosine"
         if cosine:
             features, query = unit(features), unit(query)
@@ -80,16 +79,15 @@ class Logistic:
     c: float = 1.0
 
     def __post_init__(self) -> None:
-        if not 0 < self.c < math.inf:
-            raise UserError(f"expected c > 0, got {self.c}; 1 is usual")
+        expect(0 < self.c < math.inf, "c > 0", self.c)
 
     def loss(
         self, solution: Tensor, features: Tensor, labels: Tensor, weights: Tensor
     ) -> Float[Tensor, ""]:
-        """The objective, of a (classes, f + 1) matrix of W and b, and features of length 1."""
+        """Return the objective of (classes, f + 1), W and b, and features of length 1."""
         logits = features @ solution[:, :-1].T + solution[:, -1]
-        told = F.cross_entropy(logits, labels, reduction="none")
-        return self.c * (weights * told).sum() + solution[:, :-1].square().sum() / 2
+        costs = F.cross_entropy(logits, labels, reduction="none")
+        return self.c * (weights * costs).sum() + solution[:, :-1].square().sum() / 2
 
     def fit(
         self,
@@ -97,7 +95,7 @@ class Logistic:
         labels: Int[Tensor, " n"],
         weights: Float[Tensor, " n"],
     ) -> Float[Tensor, "k g"]:
-        """W and b side by side, float64."""
+        """Return W and b side by side, float64."""
         features, weights = unit(features.double()), weights.double()
         shape = int(labels.max()) + 1, features.shape[1] + 1
         solution = torch.zeros(shape, dtype=torch.float64, requires_grad=True)
@@ -106,14 +104,13 @@ class Logistic:
             line_search_fn="strong_wolfe",
         )  # fmt: skip
 
-        def closure() -> Tensor:
+        def closure() -> float:
             optimizer.zero_grad()
             value = self.loss(solution, features, labels, weights)
             value.backward()
-            return value
+            return value.item()
 
-        with torch.enable_grad():
-            optimizer.step(closure)  # type: ignore[arg-type]
+        optimizer.step(closure)  # which enables gradients
         return solution.detach()
 
     def __call__(
@@ -123,28 +120,10 @@ class Logistic:
         weights: Float[Tensor, " n"],
         query: Float[Tensor, "m f"],
     ) -> Int[Tensor, " m"]:
-        """See `Head`."""
+        """Label the queries; see `Head`."""
         solution = self.fit(features, labels, weights)
         return (unit(query.double()) @ solution[:, :-1].T + solution[:, -1]).argmax(1)
 
 
 HEADS: dict[str, Callable[..., Head]] = {"prototype": Prototype, "logistic": Logistic}
-"""Heads by name."""
-
-
-def make_head(name: str, **settings: Any) -> Head:
-    """A head by name.
-
-    Raises:
-        UserError: an unknown name or setting, or one of another type or out of its range.
-    """
-    kind = lookup(HEADS, name, "head")
-    known = {field.name: field.default for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
-    for key, value in settings.items():
-        wanted = type(lookup(known, key, f"setting of {name}"))
-        if type(value) is not wanted and not (wanted is float and type(value) is int):
-            raise UserError(
-                f"expected {key} of {name} as {wanted.__name__}, got {value!r}; the default is "
-                f"{known[key]}"
-            )
-    return kind(**settings)
+"""Heads by name; `augment.core.registry.make` builds them."""

@@ -1,8 +1,8 @@
 r"""Losses for long tails.
 
-A loss gives a table: the cost of each class being the truth of each image, (n, k). `cost` then
+A loss gives a table (n, k): the cost of each class being the truth of each image. `cost` then
 reads the entry of an integer label, or the mixture :math:`\sum_k y_k \ell_k` of a soft one, so that
-mixup, cutmix and label smoothing work with every loss. With logits z, p = softmax z, and n_k real
+mixup, CutMix and label smoothing work with every loss. With logits z, p = softmax z, and n_k real
 training images of class k:
 
 ====================  ========================================================  ==============
@@ -24,15 +24,15 @@ of ``tests/training/test_losses.py`` then run over it.
 """
 
 import math
-from dataclasses import dataclass, fields
-from typing import Any, Protocol, runtime_checkable
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int, Real
 from torch import Tensor
 
-from augment.core.errors import UserError, lookup
+from training.checks import at_least, expect
 
 Logits = Float[Tensor, "n k"]
 Counts = Real[Tensor, "k"]
@@ -41,10 +41,10 @@ Costs = Float[Tensor, "n k"]
 
 @runtime_checkable
 class Loss(Protocol):
-    """What a loss is: a frozen dataclass of its options, with one ``__call__``."""
+    """A frozen dataclass of options, with one ``__call__``."""
 
     def __call__(self, logits: Logits, counts: Counts) -> Costs:
-        """The cost of each class being the truth.
+        """Return the cost of each class being the truth.
 
         Args:
             logits: (n, k), k ≥ 2; half precision is computed in single.
@@ -53,24 +53,18 @@ class Loss(Protocol):
         ...
 
 
-def expect(holds: bool, what: str, got: float) -> None:
-    """Refuse a wrong option."""
-    if not holds:
-        raise UserError(f"expected {what}, got {got}; choose another")
-
-
-def precise(values: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-    """In single precision at least: 65 520 images are infinitely many in half."""
+def _precise(values: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """Convert to float32 at least: 65 520 images are infinitely many in half precision."""
     return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
-def at_least_one(counts: Counts, like: Tensor) -> Float[Tensor, "k"]:
-    """Counts beside logits; none counts as one."""
-    return counts.to(like.device, precise(like).dtype).clamp(min=1)
+def _at_least_one(counts: Counts, like: Tensor) -> Float[Tensor, "k"]:
+    """Return counts in the precision of logits; zero counts as one."""
+    return counts.to(like.device, _precise(like).dtype).clamp(min=1)
 
 
 def log_others(logits: Logits) -> Float[Tensor, "n k"]:
-    r"""Log Σ_{j ≠ k} exp z_j for each k, without cancellation where p_k is nearly 1.
+    r"""Return log Σ_{j ≠ k} exp z_j for each k, without cancellation where p_k is nearly 1.
 
     It is lse z + log(1 − p_k) where k is not the largest, for there p_k ≤ ½; the largest one's is
     summed anew.
@@ -87,7 +81,7 @@ class CrossEntropy:
     """−log p_k."""
 
     def __call__(self, logits: Logits, counts: Counts) -> Costs:  # noqa: D102
-        return -F.log_softmax(precise(logits), -1)
+        return -F.log_softmax(_precise(logits), -1)
 
 
 @dataclass(frozen=True)
@@ -97,19 +91,16 @@ class LogitAdjustment:
     At test time the logits are used bare: they then rank classes as if all were equally frequent.
 
     Args:
-        tau: how much of the prior is taken out; 0 is cross-entropy.
-
-    Raises:
-        UserError: a negative τ.
+        tau: share of the prior that is taken out, τ ≥ 0; 0 is cross-entropy.
     """
 
     tau: float = 1.0
 
     def __post_init__(self) -> None:
-        expect(self.tau >= 0, "tau ≥ 0", self.tau)
+        at_least(0, tau=self.tau)
 
     def __call__(self, logits: Logits, counts: Counts) -> Costs:  # noqa: D102
-        counts = at_least_one(counts, logits)
+        counts = _at_least_one(counts, logits)
         return -F.log_softmax(logits + self.tau * (counts / counts.sum()).log(), -1)
 
 
@@ -121,7 +112,7 @@ class BalancedSoftmax:
     """
 
     def __call__(self, logits: Logits, counts: Counts) -> Costs:  # noqa: D102
-        return -F.log_softmax(logits + at_least_one(counts, logits).log(), -1)
+        return -F.log_softmax(logits + _at_least_one(counts, logits).log(), -1)
 
 
 @dataclass(frozen=True)
@@ -132,35 +123,32 @@ class LDAM:
               = \mathrm{softplus}\bigl(\log \textstyle\sum_{j≠k} e^{s z_j} - s(z_k - Δ_k)\bigr)
 
     with Δ_k = C / n_k^¼, C such that the largest margin is ``max_margin``. The logits are cosines
-    (`training.models.networks.CosineHead`); confidences are softmax(s·z).
+    (`training.models.finetune.CosineHead`); confidences are softmax(s·z).
 
     Args:
-        max_margin: margin of the rarest class.
-        scale: s.
-
-    Raises:
-        UserError: a negative margin, or a scale that is not positive.
+        max_margin: margin of the rarest class, at least 0.
+        scale: s > 0.
     """
 
     max_margin: float = 0.5
     scale: float = 30.0
 
     def __post_init__(self) -> None:
-        expect(self.max_margin >= 0, "max_margin ≥ 0", self.max_margin)
+        at_least(0, max_margin=self.max_margin)
         expect(self.scale > 0, "scale > 0", self.scale)
 
     def margins(self, counts: Counts, like: Tensor) -> Float[Tensor, "k"]:
-        """Δ_k, of the logits' kind."""
-        counts = at_least_one(counts, like)
+        """Return Δ_k, in the precision of the logits."""
+        counts = _at_least_one(counts, like)
         return self.max_margin * (counts.min() / counts) ** 0.25
 
     def __call__(self, logits: Logits, counts: Counts) -> Costs:  # noqa: D102
-        scaled, margins = self.scale * precise(logits), self.scale * self.margins(counts, logits)
+        scaled, margins = self.scale * _precise(logits), self.scale * self.margins(counts, logits)
         return -F.logsigmoid(scaled - margins - log_others(scaled))
 
 
 def class_weights(counts: Counts, beta: float = 0.9999) -> Float[Tensor, "k"]:
-    """Weights by the effective number of images; Cui et al., arXiv 1901.05555, sec. 3 and 4.
+    """Return weights by the effective number of images; Cui et al., arXiv 1901.05555, sec. 3 and 4.
 
     w_k ∝ (1 − β) / (1 − β^{n_k}), with the sum k. Deferred re-weighting (arXiv 1906.07413)
     multiplies the costs of any loss by them in the last epochs.
@@ -170,13 +158,10 @@ def class_weights(counts: Counts, beta: float = 0.9999) -> Float[Tensor, "k"]:
 
     Args:
         counts: real training images of each class.
-        beta: 0 weighs all alike, 1 would weigh by 1/n.
-
-    Raises:
-        UserError: β outside [0, 1).
+        beta: in [0, 1); 0 weighs all alike, 1 would weigh by 1/n.
     """
     expect(0 <= beta < 1, "0 ≤ beta < 1", beta)
-    counts = at_least_one(counts, torch.empty(0, device=counts.device))
+    counts = _at_least_one(counts, torch.empty(0, device=counts.device))
     log_beta = math.log(beta) if beta else -math.inf
     weights = -1 / torch.expm1(counts * log_beta)
     return weights * len(weights) / weights.sum()
@@ -188,9 +173,6 @@ class ClassBalanced:
 
     The mean over a batch is the plain one of Cui et al.'s code, not torch's, which divides by the
     batch's own sum of weights.
-
-    Raises:
-        UserError: β outside [0, 1).
     """
 
     beta: float = 0.9999
@@ -199,8 +181,8 @@ class ClassBalanced:
         expect(0 <= self.beta < 1, "0 ≤ beta < 1", self.beta)
 
     def __call__(self, logits: Logits, counts: Counts) -> Costs:  # noqa: D102
-        weights = class_weights(counts, self.beta).to(logits.device, precise(logits).dtype)
-        return -weights * F.log_softmax(precise(logits), -1)
+        weights = class_weights(counts, self.beta).to(logits.device, _precise(logits).dtype)
+        return -weights * F.log_softmax(_precise(logits), -1)
 
 
 @dataclass(frozen=True)
@@ -208,19 +190,16 @@ class Focal:
     """−(1 − p_k)^γ log p_k of the softmax; Lin et al., arXiv 1708.02002, eq. 4.
 
     Args:
-        gamma: how far easy images are discounted; 0 is cross-entropy.
-
-    Raises:
-        UserError: a negative γ.
+        gamma: how far easy images are discounted, γ ≥ 0; 0 is cross-entropy.
     """
 
     gamma: float = 2.0
 
     def __post_init__(self) -> None:
-        expect(self.gamma >= 0, "gamma ≥ 0", self.gamma)
+        at_least(0, gamma=self.gamma)
 
     def __call__(self, logits: Logits, counts: Counts) -> Costs:  # noqa: D102
-        logits = precise(logits)
+        logits = _precise(logits)
         log_miss = log_others(logits) - logits.logsumexp(-1, keepdim=True)
         return -(self.gamma * log_miss).exp() * F.log_softmax(logits, -1)
 
@@ -233,31 +212,11 @@ LOSSES: dict[str, type[Loss]] = {
     "class_balanced": ClassBalanced,
     "focal": Focal,
 }
-"""All losses by name."""
-
-
-def make_loss(name: str, **options: Any) -> Loss:
-    """A loss by its name.
-
-    >>> make_loss("focal", gamma=1.0)
-    Focal(gamma=1.0)
-
-    Raises:
-        UserError: an unknown name or option, or a wrong value of one.
-    """
-    kind: Any = lookup(LOSSES, name, "loss")
-    known = [field.name for field in fields(kind)]
-    for option in options:
-        if option not in known:
-            of = f"an option out of {', '.join(known)}" if known else "no option"
-            raise UserError(f"expected {of} of the loss {name}, got {option!r}; leave it out")
-        if isinstance(options[option], bool) or not isinstance(options[option], int | float):
-            raise UserError(f"expected a number for {option}, got {options[option]!r}; give one")
-    return kind(**options)
+"""Losses by name; `augment.core.registry.make` builds them."""
 
 
 def cost(costs: Costs, labels: Int[Tensor, "n"] | Float[Tensor, "n k"]) -> Float[Tensor, "n"]:
-    """The cost of each image: its label's entry, or the mixture of a soft label's.
+    """Return the cost of each image: its label's entry, or the mixture of a soft label's.
 
     Args:
         costs: what a loss gives.
@@ -271,7 +230,7 @@ def cost(costs: Costs, labels: Int[Tensor, "n"] | Float[Tensor, "n k"]) -> Float
 def smooth(
     labels: Int[Tensor, "n"] | Float[Tensor, "n k"], k: int, amount: float = 0.0
 ) -> Float[Tensor, "n k"]:
-    """Soft labels (1 − a)·y + a/k; Szegedy et al., arXiv 1512.00567, sec. 7.
+    """Return soft labels (1 − a)·y + a/k; Szegedy et al., arXiv 1512.00567, sec. 7.
 
     >>> smooth(torch.tensor([1]), 4, 0.2)
     tensor([[0.0500, 0.8500, 0.0500, 0.0500]])
@@ -279,10 +238,7 @@ def smooth(
     Args:
         labels: classes, or soft labels.
         k: number of classes.
-        amount: a; 0 makes classes one-hot and leaves soft labels alone.
-
-    Raises:
-        UserError: an amount outside [0, 1].
+        amount: a in [0, 1]; 0 makes classes one-hot and leaves soft labels alone.
     """
     expect(0 <= amount <= 1, "0 ≤ label smoothing ≤ 1", amount)
     if not labels.is_floating_point():

@@ -15,34 +15,34 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torchmetrics import Metric
 
-from augment.core.errors import UserError
 from augment.core.files import write_table
+from training.checks import expect
 
-MANY, FEW = 100, 20
-BINS = 15
-LARGEST = 2000  # classes whose confusion is written down: more would be a file of 10 MB
-UNIT = 2**24
-"""Confidences are added up as integers, in 1/UNIT, so that their sum does not depend on order."""
+_MANY, _FEW = 100, 20
+_BINS = 15
+_MAX_CLASSES = 2000  # whose confusion is written down: more would be a file of 10 MB
+_UNIT = 2**24
+"""Confidences are added up as integers, in 1/_UNIT, so that their sum does not depend on order."""
 
-T95 = (math.nan, 12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+_T95 = (math.nan, 12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 """Student's t at 97.5 %, by degrees of freedom."""
 
 
 def student_t(freedom: int) -> float:
-    """Student's t at 97.5 %; beyond the table by its expansion about the normal (Fisher, 1926)."""
-    if freedom < len(T95):
-        return T95[freedom]
+    """Return Student's t at 97.5 %; beyond the table by the expansion of Fisher (1926)."""
+    if freedom < len(_T95):
+        return _T95[freedom]
     z = 1.959964
     return z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
 
 
 def interval(values: list[float]) -> float:
-    """Half the 95 % interval of a mean over seeds, by Student's t."""
+    """Return half the 95 % interval of a mean over seeds, by Student's t."""
     return student_t(len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
 
 
 def normal_interval(values: Sequence[float]) -> float:
-    """Half the 95 % interval of a mean over many episodes, 1.96·s/√n.
+    """Return half the 95 % interval of a mean over many episodes, 1.96·s/√n.
 
     >>> round(normal_interval([0.0, 1.0] * 200), 4)
     0.0491
@@ -51,43 +51,33 @@ def normal_interval(values: Sequence[float]) -> float:
 
 
 def shot_groups(counts: Sequence[int]) -> dict[str, list[int]]:
-    """The classes of many (> 100), medium (20…100) and few (< 20) real training images.
+    """Return the classes of many (> 100), medium (20…100) and few (< 20) real training images.
 
     >>> shot_groups([101, 100, 20, 19])
     {'many': [0], 'medium': [1, 2], 'few': [3]}
     """
     groups: dict[str, list[int]] = {"many": [], "medium": [], "few": []}
     for label, count in enumerate(counts):
-        groups["many" if count > MANY else "few" if count < FEW else "medium"].append(label)
+        groups["many" if count > _MANY else "few" if count < _FEW else "medium"].append(label)
     return groups
 
 
 def recalls(confusion: Int[Tensor, "k k"]) -> Float[Tensor, "k"]:
-    """The accuracy of each class, in double precision on the CPU; NaN where it was not tested."""
+    """Return the accuracy of each class, float64 on the CPU; NaN where it was not tested."""
     confusion = confusion.cpu()
     return confusion.diag().double() / confusion.sum(1)
 
 
-def calibration_error(bins: Int[Tensor, "3 b"]) -> float:
-    r"""Expected calibration error, Σ_b |hits_b − confidence_b| / n.
-
-    Guo et al., *On calibration of modern neural networks*, arXiv 1706.04599, eq. 3.
-
-    Args:
-        bins: images, hits, and the sum of confidences in 1/UNIT.
-    """
-    images, hits, confidence = bins.cpu().double()
-    return ((hits - confidence / UNIT).abs().sum() / images.sum()).item()
-
-
-class Report(Metric):
-    """Everything that a test set tells, the same however it is cut into batches or ranks.
+class LongTailMetrics(Metric):
+    r"""The figures of a test set, the same however it is cut into batches or ranks.
 
     `compute` gives shares in [0, 1]:
 
     - ``accuracy``, and ``balanced_accuracy``: the mean over the classes that occur in the test;
     - ``many``, ``medium``, ``few``: the mean over a group's classes that occur, if any does;
-    - ``ece``: the calibration error of the top class in 15 bins of equal width.
+    - ``ece``: the calibration error of the top class in 15 bins of equal width, Σ_b |hits_b −
+      confidence_b| / n; Guo et al., *On calibration of modern neural networks*, arXiv 1706.04599,
+      eq. 3.
 
     Args:
         num_classes: number of classes.
@@ -102,36 +92,35 @@ class Report(Metric):
     higher_is_better = None
     is_differentiable = False
     matrix: Tensor
-    bins: Tensor
+    bins: Tensor  # images, hits, and the sum of confidences in 1/_UNIT
 
     def __init__(self, num_classes: int, counts: Iterable[int], **options: Any) -> None:
         super().__init__(**options)
         self.num_classes, self.counts = num_classes, [int(count) for count in counts]
-        if len(self.counts) != num_classes:
-            raise UserError(
-                f"expected counts of {num_classes} classes, got {len(self.counts)}; "
-                "give one a class"
-            )
+        expect(
+            len(self.counts) == num_classes, f"counts of {num_classes} classes", len(self.counts)
+        )
         matrix = torch.zeros(num_classes, num_classes, dtype=torch.int64)
         self.add_state("matrix", matrix, dist_reduce_fx="sum")
-        self.add_state("bins", torch.zeros(3, BINS, dtype=torch.int64), dist_reduce_fx="sum")
+        self.add_state("bins", torch.zeros(3, _BINS, dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, logits: Float[Tensor, "n k"], labels: Int[Tensor, "n"]) -> None:
         """Count a batch; the softmax of the logits is the confidence."""
         confidence, guess = logits.float().softmax(-1).nan_to_num().max(-1)
         places = labels.long() * self.num_classes + guess
         self.matrix.view(-1).index_add_(0, places, torch.ones_like(places))
-        place = ((confidence * BINS).ceil().long() - 1).clamp(0, BINS - 1)
-        added = (torch.ones_like(guess), guess == labels, (confidence * UNIT).round())
+        place = ((confidence * _BINS).ceil().long() - 1).clamp(0, _BINS - 1)
+        added = (torch.ones_like(guess), guess == labels, (confidence * _UNIT).round())
         self.bins = self.bins.index_add(1, place, torch.stack([row.long() for row in added]))
 
     def compute(self) -> dict[str, float]:
-        """The figures, over all ranks."""
+        """Return the figures, over all ranks."""
         accuracies, tested = recalls(self.matrix), self.matrix.cpu().sum(1) > 0
+        images, hits, confidence = self.bins.cpu().double()
         figures = {
             "accuracy": (self.matrix.diag().sum().double().cpu() / self.matrix.sum().cpu()).item(),
             "balanced_accuracy": accuracies[tested].mean().item(),
-            "ece": calibration_error(self.bins),
+            "ece": ((hits - confidence / _UNIT).abs().sum() / images.sum()).item(),
         }
         for group, labels in shot_groups(self.counts).items():
             occurring = [label for label in labels if tested[label]]
@@ -145,11 +134,6 @@ class Report(Metric):
         with self.sync_context(self.dist_sync_fn):
             return self.matrix.clone()
 
-    @property
-    def per_class(self) -> Float[Tensor, "k"]:
-        """The accuracy of each class, over all ranks; NaN where it was not tested."""
-        return recalls(self.confusion)
-
 
 def write_tables(
     folder: Path, classes: Sequence[str], counts: Sequence[int], confusion: Int[Tensor, "k k"]
@@ -158,28 +142,22 @@ def write_tables(
 
     The one has a row a class: its real training images, its test images, the accuracy (empty where
     there are none) and the shot group. The other has a row a true class and a column a guess; it
-    is left out where there are more than `LARGEST` classes.
+    is left out where there are more than 2000 classes.
 
     Args:
         folder: made if needed.
         classes: their names.
         counts: real training images of each class.
-        confusion: of `Report`.
-
-    Raises:
-        UserError: the files cannot be written.
+        confusion: of `LongTailMetrics`.
     """
     groups = {label: group for group, labels in shot_groups(counts).items() for label in labels}
     tested, accuracies = confusion.sum(1).tolist(), recalls(confusion).tolist()
-    rows: list[Sequence[Any]] = [("class", "label", "real", "tested", "accuracy", "group")]
+    rows: list[Sequence[object]] = [("class", "label", "real", "tested", "accuracy", "group")]
     for label, (name, real) in enumerate(zip(classes, counts, strict=True)):
         accuracy = f"{accuracies[label]:.6f}" if tested[label] else ""
         rows.append((name, label, int(real), tested[label], accuracy, groups[label]))
     write_table(folder / "per_class.csv", rows)
-    if len(classes) > LARGEST:
-        return
-    table = zip(classes, confusion.tolist(), strict=True)
-    write_table(
-        folder / "confusion.csv",
-        [("truth", *classes), *((name, *numbers) for name, numbers in table)],
-    )
+    if len(classes) <= _MAX_CLASSES:
+        table = zip(classes, confusion.tolist(), strict=True)
+        body = [(name, *numbers) for name, numbers in table]
+        write_table(folder / "confusion.csv", [("truth", *classes), *body])

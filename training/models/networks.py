@@ -1,10 +1,8 @@
 """Networks: ours for small images and for long tails, and all of timm's.
 
-A network maps images to logits, and its last layer, the head, can be found by name: timm's say it
-in ``pretrained_cfg["classifier"]``, and so do ours.
-
-To add a network: write the function here (or in a file of its own) and enter it in `NETWORKS`;
-every network of timm is known by its own name.
+A network maps images to logits, and its last layer, the head, is found by the name in
+``pretrained_cfg["classifier"]``, as timm has it. To add a network: write the function here (or in a
+file of its own) and enter it in `NETWORKS`; every network of timm is known by its own name.
 """
 
 from collections.abc import Callable
@@ -27,12 +25,12 @@ class Chain(nn.Sequential):
 
     @property
     def pretrained_cfg(self) -> dict[str, str]:
-        """The head's name, told as timm tells it."""
+        """The head's name, as timm has it."""
         return {"classifier": list(self._modules)[-1]}
 
 
 def small_cnn(channels: int, num_classes: int, width: int = 32) -> nn.Sequential:
-    """Three strided 3×3 convolutions with batch norm, mean pooling and a linear head.
+    """Build three strided 3×3 convolutions with batch norm, mean pooling and a linear head.
 
     Made for 32×32 images and a few hundred of them: 0.1 M parameters, milliseconds a step.
     """
@@ -69,14 +67,14 @@ class Block(nn.Module):
         self.bn2 = nn.BatchNorm2d(wide)
 
     def forward(self, x: Images) -> Float[Tensor, "n wide h2 w2"]:
-        """Residual and shortcut."""
+        """Return the sum of residual and shortcut."""
         shortcut = x[:, :, :: self.stride, :: self.stride]
         shortcut = F.pad(shortcut, (0, 0, 0, 0, self.pad, self.pad))
         return F.relu(self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x))))) + shortcut)
 
 
 def resnet32(channels: int, num_classes: int) -> nn.Sequential:
-    """ResNet-32 for CIFAR; He et al., arXiv 1512.03385, sec. 4.2: 0.46 M parameters.
+    """Build ResNet-32 for CIFAR; He et al., arXiv 1512.03385, sec. 4.2: 0.46 M parameters.
 
     Three stages of five blocks, 16, 32 and 64 wide, and Kaiming's initialisation of every weight,
     as in the code of LDAM-DRW and BALMS.
@@ -110,14 +108,14 @@ class Pooled(nn.Module):
         self.shortcut = nn.Sequential(nn.Conv2d(narrow, wide, 1, bias=False), nn.BatchNorm2d(wide))
 
     def forward(self, x: Images) -> Float[Tensor, "n wide h2 w2"]:
-        """Residual and shortcut."""
+        """Return the pooled sum of residual and shortcut."""
         return F.max_pool2d(F.leaky_relu(self.residual(x) + self.shortcut(x), 0.1), 2)
 
 
 def resnet12(channels: int, num_classes: int, width: int = 64) -> nn.Sequential:
-    """ResNet-12, the network of CIFAR-FS; Lee et al., arXiv 1904.03758: 12.4 M parameters.
+    """Build ResNet-12, the network of CIFAR-FS; Lee et al., arXiv 1904.03758: 12.4 M parameters.
 
-    Four blocks, 1, 2.5, 5 and 10 times ``width`` wide, and the mean of what is left.
+    Four blocks, 1, 2.5, 5 and 10 times ``width`` wide, and mean pooling.
     """
     widths = [channels, width, 5 * width // 2, 5 * width, 10 * width]
     network = Chain(
@@ -133,11 +131,11 @@ def resnet12(channels: int, num_classes: int, width: int = 64) -> nn.Sequential:
 
 
 def resnet10(channels: int, num_classes: int) -> nn.Module:
-    """ResNet-10, one basic block a stage: the small network of ImageNet-LT.
+    """Build ResNet-10, one basic block a stage: the small network of ImageNet-LT.
 
     timm's ResNet, with batch norms that begin at one as in Kang et al.'s code (arXiv 1910.09217).
     """
-    return from_timm("resnet18", channels, num_classes, layers=(1, 1, 1, 1), zero_init_last=False)
+    return _from_timm("resnet18", channels, num_classes, layers=(1, 1, 1, 1), zero_init_last=False)
 
 
 NETWORKS: dict[str, Callable[[int, int], nn.Module]] = {
@@ -149,16 +147,15 @@ NETWORKS: dict[str, Callable[[int, int], nn.Module]] = {
 """Our networks by name, made of channels and number of classes."""
 
 
-def from_timm(
+def _from_timm(
     name: str, channels: int, num_classes: int, resolution: int | None = None, **options: Any
 ) -> nn.Module:
-    """Build a network of timm; see `build_network`."""
     timm = find_timm(name, f"{', '.join(NETWORKS)} or a network of timm")
     try:
-        _, given, config = recipe(name)
+        _, stored, config = recipe(name)
         if resolution and config.get("fixed_input_size"):
             options["img_size"] = resolution
-        options = {**given, **options}
+        options = {**stored, **options}
         return timm.create_model(name, in_chans=channels, num_classes=num_classes, **options)
     except (OSError, RuntimeError, TypeError, ValueError, AssertionError) as error:
         raise UserError(
@@ -189,9 +186,11 @@ def build_network(
         UserError: the name is unknown, timm is not installed, or the weights do not exist or
             cannot be downloaded.
     """
+    options = options or {}
     if name not in NETWORKS:
-        given = {"pretrained": pretrained, **(options or {})}
-        return from_timm(name, channels, num_classes, resolution, **given)
+        return _from_timm(
+            name, channels, num_classes, resolution, **{"pretrained": pretrained, **options}
+        )
     if pretrained:
         raise UserError(f"expected a network of timm to be pretrained, got {name}; choose another")
     if options:
@@ -205,5 +204,4 @@ def usual_resolution(network: nn.Module) -> int:
     >>> usual_resolution(small_cnn(1, 2))
     32
     """
-    config: Any = getattr(network, "pretrained_cfg", {})
-    return config.get("input_size", (0, 0, 32))[-1]
+    return getattr(network, "pretrained_cfg", {}).get("input_size", (0, 0, 32))[-1]

@@ -1,15 +1,17 @@
 """What `training.smooth.regulariser` learns from: images with captions or class prompts, noised.
 
-The dice of a training image belong to the seed and its number in the run alone, so that neither
-batch, accumulation, ranks nor an interruption change what is drawn.
+The random generator of a training image belongs to the seed and its number in the run alone, so
+that neither batch, accumulation, ranks nor an interruption change what is drawn.
 """
 
 import json
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import pytorch_lightning as pl
+from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from augment.core.errors import UserError
@@ -17,11 +19,22 @@ from augment.core.rng import normal, rng
 from augment.diffusion.backbone import Trainable
 from augment.sources import Source
 from training.data.module import Batches
+from training.lightning import batches_done
 
-LEVELS = 1000  # of a process that names no number of trained ones
+_LEVELS = 1000  # of a process that names no number of trained ones
 
 
-class Noisings(Dataset[dict[str, Any]]):
+class Batch(TypedDict):
+    """A batch of `NoisedImages`: pixels, prompts, levels (n,), noises ε and directions Δ."""
+
+    image: Tensor
+    prompt: list[str]
+    level: Tensor
+    noise: Tensor
+    direction: Tensor
+
+
+class NoisedImages(Dataset[dict[str, object]]):
     """Images with a prompt, a level, a noise and a direction, drawn by number.
 
     Args:
@@ -29,7 +42,7 @@ class Noisings(Dataset[dict[str, Any]]):
         prompts: one an image, in the source's order.
         backbone: whose format and levels they are.
         drop: share of the images that lose their prompt, so that there is an unconditional model.
-        seed: of the dice.
+        seed: of all draws.
     """
 
     def __init__(
@@ -37,14 +50,14 @@ class Noisings(Dataset[dict[str, Any]]):
     ) -> None:
         self.source, self.prompts, self.drop, self.seed = source, prompts, drop, seed
         self.form, self.shape = (backbone.channels, backbone.resolution), backbone.latent_shape
-        self.levels: int = getattr(backbone.process, "train_steps", LEVELS)
+        self.levels: int = getattr(backbone.process, "train_steps", _LEVELS)
 
-    def __getitem__(self, number: int) -> dict[str, Any]:
-        dice = rng(self.seed, "step", number)
-        row = int(dice.integers(len(self.prompts)))
-        dropped = dice.random() < self.drop
-        level = float(dice.integers(1, self.levels, endpoint=True)) / self.levels
-        noise, direction = normal(dice, *self.shape), normal(dice, *self.shape)
+    def __getitem__(self, number: int) -> dict[str, object]:
+        generator = rng(self.seed, "step", number)
+        row = int(generator.integers(len(self.prompts)))
+        dropped = generator.random() < self.drop
+        level = float(generator.integers(1, self.levels, endpoint=True)) / self.levels
+        noise, direction = normal(generator, *self.shape), normal(generator, *self.shape)
         return {
             "image": self.source.load(self.source.samples[row][0], *self.form),
             "prompt": "" if dropped else self.prompts[row],
@@ -54,7 +67,7 @@ class Noisings(Dataset[dict[str, Any]]):
         }
 
 
-class Stream(Sampler[list[int]]):
+class NumberSampler(Sampler[list[int]]):
     """Numbers of training images, batch by batch, from where the training stands.
 
     Args:
@@ -78,29 +91,25 @@ class Stream(Sampler[list[int]]):
             yield list(range(first, first + self.size))
 
 
-class NoisingData(pl.LightningDataModule):
-    """`Noisings`, of which every rank takes its own."""
+class NoisedData(pl.LightningDataModule):
+    """`NoisedImages`, sharded by rank."""
 
-    def __init__(self, rows: Noisings, size: int, workers: int) -> None:
+    def __init__(self, images: NoisedImages, size: int, workers: int) -> None:
         super().__init__()
-        self.rows, self.size, self.workers = rows, size, workers
+        self.images, self.size, self.workers = images, size, workers
 
     def train_dataloader(self) -> Batches:
-        """This rank's batches."""
-        trainer: Any = self.trainer
-        progress = trainer.fit_loop.epoch_loop.batch_progress
-        stream = Stream(
-            self.size,
-            trainer.max_steps * trainer.accumulate_grad_batches,
-            lambda: progress.total.processed,
-            trainer.global_rank,
-            trainer.world_size,
-        )
-        return Batches(self.rows, batch_sampler=stream, num_workers=self.workers)
+        """Return this rank's batches."""
+        trainer = self.trainer
+        assert trainer is not None  # which asks for them
+        count = trainer.max_steps * trainer.accumulate_grad_batches
+        ranks = trainer.global_rank, trainer.world_size
+        sampler = NumberSampler(self.size, count, partial(batches_done, trainer), *ranks)
+        return Batches(self.images, batch_sampler=sampler, num_workers=self.workers)
 
 
 def read_captions(path: str | Path, source: Source) -> dict[str, str]:
-    """Captions by image id, of a ``metadata.jsonl`` as Hugging Face's image folders have it.
+    """Read captions by image id, of a ``metadata.jsonl`` as Hugging Face's image folders have it.
 
     A line is an image: ``{"file_name": "class/0.png", "text": "…"}``.
 
@@ -110,9 +119,9 @@ def read_captions(path: str | Path, source: Source) -> dict[str, str]:
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        told = getattr(error, "strerror", None) or "bytes that are no text"
-        raise UserError(f"expected captions at {path}, got {told}; correct the path") from None
-    known, found = {image_id for image_id, _ in source.samples}, {}
+        reason = getattr(error, "strerror", None) or "bytes that are no text"
+        raise UserError(f"expected captions at {path}, got {reason}; correct the path") from None
+    ids, captions = {image_id for image_id, _ in source.samples}, {}
     for number, line in enumerate(lines, 1):
         try:
             record = json.loads(line or "{}")
@@ -124,10 +133,10 @@ def read_captions(path: str | Path, source: Source) -> dict[str, str]:
                 f'expected {{"file_name": …, "text": …}} in every line of {path}, got '
                 f"{line[:60]!r} in line {number}; correct it"
             )
-        found[name] = text
-    if not known & found.keys():
+        captions[name] = text
+    if not ids & captions.keys():
         raise UserError(
-            f"expected captions in {path} for images such as {min(known)}, got none for any of "
+            f"expected captions in {path} for images such as {min(ids)}, got none for any of "
             "them; name files as below the folder of images"
         )
-    return {name: found[name] for name in found if name in known}
+    return {name: captions[name] for name in captions if name in ids}

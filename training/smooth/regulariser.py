@@ -1,7 +1,7 @@
 r"""Smooth Diffusion: a backbone trained on, until equal steps of noise are equal steps of image.
 
 Guo et al., *Smooth Diffusion*, CVPR 2024, arXiv 2312.04410. At a noise level u, let
-:math:`J = \partial \hat z_0 / \partial \varepsilon` tell how the clean estimate follows the noise
+:math:`J = \partial \hat z_0 / \partial \varepsilon` say how the clean estimate follows the noise
 in :math:`z_u = \alpha z_0 + \sigma\varepsilon`, and let Δ ~ N(0, I)/√(CHW) be a direction about one
 long. Then
 
@@ -38,11 +38,14 @@ from augment.diffusion import known_options
 from augment.diffusion.backbone import Backbone, Trainable
 from augment.diffusion.checkpoints.lora import inject_adapters
 from augment.diffusion.process import GOALS, PREDICTIONS, Process
+from training.checks import at_least, expect
+from training.models.finetune import ends_in
+from training.smooth.data import Batch
 
 PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
-"""What diffusers calls the four projections of an attention layer."""
+"""Names that diffusers gives the four projections of an attention layer."""
 
-RATE = 0.01  # of the running mean a
+_RATE = 0.01  # of the running mean a
 
 
 def measured(
@@ -54,7 +57,7 @@ def measured(
     direction: Float[Tensor, "n c h w"],
     graph: bool = True,
 ) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
-    """The base loss and v of each row; see the module.
+    """Return the base loss and v of each row; see the module.
 
     Args:
         process: the model's noising process.
@@ -84,8 +87,7 @@ def measured(
 class SmoothDiffusion(pl.LightningModule):
     """A backbone's network in training, by low-rank adapters (LoRA, arXiv 2106.09685) or in full.
 
-    A batch is what `training.smooth.data.Noisings` gives. The network is changed in place, so that
-    the backbone is the smoothed one afterwards.
+    The network is changed in place, so that the backbone is the smoothed one afterwards.
 
     Args:
         backbone: the model, in float32.
@@ -117,22 +119,19 @@ class SmoothDiffusion(pl.LightningModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        if min(weight, weight_decay, rank) < 0 or lr <= 0:
-            raise UserError(
-                "expected weight, weight_decay, rank ≥ 0 and lr > 0, got "
-                f"{weight}, {weight_decay}, {rank} and {lr}"
-            )
-        self.backbone = checked(backbone, rank)
+        at_least(0, weight=weight, rank=rank, weight_decay=weight_decay)
+        expect(lr > 0, "lr > 0", lr)
+        self.backbone = _checked(backbone, rank)
         self.weight, self.rank, self.lr, self.weight_decay = weight, rank, lr, weight_decay
         self.network = self.backbone.trainable()
         self.network.requires_grad_(not rank)
         if rank:
-            add_adapters(self.network, rank, targets, seed)
+            _add_adapters(self.network, rank, targets, seed)
         self.register_buffer("a", torch.tensor(math.nan))
         self.strict_loading = False  # a checkpoint has what is trained, not the whole network
 
-    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        """L of a batch."""
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Return L of a batch."""
         with torch.no_grad():
             clean = self.backbone.encode(batch["image"])
         condition = self.backbone.condition(batch["prompt"])
@@ -147,30 +146,30 @@ class SmoothDiffusion(pl.LightningModule):
         )
         self.follow(change)
         uneven = (change - self.a.clone()).square().mean()
-        told = {"base": base.mean(), "uneven": uneven}
-        self.log_dict(told, prog_bar=True, sync_dist=True)
+        self.log_dict({"base": base.mean(), "uneven": uneven}, prog_bar=True, sync_dist=True)
         self.log("a", self.a, prog_bar=True)  # the same on all ranks
         return base.mean() + self.weight * uneven
 
     def follow(self, change: Float[Tensor, " n"]) -> None:
-        """Let a follow the mean of v over all ranks."""
-        found: Any = self.all_gather(change.detach())
-        mean = found.mean()
-        self.a.copy_(mean if self.a.isnan() else self.a + RATE * (mean - self.a))
+        """Update the running mean ``a`` with the mean of v across ranks."""
+        gathered = self.all_gather(change.detach())
+        assert isinstance(gathered, Tensor)  # as one tensor was given
+        mean = gathered.mean()
+        self.a.copy_(mean if self.a.isnan() else self.a + _RATE * (mean - self.a))
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """AdamW of what is trained."""
+        """Make AdamW of what is trained."""
         tuned = [p for p in self.parameters() if p.requires_grad]
         return torch.optim.AdamW(tuned, lr=self.lr, weight_decay=self.weight_decay)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what is trained, and a."""
-        kept = {name for name, p in self.named_parameters() if p.requires_grad} | {"a"}
+        trained = {name for name, p in self.named_parameters() if p.requires_grad} | {"a"}
         state = checkpoint["state_dict"]
-        checkpoint["state_dict"] = {k: v for k, v in state.items() if k in kept}
+        checkpoint["state_dict"] = {k: v for k, v in state.items() if k in trained}
 
     def adapters(self) -> dict[str, Tensor]:
-        """The low-rank weights by diffusers' names, such as `load_backbone` takes for ``lora``."""
+        """Return the low-rank weights by diffusers' names, which `load_backbone` takes as lora."""
         from peft import get_peft_model_state_dict
 
         state: dict[str, Tensor] = get_peft_model_state_dict(self.network)
@@ -178,18 +177,14 @@ class SmoothDiffusion(pl.LightningModule):
         return {f"{part}.{k}": v.detach().cpu().contiguous() for k, v in state.items()}
 
 
-def checked(backbone: Backbone, rank: int) -> Trainable:
-    """A backbone that can be trained, and take afterwards what comes of it.
-
-    Raises:
-        UserError: it is another.
-    """
+def _checked(backbone: Backbone, rank: int) -> Trainable:
+    """Refuse a backbone that cannot be trained, or that cannot load what comes of it."""
     name = backbone.fingerprint["name"]
     if not isinstance(backbone, Trainable):
         raise UserError(f"expected a backbone with a network to train, got {name}; take another")
     if "lora" in backbone.fingerprint:
         raise UserError(
-            f"expected {name} without a LoRA, for the new one could not be loaded beside it, got "
+            f"expected {name} without a LoRA, beside which the new one could not be loaded, got "
             "one; leave it out"
         )
     if rank and "lora" not in known_options(type(backbone)):
@@ -203,20 +198,16 @@ def checked(backbone: Backbone, rank: int) -> Trainable:
     return backbone
 
 
-def add_adapters(network: nn.Module, rank: int, targets: Sequence[str], seed: int) -> None:
-    """Freeze a network but for low-rank adapters, which at first change nothing.
-
-    Raises:
-        UserError: peft is not installed, or a target is the name of no linear layer.
-    """
-    linear = [name for name, module in network.named_modules() if isinstance(module, nn.Linear)]
+def _add_adapters(network: nn.Module, rank: int, targets: Sequence[str], seed: int) -> None:
+    """Freeze a network but for low-rank adapters, which at first change nothing."""
     for target in targets:
-        if not any(f".{name}".endswith(f".{target}") for name in linear):
+        if not any(isinstance(module, nn.Linear) for _, module in ends_in(network, target)):
+            linear = [n for n, module in network.named_modules() if isinstance(module, nn.Linear)]
             ends = {re.sub(r".*\.(?=[a-z])", "", name) for name in linear}
             raise UserError(
                 f"expected targets out of the linear layers of {type(network).__name__}, such as "
                 f"{', '.join(sorted(ends))}, got {target!r}; correct it"
             )
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]):  # peft draws from the global generator
         torch.random.default_generator.manual_seed(seed)
         inject_adapters(network, rank, targets)
