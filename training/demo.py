@@ -196,14 +196,14 @@ def _write_sheet(root: Path, backbone: Backbone, bank: LatentBank) -> None:
     if (root / "sheet.png").exists():
         return
     bank = _of_shots(bank, 0)
-    planner = Planner(bank.members, seed=0, alpha=math.inf)
+    planner = Planner(bank.members, Mixing(alpha=math.inf))
     plans = [planner(0, label) for label in range(len(bank.classes))]
     source = Folder(root / "images")
     real = [source.load(plan.members[0], 1, 32) for plan in plans]
     latents = torch.stack([bank.latents(name)[0] for name in bank.classes])
     columns = {"real": real, "sampled back": sample(backbone, latents)}
     for rule in tqdm(_SHEET_RULES, "sheet", delay=2, leave=False):
-        columns[rule] = Synthesizer(backbone, bank, rule).images(plans)
+        columns[rule] = Synthesizer(backbone, bank, Rule.parse(rule)).images(plans)
     rows = {
         name: [images[row] for images in columns.values()] for row, name in enumerate(bank.classes)
     }
