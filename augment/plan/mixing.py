@@ -1,7 +1,6 @@
 """What is mixed: the settings of the random choices."""
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from augment.centroid.rule import Rule
@@ -55,16 +54,16 @@ class Mixing:
         >>> Mixing(alpha="inf").concentration, Mixing(alpha="10,1,1").concentration
         (inf, (10.0, 1.0, 1.0))
         """
-        if not isinstance(self.alpha, str):
-            several = isinstance(self.alpha, Sequence)
-            return tuple(map(float, self.alpha)) if several else float(self.alpha)
+        if isinstance(self.alpha, (int, float)):
+            return float(self.alpha)
+        numbers = self.alpha.split(",") if isinstance(self.alpha, str) else self.alpha
         try:
-            numbers = tuple(float(number) for number in self.alpha.split(","))
+            alphas = [float(number) for number in numbers]
         except ValueError:
             raise UserError(
                 f"expected a number, inf or numbers such as 10,1,1 for alpha, got {self.alpha!r}"
             ) from None
-        return numbers if len(numbers) > 1 else numbers[0]
+        return alphas[0] if isinstance(self.alpha, str) and len(alphas) == 1 else tuple(alphas)
 
     @property
     def alpha_json(self) -> float | str | list[float]:

@@ -112,20 +112,24 @@ class Planner:
             raise UserError(
                 f"expected classes from 1 to the {len(self.images)} there are, got {self.classes}"
             )
-        alpha = self._alpha
-        for name, ids in self.images.items() if isinstance(alpha, tuple) else ():
-            mixed = self.classes * self._count(ids)
-            if mixed != len(alpha):
-                raise UserError(
-                    f"expected one alpha for each member mixed, {mixed} with class {name!r}, got "
-                    f"{len(alpha)}; use one number for all, or members that every class has"
-                )
+        if isinstance(self._alpha, tuple):
+            self._check_alphas(len(self._alpha))
         if self.features is not None:
             self._check_features(self.features)
 
     @cached_property
     def _alpha(self) -> float | tuple[float, ...]:
         return self.mixing.concentration
+
+    def _check_alphas(self, count: int) -> None:
+        """Refuse alphas unless every class gives as many members."""
+        for name, ids in self.images.items():
+            mixed = self.classes * self._count(ids)
+            if mixed != count:
+                raise UserError(
+                    f"expected one alpha for each member mixed, {mixed} with class {name!r}, got "
+                    f"{count}; use one number for all, or members that every class has"
+                )
 
     def _count(self, ids: Sequence[str]) -> int:
         """Return how many members a class gives."""

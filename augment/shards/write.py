@@ -58,7 +58,7 @@ from augment.synthesis.filters import Filter, make_filter
 from augment.synthesis.refine import SeedSelect, check_sampling
 from augment.synthesis.synthesizer import Synthesizer, planner_of, resolve
 
-T = TypeVar("T")
+T = TypeVar("T", Sampling, Output)
 
 SETTINGS_COPIES = 2
 """Shards whose records hold the settings too, should the file of these be lost."""
@@ -137,7 +137,9 @@ class ShardJob:
         refuse_reserved(options, "name_or_path", "device", "dtype")
         recipe = bank.recipe_with(settings.backbone) | options
         where: dict[str, Any] = {"device": settings.device, "dtype": parse_dtype(settings.dtype)}
-        here = recipe | where | {"device": planning_device(settings.device, settings.executor)}
+        here: dict[str, Any] = (
+            recipe | where | {"device": planning_device(settings.device, settings.executor)}
+        )
         synthesizer = Synthesizer(
             load_backbone(**here),
             bank,
@@ -218,10 +220,8 @@ class ShardJob:
         """
         bank = self.synthesizer.bank
         digests = {name: bank.digests(name) for name in self.planner.images}
-        return {
-            name: {i: digests[name][i][:DIGITS] for i in ids}
-            for name, ids in self.planner.images.items()
-        }
+        images = self.planner.images.items()
+        return {name: {i: digests[name][i][:DIGITS] for i in ids} for name, ids in images}
 
     def plan(self) -> list[int]:
         """Return the number of images of each shard; write the settings, or compare them."""
@@ -388,7 +388,7 @@ class ShardJob:
 
 def contents(judge: Filter | SeedSelect) -> dict[str, Any]:
     """Return settings, a file or a folder of a model by its digest: shards depend on what it is."""
-    settings = asdict(judge)  # type: ignore[call-overload]
+    settings = dict(vars(judge))
     for key, value in settings.items():
         if isinstance(value, str) and value:
             settings[key] = model_digest(value) or value
@@ -451,4 +451,4 @@ def _image_counts(bank: LatentBank, settings: ShardSettings) -> int | dict[str, 
 
 def _part_of(settings: ShardSettings, kind: type[T]) -> T:
     """Return the part of the settings that one of their base classes holds."""
-    return kind(**{f.name: getattr(settings, f.name) for f in fields(kind)})  # type: ignore[arg-type]
+    return kind(**{f.name: getattr(settings, f.name) for f in fields(kind)})

@@ -37,7 +37,7 @@ from augment.sources.images import decode_image
 from augment.synthesis.filters.reference import Reference
 from augment.synthesis.refine import Goal, SeedSelect, check_sampling
 
-MAX_POINTS = 2**26
+MAX_POINTS = 2**24
 """Numbers of the latents that are mixed in one call."""
 
 

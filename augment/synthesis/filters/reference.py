@@ -159,13 +159,16 @@ def typical(
     real = Real(reference, describe, own)
 
     def judge(label: int) -> Callable[[Tensor], float]:
-        rows, values = real(label) if texts is None else (None, real.values(label))
+        if texts is None:
+            rows, values = real(label)
+            towards = rows.mean(0)
+        else:
+            values, towards = real.values(label), texts[label]
         if not len(values):
             raise UserError(
                 "expected a class with 2 real images or more, to know how alike they are, got one "
                 "image a class; take the filter classifier, or clip to the prompt"
             )
-        towards = texts[label] if rows is None else rows.mean(0)  # type: ignore[index]
         border, middle = values.quantile(values.new_tensor([quantile, 0.5])).tolist()
         spread = max(middle - border, FLOOR)
         return lambda row: ((row @ towards).item() - middle) / spread + 1
