@@ -1,6 +1,10 @@
 PY := .venv/bin/python
 REPRODUCTIONS := paths offset independent degeneracy seeds walks relations inversions seedselect \
 	smooth_diffusion
+# the packages whose __all__ is public; their other modules are not
+PUBLIC := augment augment.centroid augment.diffusion augment.explore augment.inversion \
+	augment.measure augment.networks augment.report augment.sources augment.synthesis.filters \
+	training.data.module training.models.classifier
 
 .PHONY: demo test test-slow lint bench reproduce docs wheel
 demo: .venv/demo
@@ -27,7 +31,8 @@ reproduce: .venv/dev
 
 docs: .venv/dev
 	.venv/bin/pip install -q -e '.[docs]'
-	.venv/bin/pdoc --math -d google -o runs/api augment training
+	$(PY) -c "from augment import *; from pdoc.__main__ import cli; cli()" \
+		--math -d google -o runs/api $(PUBLIC)
 	$(PY) scripts/make_notebook.py
 
 wheel: .venv/dev

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-HOMES = {
+_HOMES = {
     "LatentBank": "bank.bank",
     "Rule": "centroid",
     "walk": "centroid",
@@ -66,9 +66,9 @@ HOMES = {
 
 def __getattr__(name: str) -> Any:
     """Import a public name when it is asked for, so that the command is there before torch is."""
-    if name not in HOMES:
+    if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f"{__name__}.{HOMES[name]}"), name)
+    value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
     globals()[name] = value
     return value
 

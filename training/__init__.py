@@ -2,3 +2,5 @@
 
 pytorch_lightning, timm and torchmetrics live only here.
 """
+
+__all__: list[str] = []

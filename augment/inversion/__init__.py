@@ -25,6 +25,8 @@ from augment.inversion.negative_prompt import NegativePrompt
 from augment.inversion.null_text import NullText
 from augment.sources.images import prepare
 
+__all__ = ["INVERTERS", "Inverter", "check_guidance", "invert", "inverted", "inverter"]
+
 
 @runtime_checkable
 class Inverter(Protocol):

@@ -1,1 +1,3 @@
 """Synthetic images as webdataset shards: format, writing, reading, export."""
+
+__all__: list[str] = []

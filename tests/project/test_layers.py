@@ -1,6 +1,7 @@
 """Imports point one way, and heavy libraries stay where they belong."""
 
 import ast
+import re
 import subprocess
 import sys
 from importlib import import_module
@@ -137,9 +138,24 @@ def test_the_command_is_there_before_torch():
     assert imported("import augment, augment.cli", "torch numpy tqdm") == ""
 
 
+def public_packages():
+    """The modules that ``make docs`` shows."""
+    makefile = (ROOT / "Makefile").read_text().replace("\\\n", " ")
+    return re.search(r"^PUBLIC := (.*)$", makefile, re.M)[1].split()
+
+
+def test_every_folder_says_what_is_public_and_the_docs_show_that():
+    for path in [*ROOT.glob("augment/**/__init__.py"), *ROOT.glob("training/**/__init__.py")]:
+        name = ".".join(path.parent.relative_to(ROOT).parts)
+        module = import_module(name)
+        assert [word for word in module.__all__ if not hasattr(module, word)] == [], name
+        assert bool(module.__all__) == (name in public_packages()), name
+
+
 def test_public_names_are_where_the_table_says():
-    assert list(augment.HOMES) and set(augment.HOMES) == set(augment.__all__)
-    for name, home in augment.HOMES.items():
+    homes = augment._HOMES
+    assert homes and set(homes) == set(augment.__all__)
+    for name, home in homes.items():
         assert getattr(augment, name) is getattr(import_module(f"augment.{home}"), name)
     with pytest.raises(AttributeError, match="nonsense"):
         augment.nonsense  # noqa: B018

@@ -1,1 +1,3 @@
 """Real and synthetic images for training: draws, transforms, the data module."""
+
+__all__: list[str] = []

@@ -30,6 +30,8 @@ from training.data.identity import FileDigests, Images
 from training.data.transforms import Augmentation, evaluation
 from training.lightning import batches_done
 
+__all__ = ["ImageData"]
+
 Item = tuple[Tensor, Any, bool]
 """An image, its label, and whether it is synthetic."""
 

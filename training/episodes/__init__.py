@@ -1,1 +1,3 @@
 """N-way K-shot episodes."""
+
+__all__: list[str] = []

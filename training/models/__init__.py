@@ -1,1 +1,3 @@
 """Classifiers: networks, heads, losses, metrics, fine-tuning."""
+
+__all__: list[str] = []

@@ -35,6 +35,8 @@ from training.models.losses import LOSSES, class_weights, cost, smooth
 from training.models.metrics import LongTailMetrics, write_tables
 from training.models.networks import build_network, usual_resolution
 
+__all__ = ["Classifier"]
+
 OPTIMIZERS = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
 _TAUS = tuple(t / 10 for t in range(21))
 """What `Classifier.tau` is chosen from (Kang et al., arXiv 1910.09217)."""

@@ -1,1 +1,3 @@
 """Smooth Diffusion: training a backbone to be smooth."""
+
+__all__: list[str] = []
