@@ -53,6 +53,7 @@ from augment.core.registry import refuse_reserved
 from augment.core.schema import write
 from augment.diffusion import load_backbone, parse_dtype
 from augment.diffusion.backbone import Backbone, Recipe, check_batch
+from augment.diffusion.conditions import Given, Schedule
 from augment.diffusion.solver import sample
 from augment.inversion import INVERTERS, Inverter, check_guidance, inverted, inverter
 from augment.jobs.job import planning_device, run
@@ -396,12 +397,14 @@ class InversionJob:
         for key in {"latents", "nulls"} & made.keys():
             made[key] = made[key].half()
         if "errors" in self.stored:
-            nulls = made["nulls"].float()[made["null_rows"]] if "nulls" in made else None
-            negative = texts if self.method.negative == "prompt" else None
             latents, steps = made["latents"].float(), self.method.steps
+            negative: Given = texts if self.method.negative == "prompt" else None
+            if "nulls" in made:
+                nulls = made["nulls"].float()[made["null_rows"]]
+                negative = Schedule.by_step(backbone.process.levels(steps), nulls)
             back = sample(
                 backbone, latents, texts, self.method.solver, steps, scale, self.batch_size,
-                negative=negative, nulls=nulls,
+                negative=negative,
             )  # fmt: skip
             made["errors"] = (back.cpu() - images).square().flatten(1).mean(1)
         if "clean" in self.stored:

@@ -18,17 +18,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from augment.core.errors import UserError
+from augment.diffusion.conditions import ByLevel, Condition, Words, embed, stacked
 from augment.diffusion.process import Pair, Process, split
 
 T = TypeVar("T")
 Timestep = float | Float[Tensor, " n"]
 """The level as a network takes it: one number for all rows or, in training, one a row."""
-
-Condition = dict[str, Tensor]
-"""A network's inputs beside latent and timestep: tensors by name, a row an image each.
-
-The entry ``text`` holds floats that the network is differentiable in, if it can take a prompt.
-"""
 
 Recipe = dict[str, Any]
 """Arguments of `augment.diffusion.load_backbone`, as JSON: ``name_or_path`` and options."""
@@ -105,15 +100,15 @@ class Denoiser:
 
     Args:
         backbone: the model.
-        condition: of a batch.
-        both: for guidance, maps a level to the conditions of u and c in one, u's rows first.
+        condition: of a batch, by level.
+        both: for guidance, the conditions of u and c in one by level, u's rows first.
         guidance: scale.
         interval: lowest and highest level with guidance.
     """
 
     backbone: Backbone
-    condition: Condition
-    both: Callable[[float], Condition] | None = None
+    condition: ByLevel
+    both: ByLevel | None = None
     guidance: float = 1.0
     interval: tuple[float, float] = (0.0, 1.0)
 
@@ -126,54 +121,38 @@ class Denoiser:
             free, output = outputs.chunk(2)
             output = free + self.guidance * (output - free)
         else:
-            output = network(latent, timestep, self.condition)
+            output = network(latent, timestep, self.condition(level))
         return split(process, latent, output, level)
 
 
 def denoiser(
     backbone: Backbone,
-    prompts: Sequence[str],
+    prompts: Sequence[Words],
     guidance: float = 1.0,
     interval: tuple[float, float] = (0.0, 1.0),
-    negative: Sequence[str] | None = None,
-    nulls: Float[Tensor, "n steps ..."] | None = None,
+    negative: Sequence[Words] | None = None,
 ) -> Denoiser:
     """Build the denoiser of a batch, with classifier-free guidance if ``guidance`` is not 1.
 
     Args:
         backbone: the model.
-        prompts: one an image.
+        prompts: one an image, or embeddings or schedules; see `augment.diffusion.conditions`.
         guidance: see `Denoiser`.
         interval: see `Denoiser`.
-        negative: prompts to guide away from; empty ones by default. There is no guidance away from
-            the images' own prompts.
-        nulls: embeddings of null-text inversion to guide away from instead, for each image and
-            solver step; a level takes the nearest step's.
+        negative: what to guide away from, as ``prompts``; empty prompts by default. There is no
+            guidance away from the images' own prompts.
 
     Raises:
-        UserError: see `check_interval`.
+        UserError: see `check_interval` and `augment.diffusion.conditions.embed`.
     """
     check_interval(interval)
-    condition = backbone.condition(prompts)
-    negative = list(negative or [""] * len(prompts))
-    if guidance == 1 or (nulls is None and negative == list(prompts)):
+    condition = embed(backbone, prompts)
+    away_from = list(negative or [""] * len(prompts))
+    own = all(isinstance(a, str) and a == b for a, b in zip(prompts, away_from, strict=True))
+    if guidance == 1 or own:
         return Denoiser(backbone, condition)
-    free = backbone.condition(negative)
-    if nulls is None:
-        constant = _stack(free, condition)
-        return Denoiser(backbone, condition, lambda _: constant, guidance, interval)
-    levels = backbone.process.levels(nulls.shape[1])[1:]
-
-    def both(level: float) -> Condition:
-        step = min(range(len(levels)), key=lambda k: abs(levels[k] - level))
-        return _stack({**free, "text": nulls[:, step].to(free["text"])}, condition)
-
+    both = stacked(embed(backbone, away_from), condition)
     return Denoiser(backbone, condition, both, guidance, interval)
-
-
-def _stack(first: Condition, second: Condition) -> Condition:
-    """Concatenate the conditions of two batches."""
-    return {key: torch.cat([first[key], second[key]]) for key in first}
 
 
 def check_interval(interval: tuple[float, float]) -> None:

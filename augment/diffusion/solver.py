@@ -20,7 +20,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from augment.core.errors import UserError, lookup
-from augment.diffusion.backbone import Backbone, Denoiser, as_prompts, batched, denoiser
+from augment.diffusion.backbone import Backbone, Denoiser, batched, denoiser
+from augment.diffusion.conditions import Given, rows_of
 from augment.diffusion.process import Pair
 
 Solver = Callable[[Denoiser, Tensor, Sequence[float], Callable[[], Any]], Tensor]
@@ -152,34 +153,33 @@ SOLVERS: dict[str, Solver] = {
 def sample(
     backbone: Backbone,
     latents: Float[Tensor, "n c h w"],
-    prompts: str | Sequence[str] | None = None,
+    prompts: Given = None,
     solver: str = "fireflow",
     steps: int = 25,
     guidance: float = 1.0,
     batch_size: int = 64,
     interval: tuple[float, float] = (0.0, 1.0),
-    negative: str | Sequence[str] | None = None,
-    nulls: Float[Tensor, "n steps ..."] | None = None,
+    negative: Given = None,
 ) -> Float[Tensor, "n channels height width"]:
     """Sample and decode latents.
 
     Args:
         backbone: the model.
         latents: at the noisiest level, of the backbone's latent shape.
-        prompts: one for all, one a row, or none.
+        prompts: one for all, one a row, or none; or embeddings, or a schedule of either by level:
+            see `augment.diffusion.conditions`.
         solver: a key of `SOLVERS`.
         steps: solver steps, each a network evaluation (two with ``midpoint``; twice with guidance).
         guidance: scale of classifier-free guidance; 1 is none.
         batch_size: rows a network call; halved if they do not fit into a GPU's memory.
         interval: noise levels, of 0 to 1, between which there is guidance.
         negative: what to guide away from, as ``prompts``; the empty prompt by default.
-        nulls: embeddings of null-text inversion to guide away from instead.
 
     Returns:
         float32 images in [0, 1] on the backbone's device.
 
     Raises:
-        UserError: an unknown solver, no steps, or latents of another shape.
+        UserError: an unknown solver, no steps, or latents or embeddings of another shape.
     """
     run_solver = lookup(SOLVERS, solver, "solver")
     if tuple(latents.shape[1:]) != tuple(backbone.latent_shape):
@@ -188,13 +188,12 @@ def sample(
             f"got {tuple(latents.shape)}; invert images with this backbone"
         )
     check_steps(steps)
-    texts, others = as_prompts(prompts, len(latents)), as_prompts(negative, len(latents))
+    texts, others = rows_of(prompts, len(latents)), rows_of(negative, len(latents))
     levels = backbone.process.levels(steps)[::-1]
 
     @torch.no_grad()
     def run(rows: slice, tick: Callable[[], Any]) -> Tensor:
-        null = None if nulls is None else nulls[rows].to(backbone.device)
-        denoise = denoiser(backbone, texts[rows], guidance, interval, others[rows], null)
+        denoise = denoiser(backbone, texts[rows], guidance, interval, others[rows])
         latent = latents[rows].to(backbone.device, torch.float32)
         return backbone.decode(run_solver(denoise, latent, levels, tick))
 

@@ -78,7 +78,7 @@ class NullText(DDIM):
         """
         if denoise.both is None:  # no images, or `check_guidance` would have refused
             return {"latents": clean}
-        plain = Denoiser(denoise.backbone, denoise.condition)
+        plain, condition = Denoiser(denoise.backbone, denoise.condition), denoise.condition(1.0)
         levels = denoise.backbone.process.levels(self.steps)
         pivots = [clean]
         for here, there in pairwise(levels):
@@ -91,7 +91,7 @@ class NullText(DDIM):
         for number in reversed(range(self.steps)):
             step = _Step(denoise, free, owner, levels[number : number + 2])
             done = 50 * (self.steps - 1 - number) / self.steps  # the paper's i, of its 50 steps
-            conditional = step.evaluate(latent, denoise.condition)
+            conditional = step.evaluate(latent, condition)
             null = step.fit(latent, conditional, pivots[number], null, self.inner, done)
             latent = step.guided(latent, conditional, null, everyone)
             nulls.append(null.half().cpu())  # a bank's precision; and there are many of them

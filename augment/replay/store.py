@@ -208,7 +208,10 @@ def layout_of(dataset: Any, sample: Sample, capacity: int) -> JsonObject:
     layout |= {"length": len(dataset)}
     if (synthesizer := getattr(dataset, "synthesizer", None)) is not None:
         sampling = {k: v for k, v in vars(synthesizer.resolved).items() if k != "batch_size"}
-        layout |= sampling | {"rule": synthesizer.rule, "prompts": synthesizer.prompts}
+        layout |= sampling | {
+            "rule": synthesizer.rule,
+            "prompts": synthesizer.prompts and synthesizer.texts,
+        }
         layout |= {"fingerprint": synthesizer.bank.fingerprint}
     if (plan := getattr(dataset, "plan", None)) is not None:
         dataset.set_epoch(0)

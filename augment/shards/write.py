@@ -199,7 +199,7 @@ class ShardJob:
             **vars(self.output),
             "rule": str(made.rule),
             **vars(made.resolved),
-            "prompts": made.prompts or {},
+            "prompts": made.texts,
             **{key: getattr(mixing, key) for key in ("seed", "members", "noise")},
             "alpha": mixing.alpha_json,
             # else left out, as folders of older versions have it

@@ -43,7 +43,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from augment.core.errors import UserError
-from augment.diffusion.backbone import Backbone, Denoiser, as_prompts, batched, denoiser
+from augment.diffusion.backbone import Backbone, Denoiser, batched, denoiser
+from augment.diffusion.conditions import Given, rows_of
 from augment.diffusion.process import Pair
 from augment.diffusion.sampling import ResolvedSampling
 from augment.diffusion.solver import SOLVERS
@@ -225,10 +226,9 @@ class SeedSelect:
         backbone: Backbone,
         latents: Float[Tensor, "n c h w"],
         goals: Sequence[Goal],
-        prompts: str | Sequence[str] | None = None,
+        prompts: Given = None,
         sampling: ResolvedSampling = ResolvedSampling(),
-        negative: str | Sequence[str] | None = None,
-        nulls: Float[Tensor, "n steps ..."] | None = None,
+        negative: Given = None,
     ) -> Refined:
         """Refine latents for how `augment.sample` will sample them.
 
@@ -236,23 +236,21 @@ class SeedSelect:
             backbone: the model.
             latents: to begin from.
             goals: of each latent.
-            prompts: one for all, one a row, or none.
+            prompts: see `augment.sample`.
             sampling: the run of the solver, at least 3 steps.
-            negative: prompts to guide away from; the empty prompt by default.
-            nulls: embeddings of null-text inversion to guide away from instead.
+            negative: what to guide away from; the empty prompt by default.
 
         Raises:
             UserError: too few steps, or overflow in half precision.
         """
         check_sampling(sampling.steps)
-        texts, others = as_prompts(prompts, len(latents)), as_prompts(negative, len(latents))
+        texts, others = rows_of(prompts, len(latents)), rows_of(negative, len(latents))
         levels, see = backbone.process.levels(sampling.steps)[::-1], self.see(backbone)
 
         @torch.inference_mode(False)  # it differentiates, whatever the caller does
         def run(rows: slice, tick: Callable[[], Any]) -> Refined:
-            null = None if nulls is None else nulls[rows].to(backbone.device)
             how = sampling.guidance, sampling.interval
-            denoise = denoiser(backbone, texts[rows], *how, others[rows], null)
+            denoise = denoiser(backbone, texts[rows], *how, others[rows])
             features, clean = map(torch.stack, zip(*goals[rows], strict=True))
             goal = Goal(features, clean.to(backbone.device))
             start = latents[rows].to(backbone.device, torch.float32).clone()

@@ -7,7 +7,7 @@ otherwise, but for refined ones (`augment.synthesis.refine`).
 """
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
@@ -24,6 +24,7 @@ from augment.centroid.rule import Rule
 from augment.core.errors import AugmentWarning, BiasWarning, ImageRejected, UserError, lookup
 from augment.core.rng import normal, rng
 from augment.diffusion.backbone import Backbone
+from augment.diffusion.conditions import Given, Schedule, Words, embed, mix, rows_of
 from augment.diffusion.sampling import ResolvedSampling, Sampling
 from augment.diffusion.solver import sample
 from augment.inversion import INVERTERS
@@ -87,10 +88,13 @@ class Synthesizer:
         bank: the latents.
         rule: how they are mixed.
         sampling: how a centroid becomes an image.
-        prompts: of classes that are to be sampled with another prompt than they were inverted with.
+        prompts: of classes that are to be sampled with another prompt than they were inverted with;
+            or embeddings or schedules, see `augment.diffusion.conditions`.
         refine: what brings centroids nearer to their class before they are sampled, if anything.
         source: the bank's real images, which ``refine`` and filters compare with: their folder, or
             a data set; by default where they were.
+        blend: sample a plan of several classes with the embeddings of its members' prompts, mixed
+            by its weights, instead of the home class's prompt.
 
     Attributes:
         resolved: the sampling, with what it leaves to the bank.
@@ -104,9 +108,10 @@ class Synthesizer:
     bank: LatentBank
     rule: Rule = Rule()
     sampling: Sampling = Sampling()
-    prompts: dict[str, str] | None = None
+    prompts: Mapping[str, Words] | None = None
     refine: SeedSelect | None = None
     source: Source | str | Path | Any | None = None
+    blend: bool = False
     resolved: ResolvedSampling = field(init=False)
     _goals: dict[str, Goal] = field(default_factory=dict, init=False, repr=False)
     _nulls: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict, init=False, repr=False)
@@ -117,7 +122,8 @@ class Synthesizer:
         self.source = place_of(self.source)
         self.bank.check(self.backbone)
         self.resolved = resolve(self.bank, self.sampling)
-        if self.resolved.guidance != 1 and not any(map(self.prompt, self.bank.classes)):
+        prompted = (words for name in self.bank.classes if (words := self.prompt(name)) != "")
+        if self.resolved.guidance != 1 and next(prompted, None) is None:
             warnings.warn(
                 f"expected prompts to guide by, got guidance {self.resolved.guidance} and a bank "
                 "without; guidance does nothing",
@@ -218,10 +224,10 @@ class Synthesizer:
         self._warn_of_bias(plans, mixture)
         centroids, losses = mixture.centroids, None
         if self.refine:
-            prompts, guide = self._conditions(plans)
+            prompts, negative = self._conditions(plans)
             goals = [self.goal(plan) for plan in plans]
             centroids, losses = self.refine(
-                self.backbone, centroids, goals, prompts, self.resolved, **guide
+                self.backbone, centroids, goals, prompts, self.resolved, negative
             )
         return self.sample(centroids, plans), losses
 
@@ -229,17 +235,28 @@ class Synthesizer:
         self, latents: Float[Tensor, "n c h w"], plans: Sequence[Plan]
     ) -> Float[Tensor, "n channels height width"]:
         """Sample latents with the prompts and embeddings of plans, one of each."""
-        prompts, guide = self._conditions(plans)
-        return sample(self.backbone, latents, prompts, **vars(self.resolved), **guide)
+        prompts, negative = self._conditions(plans)
+        return sample(self.backbone, latents, prompts, **vars(self.resolved), negative=negative)
 
-    def _conditions(self, plans: Sequence[Plan]) -> tuple[list[str], dict[str, Any]]:
+    def _conditions(self, plans: Sequence[Plan]) -> tuple[list[Words], Given]:
         """Return the prompts of plans, and what is guided away from."""
-        own = [self.bank.prompt(plan.class_name) for plan in plans]
         away_from = INVERTERS[self.bank.inversion["method"]].negative
-        negative = own if away_from == "prompt" else None
-        nulls = torch.stack([self.null(p) for p in plans]) if self.has_nulls else None
-        guide = {"negative": negative, "nulls": nulls}
-        return [self.prompt(plan.class_name) for plan in plans], guide
+        negative: Given = None
+        if away_from == "prompt":
+            negative = [self.bank.prompt(plan.class_name) for plan in plans]
+        elif self.has_nulls:
+            nulls = torch.stack([self.null(plan) for plan in plans])
+            levels = self.backbone.process.levels(self.bank.inversion["steps"])
+            negative = Schedule.by_step(levels, nulls)
+        return [self._words(plan) for plan in plans], negative
+
+    def _words(self, plan: Plan) -> Words:
+        """Return what a plan is sampled with."""
+        names = plan.member_classes
+        if not self.blend or set(names) == {plan.class_name}:
+            return self.prompt(plan.class_name)
+        rows = embed(self.backbone, rows_of([self.prompt(name) for name in names], len(names)))
+        return mix(rows(1.0), torch.tensor([plan.weights]))
 
     def goal(self, plan: Plan) -> Goal:
         """Return what a plan's centroid is refined for: the means of its class's real images.
@@ -301,9 +318,27 @@ class Synthesizer:
             and INVERTERS[self.bank.inversion["method"]].negative == "null_embeddings"
         )
 
-    def prompt(self, class_name: str) -> str:
+    def prompt(self, class_name: str) -> Words:
         """Return what a class is sampled with."""
         return (self.prompts or {}).get(class_name, self.bank.prompt(class_name))
+
+    @property
+    def texts(self) -> dict[str, str]:
+        """Return the prompts that replace the bank's, for records.
+
+        Raises:
+            UserError: some are embeddings or schedules, which no record holds.
+        """
+        texts: dict[str, str] = {}
+        for name, words in (self.prompts or {}).items():
+            if not isinstance(words, str):
+                raise UserError(
+                    f"expected prompts as text where images are kept on disk, got "
+                    f"{type(words).__name__} for class {name!r}; take SyntheticDataset or "
+                    "Synthesizer for embeddings and schedules"
+                )
+            texts[name] = words
+        return texts
 
     def check(self, plans: Sequence[Plan]) -> None:
         """Refuse plans whose images cannot be made, before any is.
@@ -312,7 +347,7 @@ class Synthesizer:
             UserError: a prompt that the backbone does not take, a rule that does not fit, a
                 file of the bank that is damaged, or, to refine, no network or real images.
         """
-        self.backbone.condition([self.prompt(plan.class_name) for plan in plans])
+        embed(self.backbone, rows_of([self._words(plan) for plan in plans], len(plans)))
         if self.refine:
             self.refine.see(self.backbone)
             self.real(plans[0].class_name)

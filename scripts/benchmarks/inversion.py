@@ -16,6 +16,7 @@ from torch import Tensor
 
 from augment import invert, load_backbone, sample
 from augment.diffusion import Backbone
+from augment.diffusion.conditions import Schedule
 from augment.inversion import inverted, inverter
 from augment.measure.reconstruction import reconstruction
 from augment.sources import Folder
@@ -83,8 +84,9 @@ def null_text(args: argparse.Namespace, backbone: Backbone) -> Iterator[Comparis
 
     def back(found: dict[str, Tensor]) -> float:
         nulls = found["nulls"][found["null_rows"]]
+        negative = Schedule.by_step(backbone.process.levels(steps), nulls)
         sampling = found["latents"], prompts, "ddim", steps, GUIDANCE
-        return mse(sample(backbone, *sampling, nulls=nulls))
+        return mse(sample(backbone, *sampling, negative=negative))
 
     def against_ours() -> str:
         one, other = batch.result, alone.result

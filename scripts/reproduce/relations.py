@@ -48,7 +48,7 @@ def there_and_back(backbone: Backbone, noises: Tensor, steps: int) -> dict[str, 
         for start in range(0, len(noises), BATCH):
             rows = slice(start, start + BATCH)
             texts = [""] * len(noises[rows])
-            denoise = denoiser(backbone, texts, 1.0, (0.0, 1.0), texts, None)
+            denoise = denoiser(backbone, texts)
             latent = noises[rows].to(backbone.device)
             ways = [latent]
             for first, last in pairwise(stops):

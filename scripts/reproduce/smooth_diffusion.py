@@ -28,6 +28,7 @@ from augment.bank.fill import fill_bank
 from augment.centroid import Rule
 from augment.core.rng import normal, rng
 from augment.diffusion import Backbone, load_backbone
+from augment.diffusion.conditions import Schedule
 from augment.diffusion.solver import sample
 from augment.inversion import invert
 from augment.measure.features import deviation, frechet_distance
@@ -116,9 +117,12 @@ class Study:
         for name in ("ddim", "null_text"):
             run = inverter(name, steps=steps)
             found = inverted(run, backbone, real, texts, GUIDANCE)
-            nulls = found["nulls"][found["null_rows"]] if "nulls" in found else None
+            negative = None
+            if "nulls" in found:
+                nulls = found["nulls"][found["null_rows"]]
+                negative = Schedule.by_step(backbone.process.levels(steps), nulls)
             made[f"{name} guided"] = sample(
-                backbone, found["latents"], texts, "ddim", steps, GUIDANCE, nulls=nulls
+                backbone, found["latents"], texts, "ddim", steps, GUIDANCE, negative=negative
             )
         return made
 

@@ -5,6 +5,7 @@ import torch
 from checkpoints import PROMPT, sd3, stable_diffusion
 
 from augment import load_backbone, sample
+from augment.diffusion.conditions import Schedule
 from augment.inversion import inverted, inverter
 
 MAKERS = {
@@ -60,5 +61,6 @@ def test_null_text_brings_guided_sampling_nearer_to_the_images(backbone, images)
     assert all(kept[key].isfinite().all() for key in ("latents", "nulls"))
     options = {"prompts": PROMPT, "solver": "ddim", "steps": 3, "guidance": GUIDANCE}
     plain = errors(backbone, images, kept["latents"], **options)
-    repaired = errors(backbone, images, kept["latents"], nulls=kept["nulls"], **options)
+    negative = Schedule.by_step(backbone.process.levels(3), kept["nulls"])
+    repaired = errors(backbone, images, kept["latents"], negative=negative, **options)
     assert (repaired < 0.95 * plain).all()

@@ -6,6 +6,7 @@ from conftest import snapshot
 
 from augment import LatentBank, Plan, Rule, UserError, sample
 from augment.bank.fill import fill_bank
+from augment.diffusion.conditions import Schedule
 from augment.inversion import inverted, inverter
 from augment.plan.planner import Planner
 from augment.sources import Folder
@@ -33,7 +34,9 @@ def psnr(images, others):
 
 
 def back(tiny, latents, nulls=None, guidance=GUIDANCE, **more):
-    return sample(tiny, latents, "top", "ddim", STEPS, guidance, nulls=nulls, **more)
+    if nulls is not None:
+        more["negative"] = Schedule.by_step(tiny.process.levels(STEPS), nulls)
+    return sample(tiny, latents, "top", "ddim", STEPS, guidance, **more)
 
 
 def test_the_guided_sampler_gives_the_images_back(tiny, coats, found):
