@@ -27,7 +27,7 @@ if TYPE_CHECKING:  # the types of options, which jsonargparse imports when it sh
     from augment.sources import Source
 if TYPE_CHECKING is True:  # jsonargparse passes this by: training imports Lightning, for seconds
     import training.episodes.evaluate
-    import training.smooth.run
+    import training.smooth.settings
 
 Record = dict[str, Any]
 """What a command did, as JSON."""
@@ -125,7 +125,7 @@ def episodes(settings: "training.episodes.evaluate.EpisodeSettings") -> None:
     run_episodes(settings)
 
 
-def smooth(settings: "training.smooth.run.SmoothSettings") -> Record:
+def smooth(settings: "training.smooth.settings.SmoothSettings") -> Record:
     """Train a backbone so that equal steps of noise are equal steps of image (Smooth Diffusion).
 
     Examples:

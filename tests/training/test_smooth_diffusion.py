@@ -20,7 +20,8 @@ from augment.shards.dataset import open_images
 from augment.sources import Folder, as_source
 from training.smooth.data import NoisedImages, NumberSampler, read_captions
 from training.smooth.regulariser import PROJECTIONS, SmoothDiffusion, measured
-from training.smooth.run import SmoothSettings, smooth_backbone
+from training.smooth.run import smooth_backbone
+from training.smooth.settings import SmoothSettings
 
 PROCESSES = {
     "epsilon": VariancePreserving("epsilon"),
