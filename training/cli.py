@@ -13,7 +13,7 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 
 from augment.core.errors import UserError
-from augment.core.files import locked, remember, write_json, write_table
+from augment.core.files import JsonObject, locked, remember, write_json, write_table
 from augment.networks.timm import check_names, read_weights
 from training import lightning
 from training.data.identity import IMAGES
@@ -43,7 +43,7 @@ class TrainCLI(LightningCLI):
     """
 
     subcommand: str
-    stored: dict[str, Any]
+    stored: JsonObject
     measured: dict[str, float] | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -219,7 +219,7 @@ class TrainCLI(LightningCLI):
         if begun:
             config["ckpt_path"] = str(last)
 
-    def _settings(self) -> dict[str, Any]:
+    def _settings(self) -> JsonObject:
         """Return what a resumed training must have in common with the one before."""
         text = self.parser.dump(self.config, skip_link_targets=False)
         config = yaml.safe_load(text)["fit"]

@@ -12,7 +12,6 @@ import statistics
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import pytorch_lightning as pl
 import torch
@@ -22,7 +21,7 @@ from augment.bank.bank import LatentBank
 from augment.bank.fill import fill_bank
 from augment.centroid import Rule
 from augment.centroid.residuals import mix
-from augment.core.files import read_json, remember, write_json
+from augment.core.files import JsonObject, read_json, remember, write_json
 from augment.diffusion import Backbone, load_backbone
 from augment.diffusion.solver import sample
 from augment.plan.mixing import Mixing
@@ -210,7 +209,7 @@ def _write_sheet(root: Path, backbone: Backbone, bank: LatentBank) -> None:
     sheet(rows, list(columns)).save(root / "sheet.png")
 
 
-def summarise(accuracies: dict[str, list[float]]) -> Iterator[dict[str, Any]]:
+def summarise(accuracies: dict[str, list[float]]) -> Iterator[JsonObject]:
     """Yield a record a row; gains are paired with the classical row, seed by seed."""
     room = statistics.mean(accuracies[TWICE]) - statistics.mean(accuracies[BASE])
     for row in ROWS:
@@ -231,7 +230,7 @@ def summarise(accuracies: dict[str, list[float]]) -> Iterator[dict[str, Any]]:
         }
 
 
-def _report(root: Path, records: list[dict[str, Any]]) -> None:
+def _report(root: Path, records: list[JsonObject]) -> None:
     """Print the table and where everything is."""
     print(f"\n{SHOTS} labelled images a class, {records[0]['seeds']} seeds, ± 95 % (Student's t)\n")
     heads = ("row", 29), ("accuracy", 13), ("gain over classical", 19), ("of twice the shots", 18)

@@ -19,6 +19,9 @@ from torch.serialization import MAP_LOCATION
 from augment.core.errors import UserError
 from augment.core.files import TEMPORARY, Lock, replacing
 
+Checkpoint = dict[str, Any]
+"""What Lightning keeps of a training."""
+
 _SAID_OF_EVERY_RUN = (
     ".*tensorboardX.*",  # without TensorBoard Lightning logs to CSV, which is what we want
     ".*Checkpoint directory .* exists and is not empty.*",
@@ -71,7 +74,7 @@ class SafeCheckpoints(TorchCheckpointIO):
         path: str | Path,
         map_location: MAP_LOCATION = None,
         weights_only: bool | None = None,
-    ) -> dict[str, Any]:
+    ) -> Checkpoint:
         """Read a checkpoint; nothing is unpickled but tensors and plain values."""
         try:
             return torch.load(Path(path), map_location=map_location or "cpu", weights_only=True)
@@ -152,7 +155,7 @@ def csv_log(root: Path, subcommand: str = "fit") -> CSVLogger:
     return CSVLogger(root, name="", version="")
 
 
-def prepare_resume(checkpoint: dict[str, Any]) -> None:
+def prepare_resume(checkpoint: Checkpoint) -> None:
     """Correct the loop counters of a checkpoint that was not written after a batch within an epoch.
 
     Lightning 2.6 resumes correctly only there. After an epoch's end it takes one batch of

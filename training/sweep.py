@@ -19,7 +19,7 @@ from tqdm import tqdm
 from augment.cli import main
 from augment.config import allowed, quote_names
 from augment.core.errors import UserError
-from augment.core.files import locked, read_json, remember, write_table
+from augment.core.files import JsonObject, locked, read_json, remember, write_table
 from training.checks import expect
 from training.data.identity import IMAGES
 from training.data.module import ImageData
@@ -37,7 +37,7 @@ _Loader.add_implicit_resolver("tag:yaml.org,2002:float", _SCIENTIFIC, list("-+.0
 _SEEDED = {"FewShot": "seed", "LongTail": "seed", "SyntheticDataset": "mixing.seed"}
 """The argument for the seed of each class that draws random numbers of its own."""
 
-Config = dict[str, Any]
+Config = JsonObject
 """Settings by name, nested; or by dotted name."""
 
 
@@ -46,7 +46,7 @@ def sweep(
     out: str,
     seeds: int = 5,
     vary: dict[str, list[Any]] | None = None,
-    given: dict[str, Any] | None = None,
+    given: Config | None = None,
 ) -> None:
     """Train and test with several seeds, and print the mean and its 95 % interval.
 

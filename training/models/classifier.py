@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torchvision.transforms import v2
 
 from augment.core.errors import AugmentWarning, UserError, lookup
+from augment.core.files import JsonObject
 from augment.core.registry import make
 from augment.core.rng import rng
 from augment.diffusion.checkpoints.hub import brief
@@ -29,7 +30,7 @@ from augment.networks.timm import (
     recipe,
 )
 from training.checks import at_least, expect
-from training.lightning import batches_done, prepare_resume
+from training.lightning import Checkpoint, batches_done, prepare_resume
 from training.models import finetune
 from training.models.losses import LOSSES, class_weights, cost, smooth
 from training.models.metrics import LongTailMetrics, write_tables
@@ -180,7 +181,7 @@ class Classifier(pl.LightningModule):
         """The names of the classes, or else their labels."""
         return self.hp.class_names or [str(label) for label in range(len(self.counts))]
 
-    def _build(self, stored: dict[str, Any], classes: int, pretrained: bool) -> nn.Module:
+    def _build(self, stored: JsonObject, classes: int, pretrained: bool) -> nn.Module:
         """Build the network as asked, or as a checkpoint's settings say; note what rebuilds it."""
         hp, start = self.hp, self.hp.start or ""
         sourced = start if start.startswith(SOURCE_PREFIXES) else None
@@ -303,7 +304,7 @@ class Classifier(pl.LightningModule):
         model.load_state_dict(weights.record["state_dict"])
         return model
 
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+    def on_load_checkpoint(self, checkpoint: Checkpoint) -> None:
         """Take the priors, refuse a checkpoint of other classes, and correct its counters."""
         prepare_resume(checkpoint)
         hp, stored = self.hp, checkpoint["hyper_parameters"]
@@ -320,7 +321,7 @@ class Classifier(pl.LightningModule):
             old = Weights({}, None, stored, True, {})
             self.mean_std.copy_(old.pixels(self.network, hp.channels))
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+    def on_save_checkpoint(self, checkpoint: Checkpoint) -> None:
         """Note mean and deviation among the hyperparameters too, where they can be read."""
         checkpoint["hyper_parameters"].update(mean=list(self.mean), std=list(self.std))
 

@@ -25,7 +25,6 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
 
 import pytorch_lightning as pl
 import torch
@@ -39,6 +38,7 @@ from augment.diffusion.backbone import Backbone, Trainable
 from augment.diffusion.checkpoints.lora import inject_adapters
 from augment.diffusion.process import GOALS, PREDICTIONS, Process
 from training.checks import at_least, expect
+from training.lightning import Checkpoint
 from training.models.finetune import ends_in
 from training.smooth.data import Batch
 
@@ -162,7 +162,7 @@ class SmoothDiffusion(pl.LightningModule):
         tuned = [p for p in self.parameters() if p.requires_grad]
         return torch.optim.AdamW(tuned, lr=self.lr, weight_decay=self.weight_decay)
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+    def on_save_checkpoint(self, checkpoint: Checkpoint) -> None:
         """Keep what is trained, and a."""
         trained = {name for name, p in self.named_parameters() if p.requires_grad} | {"a"}
         state = checkpoint["state_dict"]
