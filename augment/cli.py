@@ -170,7 +170,7 @@ def limit_spinning() -> None:
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 
-def terminate(*_: Any) -> None:
+def terminate(*_: object) -> None:
     """End the work like an interrupt; ``timeout`` sends the signal twice, so only the first counts.
 
     Raises:

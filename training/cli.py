@@ -286,7 +286,7 @@ class TrainCLI(LightningCLI):
             write_json(folder / "test.json", self.measured)
 
 
-def _listed(value: Any) -> list[Any]:
+def _listed(value: object) -> list[Any]:
     """Return a setting that may be None, one or several as a list."""
     return value if isinstance(value, list) else [] if value is None else [value]
 

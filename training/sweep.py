@@ -161,7 +161,7 @@ def seeded(config: Any, seed: int) -> Any:
     return made
 
 
-def assign(config: Config, key: str, value: Any) -> None:
+def assign(config: Config, key: str, value: object) -> None:
     """Set ``a.b.c`` in nested dictionaries."""
     *path, last = key.split(".")
     for part in path:

@@ -152,7 +152,7 @@ class LatentBank:
         name = self.manifest.fingerprint.backbone["name"]
         return local_recipe(self.manifest.recipe or {"name_or_path": name})
 
-    def recipe_with(self, backbone: str | None = None) -> dict[str, Any]:
+    def recipe_with(self, backbone: str | None = None) -> Recipe:
         """Return the arguments of `load_backbone` that make the backbone, or another one.
 
         Args:

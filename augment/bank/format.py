@@ -42,7 +42,7 @@ from itertools import chain
 from operator import itemgetter
 from pathlib import Path
 from types import NoneType
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 from augment.core.errors import BankMismatch, Damaged, ImageRejected, Missing, UserError
 from augment.core.files import JsonObject, damaged, read_file, reading, sha256
@@ -124,7 +124,7 @@ class BankSettings:
             raise ValueError("a recipe with a device or dtype")
 
 
-def _is_path(value: Any) -> bool:
+def _is_path(value: object) -> bool:
     """Tell whether a value is None, or text that an operating system takes for a path."""
     text = value or ""
     return isinstance(text, str) and len(text) < 4096 and max(map(len, text.split("/"))) < 256

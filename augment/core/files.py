@@ -336,7 +336,7 @@ def remember(path: Path, settings: JsonObject, option: str, begun: bool = True) 
     write_json(path, settings)
 
 
-def difference(old: Any, new: Any, name: str = "") -> tuple[str, str, str] | None:
+def difference(old: object, new: object, name: str = "") -> tuple[str, str, str] | None:
     """Return the first setting that differs, by its dotted name, and both values.
 
     >>> difference({"model": {"lr": 0.1}}, {"model": {"lr": 0.2}})

@@ -75,7 +75,7 @@ def refuse_reserved(settings: Mapping[str, Any], *reserved: str) -> None:
             )
 
 
-def _is_a(value: Any, kind: Any) -> bool:
+def _is_a(value: object, kind: object) -> bool:
     """Tell whether a value is of an annotated type; true and false are no numbers."""
     if kind in (Any, Parameter.empty):
         return True

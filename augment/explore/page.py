@@ -190,10 +190,10 @@ class Page:
         """Return an error as gradio shows it."""
         return self.gr.Error(widgets.shown(str(error)), print_exception=False)
 
-    def choice(self, mixture: Mixture, rule: str, *how: Any) -> Choice:
+    def choice(self, mixture: Mixture, rule: str, *how: float | str) -> Choice:
         """Return the choice of a mixture, a rule, and solver, steps and guidance."""
         solver, steps, guidance = how
-        sampling = self.explorer.sampling(solver, int(steps), float(guidance))
+        sampling = self.explorer.sampling(str(solver), int(steps), float(guidance))
         return Choice(mixture[0], rule, sampling, mixture[1])
 
     def side(self, choice: Choice) -> list[str]:
@@ -209,7 +209,7 @@ class Page:
         first = self.explorer.start(self.named[name], len(plan.members))
         return replace(first, noise=plan.noise, seed=plan.seed), None
 
-    def same(self, plan: Plan, alpha: float | None, _: Any) -> Mixture:
+    def same(self, plan: Plan, alpha: float | None, _: object) -> Mixture:
         """Leave the mixture as it is."""
         return plan, alpha
 
@@ -243,7 +243,7 @@ class Page:
         """Take another share of noise."""
         return replace(plan, noise=float(noise)), alpha
 
-    def keep(self, kept: list[Choice], mixture: Mixture, rule: str, *how: Any) -> list[Any]:
+    def keep(self, kept: list[Choice], mixture: Mixture, rule: str, *how: float | str) -> list[Any]:
         """Put an image into the tray, if it is not there."""
         choice = self.choice(mixture, rule, *how)
         return self.show_tray([*kept, *([] if choice in kept else [choice])])
@@ -271,13 +271,13 @@ class Page:
         return {widgets.shown(i): i for i in self.bank.members[self.named[name]]}
 
     def walk(
-        self, home: str, first: str, away: str, last: str, name: str, count: int, *how: Any
+        self, home: str, first: str, away: str, last: str, name: str, count: int, *how: float | str
     ) -> str:
         """Return a walk, ready to be played."""
         solver, steps, guidance = how
         ends = [(self.named[n], self.ids_of(n).get(i, i)) for n, i in ((home, first), (away, last))]
         try:
-            sampling = self.explorer.sampling(solver, int(steps), float(guidance))
+            sampling = self.explorer.sampling(str(solver), int(steps), float(guidance))
             images, norms = self.explorer.walk(ends, name, int(count), sampling)
         except UserError as error:
             raise self.error(error) from None

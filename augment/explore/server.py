@@ -10,7 +10,7 @@ import ipaddress
 import os
 import re
 import warnings
-from collections.abc import Awaitable, Callable, Iterator, Set
+from collections.abc import Awaitable, Callable, Iterator, MutableMapping, Set
 from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any
@@ -29,6 +29,10 @@ POLICY = (
     "style-src 'self' 'unsafe-inline'; script-src 'self' 'unsafe-inline' 'unsafe-eval'"
 )
 
+Message = MutableMapping[str, Any]
+Handler = Callable[..., Awaitable[Any]]
+"""A request and its messages, and what takes or gives them, as ASGI has them."""
+
 
 class Gate:
     """ASGI middleware: only the page's own paths, under the names of this machine.
@@ -38,13 +42,13 @@ class Gate:
         hosts: names it may be called by; None is any.
     """
 
-    def __init__(self, app: Callable[..., Awaitable[None]], hosts: Set[str] | None) -> None:
+    def __init__(self, app: Handler, hosts: Set[str] | None) -> None:
         self.app, self.hosts = app, hosts
 
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+    async def __call__(self, scope: Message, receive: Handler, send: Handler) -> None:
         """Pass on, or refuse with status 403."""
 
-        async def guarded(message: Any) -> None:
+        async def guarded(message: Message) -> None:
             if message["type"] == "http.response.start":
                 policy = (b"content-security-policy", POLICY.encode())
                 message = {**message, "headers": [*message.get("headers", []), policy]}
@@ -55,7 +59,7 @@ class Gate:
         await send({"type": "http.response.start", "status": 403, "headers": []})
         return await send({"type": "http.response.body", "body": b"not served here"})
 
-    def passes(self, scope: Any) -> bool:
+    def passes(self, scope: Message) -> bool:
         """Whether a request is one of the page's own."""
         host = dict(scope.get("headers", [])).get(b"host", b"").decode("latin-1")
         known = self.hosts is None or re.sub(r":\d+$", "", host) in self.hosts

@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from threading import RLock
-from typing import Any
 
 from jaxtyping import Float
 from PIL import Image
@@ -21,7 +20,7 @@ from augment.centroid import Rule, walk
 from augment.centroid.prior import nominal_norm
 from augment.core.errors import ImageRejected, UserError
 from augment.core.files import check_folder
-from augment.diffusion.backbone import Backbone
+from augment.diffusion.backbone import Backbone, Recipe
 from augment.diffusion.sampling import ResolvedSampling, Sampling
 from augment.plan.mixing import Mixing
 from augment.plan.plan import Plan
@@ -83,7 +82,7 @@ class Explorer:
 
     bank: LatentBank
     backbone: Backbone
-    recipe: dict[str, Any]
+    recipe: Recipe
     source: Path | Source | None = None
     out: Path | None = None
     _lock: RLock = field(default_factory=RLock, init=False, repr=False)

@@ -183,7 +183,7 @@ def _received(where: str, copies: list[Any]) -> Store:
     return store
 
 
-def form_of(image: Any, label: Any) -> tuple[list[Any], np.ndarray]:
+def form_of(image: object, label: object) -> tuple[list[Any], np.ndarray]:
     """Return [shape of an image, dtype and shape of its label], and the label as an array."""
     if not (isinstance(image, Tensor) and image.ndim == 3 and image.is_floating_point()):
         form = f"{image.dtype} {list(image.shape)}" if isinstance(image, Tensor) else type(image)

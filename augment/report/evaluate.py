@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float, Int
@@ -20,7 +20,7 @@ from tqdm import tqdm
 from augment.bank.bank import LatentBank
 from augment.centroid import Rule
 from augment.core.errors import UserError, first_few
-from augment.core.files import check_folder, write_bytes, write_json, write_table
+from augment.core.files import JsonObject, check_folder, write_bytes, write_json, write_table
 from augment.diffusion import Backbone
 from augment.measure.bias import predicted_bias
 from augment.measure.features import (
@@ -42,6 +42,9 @@ from augment.shards.dataset import Shards
 from augment.sources import Source
 from augment.sources.images import prepare
 from augment.synthesis.synthesizer import Synthesizer
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Row = dict[str, str | float]
 """Cells by the titles of their columns."""
@@ -77,7 +80,7 @@ class Evaluation:
         lines = [self.title, *map(str, self.findings)]
         return "\n".join([*lines, "", *markdown(self.overall), "", *markdown(self.classes)])
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> JsonObject:
         """Return the tables for JSON, which has no NaN."""
         tables = {"overall": self.overall, "classes": self.classes}
         return {"title": self.title} | {
@@ -199,7 +202,7 @@ def _reconstruct(
     return row
 
 
-def _draw_bank(figure: Any, health: Sequence[ClassHealth]) -> None:
+def _draw_bank(figure: "Figure", health: Sequence[ClassHealth]) -> None:
     """Draw norms against the chi law, and what ``fix/0`` makes of the bias of each class."""
     left, right = figure.subplots(1, 2)
     norms = [norm for c in health for norm in c.norms]
@@ -370,7 +373,7 @@ def _class_rows(
         }
 
 
-def _draw_images(figure: Any, near: Tensor, among: Tensor, rows: Iterable[Row]) -> None:
+def _draw_images(figure: "Figure", near: Tensor, among: Tensor, rows: Iterable[Row]) -> None:
     """Draw class distances by class, and distances to the nearest real image."""
     left, right = figure.subplots(1, 2)
     order = sorted(rows, key=lambda row: -float(row["class distance"]))[:40]

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from time import perf_counter
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -188,7 +188,7 @@ class Gallery:
         folder = self.provenance.folder
         for row in folder.rows(name)[:KEPT] if folder else []:
             shards = folder.shards  # type: ignore[union-attr]
-            about: dict[str, Any] = shards.about(row)
+            about = shards.about(row)
             plan, rule, scores = shards.plan(row), str(about.get("rule", "")), about.get("scores")
             yield Tile(
                 "kept",

@@ -40,7 +40,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from augment.core.errors import AugmentWarning, Damaged, UserError, lookup
-from augment.core.files import replacing
+from augment.core.files import JsonObject, replacing
 from augment.core.schema import write
 from augment.plan.plan import Plan
 from augment.shards.format import (
@@ -94,7 +94,7 @@ class Sample(NamedTuple):
     key: int
     image: bytes
     label: int
-    about: dict[str, Any]
+    about: JsonObject
 
 
 def encode(image: Float[Tensor, "c h w"], extension: str = "jpg", quality: int = 95) -> bytes:
@@ -301,7 +301,7 @@ class Shards(Dataset[tuple[Any, Any]]):
                 raise Flaw("other bytes, or another label, than were written")
             return content
 
-    def about(self, index: int) -> dict[str, Any]:
+    def about(self, index: int) -> JsonObject:
         """Return how an image was made: the JSON of its sample.
 
         Raises:
@@ -341,7 +341,7 @@ class Shards(Dataset[tuple[Any, Any]]):
             for index in range(*self.starts[number : number + 2]):
                 yield index, self.read(index)
 
-    def metadata(self, index: int) -> dict[str, Any]:
+    def metadata(self, index: int) -> JsonObject:
         """Return the name of a file for an image, in a folder of its class, its label and plan."""
         _, (key, label, *_) = self._place(index)
         name = f"{self.classes[label]}/{key:08d}.{self.extension}"

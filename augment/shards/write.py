@@ -29,10 +29,11 @@ from augment.bank.bank import LatentBank
 from augment.bank.format import DIGITS
 from augment.centroid.rule import Rule
 from augment.core.errors import AugmentWarning, Damaged, Missing, UserError, first_few
-from augment.core.files import check_folder, in_use, model_digest, sha256
+from augment.core.files import JsonObject, check_folder, in_use, model_digest, sha256
 from augment.core.registry import refuse_reserved
 from augment.core.schema import build, write
-from augment.diffusion import load_backbone, parse_dtype
+from augment.diffusion import Backbone, load_backbone, parse_dtype
+from augment.diffusion.backbone import Recipe
 from augment.diffusion.sampling import Sampling
 from augment.jobs.job import planning_device, run
 from augment.plan.plan import Plan
@@ -111,7 +112,7 @@ class ShardJob:
     filters: dict[str, Filter] = field(default_factory=dict)
     where: dict[str, Any] = field(default_factory=dict)
     title: str = field(default="", init=False)
-    recipe: dict[str, Any] = field(default_factory=dict, init=False)
+    recipe: Recipe = field(default_factory=dict, init=False)
     digest: str = field(default="", init=False)
     labels: list[int] = field(default_factory=list, init=False, repr=False)
     tally: Tally = field(default_factory=Tally, init=False, repr=False)
@@ -386,7 +387,7 @@ class ShardJob:
         return lacking
 
 
-def contents(judge: Filter | SeedSelect) -> dict[str, Any]:
+def contents(judge: Filter | SeedSelect) -> JsonObject:
     """Return settings, a file or a folder of a model by its digest: shards depend on what it is."""
     settings = dict(vars(judge))
     for key, value in settings.items():
@@ -395,7 +396,7 @@ def contents(judge: Filter | SeedSelect) -> dict[str, Any]:
     return settings
 
 
-def precision(backbone: Any) -> str:
+def precision(backbone: Backbone) -> str:
     """Return the network's dtype, or default where the backbone takes it on its device anyway."""
     on_gpu = backbone.device.type == "cuda"
     usual = getattr(backbone, "half", torch.float32) if on_gpu else torch.float32
