@@ -5,19 +5,20 @@ Averaging shrinks: for N independent latents of norm √D and equal weights the 
 a function of `Residuals` that returns a gain g (B, 1), for g·s, or one coefficient a residual
 (B, K), for :math:`\sum_n c_n e_n`. With q = Σ w_n² (so that 1/q is the effective count):
 
-==========  =================================================  ==================================
-rule        gain g, or what the result is                      norm of the result
-==========  =================================================  ==================================
-``lin``     1                                                  that of the average
-``fix``     √D / ‖s‖                                           √D, always
-``mode``    √(D − 1) / ‖s‖                                     the likeliest of a latent, always
-``nin``     Σ w_n ‖e_n‖ / ‖s‖                                  the interpolated norm of the inputs
-``vp``      1 / √q                                             √D in expectation, if independent
-``fade``    (q·Σ w_n ‖e_n‖ + (1 − q)·√D) / ‖s‖                 nin's at a vertex, fix's amid many
-``slerp``   the Fréchet mean of the directions                 the interpolated norm of the inputs
-``nao``     the geometric median of the directions             √(D − 1), or the heavy input's own
-``circle``  a place on the great circle of two                 that of the two, where it is one
-==========  =================================================  ==================================
+=============  =================================================  ==================================
+rule           gain g, or what the result is                      norm of the result
+=============  =================================================  ==================================
+``lin``        1                                                  that of the average
+``fix``        √D / ‖s‖                                           √D, always
+``mode``       √(D − 1) / ‖s‖                                     the likeliest of a latent, always
+``nin``        Σ w_n ‖e_n‖ / ‖s‖                                  the interpolated norm of the inputs
+``vp``         1 / √q                                             √D in expectation, if independent
+``fade``       (q·Σ w_n ‖e_n‖ + (1 − q)·√D) / ‖s‖                 nin's at a vertex, fix's amid many
+``slerp``      the Fréchet mean of the directions                 the interpolated norm of the inputs
+``raw_slerp``  its coefficients, applied to the raw residuals     near those of the inputs, or beyond
+``nao``        the geometric median of the directions             √(D − 1), or the heavy input's own
+``circle``     a place on the great circle of two                 that of the two, where it is one
+=============  =================================================  ==================================
 
 ``lin``, ``fix`` and ``nin`` are those of Landolsi & Kahl, *Addressing degeneracies in latent
 interpolation for diffusion models*, arXiv 2505.07481, sec. 3. ``mode`` is the standardised centroid
@@ -44,7 +45,7 @@ from augment.centroid.circle import circle
 from augment.centroid.nao import nao
 from augment.centroid.prior import modal_norm, nominal_norm
 from augment.centroid.residuals import Residuals
-from augment.centroid.spherical import slerp
+from augment.centroid.spherical import raw_slerp, slerp
 
 Gain = Float[Tensor, "b 1"]
 
@@ -90,7 +91,7 @@ GAINS: dict[str, Callable[[Residuals], Gain]] = {
 """Norm rules that multiply the mixture by a gain, by name."""
 
 COEFFICIENTS: dict[str, Callable[[Residuals], Float[Tensor, "b k"]]] = {
-    rule.__name__: rule for rule in (slerp, nao, circle)
+    rule.__name__: rule for rule in (slerp, raw_slerp, nao, circle)
 }
 """Norm rules that mix by coefficients other than the weights, by name."""
 

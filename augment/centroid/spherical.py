@@ -120,3 +120,15 @@ def slerp(residuals: Residuals) -> Float[Tensor, "b k"]:
     norms, weights = residuals.norms.double(), residuals.weights.double()
     a = frechet_mean(residuals.cosines, weights, weights * norms)
     return residuals.from_units((weights * norms).sum(-1, keepdim=True) * a)
+
+
+def raw_slerp(residuals: Residuals) -> Float[Tensor, "b k"]:
+    """Return the coefficients of the Fréchet mean of K directions, to be applied to the points.
+
+    This is eq. 3 of Landolsi & Kahl (arXiv 2505.07481) for two points: angles are of the normalised
+    ones, coefficients multiply the raw ones. At unequal norms and an obtuse angle the result is
+    shorter and longer than both; at equal norms it is `slerp`.
+    """
+    weights = residuals.weights.double()
+    a = frechet_mean(residuals.cosines, weights, weights)
+    return torch.where(residuals.directed, a, 0).to(residuals.weights)

@@ -8,6 +8,7 @@ walk             its latent at the place γ in [0, 1]
 ``nin``          lerp at the interpolated norm
 ``fade``         lerp at a norm that goes from ‖a‖ over √D to ‖b‖; see `augment.centroid.norms`
 ``slerp``        at a constant angular speed on the arc, the norm interpolated
+``raw_slerp``    slerp's coefficients applied to a and b as they are; see `augment.centroid.spherical`
 ``circle``       around the great circle of a and b: through b and the opposite side back to a
 ``nao``          the geodesic of the NAO metric, in equal steps; see `augment.centroid.nao`
 ``translation``  a window that slides over a and b, set side by side along the width
@@ -118,11 +119,11 @@ def _columns(width: int, count: int) -> list[int]:
 WALKS: dict[str, Callable[[Latent, Latent, int], Walk]] = {
     "lerp": partial(_by_rule, norm="lin"),
     "normalised": partial(_by_rule, norm="vp"),
-    **{name: partial(_by_rule, norm=name) for name in ("nin", "fade", "slerp")},
+    **{name: partial(_by_rule, norm=name) for name in ("nin", "fade", "slerp", "raw_slerp")},
     **{"circle": _circle, "nao": _nao, "translation": _translation, "slice": _cut},
 }
 """Walks by name."""
-_TURNING = ("slerp", "circle", "nao")  # from one direction to the other
+_TURNING = ("slerp", "raw_slerp", "circle", "nao")  # from one direction to the other
 
 
 def walk(

@@ -16,7 +16,7 @@ from augment.core.files import sha256
 from augment.core.registry import make
 from augment.diffusion.backbone import Backbone, Denoiser, as_prompts, batched, denoiser
 from augment.diffusion.solver import check_steps
-from augment.inversion.ddim import DDIM
+from augment.inversion.ddim import DDIM, PublishedDDIM
 from augment.inversion.fireflow import FireFlow
 from augment.inversion.fixed_point import FixedPoint
 from augment.inversion.forward_start import ForwardStart
@@ -77,6 +77,7 @@ class Inverter(Protocol):
 INVERTERS: dict[str, type[Inverter]] = {
     "forward_start": ForwardStart,
     "ddim": DDIM,
+    "published_ddim": PublishedDDIM,
     "fixed_point": FixedPoint,
     "midpoint": Midpoint,
     "fireflow": FireFlow,

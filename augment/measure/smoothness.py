@@ -1,8 +1,8 @@
 r"""How evenly images change along a walk between latents.
 
 ISTD of Guo et al., *Smooth Diffusion*, arXiv 2312.04410, sec. 4.2: two noises a prompt, nine images
-between theirs; the standard deviation of the ten distances of neighbours, over all prompts. Open
-there: how the nine are made, and in which units; here by slerp, and pixels are in 0 … 255.
+between theirs by slerp; the standard deviation of the ten distances of neighbours, over all prompts.
+Pixels are in [0, 1], which the published values fit (38.63 for Stable Diffusion 1.5).
 InterpScore of Ribeiro, *Exploring the latent space of text-to-image diffusion models*, 2023: how
 well the images along a walk fit the text.
 """
@@ -23,13 +23,13 @@ STOPS = 11
 def istd(walks: Float[Tensor, "p t c h w"]) -> float:
     r"""Compute the interpolation standard deviation; 0 if images change by equal distances.
 
-    It is the population standard deviation of :math:`\|x_{k+1} - x_k\|_2` along a walk, of pixels
-    times 255, averaged over walks.
+    It is the population standard deviation of :math:`\|x_{k+1} - x_k\|_2` along a walk, averaged over
+    walks.
 
     Args:
         walks: images in [0, 1] along each walk, (walks, places, C, H, W).
     """
-    steps = (255 * walks.double()).diff(dim=1).flatten(2).norm(dim=2)
+    steps = walks.double().diff(dim=1).flatten(2).norm(dim=2)
     return steps.std(dim=1, correction=0).mean().item()
 
 

@@ -138,7 +138,7 @@ class Study:
             f"ISTD, {name}": torch.tensor([istd(walk[None]) for walk in made[name]])
             for name in ("slerp", "lerp") if name in made
         }  # fmt: skip
-        ends = 255 * (made["slerp"][:, -1] - made["slerp"][:, 0]).double()
+        ends = (made["slerp"][:, -1] - made["slerp"][:, 0]).double()
         cells["ISTD / end to end"] = cells["ISTD, slerp"] / ends.flatten(1).norm(dim=1)
         cells["FID"] = frechet_distance(seen, self.judge.real)
         cells["FID ±"] = 1.96 * deviation(frechet_distance, seen, self.judge.real, draws=30)

@@ -13,6 +13,7 @@ from reference.centroids import (
     nao_by_adam,
     nao_objective_of,
     rho,
+    split_centroid,
 )
 
 from augment import Rule, invert
@@ -81,6 +82,30 @@ def test_slerp_of_two_is_shoemakes():
         unit = (torch.sin((1 - share) * theta) * x + torch.sin(share * theta) * y) / theta.sin()
         radius = (weights * points.flatten(1).norm(dim=1)).sum()
         torch.testing.assert_close(centroid("slerp", points, weights), radius * unit)
+
+
+def test_raw_slerp_of_two_is_eq_3_of_landolsi_and_kahl_and_leaves_the_range_of_its_norms():
+    points, _ = draw(2)
+    points[1] = 0.7 * points[1] - 0.3 * points[0]  # an obtuse angle, unequal norms
+    flat = points.flatten(1)
+    theta = torch.cosine_similarity(*flat, dim=0).acos()
+    lengths = []
+    for share in torch.linspace(0, 1, 21, dtype=torch.float64):
+        expected = torch.sin((1 - share) * theta) * flat[0] + torch.sin(share * theta) * flat[1]
+        found = centroid("raw_slerp", points, torch.stack([1 - share, share]))
+        torch.testing.assert_close(found, expected / theta.sin())
+        lengths.append(found.norm().item())
+    ends = sorted((lengths[0], lengths[-1]))
+    assert min(lengths) < ends[0] - 0.01 and max(lengths) > ends[1] + 0.01
+
+
+@pytest.mark.parametrize("norm", ["lin", "fix", "nin"])
+@pytest.mark.parametrize("split", ["m", "lp"])
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_splits_m_and_lp_are_the_papers_formula_at_unequal_weights(norm, split, count):
+    points, weights = draw(count)
+    expected = split_centroid(norm, split, points, weights).flatten()
+    torch.testing.assert_close(centroid(f"{norm}/{split}", points, weights), expected)
 
 
 def test_slerp_far_beyond_a_right_angle_still_stands_on_the_arc():

@@ -18,6 +18,7 @@ from augment.sources.fashion import write_fashion
 FIRST, SECOND = 1.6, 2.8
 ORDERS = {
     "ddim": FIRST,
+    "published_ddim": FIRST,
     "negative_prompt": FIRST,
     "fixed_point": SECOND,
     "midpoint": SECOND,

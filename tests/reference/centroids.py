@@ -31,6 +31,36 @@ def karcher_mean(points, weights, steps=2000, rate=0.3):
     return (weights * norms).sum() * m
 
 
+def low_pass(points, sigma=2.0):
+    """Gaussian blur of (K, C, H, W) by its sum over the reflected plane, gain exp(−σ²ω²/2)."""
+
+    def blurred(x):  # along the last axis, in the DCT-II basis written out
+        n = x.shape[-1]
+        place = torch.arange(n, dtype=x.dtype) + 0.5
+        total = torch.zeros_like(x)
+        for k in range(n):
+            wave = torch.cos(math.pi * k / n * place)
+            share = (x * wave).sum(-1, keepdim=True) / (wave * wave).sum()
+            total = total + math.exp(-((sigma * math.pi * k / n) ** 2) / 2) * share * wave
+        return total
+
+    return blurred(blurred(points).transpose(-1, -2)).transpose(-1, -2)
+
+
+def split_centroid(norm, split, points, weights):
+    """Landolsi & Kahl, arXiv 2505.07481, sec. 3 and 5: Σ w d + g · Σ w e of points (K, C, H, W)."""
+    means = {"m": lambda x: x.mean(), "lp": lambda x: low_pass(x[None])[0]}[split]
+    parts = [torch.zeros_like(x) + means(x) for x in points]
+    rest = [x - d for x, d in zip(points, parts, strict=True)]
+    total = sum(w * e for w, e in zip(weights, rest, strict=True))
+    goal = {
+        "lin": total.norm(),
+        "fix": math.sqrt(total.numel()),
+        "nin": sum(w * e.norm() for w, e in zip(weights, rest, strict=True)),
+    }[norm]
+    return sum(w * d for w, d in zip(weights, parts, strict=True)) + goal / total.norm() * total
+
+
 def diff_ii_circle(x, y, place):
     """Diff-II, CVPR 2025: sin((1 + a)θ)/sin θ x − sin(aθ)/sin θ y, with aθ = ``place``."""
     theta = torch.acos(x @ y / (x.norm() * y.norm()))

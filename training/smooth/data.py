@@ -63,7 +63,7 @@ class NoisedImages(Dataset[dict[str, object]]):
             "prompt": "" if dropped else self.prompts[row],
             "level": level,
             "noise": noise,
-            "direction": direction / direction.numel() ** 0.5,
+            "direction": direction / direction.norm(),
         }
 
 

@@ -2,8 +2,8 @@ r"""Smooth Diffusion: a backbone trained on, until equal steps of noise are equa
 
 Guo et al., *Smooth Diffusion*, CVPR 2024, arXiv 2312.04410. At a noise level u, let
 :math:`J = \partial \hat z_0 / \partial \varepsilon` say how the clean estimate follows the noise
-in :math:`z_u = \alpha z_0 + \sigma\varepsilon`, and let Δ ~ N(0, I)/√(CHW) be a direction about one
-long. Then
+in :math:`z_u = \alpha z_0 + \sigma\varepsilon`, and let Δ be a random direction of unit
+length. Then
 
 .. math:: L = L_\text{base} + \lambda\, E\,(v - a)^2, \qquad v = \sigma\,\|J^\top \Delta\|_2,
 
