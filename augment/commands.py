@@ -38,12 +38,15 @@ def invert(settings: "augment.bank.fill.InvertSettings") -> Record:
 
     Examples:
         latent-augment invert photos --bank mine/bank
-        latent-augment invert photos --bank mine/bank --backbone sd15 --prompt 'a photo of a {name}'
+        latent-augment invert photos --bank mine/bank --backbone sd15
+        latent-augment invert photos --bank mine/bank --backbone sd15 --prompt 'a {name}, a bird'
         latent-augment invert photos --bank mine/bank --dry-run
     """
     from augment.bank.fill import InversionJob
 
     job = InversionJob.of(settings)
+    if line := job.chosen():
+        print(line)
     unfinished = work(job, settings.executor, settings.dry_run)
     return unfinished or summarize_bank(Path(settings.bank))
 
@@ -59,6 +62,8 @@ def synthesize(settings: "augment.shards.format.ShardSettings") -> Record:
     from augment.shards.write import ShardJob
 
     job = ShardJob.of(settings)
+    if line := job.chosen():
+        print(line)
     return work(job, settings.executor, settings.dry_run) or summarize_shards(job)
 
 

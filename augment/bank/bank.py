@@ -142,6 +142,12 @@ class LatentBank:
         return self.manifest.fingerprint.inversion
 
     @property
+    def guidance(self) -> float:
+        """Scale of guidance to sample with; of an older bank that of the inversion."""
+        usage = self.manifest.usage
+        return float(self.inversion["guidance"] if usage is None else usage.guidance)
+
+    @property
     def inverted_by(self) -> str:
         """The inversion in words, such as ``ddim in 50 steps``."""
         return f"{self.inversion['method']} in {self.inversion['steps']} steps"

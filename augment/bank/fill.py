@@ -55,6 +55,7 @@ from augment.diffusion import load_backbone, parse_dtype
 from augment.diffusion.backbone import Backbone, Recipe, check_batch
 from augment.diffusion.conditions import Given, Schedule
 from augment.diffusion.solver import sample
+from augment.diffusion.usage import Usage
 from augment.inversion import INVERTERS, Inverter, check_guidance, inverted, inverter
 from augment.jobs.job import planning_device, run
 from augment.sources import Folder, Source
@@ -103,12 +104,14 @@ class InvertSettings:
         backbone: diffusion model: tiny, sd15, sdxl and so on, a folder or .safetensors file of
             a checkpoint, or the id of one on the Hugging Face hub.
         prompt: template of the prompts, such as 'a photo of a {name}'; WordNet ids of ImageNet get
-            their names.
+            their names. By default that of the model's family; '' is none.
         prompts: prompts by class, as YAML such as '{Coat: top}'; they replace the template's.
         inversion: method: forward_start, fireflow, midpoint, fixed_point, ddim, negative_prompt or
             null_text.
-        steps: number of solver steps.
-        guidance: scale of classifier-free guidance; by default 1 (none), or 7.5 for null_text.
+        steps: number of solver steps; by default that of the model's family, such as 25.
+        guidance: scale of classifier-free guidance, of the inversion and to sample with; by default
+            the inversion is without (1; null_text 7.5), and images are sampled with that of the
+            model's family.
         batch_size: images a network call; halved if a GPU's memory is too small.
         device: device such as cuda or cpu; by default the GPU if there is one.
         dtype: number type of the network, float32, float16 or bfloat16; by default the backbone's.
@@ -128,10 +131,10 @@ class InvertSettings:
     images: Source | str
     bank: str
     backbone: str = "tiny"
-    prompt: str = ""
+    prompt: str | None = None
     prompts: dict[str, str] | None = None
     inversion: str = "forward_start"
-    steps: int = 25
+    steps: int | None = None
     guidance: float | None = None
     batch_size: int = 64
     device: str | None = None
@@ -169,7 +172,7 @@ def fill_bank(
     source: Source,
     prompts: dict[str, str] | None = None,
     inversion: str = "forward_start",
-    steps: int = 25,
+    steps: int | None = None,
     guidance: float | None = None,
     batch_size: int = 64,
     stored: Sequence[str] = ("errors",),
@@ -182,10 +185,12 @@ def fill_bank(
         path: the bank's folder, made if needed.
         backbone: the model to invert with.
         source: labelled images, such as `augment.sources.Folder`.
-        prompts: a prompt for each class; none by default.
+        prompts: a prompt for each class; by default by the template of the backbone's family, if it
+            has one. An empty dictionary is none.
         inversion: a key of `augment.inversion.INVERTERS`.
-        steps: solver steps.
-        guidance: scale of classifier-free guidance; see `augment.invert`.
+        steps: solver steps; by default those of the backbone's family.
+        guidance: scale of classifier-free guidance, of the inversion and to sample with; by default
+            `augment.invert`'s, and to sample with that of the backbone's family.
         batch_size: images a network call; halved if a GPU's memory is too small.
         stored: what to store beside latents: ``errors`` of reconstruction, for which every latent
             is sampled back, which doubles the time of most inversions; ``clean`` latents.
@@ -202,10 +207,12 @@ def fill_bank(
     Warns:
         EnlargedWarning: images are much smaller than the backbone's.
     """
-    run_it = inverter(inversion, steps=steps, **settings)
+    method = inverter(inversion, steps=backbone.usage.steps if steps is None else steps, **settings)
+    template = backbone.usage.template if prompts is None else ""
+    texts = prompts_of(source.classes, template, prompts)
     job = InversionJob(
-        Path(path), source, backbone, run_it, guidance, prompts or {}, batch_size, tuple(stored),
-        max_rejects,
+        Path(path), source, backbone, method, guidance, texts, batch_size, tuple(stored),
+        max_rejects, template=template,
     )  # fmt: skip
     run(job)
     return LatentBank.open(path)
@@ -219,6 +226,7 @@ class InversionJob:
         path, source, backbone, guidance, prompts, batch_size, stored, max_rejects: see `fill_bank`.
         method: the inversion.
         where: device and dtype of the backbone, for workers that load it themselves.
+        template: of the prompts, if they are by one.
     """
 
     path: Path
@@ -231,6 +239,8 @@ class InversionJob:
     stored: tuple[str, ...] = ("errors",)
     max_rejects: float = 0.05
     where: dict[str, Any] = field(default_factory=dict)
+    template: str = ""
+    usage: Usage = field(default=Usage(), init=False)
     title: str = field(default="invert", init=False)
     manifest: Manifest | None = field(default=None, init=False)
     recipe: Recipe = field(default_factory=dict, init=False)
@@ -240,19 +250,23 @@ class InversionJob:
     @classmethod
     def of(cls, settings: InvertSettings) -> "InversionJob":
         """Load the backbone and the list of images that settings ask for; see `InvertSettings`."""
-        source = settings.source()
-        prompts = prompts_of(source.classes, settings.prompt, settings.prompts)
+        source, template = settings.source(), settings.prompt
+        prompts_of(source.classes, template or "", settings.prompts)  # before it loads
         others, options = settings.inversion_options or {}, settings.backbone_options or {}
         refuse_reserved(others, "steps", "guidance", "batch_size")
         refuse_reserved(options, "name_or_path", "device", "dtype")
-        method = inverter(settings.inversion, steps=settings.steps, **others)  # before it loads
+        given = {} if settings.steps is None else {"steps": settings.steps}
+        method = inverter(settings.inversion, **given, **others)  # before it loads
         where = {"device": settings.device, "dtype": parse_dtype(settings.dtype)}
         here = where | {"device": planning_device(settings.device, settings.executor)}
         kept = [name for name in ("errors", "clean") if getattr(settings, name)]
+        backbone = load_backbone(settings.backbone, **here, **options)
+        template = backbone.usage.template if template is None else template
+        method = method if given else replace(method, steps=backbone.usage.steps)
         return cls(
-            Path(settings.bank), source, load_backbone(settings.backbone, **here, **options),
-            method, settings.guidance, prompts, settings.batch_size, tuple(kept),
-            settings.max_rejects, where,
+            Path(settings.bank), source, backbone, method, settings.guidance,
+            prompts_of(source.classes, template, settings.prompts), settings.batch_size,
+            tuple(kept), settings.max_rejects, where, template,
         )  # fmt: skip
 
     def __post_init__(self) -> None:
@@ -277,13 +291,32 @@ class InversionJob:
             if name not in ("errors", "clean"):
                 raise UserError(f"expected errors or clean to store, got {name!r}")
         assert self.backbone is not None  # only a copy sent to a worker has none
+        texts = [self.prompts.get(name, "") for name in names]
+        self._choose_guidance(any(texts))
+        check_guidance(self.method, self.backbone, texts, self.guidance)
+        self.backbone.condition(texts)
+
+    def _choose_guidance(self, prompted: bool) -> None:
+        """Fill in the guidance of the inversion, and that of sampling."""
+        assert self.backbone is not None
+        usual, given = self.backbone.usage.guidance, self.guidance is not None
         if self.guidance is None:
             self.guidance = self.method.guidance
         if not math.isfinite(self.guidance):
             raise UserError(f"expected a finite guidance, got {self.guidance}; 1 is none")
-        texts = [self.prompts.get(name, "") for name in names]
-        check_guidance(self.method, self.backbone, texts, self.guidance)
-        self.backbone.condition(texts)
+        sampling = self.guidance if given or self.guidance != 1 or not prompted else usual
+        self.usage = Usage(self.template, sampling, self.method.steps)
+
+    def chosen(self) -> str:
+        """Return a line of what was chosen; empty for a family that is used without prompts."""
+        usage, some = self.usage, next((text for text in self.prompts.values() if text), "")
+        if self.backbone is None or self.backbone.usage == Usage():
+            return ""
+        by = f" by {usage.template!r}" if usage.template else ""
+        return (
+            f"prompts{by}, such as {some!r}; {usage.steps} steps; guidance {self.guidance:g} to "
+            f"invert and {usage.guidance:g} to sample (--prompt '' and --guidance 1 turn them off)"
+        )
 
     def __getstate__(self) -> JsonObject:
         """Leave out the backbone where a worker knows how to load it."""
@@ -305,6 +338,7 @@ class InversionJob:
             str(self.source.root.absolute()),
             list(self.stored),
             versions | {"device": backbone.device.type},
+            usage=self.usage if self.template or self.usage.guidance != self.guidance else None,
         )
 
     def plan(self) -> list[int]:
@@ -315,7 +349,7 @@ class InversionJob:
         self.recipe = backbone.recipe  # not that of an older run
         if old is not None:
             require_same_making(self.path, old, new)
-            same = {"recipe": old.recipe, "made_with": old.made_with}
+            same = {"recipe": old.recipe, "made_with": old.made_with, "usage": old.usage}
             new = replace(new, fingerprint=old.fingerprint, **same)
         limit = 16 if self.method.negative == "null_embeddings" else CHUNK  # these are large
         size = max(min(limit, CHUNK, PIXELS // (backbone.channels * backbone.resolution**2)), 1)

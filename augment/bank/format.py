@@ -36,7 +36,7 @@ import json
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from functools import lru_cache
 from itertools import chain
 from operator import itemgetter
@@ -49,6 +49,7 @@ from augment.core.files import JsonObject, damaged, read_file, reading, sha256
 from augment.core.schema import Record, as_object, build, read
 from augment.diffusion import PATHS
 from augment.diffusion.backbone import Recipe
+from augment.diffusion.usage import Usage
 from augment.inversion import INVERTERS
 from augment.sources.images import FITTING, preprocessing
 from augment.sources.source import Source
@@ -103,6 +104,8 @@ class BankSettings:
         source: where the images were, for information.
         keeps: what is stored beside the latents: errors, clean.
         made_with: versions of packages, and the device, for information.
+        usage: template of the prompts, and guidance to sample with; None in older banks, and where
+            there is no template and the guidance is that of the inversion.
     """
 
     latent_shape: list[int]
@@ -111,6 +114,7 @@ class BankSettings:
     source: str
     keeps: list[str]
     made_with: dict[str, str]
+    usage: Usage | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         """Refuse what no version wrote."""
@@ -183,8 +187,10 @@ class Manifest(BankSettings, Record):
     @property
     def settings(self) -> JsonObject:
         """How the latents are made, as each commit record holds it."""
-        plain = {field.name: getattr(self, field.name) for field in fields(BankSettings)}
-        return plain | {"fingerprint": as_object(self.fingerprint)}
+        plain = {known.name: getattr(self, known.name) for known in fields(BankSettings)}
+        plain["fingerprint"] = as_object(self.fingerprint)
+        usage = plain.pop("usage")
+        return plain if usage is None else plain | {"usage": as_object(usage)}
 
 
 @dataclass(frozen=True, slots=True)

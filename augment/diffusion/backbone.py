@@ -20,6 +20,7 @@ from tqdm import tqdm
 from augment.core.errors import UserError
 from augment.diffusion.conditions import ByLevel, Condition, Words, embed, stacked
 from augment.diffusion.process import Pair, Process, split
+from augment.diffusion.usage import Usage
 
 T = TypeVar("T")
 Timestep = float | Float[Tensor, " n"]
@@ -40,6 +41,7 @@ class Backbone(Protocol):
         device: of the network.
         fingerprint: strings that identify it; backbones with equal fingerprints share banks.
         recipe: makes it again; empty if it was not loaded.
+        usage: prompts, guidance and steps that its family is used with.
     """
 
     channels: int
@@ -49,6 +51,7 @@ class Backbone(Protocol):
     device: torch.device
     fingerprint: dict[str, str]
     recipe: Recipe
+    usage: Usage
 
     def encode(self, images: Float[Tensor, "n c h w"]) -> Float[Tensor, "n ..."]:
         """Encode images to clean latents, scaled to unit variance."""

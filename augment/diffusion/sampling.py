@@ -22,7 +22,8 @@ class Sampling:
         solver: exact (undoes the bank's inversion), fast (fireflow in 10 steps), or ddim, euler,
             dpm++, midpoint, fireflow.
         steps: number of solver steps; by default that of the bank, or 10 with fast.
-        guidance: scale of classifier-free guidance; by default as the bank was inverted.
+        guidance: scale of classifier-free guidance; by default that of the bank, which is its
+            model family's if the bank has prompts.
         interval: noise levels between which guidance is applied, as YAML such as '[0.2, 0.8]'.
         batch_size: images a network call; halved if a GPU's memory is too small.
 
@@ -50,7 +51,7 @@ class Sampling:
         Args:
             solver: the one that undoes the inversion.
             steps: those of the inversion.
-            guidance: that of the inversion.
+            guidance: that of the bank.
         """
         if self.solver == "fast":
             solver, steps = "fireflow", 10

@@ -41,7 +41,7 @@ from augment.plan.plan import Plan
 from augment.shards.dataset import Shards
 from augment.sources import Source
 from augment.sources.images import prepare
-from augment.synthesis.synthesizer import Synthesizer
+from augment.synthesis.synthesizer import Synthesizer, undoing
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -188,7 +188,7 @@ def _reconstruct(
     plans = [Plan.equal(label, name, [i], k) for k, i in enumerate(ids)]
     images = torch.stack([real.load(i, backbone.channels, backbone.resolution) for i in ids])
     made = {
-        "back": Synthesizer(backbone, bank, Rule.parse("lin/0")).images(plans).cpu(),
+        "back": Synthesizer(backbone, bank, Rule.parse("lin/0"), undoing(bank)).images(plans).cpu(),
         "codec": backbone.decode(backbone.encode(images)).cpu(),
     }
     errors = {way: reconstruction(images, others) for way, others in made.items()}

@@ -45,12 +45,22 @@ def bank_facts(bank: LatentBank, health: Sequence[ClassHealth]) -> dict[str, str
     versions = bank.manifest.made_with.items()
     return {
         "latent": " × ".join(map(str, bank.manifest.latent_shape)),
-        "guidance": f"{bank.inversion['guidance']:g}",
+        **guidance_facts(bank),
         "norm / √D": f"{fmean(norms):.3f} (white noise {law:.3f} ± {deviation:.3f})",
         "sampled back": f"{fmean(psnrs):.1f} dB (PSNR)" if psnrs else "not measured",
         "left out": f"{len(rejects_of(bank))} images",
         "made with": ", ".join(f"{name} {version}" for name, version in versions),
     }
+
+
+def guidance_facts(bank: LatentBank) -> dict[str, str]:
+    """Return the prompts and the guidance of the inversion and of sampling."""
+    some, usage = next(filter(None, map(bank.prompt, bank.classes)), ""), bank.manifest.usage
+    inverting = f"{bank.inversion['guidance']:g}"
+    facts = {"prompts": f"{usage.template or some!r}"} if usage and some else {}
+    if bank.guidance == bank.inversion["guidance"]:
+        return facts | {"guidance": inverting}
+    return facts | {"guidance": f"{inverting} to invert, {bank.guidance:g} to sample"}
 
 
 def synthetic_facts(gallery: Gallery) -> dict[str, str]:

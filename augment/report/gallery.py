@@ -6,7 +6,7 @@ at. What the network has to make is made first, for some classes, in batches acr
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from time import perf_counter
@@ -22,7 +22,6 @@ from augment.centroid import Rule
 from augment.core.errors import BiasWarning, ImageRejected, UserError
 from augment.diffusion.backbone import Backbone
 from augment.diffusion.checkpoints.hub import offline
-from augment.diffusion.sampling import Sampling
 from augment.measure.health import ClassHealth
 from augment.measure.reconstruction import psnr
 from augment.plan.plan import Plan
@@ -34,7 +33,7 @@ from augment.sources import Source
 from augment.sources.decoding import open_image
 from augment.sources.images import to_pil
 from augment.synthesis.filters import make_filter
-from augment.synthesis.synthesizer import Synthesizer
+from augment.synthesis.synthesizer import Synthesizer, undoing
 
 REAL, BACK, PLANS, KEPT, REFUSED = 16, 5, 2, 8, 4
 """Maximum numbers of a class: real images, images sampled back, centroids by each rule, and
@@ -123,7 +122,7 @@ class Gallery:
             for row, image_id in enumerate(bank.members[names[label]][:BACK])
         ]
         sampling = self.provenance.sampling
-        exact = Sampling(batch_size=sampling.batch_size)
+        exact = replace(undoing(bank), batch_size=sampling.batch_size)
         yield Work("back", Synthesizer(self.backbone, bank, Rule.parse("lin/0"), exact), alone)
         draw, count = self.provenance.planner, len(names)
         plans = [draw(0, label + k * count, label) for label in labels for k in range(PLANS)]

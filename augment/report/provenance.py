@@ -28,6 +28,7 @@ from augment.plan.planner import Planner, round_robin
 from augment.shards.dataset import Shards, open_shards
 from augment.shards.format import ShardManifest, read_settings
 from augment.shards.verify import Tally, count_shards
+from augment.sources.prompts import prompts_of
 from augment.synthesis.synthesizer import planner_of
 
 MAX_SEARCHED = 200  # images of a class whose rejected candidates are looked for
@@ -251,17 +252,22 @@ def invert_command(bank: LatentBank) -> str:
     recipe, method = bank.recipe, bank.inversion
     recipe = {key: value for key, value in recipe.items() if key != "local_files_only"}
     fields = {f.name for f in dataclasses.fields(INVERTERS[method["method"]])} - {"steps"}  # type: ignore[arg-type]
+    keeps, usage, name = bank.manifest.keeps, bank.manifest.usage, str(recipe.pop("name_or_path"))
+    template = usage.template if usage else None if name == "tiny" else ""
+    usual = prompts_of(bank.classes, template) if template else {}
     prompts = {known.name: known.prompt for known in bank.manifest.classes}
-    keeps = bank.manifest.keeps
+    prompts = {name: text for name, text in prompts.items() if text != usual.get(name, "")}
+    same = usage is None or usage.guidance == method["guidance"]
     options = {
         "images": bank.manifest.source,
         "bank": str(bank.path),
-        "backbone": str(recipe.pop("name_or_path")),
+        "backbone": name,
         "backbone_options": recipe or None,
-        "prompts": {name: text for name, text in prompts.items() if text} or None,
+        "prompt": template,
+        "prompts": prompts or None,
         "inversion": method["method"],
         "steps": method["steps"],
-        "guidance": method["guidance"],
+        "guidance": method["guidance"] if same else None,
         "inversion_options": {k: v for k, v in method.items() if k in fields} or None,
         "clean": True if "clean" in keeps else None,
         "background": None if bank.background == "white" else bank.background,

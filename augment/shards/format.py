@@ -28,6 +28,7 @@ from augment.core.errors import Damaged, Missing, UserError, lookup
 from augment.core.files import read_file, sha256, unreadable, write_bytes
 from augment.core.schema import Record, build, damaged, load, read, write
 from augment.diffusion.sampling import ResolvedSampling, Sampling
+from augment.diffusion.usage import Usage
 from augment.plan.mixing import Mixing
 from augment.sources import Source
 from augment.synthesis.refine import SeedSelect
@@ -150,6 +151,7 @@ class ShardManifest(Record):
         bank: digest of the bank.
         fingerprint: of the bank.
         dtype: of the network.
+        usage: template of the bank's prompts and its guidance, if the bank records them.
         by: ``explore``, if the images were chosen by hand.
     """
 
@@ -186,6 +188,7 @@ class ShardManifest(Record):
     bank: str | None = None
     fingerprint: dict[str, Any] | None = None
     dtype: str | None = None
+    usage: Usage | None = None
 
     def __post_init__(self) -> None:
         """Refuse what was never written."""

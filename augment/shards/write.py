@@ -31,7 +31,7 @@ from augment.centroid.rule import Rule
 from augment.core.errors import AugmentWarning, Damaged, Missing, UserError, first_few
 from augment.core.files import JsonObject, check_folder, in_use, model_digest, sha256
 from augment.core.registry import refuse_reserved
-from augment.core.schema import build, write
+from augment.core.schema import as_object, build, write
 from augment.diffusion import Backbone, load_backbone, parse_dtype
 from augment.diffusion.backbone import Recipe
 from augment.diffusion.sampling import Sampling
@@ -171,6 +171,15 @@ class ShardJob:
             )
         self.filters = dict(sorted(self.filters.items()))  # so that scores have one order
 
+    def chosen(self) -> str:
+        """Return a line of the prompts and the guidance; empty without prompts."""
+        made = self.synthesizer
+        words = map(made.prompt, self.planner.images)
+        some = next((text for text in words if isinstance(text, str) and text), "")
+        if not some:
+            return ""
+        return f"prompts such as {some!r}; guidance {made.resolved.guidance:g}"
+
     def __getstate__(self) -> dict[str, Any]:
         """Return what is sent to a worker elsewhere: not the backbone, where it can be loaded."""
         synthesizer = copy.copy(self.synthesizer)
@@ -211,6 +220,7 @@ class ShardJob:
             "bank": made.bank.digest,
             "fingerprint": made.bank.fingerprint,
             "dtype": precision(made.backbone),
+            **({"usage": as_object(usage)} if (usage := made.bank.manifest.usage) else {}),
         }
         return build(ShardManifest, json.loads(json.dumps(facts)))
 

@@ -15,7 +15,7 @@ from string import Formatter
 from augment.core.errors import UserError, shown
 
 _NAMES = Path(__file__).parent / "imagenet.txt"
-_FIELDS = ("name", "folder")  # of a template
+_FIELDS = ("name", "article", "folder")  # of a template
 
 _WORDNET_ID = re.compile(r"n\d{8}")
 _NUMBERING = re.compile(r"^(\d+\.|0\d*[\s_-]|n\d{8}[\s_-])[\s_-]*(?=\D)")
@@ -84,7 +84,8 @@ def class_prompts(
     Args:
         classes: folder names.
         template: a prompt with ``{name}`` and perhaps ``{folder}``; other braces are doubled. An
-            article right before ``{name}`` becomes a or an by the sound of the name.
+            article right before ``{name}`` becomes a or an by the sound of the name, and so does
+            ``{article}`` anywhere.
         names: names of single classes, by folder, in place of `class_name`'s.
 
     Raises:
@@ -136,8 +137,8 @@ def _check_template(template: str) -> None:
     for field, form, conversion in parts:
         if field not in _FIELDS or form or conversion:
             raise UserError(
-                f"expected no field but {{name}} and {{folder}} in a template, got one of "
-                f"{field!r} in {template!r}; double the braces if they are the prompt's own"
+                f"expected no field but {{name}}, {{article}} and {{folder}} in a template, got "
+                f"one of {field!r} in {template!r}; double the braces if they are the prompt's own"
             )
     if "name" not in {field for field, _, _ in parts}:
         raise UserError(
@@ -150,5 +151,5 @@ def _fill(template: str, folder: str, name: str) -> str:
     """Fill a name into a template, with the article that fits it."""
     spelt = re.match(r"[A-Z][A-Z0-9]{0,3}\b", name)
     vowel = (_SPELT if spelt else _VOWEL).match(name)
-    article = r"\1n " if vowel else r"\1 "
-    return _ARTICLE.sub(article, template).format(name=name, folder=folder)
+    spelled = _ARTICLE.sub(r"\1n " if vowel else r"\1 ", template)
+    return spelled.format(name=name, folder=folder, article="an" if vowel else "a")

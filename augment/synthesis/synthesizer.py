@@ -34,6 +34,7 @@ from augment.plan.mixing import Mixing
 from augment.plan.plan import Plan
 from augment.plan.planner import Planner
 from augment.sources import Source, place_of
+from augment.sources.decoding import warn_once
 from augment.sources.images import decode_image
 from augment.synthesis.filters.reference import Reference
 from augment.synthesis.refine import Goal, SeedSelect, check_sampling
@@ -46,7 +47,12 @@ def resolve(bank: LatentBank, sampling: Sampling | None = None) -> ResolvedSampl
     """Fill in what a sampling leaves to the inversion of a bank."""
     made = bank.inversion
     undo = lookup(INVERTERS, made["method"], "inversion").solver
-    return (sampling or Sampling()).resolve(undo, made["steps"], made["guidance"])
+    return (sampling or Sampling()).resolve(undo, made["steps"], bank.guidance)
+
+
+def undoing(bank: LatentBank) -> Sampling:
+    """Return the sampling that undoes a bank's inversion: with the guidance of that."""
+    return Sampling(guidance=float(bank.inversion["guidance"]))
 
 
 def planner_of(bank: LatentBank, mixing: Mixing | None = None, classes: int = 1) -> Planner:
@@ -122,8 +128,16 @@ class Synthesizer:
         self.source = place_of(self.source)
         self.bank.check(self.backbone)
         self.resolved = resolve(self.bank, self.sampling)
-        prompted = (words for name in self.bank.classes if (words := self.prompt(name)) != "")
-        if self.resolved.guidance != 1 and next(prompted, None) is None:
+        words = map(self.prompt, self.bank.classes)
+        prompted = not all(isinstance(given, str) and not given for given in words)
+        if self.backbone.usage.template and not prompted:
+            warn_once(
+                f"prompts of {self.bank.path}",
+                f"expected prompts for a text-to-image model, got the bank {self.bank.path} "
+                "without, which samples far worse images; invert again with prompts, "
+                f"such as {self.backbone.usage.template!r}",
+            )
+        if self.resolved.guidance != 1 and not prompted:
             warnings.warn(
                 f"expected prompts to guide by, got guidance {self.resolved.guidance} and a bank "
                 "without; guidance does nothing",

@@ -11,6 +11,7 @@ from torch import Tensor
 from augment.core.errors import UserError
 from augment.diffusion.backbone import Condition
 from augment.diffusion.backbones.latent_diffusion import LatentDiffusion
+from augment.diffusion.usage import Usage
 
 
 class DiT(LatentDiffusion):
@@ -23,6 +24,7 @@ class DiT(LatentDiffusion):
     name = "dit"
     part = "transformer"
     half = torch.bfloat16
+    usage = Usage("", 4.0)  # no template: it has names for its own classes only
     blocks = ("BasicTransformerBlock",)
     fixed = ("resolution", "zero_terminal_snr", "lora", "lora_scale")
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from augment.diffusion.backbone import Condition, Recipe
 from augment.diffusion.process import Process, VariancePreserving
+from augment.diffusion.usage import Usage
 
 
 class GaussianBackbone:
@@ -47,6 +48,7 @@ class GaussianBackbone:
         digest = hashlib.sha256(repr(law).encode()).hexdigest()
         self.fingerprint = {"name": "gaussian", "weights": digest}
         self.recipe: Recipe = {}
+        self.usage = Usage()
 
     def encode(self, images: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c h w"]:
         return 2 * images - 1

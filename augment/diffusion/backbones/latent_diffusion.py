@@ -4,6 +4,7 @@ Only the parts are diffusers'; the process (`augment.diffusion.process`) is read
 checkpoint's scheduler file, and the solvers are this package's own.
 """
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from augment.core.errors import UserError
+from augment.core.errors import AugmentWarning, UserError
 from augment.diffusion.backbone import Condition, Recipe, Timestep, as_times
 from augment.diffusion.checkpoints.checkpoint import MAX_NUMBER, Checkpoint, read_process
 from augment.diffusion.checkpoints.codec import Codec, load_tiny
 from augment.diffusion.checkpoints.hub import damaged, require
 from augment.diffusion.checkpoints.lora import add_lora, find_lora
+from augment.diffusion.usage import FEW_STEPS, Usage, few_step_sign
 
 _MAX_PROMPTS = 1000  # whose embeddings are cached
 
@@ -46,14 +48,19 @@ class LatentDiffusion:
         absent: parts and options of the pipeline class to load it without.
         fixed: options that it does not have.
         plain: settings that the network must not have.
+        usage: what its family, or a few-step model, is used with.
 
     Raises:
         UserError: missing packages, weights or network, or a resolution that does not fit.
+
+    Warns:
+        AugmentWarning: a few-step model.
     """
 
     name: str
     part = "unet"
     half = torch.float16
+    usage = Usage()
     blocks: tuple[str, ...] = ("BasicTransformerBlock", "ResnetBlock2D")
     cell = 1
     channels = 3
@@ -109,6 +116,8 @@ class LatentDiffusion:
         self._set_size(resolution)
         self.prepare(compile)
         self.net.requires_grad_(False)  # fused projections are new
+        self.usage = self.family_usage()
+        self._check_steps(checkpoint.source, lora)
         self.fingerprint = {
             "name": self.name,
             "weights": checkpoint.digest(parts),
@@ -138,6 +147,25 @@ class LatentDiffusion:
                     f"expected a model_max_length of {name} in {source}, got {length!r}; "
                     "download it again"
                 )
+
+    def family_usage(self) -> Usage:
+        """Return what models of this family are used with."""
+        return self.usage
+
+    def _check_steps(self, source: str, lora: str | Path | None) -> None:
+        """Warn of a model that is distilled to few steps, and sample it as such."""
+        configs = self.pipe.config, self.net.config
+        names = [config.get("_name_or_path") for config in configs]
+        sign = few_step_sign(self.pipe.scheduler.config, source, lora, *names)
+        if sign and self.usage.template:
+            self.usage = FEW_STEPS
+            warnings.warn(
+                f"expected a model of many steps, got {source}, a few-step one by {sign}: such a "
+                "model forgets its noise, so that its latents say little of their images; take "
+                "the model that it was distilled from",
+                AugmentWarning,
+                stacklevel=5,
+            )
 
     def _set_size(self, resolution: int | None) -> None:
         """Set the resolution and the latent shape; the network's own by default."""

@@ -9,12 +9,14 @@ from torch import Tensor, nn
 
 from augment.diffusion.backbone import Condition
 from augment.diffusion.backbones.latent_diffusion import LatentDiffusion, check_length
+from augment.diffusion.usage import PHOTO, Usage
 
 
 class StableDiffusion(LatentDiffusion):
     """Stable Diffusion 1 and 2: a UNet and one CLIP text encoder."""
 
     name = "stable-diffusion"
+    usage = Usage(PHOTO, 7.5)
     needed = ("text_encoder",)
     plain = (*LatentDiffusion.plain, "addition_embed_type")
     absent = ("safety_checker", "feature_extractor", "image_encoder")
@@ -54,6 +56,7 @@ class StableDiffusionXL(StableDiffusion):
     """
 
     name = "sdxl"
+    usage = Usage(PHOTO, 5.0)
     needed = ("text_encoder", "text_encoder_2")
     plain = LatentDiffusion.plain
     absent = ("feature_extractor", "image_encoder")

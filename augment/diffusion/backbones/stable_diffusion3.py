@@ -13,6 +13,7 @@ from torch import Tensor
 from augment.diffusion.backbone import Condition
 from augment.diffusion.backbones.latent_diffusion import LatentDiffusion, check_length
 from augment.diffusion.checkpoints.checkpoint import Checkpoint
+from augment.diffusion.usage import PHOTO, Usage
 
 T5 = "text_encoder_3"
 
@@ -35,6 +36,7 @@ class StableDiffusion3(LatentDiffusion):
     """
 
     name = "sd3"
+    usage = Usage(PHOTO, 7.0, 28)
     needed = ("text_encoder", "text_encoder_2")
     part = "transformer"
     half = torch.bfloat16
@@ -58,6 +60,11 @@ class StableDiffusion3(LatentDiffusion):
         self.needed += (T5,) if t5 else ()
         super().__init__(checkpoint, device, dtype, **options)
         self.fingerprint["max_sequence_length"] = str(max_sequence_length)
+
+    def family_usage(self) -> Usage:
+        """Return what it is used with; 3.5, whose queries are normalised, with less guidance."""
+        newer = self.net.config.get("qk_norm")
+        return Usage(PHOTO, 4.5, 28) if newer else self.usage
 
     def embed(self, prompt: str) -> Condition:
         """Return ``text`` (1, 77 + max_sequence_length, width) and ``pooled`` (1, width)."""

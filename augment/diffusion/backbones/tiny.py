@@ -33,6 +33,7 @@ from augment.core.files import write_bytes
 from augment.diffusion.backbone import Condition, Recipe, Timestep, as_times
 from augment.diffusion.checkpoints.lora import find_lora, fuse_lora
 from augment.diffusion.process import Flow, Process, VariancePreserving
+from augment.diffusion.usage import Usage
 
 WEIGHTS = Path(__file__).parent / "weights" / "tiny.safetensors"
 PROMPTS = ("", "top", "trousers", "footwear", "bag")
@@ -91,6 +92,7 @@ class Tiny:
 
     part = "unet"
     resolution = 32
+    usage = Usage()
 
     def __init__(
         self,
