@@ -228,7 +228,7 @@ def _objects(kind: Any, values: list[JsonObject], name: str) -> list[Any]:
     if count < sum(map(len, values)):
         strange = {key for value in values for key in value} - {f for f, *_ in _known_fields(kind)}
         raise ValueError(f"an unknown key {min(strange)[:60]!r}" + (f" in {name}" if name else ""))
-    names = [field for field, *_ in known_fields(kind)]
+    names = [field for field, *_ in _known_fields(kind)]
     if any(field.kw_only for field in fields(kind)):
         return [kind(**dict(zip(names, row, strict=True))) for row in zip(*columns, strict=True)]
     return list(map(kind, *columns))

@@ -35,6 +35,7 @@ from augment.core.schema import as_object, build, write
 from augment.diffusion import Backbone, load_backbone, parse_dtype
 from augment.diffusion.backbone import Recipe
 from augment.diffusion.sampling import Sampling
+from augment.diffusion.usage import Usage
 from augment.jobs.job import planning_device, run
 from augment.plan.plan import Plan
 from augment.plan.planner import Planner, budget, round_robin, warn_of_copies
@@ -172,11 +173,11 @@ class ShardJob:
         self.filters = dict(sorted(self.filters.items()))  # so that scores have one order
 
     def chosen(self) -> str:
-        """Return a line of the prompts and the guidance; empty without prompts."""
+        """Return a line of prompts and guidance; empty for a family used without prompts."""
         made = self.synthesizer
         words = map(made.prompt, self.planner.images)
         some = next((text for text in words if isinstance(text, str) and text), "")
-        if not some:
+        if not some or made.backbone.usage == Usage():
             return ""
         return f"prompts such as {some!r}; guidance {made.resolved.guidance:g}"
 
