@@ -207,7 +207,7 @@ def fill_bank(
     Warns:
         EnlargedWarning: images are much smaller than the backbone's.
     """
-    method = inverter(inversion, steps=backbone.usage.steps if steps is None else steps, **settings)
+    method = inverter(inversion, steps=_or(steps, backbone.usage.steps), **settings)
     template = backbone.usage.template if prompts is None else ""
     texts = prompts_of(source.classes, template, prompts)
     job = InversionJob(
@@ -216,6 +216,11 @@ def fill_bank(
     )  # fmt: skip
     run(job)
     return LatentBank.open(path)
+
+
+def _or(steps: int | None, usual: int) -> int:
+    """Return a number of steps; 0, which is refused later, is one."""
+    return usual if steps is None else steps
 
 
 @dataclass
@@ -255,14 +260,14 @@ class InversionJob:
         others, options = settings.inversion_options or {}, settings.backbone_options or {}
         refuse_reserved(others, "steps", "guidance", "batch_size")
         refuse_reserved(options, "name_or_path", "device", "dtype")
-        given = {} if settings.steps is None else {"steps": settings.steps}
-        method = inverter(settings.inversion, **given, **others)  # before it loads
+        inverter(settings.inversion, steps=_or(settings.steps, 25), **others)  # before it loads
         where = {"device": settings.device, "dtype": parse_dtype(settings.dtype)}
         here = where | {"device": planning_device(settings.device, settings.executor)}
         kept = [name for name in ("errors", "clean") if getattr(settings, name)]
         backbone = load_backbone(settings.backbone, **here, **options)
         template = backbone.usage.template if template is None else template
-        method = method if given else replace(method, steps=backbone.usage.steps)
+        steps = _or(settings.steps, backbone.usage.steps)
+        method = inverter(settings.inversion, steps=steps, **others)
         return cls(
             Path(settings.bank), source, backbone, method, settings.guidance,
             prompts_of(source.classes, template, settings.prompts), settings.batch_size,

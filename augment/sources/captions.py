@@ -117,13 +117,13 @@ def _records(path: str | Path, *columns: str) -> Iterator[dict[str, str]]:
             continue
         try:
             record = json.loads(line)
-            good = all(isinstance(record[column], str) for column in columns)
+            texts = {column: record[column] for column in columns}
         except (ValueError, KeyError, TypeError, RecursionError):
-            good = False
-        if not good:
+            texts = {"": None}
+        if not all(isinstance(text, str) for text in texts.values()):
             form = ", ".join(f'"{column}": …' for column in columns)
             raise UserError(
                 f"expected {{{form}}} in every line of {path}, got {line[:60]!r} in line {number}; "
                 "correct it"
             )
-        yield record
+        yield texts
