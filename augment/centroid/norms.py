@@ -5,22 +5,22 @@ Averaging shrinks: for N independent latents of norm √D and equal weights the 
 a function of `Residuals` that returns a gain g (B, 1), for g·s, or one coefficient a residual
 (B, K), for :math:`\sum_n c_n e_n`. With q = Σ w_n² (so that 1/q is the effective count):
 
-=============  =================================================  ==================================
+=============  ================================================  ==================================
 rule           gain g, or what the result is                      norm of the result
-=============  =================================================  ==================================
-``lin``        1                                                  that of the average
-``fix``        √D / ‖s‖                                           √D, always
-``mode``       √(D − 1) / ‖s‖                                     the likeliest of a latent, always
-``nin``        Σ w_n ‖e_n‖ / ‖s‖                                  the interpolated norm of the inputs
-``vp``         1 / √q                                             √D in expectation, if independent
-``fade``       (q·Σ w_n ‖e_n‖ + (1 − q)·√D) / ‖s‖                 nin's at a vertex, fix's amid many
-``slerp``      the Fréchet mean of the directions                 the interpolated norm of the inputs
-``raw_slerp``  its coefficients, applied to the raw residuals     near those of the inputs, or beyond
-``nao``        the geometric median of the directions             √(D − 1), or the heavy input's own
-``circle``     a place on the great circle of two                 that of the two, where it is one
-=============  =================================================  ==================================
+=============  ================================================  ==================================
+``lin``        1                                                 that of the average
+``fix``        √D / ‖s‖                                          √D, always
+``mode``       √(D − 1) / ‖s‖                                    the likeliest of a latent, always
+``nin``        Σ w_n ‖e_n‖ / ‖s‖                                 the interpolated norm of the inputs
+``vp``         1 / √q                                            √D in expectation, if independent
+``fade``       (q·Σ w_n ‖e_n‖ + (1 − q)·√D) / ‖s‖                nin's at a vertex, fix's amid many
+``slerp``      the Fréchet mean of the directions                the interpolated norm of the inputs
+``raw_slerp``  its coefficients, applied to the raw residuals    near those of the inputs, or beyond
+``nao``        the geometric median of the directions            √(D − 1), or the heavy input's own
+``circle``     a place on the great circle of two                that of the two, where it is one
+=============  ================================================  ==================================
 
-``lin``, ``fix`` and ``nin`` are those of Landolsi & Kahl, *Addressing degeneracies in latent
+``lin``, ``fix`` and ``nin`` are those of Landolsi & Kahl, *Add  sing degeneracies in latent
 interpolation for diffusion models*, arXiv 2505.07481, sec. 3. ``mode`` is the standardised centroid
 of the chi law (see `augment.centroid.prior`). ``vp`` is the variance-preserving gain of Bodin et
 al., *Linear combinations of latents in generative models*, arXiv 2408.08558; with the split ``mu``,

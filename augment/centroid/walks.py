@@ -8,7 +8,7 @@ walk             its latent at the place γ in [0, 1]
 ``nin``          lerp at the interpolated norm
 ``fade``         lerp at a norm that goes from ‖a‖ over √D to ‖b‖; see `augment.centroid.norms`
 ``slerp``        at a constant angular speed on the arc, the norm interpolated
-``raw_slerp``    slerp's coefficients applied to a and b as they are; see `augment.centroid.spherical`
+``raw_slerp``    slerp's coefficients applied to a and b as they are: eq. 3 of arXiv 2505.07481
 ``circle``       around the great circle of a and b: through b and the opposite side back to a
 ``nao``          the geodesic of the NAO metric, in equal steps; see `augment.centroid.nao`
 ``translation``  a window that slides over a and b, set side by side along the width

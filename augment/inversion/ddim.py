@@ -11,11 +11,11 @@ order in the step. Only the first step, from the noiseless level 0 that no netwo
 evaluates at the level it goes to.
 
 Mokady et al. (arXiv 2211.09794, eq. 3) and diffusers' ``DDIMInverseScheduler`` give the network the
-level they go *to* in every step, as the papers on latents that this package reproduces do:
-:math:`\hat\varepsilon(z_u, u')`. That is `PublishedDDIM`. The network then takes clean signal for noise: on ``tiny`` the mean
-inverted latent of a class has nearly twice as much of the mean clean one, the bias that centroids
-amplify, and images are reconstructed 2.7 dB worse (RESULTS.md). diffusers also splits the network's
-v by the level it leaves: 8 dB worse (BENCHMARKS.md).
+level they go *to* in every step, as the papers on latents do: :math:`\hat\varepsilon(z_u, u')`.
+That is `PublishedDDIM`. The network then takes clean signal for noise: on ``tiny`` the mean
+inverted latent of a class has more of the clean one, the bias that centroids amplify, and images
+are reconstructed worse (RESULTS.md). diffusers also splits the network's v by the level it
+leaves: 8 dB worse (BENCHMARKS.md).
 """
 
 from collections.abc import Callable, Sequence

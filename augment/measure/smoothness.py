@@ -1,7 +1,7 @@
 r"""How evenly images change along a walk between latents.
 
 ISTD of Guo et al., *Smooth Diffusion*, arXiv 2312.04410, sec. 4.2: two noises a prompt, nine images
-between theirs by slerp; the standard deviation of the ten distances of neighbours, over all prompts.
+between theirs by slerp; the standard deviation of the ten distances of neighbours, over prompts.
 Pixels are in [0, 1], which the published values fit (38.63 for Stable Diffusion 1.5).
 InterpScore of Ribeiro, *Exploring the latent space of text-to-image diffusion models*, 2023: how
 well the images along a walk fit the text.
@@ -23,8 +23,7 @@ STOPS = 11
 def istd(walks: Float[Tensor, "p t c h w"]) -> float:
     r"""Compute the interpolation standard deviation; 0 if images change by equal distances.
 
-    It is the population standard deviation of :math:`\|x_{k+1} - x_k\|_2` along a walk, averaged over
-    walks.
+    It is the population standard deviation of :math:`\|x_{k+1} - x_k\|_2`, averaged over walks.
 
     Args:
         walks: images in [0, 1] along each walk, (walks, places, C, H, W).
