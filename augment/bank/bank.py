@@ -150,7 +150,23 @@ class LatentBank:
     @property
     def inverted_by(self) -> str:
         """The inversion in words, such as ``ddim in 50 steps``."""
-        return f"{self.inversion['method']} in {self.inversion['steps']} steps"
+        below = "" if self.level is None else f" up to level {self.level:.3g}"
+        return f"{self.inversion['method']} in {self.inversion['steps']} steps{below}"
+
+    @property
+    def level(self) -> float | None:
+        """The noise level u of its latents; None is the noisiest one."""
+        return self.inversion.get("level")
+
+    @property
+    def holds_clean(self) -> bool:
+        """Whether its latents are clean, and plans say to which level noise is added to them."""
+        return self.inversion["method"] == "noise"
+
+    @property
+    def holds_noise(self) -> bool:
+        """Whether its latents are nothing but noise, as far as the inversion got there."""
+        return self.level is None and not self.holds_clean
 
     @property
     def recipe(self) -> Recipe:
@@ -187,8 +203,9 @@ class LatentBank:
             UserError: they do not fit.
         """
         device = torch.device(device)
-        chunks = [chunk for own in self.chunks.values() for chunk in filled(own)]
-        size = sum(chunk.files["latents"].bytes for chunk in chunks)
+        kinds = ("latents",) if self.level is None else ("latents", "clean")
+        chunks = [(c, kind) for own in self.chunks.values() for c in filled(own) for kind in kinds]
+        size = sum(chunk.files[kind].bytes for chunk, kind in chunks)
         room = _free_memory(device)
         if size > room:
             raise UserError(
@@ -197,17 +214,17 @@ class LatentBank:
             )
         # cloned, since on the CPU they would stay the file's
         resident = {
-            c.stem: self._read(c, "latents", "latents")[0].clone().to(device) for c in chunks
+            c.file(kind): self._read(c, kind, kind)[0].clone().to(device) for c, kind in chunks
         }
         return replace(self, device=device, _resident=resident)
 
     def gather(
-        self, plans: Sequence[Plan]
+        self, plans: Sequence[Plan], kind: str = "latents"
     ) -> tuple[Float[Tensor, "b k c h w"], Float[Tensor, "b k"]]:
         """Read the latents of plans' members and their weights, float32 on the bank's device.
 
-        Only their rows are read. A plan with fewer members than another has points of zeros at its
-        end, of weight 0, which no rule sees.
+        Only their rows are read, of ``kind`` latents or clean. A plan with fewer members than
+        another has points of zeros at its end, of weight 0, which no rule sees.
 
         Raises:
             UserError: the bank lacks one of the images, a plan's lists differ in length, or a chunk
@@ -235,7 +252,7 @@ class LatentBank:
             for chunk, rows in self._places(name, wanted):
                 pairs = [(spot, row) for i, row in rows.items() for spot in wanted[i]]
                 places, rows = torch.tensor(pairs, device=self.device).T
-                points.index_copy_(0, places, self._latents(chunk)[rows].float())
+                points.index_copy_(0, places, self._stored(chunk, kind)[rows].float())
         return points.view(len(plans), count, *shape), weights.float().to(self.device)
 
     def _places(self, class_name: str, ids: Iterable[str]) -> list[tuple[Chunk, dict[str, int]]]:
@@ -259,11 +276,12 @@ class LatentBank:
 
     def latents(self, class_name: str) -> Float[Tensor, "n c h w"]:
         """Read the latents of a class in float32, in the order of ``members``."""
-        return self._rows(class_name, self._latents).float()
+        return self._rows(class_name, lambda c: self._stored(c, "latents")).float()
 
     def clean(self, class_name: str) -> Float[Tensor, "n c h w"]:
         """Read the clean latents of a class in float32, in the order of ``members``."""
-        return self._rows(class_name, lambda c: self._read(c, "clean", "clean")[0]).float()
+        kind = "latents" if self.holds_clean else "clean"
+        return self._rows(class_name, lambda c: self._stored(c, kind)).float()
 
     def errors(self, class_name: str) -> Float[Tensor, " n"]:
         """Read the mean squared error of each image of a class to its latent sampled back."""
@@ -350,9 +368,10 @@ class LatentBank:
     @cached_property
     def digest(self) -> str:
         """The SHA-256 of what images depend on: latents, embeddings, ids and prompts."""
+        kinds = ("latents", "nulls") if self.level is None else ("latents", "nulls", "clean")
         digest = hashlib.sha256(b"[")  # of a JSON list that is never whole in memory
         for number, (name, chunks) in enumerate(self.chunks.items()):
-            files = [[c.files.get(k) for k in ("latents", "nulls")] for c in chunks]
+            files = [[c.files.get(k) for k in kinds] for c in chunks]
             facts = [name, self.prompt(name), [c.ids for c in chunks], files]
             content = json.dumps(facts, default=as_object)
             digest.update((", " if number else "").encode() + content.encode())
@@ -377,10 +396,10 @@ class LatentBank:
         rows = {image_id: row for row, image_id in enumerate(ids)}
         return stored[[rows[image_id] for image_id in members]]
 
-    def _latents(self, chunk: Chunk) -> Tensor:
-        """Return a chunk's latents as they are stored, from the device or the disk."""
-        resident = self._resident.get(chunk.stem)
-        return self._read(chunk, "latents", "latents")[0] if resident is None else resident
+    def _stored(self, chunk: Chunk, kind: str) -> Tensor:
+        """Return a chunk's latents or clean ones as stored, from the device or the disk."""
+        resident = self._resident.get(chunk.file(kind)) if self._resident else None
+        return self._read(chunk, kind, kind)[0] if resident is None else resident
 
     def _read(self, chunk: Chunk, kind: str, *keys: str) -> list[Tensor]:
         """Read tensors of one of a chunk's files."""

@@ -57,6 +57,7 @@ from augment.diffusion.conditions import Given, Schedule
 from augment.diffusion.solver import sample
 from augment.diffusion.usage import Usage
 from augment.inversion import INVERTERS, Inverter, check_guidance, inverted, inverter
+from augment.inversion.noise import Noise
 from augment.jobs.job import planning_device, run
 from augment.sources import Folder, Source
 from augment.sources.decoding import open_image, warn_once
@@ -106,9 +107,12 @@ class InvertSettings:
         prompt: template of the prompts, such as 'a photo of a {name}'; WordNet ids of ImageNet get
             their names. By default that of the model's family; '' is none.
         prompts: prompts by class, as YAML such as '{Coat: top}'; they replace the template's.
-        inversion: method: forward_start, fireflow, midpoint, fixed_point, ddim, negative_prompt or
-            null_text.
-        steps: number of solver steps; by default that of the model's family, such as 25.
+        inversion: method: forward_start, fireflow, midpoint, fixed_point, ddim, negative_prompt,
+            null_text, or noise (no network: latents stay clean, and are noised when sampled).
+        steps: number of solver steps to the noisiest level; by default that of the model's family,
+            such as 25.
+        level: where the inversion stops, in (0, 1], as a share of the steps; below 1 the clean
+            latents are kept too. With noise, the level is an option of synthesize instead.
         guidance: scale of classifier-free guidance, of the inversion and to sample with; by default
             the inversion is without (1; null_text 7.5), and images are sampled with that of the
             model's family.
@@ -135,6 +139,7 @@ class InvertSettings:
     prompts: dict[str, str] | None = None
     inversion: str = "forward_start"
     steps: int | None = None
+    level: float = 1.0
     guidance: float | None = None
     batch_size: int = 64
     device: str | None = None
@@ -196,7 +201,8 @@ def fill_bank(
             is sampled back, which doubles the time of most inversions; ``clean`` latents.
         max_rejects: share of images that may be rejected, because they cannot be read or their
             latents are not usable; more stop the job.
-        settings: other settings of the inversion, such as ``iterations`` of ``fixed_point``.
+        settings: other settings of the inversion, such as ``iterations`` of ``fixed_point``, or
+            the ``level`` where it stops, below which ``clean`` latents are stored too.
 
     Raises:
         ImageRejected: too many images are rejected.
@@ -258,8 +264,10 @@ class InversionJob:
         source, template = settings.source(), settings.prompt
         prompts_of(source.classes, template or "", settings.prompts)  # before it loads
         others, options = settings.inversion_options or {}, settings.backbone_options or {}
-        refuse_reserved(others, "steps", "guidance", "batch_size")
+        refuse_reserved(others, "steps", "level", "guidance", "batch_size")
         refuse_reserved(options, "name_or_path", "device", "dtype")
+        if settings.level != 1:
+            others = {**others, "level": settings.level}
         inverter(settings.inversion, steps=_or(settings.steps, 25), **others)  # before it loads
         where = {"device": settings.device, "dtype": parse_dtype(settings.dtype)}
         here = where | {"device": planning_device(settings.device, settings.executor)}
@@ -295,6 +303,10 @@ class InversionJob:
         for name in self.stored:
             if name not in ("errors", "clean"):
                 raise UserError(f"expected errors or clean to store, got {name!r}")
+        if self.method.level < 1 and "clean" not in self.stored:  # the noise is mixed apart
+            self.stored += ("clean",)
+        if isinstance(self.method, Noise):  # they are its latents
+            self.stored = tuple(kind for kind in self.stored if kind != "clean")
         assert self.backbone is not None  # only a copy sent to a worker has none
         texts = [self.prompts.get(name, "") for name in names]
         self._choose_guidance(any(texts))
@@ -333,8 +345,10 @@ class InversionJob:
             "method": next(k for k, v in INVERTERS.items() if type(self.method) is v),
             "solver": self.method.solver,
             "guidance": self.guidance,
-            **vars(self.method),
+            **{key: value for key, value in vars(self.method).items() if key != "level"},
         }
+        if self.method.level < 1:
+            method["level"] = self._level(backbone)
         versions = {name: version(name) for name in ("torch", "diffusers", "safetensors")}
         return BankSettings(
             list(backbone.latent_shape),
@@ -345,6 +359,13 @@ class InversionJob:
             versions | {"device": backbone.device.type},
             usage=self.usage if self.template or self.usage.guidance != self.guidance else None,
         )
+
+    def _level(self, backbone: Backbone) -> float | None:
+        """Return the noise level of the latents; None is the noisiest one."""
+        if isinstance(self.method, Noise):
+            return 0.0
+        grid = backbone.process.levels(self.method.steps)
+        return None if self.method.level == 1 else grid[self.method.steps_made]
 
     def plan(self) -> list[int]:
         """Write the manifest, or check and extend it; return the number of images of each unit."""
@@ -440,10 +461,11 @@ class InversionJob:
             negative: Given = texts if self.method.negative == "prompt" else None
             if "nulls" in made:
                 nulls = made["nulls"].float()[made["null_rows"]]
-                negative = Schedule.by_step(backbone.process.levels(steps), nulls)
+                grid = backbone.process.levels(steps)[: nulls.shape[1] + 1]
+                negative = Schedule.by_step(grid, nulls)
             back = sample(
                 backbone, latents, texts, self.method.solver, steps, scale, self.batch_size,
-                negative=negative,
+                negative=negative, level=self._level(backbone),
             )  # fmt: skip
             made["errors"] = (back.cpu() - images).square().flatten(1).mean(1)
         if "clean" in self.stored:

@@ -7,7 +7,9 @@ A bank is a folder::
                                   float32 their ``norms`` (n,) and ``errors`` (n,), the mean
                                   squared difference of each image, in [0, 1], to its latent
                                   sampled back
-    0000/chunk-0000.clean.safetensors   if asked for: ``clean`` (n, C, H, W) float16, z₀
+    0000/chunk-0000.clean.safetensors   if asked for, and below the noisiest level: ``clean``
+                                  (n, C, H, W) float16, z₀; with the inversion noise these
+                                  are the latents
     0000/chunk-0000.nulls.safetensors   what null-text inversion adds: ``nulls`` (g, steps, …)
                                   float16 and ``null_rows`` (n,), which of them is an image's
     0000/chunk-0000.json          the chunk's commit record
@@ -73,7 +75,8 @@ class Fingerprint:
 
     Args:
         backbone: name, weights, codec, process, resolution.
-        inversion: method, solver, steps, guidance, and the method's other settings.
+        inversion: method, solver, steps, guidance, and the method's other settings; and the noise
+            level u of the latents, if it is not the noisiest.
         preprocessing: how an image becomes the backbone's.
     """
 
@@ -91,6 +94,8 @@ class Fingerprint:
             raise ValueError("an unknown inversion")
         build(int, self.inversion.get("steps"))
         build(float, self.inversion.get("guidance"))
+        if not 0 < build(float, self.inversion.get("level", 1.0)) <= 1:
+            raise ValueError("a level outside (0, 1]")
 
 
 @dataclass(frozen=True)

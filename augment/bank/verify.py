@@ -225,9 +225,10 @@ def inspect_bank(path: Path) -> str:
         text = facts if isinstance(facts, str) else ", ".join(f"{k} {v}" for k, v in facts.items())
         lines.append(f"{name}: {text}")
     lines.append(f"images: {manifest.source}")
-    if norms := means["norm"]:
+    method = manifest.fingerprint.inversion
+    if (norms := means["norm"]) and method["method"] != "noise" and "level" not in method:
         lines.append(str(norm_finding(fmean(norms), len(norms), math.prod(manifest.latent_shape))))
     if errors := means["error"]:
-        how = "{method} in {steps} steps".format(**manifest.fingerprint.inversion)
+        how = "{method} in {steps} steps".format(**method)
         lines.append(str(reconstruction_finding(psnr(fmean(errors)), how)))
     return "\n".join(lines)

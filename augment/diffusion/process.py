@@ -93,6 +93,42 @@ def split(
     )
 
 
+def level_number(steps: int, strength: float) -> int:
+    """Return how many of ``steps`` steps lead to a level, by diffusers' rule for its strength.
+
+    Raises:
+        UserError: a level outside (0, 1], or below the first step.
+
+    >>> level_number(25, 0.7)
+    17
+    """
+    if not 0 < strength <= 1:
+        raise UserError(
+            f"expected a level in (0, 1], got {strength}; 1 is pure noise, 0.3 to 0.9 are usual"
+        )
+    number = int(steps * strength)
+    if number < 1:
+        raise UserError(
+            f"expected a level of at least {1 / steps:.3g}, one of {steps} steps, got {strength}; "
+            "take a higher level or more steps"
+        )
+    return number
+
+
+def levels_to(process: Process, steps: int, level: float | None = None) -> list[float]:
+    """Return the ascending grid of ``steps`` steps below a noise level, and that level exactly.
+
+    Args:
+        process: the noising process.
+        steps: of the whole way from the noisiest level, of which those below the level are left.
+        level: the noise level u; the noisiest one by default.
+    """
+    grid = process.levels(steps)
+    if level is None:
+        return grid
+    return [*(known for known in grid if known < level - 1e-9), level]
+
+
 @dataclass(frozen=True)
 class _Brief:
     """A dataclass whose ``repr``, a part of fingerprints, leaves out fields that have defaults.

@@ -22,7 +22,7 @@ from torch import Tensor
 from augment.core.errors import UserError, lookup
 from augment.diffusion.backbone import Backbone, Denoiser, batched, denoiser
 from augment.diffusion.conditions import Given, rows_of
-from augment.diffusion.process import Pair
+from augment.diffusion.process import Pair, levels_to
 
 Solver = Callable[[Denoiser, Tensor, Sequence[float], Callable[[], Any]], Tensor]
 """(denoise, latent at the first level, levels, tick) → latent at the last level."""
@@ -160,12 +160,13 @@ def sample(
     batch_size: int = 64,
     interval: tuple[float, float] = (0.0, 1.0),
     negative: Given = None,
+    level: float | None = None,
 ) -> Float[Tensor, "n channels height width"]:
     """Sample and decode latents.
 
     Args:
         backbone: the model.
-        latents: at the noisiest level, of the backbone's latent shape.
+        latents: at ``level``, of the backbone's latent shape.
         prompts: one for all, one a row, or none; or embeddings, or a schedule of either by level:
             see `augment.diffusion.conditions`.
         solver: a key of `SOLVERS`.
@@ -174,12 +175,15 @@ def sample(
         batch_size: rows a network call; halved if they do not fit into a GPU's memory.
         interval: noise levels, of 0 to 1, between which there is guidance.
         negative: what to guide away from, as ``prompts``; the empty prompt by default.
+        level: noise level u of the latents, from where the grid of ``steps`` below it is walked;
+            the noisiest one by default, and at 0 the latents are clean and only decoded.
 
     Returns:
         float32 images in [0, 1] on the backbone's device.
 
     Raises:
-        UserError: an unknown solver, no steps, or latents or embeddings of another shape.
+        UserError: an unknown solver, no steps, a level outside [0, 1], or latents or embeddings of
+            another shape.
     """
     run_solver = lookup(SOLVERS, solver, "solver")
     if tuple(latents.shape[1:]) != tuple(backbone.latent_shape):
@@ -189,7 +193,9 @@ def sample(
         )
     check_steps(steps)
     texts, others = rows_of(prompts, len(latents)), rows_of(negative, len(latents))
-    levels = backbone.process.levels(steps)[::-1]
+    if level is not None and not 0 <= level <= 1:
+        raise UserError(f"expected latents at a noise level in [0, 1], got {level}")
+    levels = levels_to(backbone.process, steps, level)[::-1]
 
     @torch.no_grad()
     def run(rows: slice, tick: Callable[[], Any]) -> Tensor:
@@ -197,7 +203,8 @@ def sample(
         latent = latents[rows].to(backbone.device, torch.float32)
         return backbone.decode(run_solver(denoise, latent, levels, tick))
 
-    return torch.cat(batched(run, backbone, len(latents), batch_size, steps, "sample"))
+    walked = max(len(levels) - 1, 1)
+    return torch.cat(batched(run, backbone, len(latents), batch_size, walked, "sample"))
 
 
 def check_steps(steps: int) -> None:

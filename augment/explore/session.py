@@ -89,6 +89,11 @@ class Explorer:
 
     def __post_init__(self) -> None:
         self.bank.check(self.backbone)
+        if self.bank.holds_clean:
+            raise UserError(
+                "expected a bank of inverted latents to explore, got one of clean latents; invert "
+                "with another inversion than noise"
+            )
         if self.out is not None:
             check_folder(self.out)
         self._made = lru_cache(CACHED)(self._make)

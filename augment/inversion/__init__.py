@@ -15,6 +15,7 @@ from augment.core.errors import UserError
 from augment.core.files import sha256
 from augment.core.registry import make
 from augment.diffusion.backbone import Backbone, Denoiser, as_prompts, batched, denoiser
+from augment.diffusion.process import level_number
 from augment.diffusion.solver import check_steps
 from augment.inversion.ddim import DDIM, PublishedDDIM
 from augment.inversion.fireflow import FireFlow
@@ -22,6 +23,7 @@ from augment.inversion.fixed_point import FixedPoint
 from augment.inversion.forward_start import ForwardStart
 from augment.inversion.midpoint import Midpoint
 from augment.inversion.negative_prompt import NegativePrompt
+from augment.inversion.noise import Noise
 from augment.inversion.null_text import NullText
 from augment.sources.images import prepare
 
@@ -45,7 +47,17 @@ class Inverter(Protocol):
 
     @property
     def steps(self) -> int:
-        """Solver steps."""
+        """Solver steps to the noisiest level."""
+        ...
+
+    @property
+    def level(self) -> float:
+        """Where the inversion stops, as a share of the steps."""
+        ...
+
+    @property
+    def steps_made(self) -> int:
+        """Solver steps up to the level."""
         ...
 
     @property
@@ -69,7 +81,7 @@ class Inverter(Protocol):
             seeds: an integer for each image, for inversions with random draws.
 
         Returns:
-            ``latents`` (n, C, H, W) at the noisiest level, and other tensors that sampling needs.
+            ``latents`` (n, C, H, W) at the last level, and other tensors that sampling needs.
         """
         ...
 
@@ -83,6 +95,7 @@ INVERTERS: dict[str, type[Inverter]] = {
     "fireflow": FireFlow,
     "negative_prompt": NegativePrompt,
     "null_text": NullText,
+    "noise": Noise,
 }
 """Inversions by name."""
 
@@ -91,6 +104,7 @@ def inverter(name: str, **settings: Any) -> Inverter:
     """Build an inversion by name."""
     made = make(INVERTERS, name, settings, "inversion")
     check_steps(made.steps)
+    level_number(made.steps, made.level)
     return made
 
 
@@ -137,10 +151,11 @@ def invert(
         batch_size: images a network call; halved if a GPU's memory is too small.
         seeds: an integer for each image, for inversions with random draws; by default a hash of its
             pixels, so that its latent is the same in any batch.
-        settings: other settings of the inversion, such as ``iterations`` of ``fixed_point``.
+        settings: other settings of the inversion, such as ``iterations`` of ``fixed_point``, or
+            ``level``, the share of the steps that is made.
 
     Returns:
-        float32 latents at the noisiest level, on the backbone's device.
+        float32 latents at the last level, on the backbone's device.
 
     Raises:
         UserError: an unknown inversion or setting, no steps, or pixels outside [0, 1].
@@ -183,7 +198,7 @@ def inverted(
         return run(denoise, backbone.encode(part), tick, seeds[rows])
 
     label = f"invert by {type(run).__name__}"
-    parts = batched(invert_rows, backbone, len(images), batch_size, run.steps, label)
+    parts = batched(invert_rows, backbone, len(images), batch_size, max(run.steps_made, 1), label)
     offset = 0
     for part in parts if "nulls" in parts[0] else ():
         part["null_rows"] = part["null_rows"] + offset

@@ -19,7 +19,7 @@ leaves: 8 dB worse (BENCHMARKS.md).
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, ClassVar
 
@@ -27,6 +27,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from augment.diffusion.backbone import Denoiser
+from augment.diffusion.process import Process, level_number
 from augment.diffusion.solver import SOLVERS
 
 
@@ -35,18 +36,29 @@ class DDIM:
     """Plain DDIM inversion; the Euler step, for rectified flow.
 
     Args:
-        steps: solver steps, each a network evaluation.
+        steps: solver steps to the noisiest level, each a network evaluation.
+        level: where the inversion stops, in (0, 1]: that share of the steps is made.
     """
 
     steps: int = 50
+    level: float = field(default=1.0, kw_only=True)
     solver: ClassVar[str] = "ddim"
     guidance: ClassVar[float] = 1.0
     negative: ClassVar[str] = "empty"
 
     @property
+    def steps_made(self) -> int:
+        """Solver steps up to the level."""
+        return level_number(self.steps, self.level)
+
+    def levels(self, process: Process) -> list[float]:
+        """Return the noise levels that are walked, ascending."""
+        return process.levels(self.steps)[: self.steps_made + 1]
+
+    @property
     def evaluations(self) -> int:
         """Network evaluations an image."""
-        return self.steps
+        return self.steps_made
 
     def __call__(
         self,
@@ -56,7 +68,7 @@ class DDIM:
         seeds: Sequence[int] = (),
     ) -> dict[str, Tensor]:
         """See `augment.inversion.Inverter`."""
-        levels = denoise.backbone.process.levels(self.steps)
+        levels = self.levels(denoise.backbone.process)
         return {"latents": SOLVERS[self.solver](denoise, clean, levels, tick)}
 
 
@@ -77,7 +89,7 @@ class PublishedDDIM(DDIM):
     ) -> dict[str, Tensor]:
         """See `augment.inversion.Inverter`."""
         process, latent = denoise.backbone.process, clean
-        for here, there in pairwise(process.levels(self.steps)):
+        for here, there in pairwise(self.levels(process)):
             (alpha_s, sigma_s), (alpha, sigma) = map(process.alpha_sigma, (here, there))
             _, noise = denoise(latent, there)
             latent = alpha * (latent - sigma_s * noise) / alpha_s + sigma * noise

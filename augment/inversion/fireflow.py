@@ -19,4 +19,4 @@ class FireFlow(DDIM):
     @property
     def evaluations(self) -> int:
         """Network evaluations an image."""
-        return self.steps + 1
+        return self.steps_made + 1

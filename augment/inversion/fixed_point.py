@@ -57,7 +57,7 @@ class FixedPoint(DDIM):
     @property
     def evaluations(self) -> int:
         """Network evaluations an image."""
-        return self.steps * self.iterations + 1
+        return self.steps_made * self.iterations + 1
 
     def __call__(
         self,
@@ -67,7 +67,7 @@ class FixedPoint(DDIM):
         seeds: Sequence[int] = (),
     ) -> dict[str, Tensor]:
         """See `augment.inversion.Inverter`."""
-        levels = denoise.backbone.process.levels(self.steps)
+        levels = self.levels(denoise.backbone.process)
         latent, pair = clean, estimates(denoise, clean, levels[0], levels[1])
         for here, there in pairwise(levels):
             moved, recent = move(denoise, latent, here, there, pair), []

@@ -51,7 +51,7 @@ class ForwardStart(DDIM):
     @property
     def evaluations(self) -> int:
         """Network evaluations an image."""
-        return self.steps - math.floor(self.start * self.steps + 1e-6) + 1
+        return self.steps_made - math.floor(self.start * self.steps + 1e-6) + 1
 
     def __call__(
         self,
@@ -62,10 +62,10 @@ class ForwardStart(DDIM):
     ) -> dict[str, Tensor]:
         """See `augment.inversion.Inverter`; an image's noise depends on its seed alone."""
         process, latent = denoise.backbone.process, clean
-        levels = process.levels(self.steps)
+        levels = self.levels(process)
         if self.start >= levels[-1]:
             raise UserError(
-                f"expected to start below the noisiest level of {self.steps} steps, "
+                f"expected to start below the last level of {self.steps_made} steps, "
                 f"{levels[-1]:.3g}, got {self.start}; 0.02 to 0.1 are usual"
             )
         if self.start and len(clean):

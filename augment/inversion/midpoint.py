@@ -25,4 +25,4 @@ class Midpoint(DDIM):
     @property
     def evaluations(self) -> int:
         """Network evaluations an image."""
-        return 2 * self.steps
+        return 2 * self.steps_made

@@ -63,7 +63,7 @@ class NullText(DDIM):
     @property
     def evaluations(self) -> int:
         """Maximum network evaluations an image; one with its gradient counts as three."""
-        return self.steps * (3 + 3 * self.inner)
+        return self.steps_made * (3 + 3 * self.inner)
 
     def __call__(
         self,
@@ -79,7 +79,7 @@ class NullText(DDIM):
         if denoise.both is None:  # no images, or `check_guidance` would have refused
             return {"latents": clean}
         plain, condition = Denoiser(denoise.backbone, denoise.condition), denoise.condition(1.0)
-        levels = denoise.backbone.process.levels(self.steps)
+        levels, steps = self.levels(denoise.backbone.process), self.steps_made
         pivots = [clean]
         for here, there in pairwise(levels):
             pivots.append(ddim(plain, pivots[-1], (here, there)))
@@ -88,9 +88,9 @@ class NullText(DDIM):
         owner = torch.arange(len(clean), device=clean.device) * (not self.shared)
         null, nulls, latent = free["text"][owner.unique()].float(), [], pivots[-1]
         everyone = torch.arange(len(clean), device=clean.device)
-        for number in reversed(range(self.steps)):
+        for number in reversed(range(steps)):
             step = _Step(denoise, free, owner, levels[number : number + 2])
-            done = 50 * (self.steps - 1 - number) / self.steps  # the paper's i, of its 50 steps
+            done = 50 * (steps - 1 - number) / steps  # the paper's i, of its 50 steps
             conditional = step.evaluate(latent, condition)
             null = step.fit(latent, conditional, pivots[number], null, self.inner, done)
             latent = step.guided(latent, conditional, null, everyone)

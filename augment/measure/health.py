@@ -114,17 +114,21 @@ class Finding(NamedTuple):
         return f"{self.topic}. {self.text}"
 
 
-def findings(classes: Sequence[ClassHealth], inversion: str) -> list[Finding]:
+def findings(
+    classes: Sequence[ClassHealth], inversion: str, of_noise: bool = True
+) -> list[Finding]:
     """Return all findings on classes, warnings first.
 
     Args:
         classes: at least one class.
         inversion: how they were inverted, such as ``ddim in 50 steps``.
+        of_noise: whether latents are at the noisiest level, where they should be white noise.
     """
-    norms = [norm for c in classes for norm in c.norms]
-    found = [_bias_finding(classes)]
-    found.append(norm_finding(fmean(norms), len(norms), classes[0].statistics.dim))
-    found += _correlation_finding(classes)
+    norms, found = [norm for c in classes for norm in c.norms], []
+    if of_noise:
+        found = [_bias_finding(classes)]
+        found.append(norm_finding(fmean(norms), len(norms), classes[0].statistics.dim))
+        found += _correlation_finding(classes)
     known = {c.name: c.psnr for c in classes if c.psnr is not None}
     if known:
         worst = min(known, key=lambda name: known[name])

@@ -1,6 +1,7 @@
 """What is mixed: the settings of the random choices."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from augment.centroid.rule import Rule
@@ -21,6 +22,9 @@ class Mixing:
         seed: seed of all random draws.
         nearest: mix an image drawn at random with its nearest neighbours, members images in all: by
             the distance of latents (latent), or of the vectors by image id of a .safetensors file.
+        level: noise level to mix at, in (0, 1], as a share of the solver's steps; or several such
+            as 1,0.75,0.5,0.25, of which each image draws one. For a bank of clean latents
+            (inversion noise); by default 0.7. The latents of others are at one level, the default.
 
     Raises:
         UserError: an unknown rule, or a value out of its range.
@@ -32,6 +36,7 @@ class Mixing:
     noise: float = 0.0
     seed: int = 0
     nearest: str | None = None
+    level: float | str | tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         Rule.parse(self.rule)
@@ -41,6 +46,9 @@ class Mixing:
             raise UserError(f"expected members ≥ 1, got {self.members}; leave it out to mix all")
         if not 0 <= self.seed < 2**63:
             raise UserError(f"expected a seed ≥ 0, got {self.seed}; the largest is 2^63 - 1")
+        for level in self.levels or ():
+            if not 0 < level <= 1:
+                raise UserError(f"expected levels in (0, 1], got {level}; 1 is pure noise")
         alphas = self.concentration
         concentrations(alphas, max(len(alphas), 1) if isinstance(alphas, tuple) else 1)
 
@@ -54,16 +62,23 @@ class Mixing:
         >>> Mixing(alpha="inf").concentration, Mixing(alpha="10,1,1").concentration
         (inf, (10.0, 1.0, 1.0))
         """
-        if isinstance(self.alpha, (int, float)):
-            return float(self.alpha)
-        numbers = self.alpha.split(",") if isinstance(self.alpha, str) else self.alpha
-        try:
-            alphas = [float(number) for number in numbers]
-        except ValueError:
-            raise UserError(
-                f"expected a number, inf or numbers such as 10,1,1 for alpha, got {self.alpha!r}"
-            ) from None
-        return alphas[0] if isinstance(self.alpha, str) and len(alphas) == 1 else tuple(alphas)
+        alphas = _numbers(self.alpha, "a number, inf or numbers such as 10,1,1 for alpha")
+        single = len(alphas) == 1 and isinstance(self.alpha, (int, float, str))
+        return alphas[0] if single else alphas
+
+    @property
+    def levels(self) -> tuple[float, ...] | None:
+        """The levels of which each image draws one; None is the bank's own.
+
+        Raises:
+            UserError: a text that says none.
+
+        >>> Mixing(level="1,0.5").levels
+        (1.0, 0.5)
+        """
+        if self.level is None:
+            return None
+        return _numbers(self.level, "a number or numbers such as 1,0.75,0.5 for level")
 
     @property
     def alpha_json(self) -> float | str | list[float]:
@@ -72,3 +87,12 @@ class Mixing:
         if isinstance(alphas, tuple):
             return list(alphas)
         return "inf" if alphas == math.inf else alphas
+
+
+def _numbers(given: float | str | Sequence[float], wanted: str) -> tuple[float, ...]:
+    """Return a number, several, or a text of some, as several."""
+    numbers = [given] if isinstance(given, (int, float)) else given
+    try:
+        return tuple(map(float, given.split(",") if isinstance(given, str) else numbers))
+    except (TypeError, ValueError):
+        raise UserError(f"expected {wanted}, got {given!r}") from None

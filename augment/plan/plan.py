@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from augment.core.errors import UserError, lookup
+from augment.core.files import JsonObject
 from augment.core.schema import build
 from augment.plan.weights import effective_count
 
@@ -30,6 +31,9 @@ class Plan:
         noise: share of fresh Gaussian noise, in [0, 1): one more point to mix, of weight ``noise``.
         seed, epoch, index: what the random draws depend on.
         classes: the class of each member; empty if all are of ``class_name``.
+        level: noise level to mix at, in (0, 1]: for a bank of clean latents the share of the
+            solver's steps from there down; for others that of the bank's latents, as it has it.
+            None is the bank's own, and not written to JSON.
     """
 
     label: int
@@ -41,6 +45,7 @@ class Plan:
     epoch: int
     index: int
     classes: tuple[str, ...] = ()
+    level: float | None = None
 
     @classmethod
     def equal(cls, label: int, class_name: str, members: Sequence[str], index: int = 0) -> "Plan":
@@ -74,9 +79,17 @@ class Plan:
         shares = torch.zeros(len(labels), dtype=torch.float64)
         return shares.index_add(0, torch.tensor(rows), shares.new_tensor(self.weights)).float()
 
+    @property
+    def facts(self) -> JsonObject:
+        """The fields for JSON; a level is left out if it is the bank's own."""
+        facts = dataclasses.asdict(self)
+        if self.level is None:
+            del facts["level"]
+        return facts
+
     def to_json(self) -> str:
         """Return one line of JSON that `from_json` reads back without loss."""
-        return json.dumps(dataclasses.asdict(self), ensure_ascii=False)
+        return json.dumps(self.facts, ensure_ascii=False)
 
     @classmethod
     def from_json(cls, line: str) -> "Plan":
@@ -89,6 +102,8 @@ class Plan:
             plan = build(cls, json.loads(line))
             if not 0 < len(plan.members) == len(plan.weights) == len(plan.member_classes):
                 raise ValueError("members, weights and classes of different numbers")
+            if plan.level is not None and not 0 < plan.level <= 1:
+                raise ValueError("a level outside (0, 1]")
             return plan
         except (ValueError, RecursionError) as error:
             raise UserError(f"expected a plan as JSON, got {line[:60]!r} ({error})") from None

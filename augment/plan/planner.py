@@ -180,7 +180,17 @@ class Planner:
         members = tuple(images[name][row] for name, row in chosen)
         weights = tuple(dirichlet(generator, self._alpha, len(members)).tolist())
         classes = tuple(name for name, _ in chosen) if self.classes > 1 else ()
-        return Plan(label, home, members, weights, mixing.noise, mixing.seed, epoch, index, classes)
+        place = mixing.seed, epoch, index
+        return Plan(
+            label, home, members, weights, mixing.noise, *place, classes, level=self._level(*place)
+        )
+
+    def _level(self, *place: int) -> float | None:
+        """Draw the level, if there are several, by a generator of its own."""
+        levels = self.mixing.levels or (None,)
+        if len(levels) == 1:
+            return levels[0]
+        return levels[rng(place[0], "level", *place[1:]).integers(len(levels))]
 
     @cached_property
     def _names(self) -> tuple[str, ...]:

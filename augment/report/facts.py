@@ -46,6 +46,7 @@ def bank_facts(bank: LatentBank, health: Sequence[ClassHealth]) -> dict[str, str
     return {
         "latent": " × ".join(map(str, bank.manifest.latent_shape)),
         **guidance_facts(bank),
+        **({} if bank.level is None else {"level": f"{bank.level:.3g}"}),
         "norm / √D": f"{fmean(norms):.3f} (white noise {law:.3f} ± {deviation:.3f})",
         "sampled back": f"{fmean(psnrs):.1f} dB (PSNR)" if psnrs else "not measured",
         "left out": f"{len(rejects_of(bank))} images",

@@ -123,7 +123,8 @@ class Gallery:
         ]
         sampling = self.provenance.sampling
         exact = replace(undoing(bank), batch_size=sampling.batch_size)
-        yield Work("back", Synthesizer(self.backbone, bank, Rule.parse("lin/0"), exact), alone)
+        if not bank.holds_clean:  # nothing was inverted
+            yield Work("back", Synthesizer(self.backbone, bank, Rule.parse("lin/0"), exact), alone)
         draw, count = self.provenance.planner, len(names)
         plans = [draw(0, label + k * count, label) for label in labels for k in range(PLANS)]
         prompts = folder.manifest.prompts if folder else None

@@ -251,7 +251,7 @@ def invert_command(bank: LatentBank) -> str:
     """Return the command that made a bank, as far as its manifest records it."""
     recipe, method = bank.recipe, bank.inversion
     recipe = {key: value for key, value in recipe.items() if key != "local_files_only"}
-    fields = {f.name for f in dataclasses.fields(INVERTERS[method["method"]])} - {"steps"}  # type: ignore[arg-type]
+    fields = {f.name for f in dataclasses.fields(INVERTERS[method["method"]])} - {"steps", "level"}  # type: ignore[arg-type]
     keeps, usage, name = bank.manifest.keeps, bank.manifest.usage, str(recipe.pop("name_or_path"))
     template = usage.template if usage else None if name == "tiny" else ""
     usual = prompts_of(bank.classes, template) if template else {}
@@ -267,6 +267,8 @@ def invert_command(bank: LatentBank) -> str:
         "prompts": prompts or None,
         "inversion": method["method"],
         "steps": method["steps"],
+        # a little above: the share of the steps is rounded down
+        "level": round(method["level"] + 0.5 / method["steps"], 4) if "level" in method else None,
         "guidance": method["guidance"] if same else None,
         "inversion_options": {k: v for k, v in method.items() if k in fields} or None,
         "clean": True if "clean" in keeps else None,
@@ -286,6 +288,7 @@ def synthesize_command(provenance: Provenance, folder: ShardFolder) -> str:
         "per_class": max(counts.values()) if several else counts,
         **vars(manifest.mixing),
         "alpha": ",".join(f"{a:g}" for a in alpha) if isinstance(alpha, list) else str(alpha),
+        "level": ",".join(f"{level:g}" for level in manifest.level or ()) or None,
         "nearest": nearest,
         **vars(manifest.sampling),
         "refine": manifest.refine,

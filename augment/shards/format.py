@@ -142,7 +142,8 @@ class ShardManifest(Record):
         per_class: images a class, or of each.
         shard_size, extension, quality, pixels, candidates: see `Output`.
         solver, steps, guidance, batch_size, interval: see `ResolvedSampling`.
-        rule, seed, members, noise, alpha: see `Mixing`; an infinite alpha is ``inf``.
+        rule, seed, members, noise, alpha, level: see `Mixing`; an infinite alpha is ``inf``, and a
+            level is there for a bank that has no latents at the noisiest.
         prompts: of classes that have others than the bank's.
         refine, filters: settings; a file or folder of a model is its SHA-256.
         nearest: digest of the features, if neighbours are mixed.
@@ -181,6 +182,7 @@ class ShardManifest(Record):
     noise: float | None = None
     alpha: Any = None
     nearest: str | None = None
+    level: Any = None
     refine: dict[str, Any] | None = None
     filters: dict[str, dict[str, Any]] = field(default_factory=dict)
     by: str | None = None
@@ -206,6 +208,8 @@ class ShardManifest(Record):
         build(dict[str, int] if several else int, self.per_class)
         if self.alpha != "inf":
             build(list[float] if isinstance(self.alpha, list) else float, self.alpha)
+        if self.level is not None:
+            build(list[float], self.level)
         counts: dict[str, Any] = dict.fromkeys(self.classes, self.per_class)
         if several:
             counts = self.per_class
@@ -233,6 +237,7 @@ class ShardManifest(Record):
         """What the images of a job were mixed of; nearest is left out."""
         names = ("rule", "members", "noise", "seed")
         how: Any = {name: getattr(self, name) for name in names}
+        how["level"] = None if self.level is None else tuple(self.level)
         return Mixing(
             **how, alpha=tuple(self.alpha) if isinstance(self.alpha, list) else self.alpha
         )

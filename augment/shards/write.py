@@ -14,7 +14,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -215,6 +215,7 @@ class ShardJob:
             "alpha": mixing.alpha_json,
             # else left out, as folders of older versions have it
             **({} if nearest is None else {"nearest": nearest}),
+            **({} if mixing.levels is None else {"level": mixing.levels}),
             **({"refine": contents(made.refine)} if made.refine else {}),
             "filters": {name: contents(f) for name, f in self.filters.items()},
             "images": self.origins(),
@@ -256,7 +257,8 @@ class ShardJob:
             plans = [self.planner(0, index, self.labels[index]) for index in first]
             self.synthesizer.check(plans)  # before anything is written
             write(self.path / SETTINGS, settings)
-        warn_of_copies(self.planner, self.labels)
+        if not self.synthesizer.bank.holds_clean:  # the noise of each image is its own
+            warn_of_copies(self.planner, self.labels)
         self.digest = settings_digest(self.path)
         self.manifest = settings if settings.schema == SCHEMA else None
         return [len(self.indices(unit)) for unit in range(settings.shards)]
@@ -349,7 +351,7 @@ class ShardJob:
     ) -> Sample:
         """Return what the shard holds of an image; of a refined one, its loss before and after."""
         about = {
-            "plan": asdict(plan),
+            "plan": plan.facts,
             "rule": str(self.synthesizer.rule),
             "backbone": self.synthesizer.bank.fingerprint["backbone"],
             "scores": {k: v if math.isfinite(v) else None for k, v in scores.items()},

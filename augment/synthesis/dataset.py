@@ -78,7 +78,8 @@ class SyntheticDataset(Dataset[Sample]):
         self.class_to_idx = {name: label for label, name in enumerate(self.classes)}
         self.targets, self.epoch = round_robin(per_class, self.classes), 0
         """The label of every item; of its home class, where several are mixed."""
-        warn_of_copies(self.planner, self.targets)
+        if not bank.holds_clean:  # the noise of each image is its own
+            warn_of_copies(self.planner, self.targets)
         self.transform, self.target_transform = transform, target_transform
         self.kept: dict[int, tuple[Tensor, Any]] | None = {} if keep else None
 

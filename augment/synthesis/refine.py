@@ -45,7 +45,7 @@ from torch.utils.checkpoint import checkpoint
 from augment.core.errors import UserError
 from augment.diffusion.backbone import Backbone, Denoiser, batched, denoiser
 from augment.diffusion.conditions import Given, rows_of
-from augment.diffusion.process import Pair
+from augment.diffusion.process import Pair, levels_to
 from augment.diffusion.sampling import ResolvedSampling
 from augment.diffusion.solver import SOLVERS
 from augment.networks import BATCH, Network, feature_network, unit
@@ -229,6 +229,7 @@ class SeedSelect:
         prompts: Given = None,
         sampling: ResolvedSampling = ResolvedSampling(),
         negative: Given = None,
+        level: float | None = None,
     ) -> Refined:
         """Refine latents for how `augment.sample` will sample them.
 
@@ -239,13 +240,14 @@ class SeedSelect:
             prompts: see `augment.sample`.
             sampling: the run of the solver, at least 3 steps.
             negative: what to guide away from; the empty prompt by default.
+            level: noise level u of the latents; the noisiest by default.
 
         Raises:
             UserError: too few steps, or overflow in half precision.
         """
-        check_sampling(sampling.steps)
         texts, others = rows_of(prompts, len(latents)), rows_of(negative, len(latents))
-        levels, see = backbone.process.levels(sampling.steps)[::-1], self.see(backbone)
+        levels, see = levels_to(backbone.process, sampling.steps, level)[::-1], self.see(backbone)
+        check_sampling(len(levels) - 1)
 
         @torch.inference_mode(False)  # it differentiates, whatever the caller does
         def run(rows: slice, tick: Callable[[], Any]) -> Refined:

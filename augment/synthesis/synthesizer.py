@@ -7,8 +7,8 @@ otherwise, but for refined ones (`augment.synthesis.refine`).
 """
 
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import prod
 from pathlib import Path
@@ -25,6 +25,7 @@ from augment.core.errors import AugmentWarning, BiasWarning, ImageRejected, User
 from augment.core.rng import normal, rng
 from augment.diffusion.backbone import Backbone
 from augment.diffusion.conditions import Given, Schedule, Words, embed, mix, rows_of
+from augment.diffusion.process import level_number
 from augment.diffusion.sampling import ResolvedSampling, Sampling
 from augment.diffusion.solver import sample
 from augment.inversion import INVERTERS
@@ -37,10 +38,13 @@ from augment.sources import Source, place_of
 from augment.sources.decoding import warn_once
 from augment.sources.images import decode_image
 from augment.synthesis.filters.reference import Reference
-from augment.synthesis.refine import Goal, SeedSelect, check_sampling
+from augment.synthesis.refine import Goal, Refined, SeedSelect, check_sampling
 
 MAX_POINTS = 2**24
 """Numbers of the latents that are mixed in one call."""
+
+DEFAULT_LEVEL = 0.7
+"""Where clean latents are noised to, unless a plan says it; see scripts/reproduce/levels.py."""
 
 
 def resolve(bank: LatentBank, sampling: Sampling | None = None) -> ResolvedSampling:
@@ -64,11 +68,28 @@ def planner_of(bank: LatentBank, mixing: Mixing | None = None, classes: int = 1)
         classes: how many classes a centroid mixes.
 
     Raises:
-        UserError: see `Planner`, or a file of vectors that does not fit the bank.
+        UserError: see `Planner`, a file of vectors that does not fit the bank, or another level
+            than that of its latents.
     """
     mixing = mixing or Mixing()
+    if mixing.levels != (levels := _levels(bank, mixing.levels)):
+        mixing = replace(mixing, level=levels)
     features = None if mixing.nearest is None else bank.features(mixing.nearest)
     return Planner(bank.members, mixing, classes, features)
+
+
+def _levels(bank: LatentBank, asked: tuple[float, ...] | None) -> tuple[float, ...] | None:
+    """Return the levels that plans may have; None if all latents are at the noisiest."""
+    if bank.holds_clean:
+        return asked or (DEFAULT_LEVEL,)
+    own, steps = 1.0 if bank.level is None else bank.level, bank.inversion["steps"]
+    other = next((level for level in asked or () if abs(level - own) * steps > 1), None)
+    if other is not None:
+        raise UserError(
+            f"expected the level {own:.3g} of the bank's latents, got {other:.3g}; leave level "
+            "out, or invert with --inversion noise, whose latents take any level"
+        )
+    return None if bank.level is None else (own,)
 
 
 class Mixture(NamedTuple):
@@ -146,7 +167,7 @@ class Synthesizer:
             )
         inverted, steps = self.bank.inversion["steps"], self.resolved.steps
         top, start = (self.backbone.process.levels(count)[-1] for count in (inverted, steps))
-        if top != start:
+        if top != start and self.bank.holds_noise:
             raise UserError(
                 f"expected to sample from the level {top:.3g} where the bank's latents are, got "
                 f"{steps} steps, which begin at {start:.3g} with this spacing; take {inverted} "
@@ -173,14 +194,55 @@ class Synthesizer:
         """Return `points` of plans of equally many."""
         points, weights = self.bank.gather(plans)
         if plans[0].noise:
+            if self.bank.holds_clean:
+                raise UserError(
+                    f"expected no share of noise with a bank of clean latents, got "
+                    f"{plans[0].noise}; say how much noise by the level"
+                )
             shares = weights.new_tensor([[1 - plan.noise, plan.noise] for plan in plans])
-            fresh = [
-                normal(rng(plan.seed, "noise", plan.epoch, plan.index), *points.shape[2:])
-                for plan in plans
-            ]
+            fresh = [_noise(plan, points.shape[2:]) for plan in plans]
             points = torch.cat([points, torch.stack(fresh)[:, None].to(points)], 1)
             weights = torch.cat([weights * shares[:, :1], shares[:, 1:]], 1)
         return points, weights
+
+    def level(self, plan: Plan) -> float | None:
+        """Return the noise level u of a plan's latent; None is the noisiest one.
+
+        Raises:
+            UserError: it is not that of the bank's latents, or none of the sampling's steps.
+        """
+        if self.bank.holds_clean:
+            steps, strength = self.resolved.steps, plan.level or DEFAULT_LEVEL
+            return self.backbone.process.levels(steps)[level_number(steps, strength)]
+        own = self.bank.level
+        if plan.level not in (None, own or 1.0):
+            raise UserError(
+                f"expected a plan at the level {own or 1.0:.3g} of the bank's latents, got "
+                f"{plan.level:.3g}; use the bank that the plan was made for"
+            )
+        return own
+
+    def _mixed(
+        self, plans: Sequence[Plan], points: Tensor, weights: Tensor, level: float | None
+    ) -> Float[Tensor, "n c h w"]:
+        """Return the centroids of `points` at a level.
+
+        Below the noisiest level a latent is α·clean + σ·noise: the clean ones are averaged, as no
+        law holds for their norms, and the noise is mixed by the rule, which has its own.
+        """
+        if level is None:
+            return self.rule(points, weights, self.mu)
+        alpha, sigma = self.backbone.process.alpha_sigma(level)
+        shares = weights.new_tensor([plan.weights for plan in plans])
+        if self.bank.holds_clean:
+            clean, noise = points, torch.stack([_noise(plan, points.shape[2:]) for plan in plans])
+        else:
+            clean, _ = self.bank.gather(plans, "clean")
+            noises = (points[:, : clean.shape[1]] - alpha * clean) / sigma
+            noises = torch.cat([noises, points[:, clean.shape[1] :]], 1)  # with fresh noise
+            noise = self.rule(noises, weights, self.mu)
+        mean = torch.einsum("nk,nkchw->nchw", shares, clean)
+        return alpha * mean + sigma * noise.to(mean)
 
     def centroid(self, plan: Plan) -> Float[Tensor, "c h w"]:
         """Return the latent of a plan.
@@ -196,31 +258,40 @@ class Synthesizer:
         Raises:
             UserError: see `centroid`.
         """
-        groups: dict[tuple[int, bool], list[int]] = {}
+        groups: dict[tuple[int, bool, float | None], list[int]] = {}
         for row, plan in enumerate(plans):
-            groups.setdefault((len(plan.members), plan.noise > 0), []).append(row)
+            key = len(plan.members), plan.noise > 0, self.level(plan)
+            groups.setdefault(key, []).append(row)
         order, parts = [], []
-        for (count, _), group in groups.items():
+        for (count, _, level), group in groups.items():
             size = max(MAX_POINTS // ((count + 1) * prod(self.backbone.latent_shape)), 1)
             for first in range(0, len(group), size):
                 rows = group[first : first + size]
-                points, weights = self._points([plans[row] for row in rows])
+                some = [plans[row] for row in rows]
+                points, weights = self._points(some)
                 means = points.mean((-2, -1))
                 averages = torch.einsum("nk,nkc->nc", weights, means)
                 spreads = means[:, :count].std(1, correction=min(count - 1, 1))
                 order += rows
-                parts.append((self.rule(points, weights, self.mu), averages, spreads))
+                parts.append((self._mixed(some, points, weights, level), averages, spreads))
         back = torch.tensor(order).argsort()
         return Mixture(*(torch.cat(part)[back] for part in zip(*parts, strict=True)))
 
     @cached_property
     def mu(self) -> Float[Tensor, "c h w"] | None:
-        """The mean of all latents of the bank, for rules that want it (``lol``)."""
-        if self.rule.mean != "mu":
+        """The mean of all latents of the bank, or of their noise, for rules with the split mu."""
+        if self.rule.mean != "mu" or self.bank.holds_clean:
             return None
-        totals = [self.bank.latents(name).double().sum(0) for name in self.bank.classes]
-        count = sum(map(len, self.bank.members.values()))
-        return (sum(totals[1:], totals[0]) / count).float().to(self.bank.device)
+
+        def mean(read: Callable[[str], Tensor]) -> Tensor:
+            totals = [read(name).double().sum(0) for name in self.bank.classes]
+            return sum(totals[1:], totals[0]) / sum(map(len, self.bank.members.values()))
+
+        found = mean(self.bank.latents)
+        if self.bank.level is not None:
+            alpha, sigma = self.backbone.process.alpha_sigma(self.bank.level)
+            found = (found - alpha * mean(self.bank.clean)) / sigma
+        return found.float().to(self.bank.device)
 
     def images(self, plans: Sequence[Plan]) -> Float[Tensor, "n c h w"]:
         """Make the images of plans, float32 in [0, 1] on the backbone's device.
@@ -235,22 +306,52 @@ class Synthesizer:
     ) -> tuple[Float[Tensor, "n c h w"], Float[Tensor, "n _"] | None]:
         """Return `images`, and the losses of `augment.synthesis.refine.Refined`, if any."""
         mixture = self.mix(plans)
-        self._warn_of_bias(plans, mixture)
-        centroids, losses = mixture.centroids, None
-        if self.refine:
-            prompts, negative = self._conditions(plans)
-            goals = [self.goal(plan) for plan in plans]
-            centroids, losses = self.refine(
-                self.backbone, centroids, goals, prompts, self.resolved, negative
+        if self.bank.holds_noise:
+            self._warn_of_bias(plans, mixture)
+        if not self.refine:
+            return self.sample(mixture.centroids, plans), None
+
+        def refined(latents: Tensor, some: Sequence[Plan], level: float | None) -> Refined:
+            assert self.refine is not None
+            prompts, negative = self._conditions(some)
+            goals = [self.goal(plan) for plan in some]
+            return self.refine(
+                self.backbone, latents, goals, prompts, self.resolved, negative, level
             )
-        return self.sample(centroids, plans), losses
+
+        latents, losses = self._each_level(refined, mixture.centroids, plans)
+        return self.sample(latents, plans), losses
 
     def sample(
         self, latents: Float[Tensor, "n c h w"], plans: Sequence[Plan]
     ) -> Float[Tensor, "n channels height width"]:
-        """Sample latents with the prompts and embeddings of plans, one of each."""
-        prompts, negative = self._conditions(plans)
-        return sample(self.backbone, latents, prompts, **vars(self.resolved), negative=negative)
+        """Sample latents with the prompts, embeddings and levels of plans, one of each."""
+
+        def sampled(latents: Tensor, some: Sequence[Plan], level: float | None) -> tuple[Tensor]:
+            prompts, negative = self._conditions(some)
+            how = vars(self.resolved) | {"negative": negative, "level": level}
+            return (sample(self.backbone, latents, prompts, **how),)
+
+        return self._each_level(sampled, latents, plans)[0]
+
+    def _each_level(
+        self,
+        run: Callable[[Tensor, Sequence[Plan], float | None], tuple[Tensor, ...]],
+        latents: Tensor,
+        plans: Sequence[Plan],
+    ) -> tuple[Tensor, ...]:
+        """Call ``run`` for the latents and plans of each level; return its rows in their order."""
+        groups: dict[float | None, list[int]] = {}
+        for row, plan in enumerate(plans):
+            groups.setdefault(self.level(plan), []).append(row)
+        if len(groups) < 2:
+            return run(latents, plans, next(iter(groups), self.bank.level))
+        parts = [
+            run(latents[rows], [plans[row] for row in rows], level)
+            for level, rows in groups.items()
+        ]
+        back = torch.tensor([row for rows in groups.values() for row in rows]).argsort()
+        return tuple(torch.cat(part)[back] for part in zip(*parts, strict=True))
 
     def _conditions(self, plans: Sequence[Plan]) -> tuple[list[Words], Given]:
         """Return the prompts of plans, and what is guided away from."""
@@ -261,7 +362,7 @@ class Synthesizer:
         elif self.has_nulls:
             nulls = torch.stack([self.null(plan) for plan in plans])
             levels = self.backbone.process.levels(self.bank.inversion["steps"])
-            negative = Schedule.by_step(levels, nulls)
+            negative = Schedule.by_step(levels[: nulls.shape[1] + 1], nulls)
         return [self._words(plan) for plan in plans], negative
 
     def _words(self, plan: Plan) -> Words:
@@ -420,3 +521,8 @@ class Synthesizer:
             errors = torch.full_like(errors, 1 / (height * width) ** 0.5)
         means = self.bank.channel_means(name)
         return ChannelMeans(members, tuple(means.tolist()), tuple(errors.tolist()))
+
+
+def _noise(plan: Plan, shape: Sequence[int]) -> Tensor:
+    """Draw the fresh noise of a plan."""
+    return normal(rng(plan.seed, "noise", plan.epoch, plan.index), *shape)
