@@ -4,7 +4,7 @@ What is committed never moves: images that were added to the source become furth
 rejected ones that were repaired.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -39,6 +39,7 @@ def assign_chunks(
     prompts: dict[str, str],
     size: int,
     side: int = 0,
+    captions: Mapping[str, str] | None = None,
 ) -> tuple[list[ClassEntry], dict[Path, Committed]]:
     """Assign the images of a source to chunks and units; what is committed stays where it is.
 
@@ -51,6 +52,7 @@ def assign_chunks(
         prompts: of classes that have one.
         size: images of a unit.
         side: resolution of the backbone in pixels; see `Committed`.
+        captions: of the images, by id; the bank's have to be the same.
 
     Returns:
         The classes of the new manifest, and what is committed, by the stem of its files.
@@ -72,6 +74,8 @@ def assign_chunks(
                 chunk = committed[part.stem] = Committed.of(record, side)
                 rejected = {reject.id for reject in chunk.rejects}
                 inverted.update(i for i in part.ids if i not in rejected)
+                for image in record.images if captions else ():
+                    _check_caption(path, image, captions or {})
                 yield from record.images
 
     _check_source(path, stored_images(), source, ids)
@@ -111,6 +115,15 @@ def assign_chunks(
             unit, room = (unit, room) if room else (unit + 1, size)
         classes.append(replace(entry, chunks=chunks))
     return classes, committed
+
+
+def _check_caption(path: Path, image: ImageRecord, captions: Mapping[str, str]) -> None:
+    """Refuse another caption than an image was inverted with."""
+    if image.id in captions and image.caption != captions[image.id]:
+        raise UserError(
+            f"expected the captions that the bank {path} was inverted with, {image.caption!r} of "
+            f"{image.id}, got {captions[image.id]!r}; use that, or a new folder"
+        )
 
 
 def intact(part: ChunkPlan) -> ChunkRecord | None:

@@ -60,6 +60,7 @@ from augment.inversion import INVERTERS, Inverter, check_guidance, inverted, inv
 from augment.inversion.noise import Noise
 from augment.jobs.job import planning_device, run
 from augment.sources import Folder, Source
+from augment.sources.captions import captions_of, check_captions
 from augment.sources.decoding import open_image, warn_once
 from augment.sources.images import FITTING, fit, parse_colour, pixels_of, preprocessing
 from augment.sources.prompts import by_class, prompts_of
@@ -69,6 +70,8 @@ PIXELS = 2**26
 """Maximum pixels, of all channels, that a unit holds in memory."""
 
 CHUNK_FILE = re.compile(r"chunk-[0-9]{4,}(\.clean|\.nulls)?\.(safetensors|json)")
+
+_LONGEST = 64  # captions that are embedded before anything is written
 
 REJECTED = ("id", "bytes", "sha256", "reason")
 """Keys of an image in rejects.jsonl."""
@@ -107,6 +110,9 @@ class InvertSettings:
         prompt: template of the prompts, such as 'a photo of a {name}'; WordNet ids of ImageNet get
             their names. By default that of the model's family; '' is none.
         prompts: prompts by class, as YAML such as '{Coat: top}'; they replace the template's.
+        captions: captions of the images to invert with, in place of prompts: a metadata.jsonl with
+            file_name and text, or txt for a text file beside each image. Images are still
+            synthesized with the prompts.
         inversion: method: forward_start, fireflow, midpoint, fixed_point, ddim, negative_prompt,
             null_text, or noise (no network: latents stay clean, and are noised when sampled).
         steps: number of solver steps to the noisiest level; by default that of the model's family,
@@ -137,6 +143,7 @@ class InvertSettings:
     backbone: str = "tiny"
     prompt: str | None = None
     prompts: dict[str, str] | None = None
+    captions: str | None = None
     inversion: str = "forward_start"
     steps: int | None = None
     level: float = 1.0
@@ -182,6 +189,7 @@ def fill_bank(
     batch_size: int = 64,
     stored: Sequence[str] = ("errors",),
     max_rejects: float = 0.05,
+    captions: dict[str, str] | None = None,
     **settings: Any,
 ) -> LatentBank:
     """Invert a source's images into a bank; what a bank of the same settings lacks is added.
@@ -201,6 +209,8 @@ def fill_bank(
             is sampled back, which doubles the time of most inversions; ``clean`` latents.
         max_rejects: share of images that may be rejected, because they cannot be read or their
             latents are not usable; more stop the job.
+        captions: a caption of each image by its id, to invert it with in place of its class's
+            prompt.
         settings: other settings of the inversion, such as ``iterations`` of ``fixed_point``, or
             the ``level`` where it stops, below which ``clean`` latents are stored too.
 
@@ -218,7 +228,7 @@ def fill_bank(
     texts = prompts_of(source.classes, template, prompts)
     job = InversionJob(
         Path(path), source, backbone, method, guidance, texts, batch_size, tuple(stored),
-        max_rejects, template=template,
+        max_rejects, template=template, captions=captions or {},
     )  # fmt: skip
     run(job)
     return LatentBank.open(path)
@@ -238,6 +248,7 @@ class InversionJob:
         method: the inversion.
         where: device and dtype of the backbone, for workers that load it themselves.
         template: of the prompts, if they are by one.
+        captions: by image id, of all images or of none.
     """
 
     path: Path
@@ -251,6 +262,7 @@ class InversionJob:
     max_rejects: float = 0.05
     where: dict[str, Any] = field(default_factory=dict)
     template: str = ""
+    captions: dict[str, str] = field(default_factory=dict)
     usage: Usage = field(default=Usage(), init=False)
     title: str = field(default="invert", init=False)
     manifest: Manifest | None = field(default=None, init=False)
@@ -263,6 +275,7 @@ class InversionJob:
         """Load the backbone and the list of images that settings ask for; see `InvertSettings`."""
         source, template = settings.source(), settings.prompt
         prompts_of(source.classes, template or "", settings.prompts)  # before it loads
+        captions = captions_of(source, settings.captions) if settings.captions else {}
         others, options = settings.inversion_options or {}, settings.backbone_options or {}
         refuse_reserved(others, "steps", "level", "guidance", "batch_size")
         refuse_reserved(options, "name_or_path", "device", "dtype")
@@ -279,7 +292,7 @@ class InversionJob:
         return cls(
             Path(settings.bank), source, backbone, method, settings.guidance,
             prompts_of(source.classes, template, settings.prompts), settings.batch_size,
-            tuple(kept), settings.max_rejects, where, template,
+            tuple(kept), settings.max_rejects, where, template, captions,
         )  # fmt: skip
 
     def __post_init__(self) -> None:
@@ -312,6 +325,10 @@ class InversionJob:
         self._choose_guidance(any(texts))
         check_guidance(self.method, self.backbone, texts, self.guidance)
         self.backbone.condition(texts)
+        if self.captions:
+            check_captions(self.source, self.captions)
+            for text in sorted(self.captions.values(), key=len)[-_LONGEST:]:
+                self.backbone.condition([text])
 
     def _choose_guidance(self, prompted: bool) -> None:
         """Fill in the guidance of the inversion, and that of sampling."""
@@ -330,6 +347,7 @@ class InversionJob:
         if self.backbone is None or self.backbone.usage == Usage():
             return ""
         by = f" by {usage.template!r}" if usage.template else ""
+        by = " (captions to invert)" + by if self.captions else by
         return (
             f"prompts{by}, such as {some!r}; {usage.steps} steps; guidance {self.guidance:g} to "
             f"invert and {usage.guidance:g} to sample (--prompt '' and --guidance 1 turn them off)"
@@ -346,6 +364,7 @@ class InversionJob:
             "solver": self.method.solver,
             "guidance": self.guidance,
             **{key: value for key, value in vars(self.method).items() if key != "level"},
+            **({"captions": True} if self.captions else {}),
         }
         if self.method.level < 1:
             method["level"] = self._level(backbone)
@@ -381,7 +400,7 @@ class InversionJob:
         size = max(min(limit, CHUNK, PIXELS // (backbone.channels * backbone.resolution**2)), 1)
         self.side = backbone.resolution
         where = self.path, old, self.source, self.prompts
-        classes, committed = assign_chunks(*where, size, self.side)
+        classes, committed = assign_chunks(*where, size, self.side, self.captions)
         self.manifest = Manifest(**vars(new), schema=Manifest.SCHEMA, classes=classes)
         if self.manifest != old:
             write(self.path / "manifest.json", self.manifest)
@@ -438,7 +457,14 @@ class InversionJob:
         loaded = [[load_image(self.source, backbone, i) for i in part.ids] for part in parts]
         self._check_colours([image for images in loaded for image in images])
         pairs = list(zip(parts, loaded, strict=True))
-        usable = [(i, part.home.prompt) for part, row in pairs for i in row if i.pixels is not None]
+        for image in chain.from_iterable(loaded):
+            image.record.caption = self.captions.get(image.record.id)
+        usable = [
+            (image, image.record.caption or part.home.prompt)
+            for part, row in pairs
+            for image in row
+            if image.pixels is not None
+        ]
         made = self.make(backbone, *map(list, zip(*usable, strict=True))) if usable else {}
         for row, (image, _) in enumerate(usable):
             image.row, image.reason = row, rejection_reason(made, row)

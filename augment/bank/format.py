@@ -209,12 +209,20 @@ class FileRecord:
 
 @dataclass(slots=True)  # not frozen, which takes seven times as long for each of a million images
 class ImageRecord:
-    """An image that has a latent: size and SHA-256 of its file, and its shorter side in pixels."""
+    """An image that has a latent.
+
+    Args:
+        id: its id.
+        bytes, sha256: of its file.
+        side: its shorter side in pixels.
+        caption: what it was inverted with in place of its class's prompt, if anything.
+    """
 
     id: str
     bytes: int
     sha256: str
     side: int
+    caption: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -54,6 +54,8 @@ def export(explorer: Explorer, choices: Sequence[Choice]) -> Path:
                 "label": choice.plan.label,
                 "class_name": choice.plan.class_name,
             }
+            if prompt := explorer.prompt(choice):
+                facts["prompt"] = prompt
             write_bytes(out / facts["file_name"], encode(explorer.image(choice), "png"))
             lines.append(json.dumps({**facts, **settings(choice), **facts}).encode())
         write_bytes(out / METADATA, b"\n".join([*lines, b""]))

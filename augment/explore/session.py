@@ -158,6 +158,10 @@ class Explorer:
         bias = centroid.mean((-2, -1)).abs().max().item()
         return Facts(norm, bias, average.abs().max().item())
 
+    def prompt(self, choice: Choice) -> str:
+        """Return the prompt that a choice is sampled with; empty without."""
+        return self._synthesizer(choice.rule, choice.sampling).text(choice.plan)
+
     def python(self, choice: Choice) -> str:
         """Return lines of Python that make the image of a choice."""
         plan = f"Plan.from_json({choice.plan.to_json()!r})"
@@ -246,7 +250,8 @@ def thumbnail(image: Float[Tensor, "c h w"]) -> Image.Image:
 def settings(choice: Choice) -> dict[str, object]:
     """Return everything that a choice says, flat, for JSON."""
     how = asdict(choice)
-    return how.pop("plan") | how.pop("sampling") | how
+    del how["plan"]
+    return choice.plan.facts | how.pop("sampling") | how
 
 
 def reweighted(plan: Plan, weights: Sequence[float]) -> Plan:

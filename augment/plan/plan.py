@@ -34,6 +34,7 @@ class Plan:
         level: noise level to mix at, in (0, 1]: for a bank of clean latents the share of the
             solver's steps from there down; for others that of the bank's latents, as it has it.
             None is the bank's own, and not written to JSON.
+        context: words that were drawn for the prompt; without any, it is not written to JSON.
     """
 
     label: int
@@ -46,6 +47,7 @@ class Plan:
     index: int
     classes: tuple[str, ...] = ()
     level: float | None = None
+    context: str = ""
 
     @classmethod
     def equal(cls, label: int, class_name: str, members: Sequence[str], index: int = 0) -> "Plan":
@@ -81,10 +83,12 @@ class Plan:
 
     @property
     def facts(self) -> JsonObject:
-        """The fields for JSON; a level is left out if it is the bank's own."""
+        """The fields for JSON; those of no effect, which older versions lack, are left out."""
         facts = dataclasses.asdict(self)
         if self.level is None:
             del facts["level"]
+        if not self.context:
+            del facts["context"]
         return facts
 
     def to_json(self) -> str:

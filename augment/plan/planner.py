@@ -91,11 +91,14 @@ class Planner:
 
     Args:
         images: the image ids of each class, in label order.
-        mixing: what is mixed; the rule is not looked at, and nearest means ``features``.
+        mixing: what is mixed; the rule is not looked at, nearest means ``features``, and the file
+            of contexts ``contexts``.
         classes: how many classes a centroid mixes: the home class, whose members come first, and
             others drawn at random, each with as many members.
         features: (n, f) of each class, a row an image in the order of ``images``; None draws
             members at random.
+        contexts: of which each image draws one for its prompt, whatever its class, by a generator
+            of its own; see `augment.sources.captions`.
 
     Raises:
         UserError: too many classes; of several alphas, a class would give more or fewer members;
@@ -106,6 +109,7 @@ class Planner:
     mixing: Mixing = Mixing()
     classes: int = 1
     features: dict[str, Tensor] | None = field(default=None, repr=False)
+    contexts: tuple[str, ...] = field(default=(), repr=False)
 
     def __post_init__(self) -> None:
         if not 1 <= self.classes <= max(len(self.images), 1):
@@ -182,8 +186,9 @@ class Planner:
         classes = tuple(name for name, _ in chosen) if self.classes > 1 else ()
         place = mixing.seed, epoch, index
         return Plan(
-            label, home, members, weights, mixing.noise, *place, classes, level=self._level(*place)
-        )
+            label, home, members, weights, mixing.noise, *place, classes,
+            level=self._level(*place), context=self._context(*place),
+        )  # fmt: skip
 
     def _level(self, *place: int) -> float | None:
         """Draw the level, if there are several, by a generator of its own."""
@@ -191,6 +196,12 @@ class Planner:
         if len(levels) == 1:
             return levels[0]
         return levels[rng(place[0], "level", *place[1:]).integers(len(levels))]
+
+    def _context(self, seed: int, *place: int) -> str:
+        """Draw a context, by a generator of its own: other draws stay as they are without."""
+        if not self.contexts:
+            return ""
+        return self.contexts[rng(seed, "context", *place).integers(len(self.contexts))]
 
     @cached_property
     def _names(self) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ import io
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -68,6 +69,7 @@ class Evaluation:
         classes: a row a class.
         draw: draws a figure of it into a matplotlib figure.
         findings: sentences on the health of a bank.
+        sampled: prompt and guidance of the first synthetic image, where there are any.
     """
 
     title: str
@@ -75,6 +77,7 @@ class Evaluation:
     classes: list[Row]
     draw: Callable[[Any], None]
     findings: list[Finding] = field(default_factory=list)
+    sampled: dict[str, Any] = field(default_factory=dict)
 
     def __str__(self) -> str:
         lines = [self.title, *map(str, self.findings)]
@@ -83,7 +86,8 @@ class Evaluation:
     def record(self) -> JsonObject:
         """Return the tables for JSON, which has no NaN."""
         tables = {"overall": self.overall, "classes": self.classes}
-        return {"title": self.title} | {
+        sampled = {"sampled": self.sampled} if self.sampled else {}
+        return {"title": self.title, **sampled} | {
             name: [{k: None if _is_nan(v) else v for k, v in row.items()} for row in rows]
             for name, rows in tables.items()
         }
@@ -271,10 +275,20 @@ def evaluate_images(
     measures = list(_measures(ours, theirs, near, among, draws))
     rows = list(_class_rows(ours, theirs, near, real.classes))
     title = f"{len(ours.labels)} synthetic images against {len(theirs.labels)} real ones"
+    sampled = sampled_by(fake)
+    if sampled:
+        title += "; " + ", ".join(f"{key} {value!r}" for key, value in sampled.items())
     lacking = [repr(name) for name in real.classes if name not in {row["class"] for row in rows}]
     if lacking:
         title += f"; no synthetic images of {len(lacking)} classes: {first_few(lacking)}"
-    return Evaluation(title, measures, rows, lambda f: _draw_images(f, near, among, rows))
+    draw = partial(_draw_images, near=near, among=among, rows=rows)
+    return Evaluation(title, measures, rows, draw, sampled=sampled)
+
+
+def sampled_by(images: Source | Shards) -> dict[str, Any]:
+    """Return prompt and guidance of the first image of shards, as far as there are any."""
+    about = images.about(0) if isinstance(images, Shards) and len(images) else {}
+    return {key: about[key] for key in ("prompt", "guidance") if key in about}
 
 
 def form_of(images: Source | Shards) -> Form:

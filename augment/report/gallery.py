@@ -106,6 +106,8 @@ class Gallery:
                         else:
                             tile.plan, tile.rule = plan, str(synthesizer.rule)
                             tile.code = self.provenance.python(plan, tile.rule)
+                            tile.prompt = synthesizer.text(plan)
+                            tile.guidance = synthesizer.resolved.guidance
                         tile.scores = {name: values[row] for name, values in scores.items()}
                         self.made.setdefault(plan.class_name, []).append(tile)
                     bar.update(len(batch))
@@ -190,6 +192,7 @@ class Gallery:
             shards = folder.shards  # type: ignore[union-attr]
             about = shards.about(row)
             plan, rule, scores = shards.plan(row), str(about.get("rule", "")), about.get("scores")
+            guidance = about.get("guidance")
             yield Tile(
                 "kept",
                 square(to_pil(decode(shards.read(row), shards.extension)), self.side),
@@ -199,6 +202,8 @@ class Gallery:
                 code=self.provenance.python(plan, rule, row),
                 scores=scores if isinstance(scores, dict) else {},
                 refined=about.get("refined") or (),
+                prompt=str(about.get("prompt", "")),
+                guidance=guidance if isinstance(guidance, (int, float)) else 1.0,
             )
 
 

@@ -241,6 +241,8 @@ function* factsOf(record, tile) {
   if (!tile.members) return;
   yield ["rule", tile.rule];
   yield ["random choices", `seed ${tile.seed}, epoch ${tile.epoch}, index ${tile.index}`];
+  if (tile.prompt) yield ["prompt", tile.prompt];
+  if (tile.guidance) yield ["guidance", String(tile.guidance)];
   const count = tile.members.length + (tile.rest ? tile.rest[0] : 0);
   yield ["effective count", `${tile.mixed.toFixed(1)} of ${count} members`];
   if (tile.noise) yield ["fresh noise", `${(100 * tile.noise).toFixed(0)} %`];

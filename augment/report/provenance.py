@@ -235,7 +235,7 @@ class Provenance:
 def _planner_of(bank: LatentBank, manifest: ShardManifest) -> Planner | None:
     """Return the planner of shards, if the bank still has the same images."""
     images = {name: tuple(ids) for name, ids in manifest.images.items()}
-    if images != bank.members or list(images) != bank.classes:
+    if images != bank.members or list(images) != bank.classes or manifest.contexts:
         return None
     nearest = "latent" if manifest.nearest else None
     return planner_of(bank, dataclasses.replace(manifest.mixing, nearest=nearest))
@@ -275,7 +275,10 @@ def invert_command(bank: LatentBank) -> str:
         "background": None if bank.background == "white" else bank.background,
         "errors": None if "errors" in keeps else False,
     }
-    return command("invert", options)
+    text = command("invert", options)
+    if method.get("captions"):
+        return f"{text}\n# images were inverted with captions: add --captions and their file"
+    return text
 
 
 def synthesize_command(provenance: Provenance, folder: ShardFolder) -> str:
@@ -302,6 +305,7 @@ def synthesize_command(provenance: Provenance, folder: ShardFolder) -> str:
     comments = {
         "classes had different numbers of images, see per_class": several,
         "prompts were other than the bank's, see prompts": bool(manifest.prompts),
+        "contexts were drawn from a file, see contexts": bool(manifest.contexts),
         "neighbours were by vectors of a file": bool(manifest.nearest) and nearest is None,
         "a file is given by its SHA-256": bool(
             re.search(r'"[0-9a-f]{64}"', json.dumps([manifest.refine, manifest.filters]))

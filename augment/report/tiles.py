@@ -32,6 +32,7 @@ class Tile:
         code: Python that makes it again.
         scores: its scores, by filter; None is not a number.
         refined: loss before and after refinement.
+        prompt, guidance: what it was sampled with.
     """
 
     kind: str
@@ -44,6 +45,8 @@ class Tile:
     code: str = ""
     scores: Mapping[str, float | None] = field(default_factory=dict)
     refined: Sequence[float] = ()
+    prompt: str = ""
+    guidance: float = 1.0
 
     def record(self) -> dict[str, object]:
         """Return what the page shows of it, for JSON."""
@@ -52,6 +55,8 @@ class Tile:
             known: dict[str, object] = {"id": self.id, "psnr": psnr}
         else:
             known = {"rule": self.rule, "row": self.row, "code": self.code, **_summary(self.plan)}
+            known |= {"prompt": self.prompt} if self.prompt else {}
+            known |= {"guidance": self.guidance} if self.guidance != 1 else {}
             known |= {"scores": _rounded(self.scores), "refined": list(self.refined)}
         return {"kind": self.kind} | {k: v for k, v in known.items() if v not in (None, {}, [])}
 

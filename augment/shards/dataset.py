@@ -342,11 +342,13 @@ class Shards(Dataset[tuple[Any, Any]]):
                 yield index, self.read(index)
 
     def metadata(self, index: int) -> JsonObject:
-        """Return the name of a file for an image, in a folder of its class, its label and plan."""
+        """Return a file name for an image, in a folder of its class, its label, plan and prompt."""
         _, (key, label, *_) = self._place(index)
         name = f"{self.classes[label]}/{key:08d}.{self.extension}"
         facts = {"file_name": name, "label": label, "class_name": self.classes[label]}
-        plan = self.about(index).get("plan")
+        about = self.about(index)
+        facts |= {key: about[key] for key in ("prompt", "guidance") if key in about}
+        plan = about.get("plan")
         return {**facts, **(plan if isinstance(plan, dict) else {}), **facts}
 
     def _place(self, index: int) -> tuple[Path, list[int]]:

@@ -90,7 +90,8 @@ class ShardSettings(Mixing, Sampling, Output):
         per_class: images a class.
         fill_to: top every class up to this many images, counting the real ones; replaces per_class.
         tail_only: skip classes that have at least this many real images.
-        prompt: template of prompts that replace the bank's, such as 'a sketch of a {name}'.
+        prompt: template of prompts that replace the bank's, such as 'a sketch of a {name}'; beside
+            contexts it may say where they go, as 'a {name}, {context}'.
         backbone: diffusion model; by default the one that made the bank.
         device: device such as cuda or cpu; by default the GPU if there is one.
         dtype: number type of the network, float32, float16 or bfloat16; by default the backbone's.
@@ -147,6 +148,7 @@ class ShardManifest(Record):
         prompts: of classes that have others than the bank's.
         refine, filters: settings; a file or folder of a model is its SHA-256.
         nearest: digest of the features, if neighbours are mixed.
+        contexts: digest of the contexts, if any are drawn.
         images: real images of each class: the beginning of the SHA-256 of each by its id; in older
             folders the ids alone.
         bank: digest of the bank.
@@ -183,6 +185,7 @@ class ShardManifest(Record):
     alpha: Any = None
     nearest: str | None = None
     level: Any = None
+    contexts: str | None = None
     refine: dict[str, Any] | None = None
     filters: dict[str, dict[str, Any]] = field(default_factory=dict)
     by: str | None = None
@@ -234,7 +237,7 @@ class ShardManifest(Record):
 
     @property
     def mixing(self) -> Mixing:
-        """What the images of a job were mixed of; nearest is left out."""
+        """What the images of a job were mixed of; nearest and contexts are left out."""
         names = ("rule", "members", "noise", "seed")
         how: Any = {name: getattr(self, name) for name in names}
         how["level"] = None if self.level is None else tuple(self.level)

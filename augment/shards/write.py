@@ -62,6 +62,9 @@ from augment.synthesis.synthesizer import Synthesizer, planner_of, resolve
 
 T = TypeVar("T", Sampling, Output)
 
+MAX_CHECKED = 64
+"""Contexts that are embedded before anything is written, the longest ones."""
+
 SETTINGS_COPIES = 2
 """Shards whose records hold the settings too, should the file of these be lost."""
 
@@ -128,6 +131,10 @@ class ShardJob:
         """
         bank = LatentBank.open(settings.bank)
         planner, counts = planner_of(bank, settings), _image_counts(bank, settings)
+        contexts = ("context",) if settings.contexts else ()
+        prompts = None
+        if settings.prompt:
+            prompts = class_prompts(bank.classes, settings.prompt, keep=contexts)
         refine, filters = settings.refine, settings.filters or {}
         refine = SeedSelect(refine) if isinstance(refine, int) else refine
         if refine:  # what can be refused is refused before gigabytes are loaded
@@ -147,7 +154,7 @@ class ShardJob:
             bank,
             Rule.parse(settings.rule),
             _part_of(settings, Sampling),
-            class_prompts(bank.classes, settings.prompt) if settings.prompt else None,
+            prompts,
             refine,
             settings.images,
         )
@@ -216,6 +223,7 @@ class ShardJob:
             # else left out, as folders of older versions have it
             **({} if nearest is None else {"nearest": nearest}),
             **({} if mixing.levels is None else {"level": mixing.levels}),
+            **({"contexts": _contexts_digest(self.planner)} if self.planner.contexts else {}),
             **({"refine": contents(made.refine)} if made.refine else {}),
             "filters": {name: contents(f) for name, f in self.filters.items()},
             "images": self.origins(),
@@ -255,7 +263,8 @@ class ShardJob:
                 )
             first = range(min(self.total, len(self.planner.images)))
             plans = [self.planner(0, index, self.labels[index]) for index in first]
-            self.synthesizer.check(plans)  # before anything is written
+            # before anything is written
+            self.synthesizer.check([*plans, *longest(self.synthesizer, self.planner, plans)])
             write(self.path / SETTINGS, settings)
         if not self.synthesizer.bank.holds_clean:  # the noise of each image is its own
             warn_of_copies(self.planner, self.labels)
@@ -352,6 +361,7 @@ class ShardJob:
         """Return what the shard holds of an image; of a refined one, its loss before and after."""
         about = {
             "plan": plan.facts,
+            **how(self.synthesizer, plan),
             "rule": str(self.synthesizer.rule),
             "backbone": self.synthesizer.bank.fingerprint["backbone"],
             "scores": {k: v if math.isfinite(v) else None for k, v in scores.items()},
@@ -400,6 +410,13 @@ class ShardJob:
         return lacking
 
 
+def how(synthesizer: Synthesizer, plan: Plan) -> JsonObject:
+    """Return the prompt and the guidance that a plan is sampled with, where there are."""
+    text, guidance = synthesizer.text(plan), synthesizer.resolved.guidance
+    facts = {"prompt": text} if text else {}
+    return facts if guidance == 1 else {**facts, "guidance": guidance}
+
+
 def contents(judge: Filter | SeedSelect) -> JsonObject:
     """Return settings, a file or a folder of a model by its digest: shards depend on what it is."""
     settings = dict(vars(judge))
@@ -434,6 +451,17 @@ def reduce(images: Float[Tensor, "n c h w"], pixels: int) -> Float[Tensor, "n c 
     if images.shape[-1] <= pixels:
         return images
     return F.interpolate(images, (pixels, pixels), mode="bilinear", antialias=True).clamp(0, 1)
+
+
+def longest(synthesizer: Synthesizer, planner: Planner, plans: Sequence[Plan]) -> list[Plan]:
+    """Return a plan of the class of the longest prompt with each of the longest contexts."""
+    home = max(plans, key=lambda plan: len(synthesizer.text(plan)))
+    return [replace(home, context=c) for c in sorted(planner.contexts, key=len)[-MAX_CHECKED:]]
+
+
+def _contexts_digest(planner: Planner) -> str:
+    """Return the SHA-256 of the contexts that are drawn."""
+    return sha256(json.dumps(planner.contexts).encode())
 
 
 def _features_digest(planner: Planner) -> str | None:

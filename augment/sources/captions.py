@@ -7,7 +7,7 @@ class and its surroundings have in common by chance (BOB, arXiv 2510.24078).
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from augment.core.errors import UserError, shown
@@ -55,13 +55,18 @@ def captions_of(source: Source, where: str) -> dict[str, str]:
     else:
         captions = read_captions(where, source)
     captions = {image_id: text.strip() for image_id, text in captions.items()}
+    check_captions(source, captions)
+    return captions
+
+
+def check_captions(source: Source, captions: Mapping[str, str]) -> None:
+    """Refuse captions of some of the images only."""
     missing = [image_id for image_id, _ in source.samples if not captions.get(image_id)]
     if missing:
         raise UserError(
             f"expected a caption of each of {len(source)} images, got none of {len(missing)}, such "
             f"as {shown(missing[0])}; add them, or leave captions out"
         )
-    return captions
 
 
 def read_contexts(where: str) -> tuple[str, ...]:

@@ -112,10 +112,12 @@ class Folder(Source):
 
     def _images(self, folder: Path, prefix: str = "") -> list[str]:
         """List the ids of a class folder's images, sorted; count its other files."""
-        ids, prefix = [], f"{prefix}{folder.name}/"
+        ids, texts, prefix = [], [], f"{prefix}{folder.name}/"
         for path in filter(self._visible, folder.iterdir()):
             if path.suffix.lower() in SUFFIXES:
                 ids.append(prefix + path.name)
+            elif path.suffix == ".txt" and not path.is_dir():
+                texts.append(path.stem)
             elif not path.is_dir():
                 self.passed[path.suffix.lower()[1:] or "without a suffix"] += 1
             elif path.is_symlink():
@@ -124,6 +126,9 @@ class Folder(Source):
                 ids += self._images(path, prefix)
             else:
                 self.passed[_DEEPER] += sum(len(files) for _, _, files in os.walk(path))
+        if texts:  # those beside an image are its caption
+            stems = {os.path.splitext(os.path.basename(i))[0] for i in ids}  # noqa: PTH119, PTH122
+            self.passed["txt"] += sum(stem not in stems for stem in texts)
         return sorted(ids)
 
     def _nothing(self, folder: Path) -> str:

@@ -7,7 +7,7 @@ ImageNet-1k are in ``sources/imagenet.txt``.
 
 import re
 import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from string import Formatter
@@ -74,7 +74,10 @@ def class_name(folder: str) -> str:
 
 
 def class_prompts(
-    classes: Sequence[str], template: str, names: dict[str, str] | None = None
+    classes: Sequence[str],
+    template: str,
+    names: dict[str, str] | None = None,
+    keep: Collection[str] = (),
 ) -> dict[str, str]:
     """Return a prompt for each class, such as `augment.fill_bank` takes.
 
@@ -87,13 +90,14 @@ def class_prompts(
             article right before ``{name}`` becomes a or an by the sound of the name, and so does
             ``{article}`` anywhere.
         names: names of single classes, by folder, in place of `class_name`'s.
+        keep: further fields, which stay as they are, such as ``context``.
 
     Raises:
         UserError: a template without ``{name}`` or with another field, a name of a class that is
             not there, or a class of unknown name.
     """
     names = by_class(names or {}, classes)
-    _check_template(template)
+    _check_template(template, keep)
     unknown = names.keys() - set(classes)
     if unknown:
         raise UserError(
@@ -101,7 +105,7 @@ def class_prompts(
             f"{shown(min(unknown))}; choose one of these"
         )
     called = {c: names[c] if c in names else class_name(nfc(c)) for c in classes}
-    return {folder: _fill(template, folder, name) for folder, name in called.items()}
+    return {folder: _fill(template, folder, name, keep) for folder, name in called.items()}
 
 
 def prompts_of(
@@ -125,7 +129,7 @@ def prompts_of(
     return own | (class_prompts(rest, template) if template else {})
 
 
-def _check_template(template: str) -> None:
+def _check_template(template: str, keep: Collection[str]) -> None:
     """Refuse a template without a name, with other fields, or with braces that do not match."""
     try:
         parts = [part[1:] for part in Formatter().parse(template) if part[1] is not None]
@@ -135,7 +139,7 @@ def _check_template(template: str) -> None:
             "double the braces that are the prompt's own"
         ) from None
     for field, form, conversion in parts:
-        if field not in _FIELDS or form or conversion:
+        if field not in (*_FIELDS, *keep) or form or conversion:
             raise UserError(
                 f"expected no field but {{name}}, {{article}} and {{folder}} in a template, got "
                 f"one of {field!r} in {template!r}; double the braces if they are the prompt's own"
@@ -147,9 +151,10 @@ def _check_template(template: str) -> None:
         )
 
 
-def _fill(template: str, folder: str, name: str) -> str:
+def _fill(template: str, folder: str, name: str, keep: Iterable[str]) -> str:
     """Fill a name into a template, with the article that fits it."""
     spelt = re.match(r"[A-Z][A-Z0-9]{0,3}\b", name)
     vowel = (_SPELT if spelt else _VOWEL).match(name)
     spelled = _ARTICLE.sub(r"\1n " if vowel else r"\1 ", template)
-    return spelled.format(name=name, folder=folder, article="an" if vowel else "a")
+    left = {field: f"{{{field}}}" for field in keep}
+    return spelled.format(name=name, folder=folder, article="an" if vowel else "a", **left)

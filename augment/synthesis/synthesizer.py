@@ -35,6 +35,7 @@ from augment.plan.mixing import Mixing
 from augment.plan.plan import Plan
 from augment.plan.planner import Planner
 from augment.sources import Source, place_of
+from augment.sources.captions import read_contexts, with_context
 from augment.sources.decoding import warn_once
 from augment.sources.images import decode_image
 from augment.synthesis.filters.reference import Reference
@@ -68,14 +69,15 @@ def planner_of(bank: LatentBank, mixing: Mixing | None = None, classes: int = 1)
         classes: how many classes a centroid mixes.
 
     Raises:
-        UserError: see `Planner`, a file of vectors that does not fit the bank, or another level
-            than that of its latents.
+        UserError: see `Planner`; a file of vectors that does not fit the bank, or of no contexts;
+            or another level than that of its latents.
     """
     mixing = mixing or Mixing()
     if mixing.levels != (levels := _levels(bank, mixing.levels)):
         mixing = replace(mixing, level=levels)
     features = None if mixing.nearest is None else bank.features(mixing.nearest)
-    return Planner(bank.members, mixing, classes, features)
+    contexts = () if mixing.contexts is None else read_contexts(mixing.contexts)
+    return Planner(bank.members, mixing, classes, features, contexts)
 
 
 def _levels(bank: LatentBank, asked: tuple[float, ...] | None) -> tuple[float, ...] | None:
@@ -369,9 +371,30 @@ class Synthesizer:
         """Return what a plan is sampled with."""
         names = plan.member_classes
         if not self.blend or set(names) == {plan.class_name}:
-            return self.prompt(plan.class_name)
-        rows = embed(self.backbone, rows_of([self.prompt(name) for name in names], len(names)))
+            return self._in_context(self.prompt(plan.class_name), plan)
+        words = [self._in_context(self.prompt(name), plan) for name in names]
+        rows = embed(self.backbone, rows_of(words, len(names)))
         return mix(rows(1.0), torch.tensor([plan.weights]))
+
+    def _in_context(self, words: Words, plan: Plan) -> Words:
+        """Return a prompt with a plan's context.
+
+        Raises:
+            UserError: there is a context, and embeddings or a schedule in place of a prompt.
+        """
+        if isinstance(words, str):
+            return with_context(words, plan.context)
+        if plan.context:
+            raise UserError(
+                f"expected prompts beside contexts, got {type(words).__name__} for class "
+                f"{plan.class_name!r}; leave contexts out, or put them into it"
+            )
+        return words
+
+    def text(self, plan: Plan) -> str:
+        """Return the prompt of a plan, for records; empty without, or if it is no text."""
+        words = self.prompt(plan.class_name)
+        return with_context(words, plan.context) if isinstance(words, str) else ""
 
     def goal(self, plan: Plan) -> Goal:
         """Return what a plan's centroid is refined for: the means of its class's real images.

@@ -18,7 +18,8 @@ from augment import Sampling, SyntheticDataset, UserError, fill_bank, load_backb
 from augment.diffusion.process import GOALS, PREDICTIONS, Flow, VariancePreserving
 from augment.shards.dataset import open_images
 from augment.sources import Folder, as_source
-from training.smooth.data import NoisedImages, NumberSampler, read_captions
+from augment.sources.captions import read_captions
+from training.smooth.data import NoisedImages, NumberSampler
 from training.smooth.regulariser import PROJECTIONS, SmoothDiffusion, measured
 from training.smooth.run import smooth_backbone
 from training.smooth.settings import SmoothSettings

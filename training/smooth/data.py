@@ -4,17 +4,14 @@ The random generator of a training image belongs to the seed and its number in t
 that neither batch, accumulation, ranks nor an interruption change what is drawn.
 """
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from pathlib import Path
 from typing import TypedDict
 
 import pytorch_lightning as pl
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
-from augment.core.errors import UserError
 from augment.core.rng import normal, rng
 from augment.diffusion.backbone import Trainable
 from augment.sources import Source
@@ -106,37 +103,3 @@ class NoisedData(pl.LightningDataModule):
         ranks = trainer.global_rank, trainer.world_size
         sampler = NumberSampler(self.size, count, partial(batches_done, trainer), *ranks)
         return Batches(self.images, batch_sampler=sampler, num_workers=self.workers)
-
-
-def read_captions(path: str | Path, source: Source) -> dict[str, str]:
-    """Read captions by image id, of a ``metadata.jsonl`` as Hugging Face's image folders have it.
-
-    A line is an image: ``{"file_name": "class/0.png", "text": "…"}``.
-
-    Raises:
-        UserError: a line is something else, or no image of the source is among them.
-    """
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "bytes that are no text"
-        raise UserError(f"expected captions at {path}, got {reason}; correct the path") from None
-    ids, captions = {image_id for image_id, _ in source.samples}, {}
-    for number, line in enumerate(lines, 1):
-        try:
-            record = json.loads(line or "{}")
-            name, text = record["file_name"], record["text"]
-        except (ValueError, KeyError, TypeError):
-            name = text = None
-        if not isinstance(name, str) or not isinstance(text, str):
-            raise UserError(
-                f'expected {{"file_name": …, "text": …}} in every line of {path}, got '
-                f"{line[:60]!r} in line {number}; correct it"
-            )
-        captions[name] = text
-    if not ids & captions.keys():
-        raise UserError(
-            f"expected captions in {path} for images such as {min(ids)}, got none for any of "
-            "them; name files as below the folder of images"
-        )
-    return {name: captions[name] for name in captions if name in ids}

@@ -6,6 +6,7 @@ from typing import Any, Literal
 from augment.core.errors import UserError, first_few
 from augment.core.registry import refuse_reserved
 from augment.sources import Source
+from augment.sources.captions import read_captions
 from augment.sources.prompts import prompts_of
 from training.checks import at_least, expect
 
@@ -72,8 +73,6 @@ class SmoothSettings:
 
     def texts(self, source: Source) -> list[str]:
         """Return the caption of each image, or else the prompt of its class."""
-        from training.smooth.data import read_captions
-
         captions = {} if self.captions is None else read_captions(self.captions, source)
         prompts = prompts_of(source.classes, self.prompt, self.prompts)
         unknown = prompts.keys() - set(source.classes)
