@@ -115,8 +115,8 @@ def centroid(explorer: Explorer, choice: Choice) -> str:
     words = f"<br>{escape(prompt)}, guidance {guidance:g}" if prompt else ""
     return (
         f"<figure>{picture(image, title)}<figcaption>norm {facts.norm:.3f} √D · channel bias "
-        f"{facts.bias:.3f} (average {facts.average:.3f})<br>mixes {count:.1f} of {members} members{words}"
-        "</figcaption></figure>"
+        f"{facts.bias:.3f} (average {facts.average:.3f})<br>mixes {count:.1f} of {members} members"
+        f"{words}</figcaption></figure>"
     )
 
 

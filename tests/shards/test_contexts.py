@@ -111,7 +111,7 @@ def test_shards_keep_context_prompt_and_guidance(sd_bank, backbone, file, tmp_pa
     assert "# contexts were drawn from a file" in synthesize_command(provenance, provenance.folder)
     assert ".plan(0)" in provenance.python(shards.plan(0), "fade/chm", 0)
     assert sampled_by(shards) == {"prompt": shards.about(0)["prompt"], "guidance": 7.5}
-    gallery = Gallery(provenance, None, [])
+    gallery = Gallery(provenance, None, [], None)
     record = next(gallery._kept("ant")).record()
     assert (record["prompt"], record["guidance"]) == (shards.about(0)["prompt"], 7.5)
     file.write_text("elsewhere\n")

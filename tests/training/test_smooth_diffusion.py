@@ -371,7 +371,7 @@ def test_captions_are_read_by_file_name(images, tmp_path):
     with pytest.raises(UserError, match=r"captions at .*nowhere"):
         read_captions(tmp_path / "nowhere", images)
     path.write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(UserError, match="no text"):
+    with pytest.raises(UserError, match="no UTF-8 text"):
         read_captions(path, images)
 
 
