@@ -19,13 +19,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from benchmarks.backbone_configs import SD15, VAE, checkpoints
 from PIL import Image
 
 ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "scripts" / "benchmarks")]
-import checkpoints
-from backbone_configs import SD15, VAE
-
 CLIP_L = {
     **{"vocab_size": 49408, "hidden_size": 768, "intermediate_size": 3072},
     **{"num_hidden_layers": 12, "num_attention_heads": 12, "max_position_embeddings": 77},
