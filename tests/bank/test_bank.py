@@ -317,9 +317,9 @@ def test_a_few_corrupt_images_are_left_out_and_listed_until_they_are_mended(
     fill_bank(tmp_path / "b", gaussian, Folder(root), steps=1, max_rejects=0.2)
     assert snapshot(tmp_path / "b") == before
     (root / "bee" / "1.png").write_bytes(good)
-    mended = fill_bank(tmp_path / "b", gaussian, Folder(root), steps=1, max_rejects=0.2)
-    assert mended.members["bee"] == ("bee/0.png", "bee/2.png", "bee/3.png", "bee/1.png")
-    assert mended.latents("bee").isfinite().all()
+    repaired = fill_bank(tmp_path / "b", gaussian, Folder(root), steps=1, max_rejects=0.2)
+    assert repaired.members["bee"] == ("bee/0.png", "bee/2.png", "bee/3.png", "bee/1.png")
+    assert repaired.latents("bee").isfinite().all()
 
 
 def test_images_that_go_before_they_were_inverted_are_forgotten(tmp_path, gaussian, monkeypatch):

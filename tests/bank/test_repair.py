@@ -149,9 +149,9 @@ def test_no_bit_of_a_record_changes_unseen(name, copy):
     """A sample of them: `test_schema` looks at every one of a smaller record."""
     content = (copy / name).read_bytes()
     for place in range(0, 8 * len(content), 97):
-        harmed = bytearray(content)
-        harmed[place // 8] ^= 1 << place % 8
-        (copy / name).write_bytes(harmed)
+        damaged = bytearray(content)
+        damaged[place // 8] ^= 1 << place % 8
+        (copy / name).write_bytes(damaged)
         with pytest.raises(Damaged):
             LatentBank.open(copy)
 
@@ -161,9 +161,9 @@ def test_no_bit_of_a_record_changes_unseen(name, copy):
 def test_no_bit_at_all_of_a_record_changes_unseen(name, copy):
     content = (copy / name).read_bytes()
     for place in range(8 * len(content)):
-        harmed = bytearray(content)
-        harmed[place // 8] ^= 1 << place % 8
-        (copy / name).write_bytes(harmed)
+        damaged = bytearray(content)
+        damaged[place // 8] ^= 1 << place % 8
+        (copy / name).write_bytes(damaged)
         with pytest.raises(Damaged):
             LatentBank.open(copy)
 

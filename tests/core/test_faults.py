@@ -1,4 +1,4 @@
-"""What goes wrong on real disks: each fault is listed, mended, or one clear sentence."""
+"""What goes wrong on real disks: each fault is listed, repaired, or one clear sentence."""
 
 import fcntl
 import json

@@ -53,9 +53,9 @@ def test_a_record_comes_back_as_it_was_written(tmp_path):
 def test_every_bit_of_a_record_is_guarded(tmp_path, indent):
     path, content = tmp_path / "zoo.json", sealed(ZOO, indent)
     for place in range(8 * len(content)):
-        harmed = bytearray(content)
-        harmed[place // 8] ^= 1 << place % 8
-        path.write_bytes(harmed)
+        damaged = bytearray(content)
+        damaged[place // 8] ^= 1 << place % 8
+        path.write_bytes(damaged)
         with pytest.raises(Damaged):
             read(Zoo, path)
     for size in range(len(content)):

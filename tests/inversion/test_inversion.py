@@ -27,7 +27,7 @@ ORDERS = {
 """By how much twice the steps divide the error of the round trip, at least."""
 
 EXEMPT = {
-    "forward_start": "throws noise: an image comes back changed by what the noise drowned",
+    "forward_start": "draws noise: an image comes back changed by what the noise drowned",
     "null_text": "is about guidance, which the Gaussian model does not have",
     "noise": "inverts nothing",
 }

@@ -47,7 +47,7 @@ def test_the_guided_sampler_gives_the_images_back(tiny, coats, found):
     with_nulls = psnr(back(tiny, plain, found["nulls"]), coats)
     assert found["nulls"].shape == (3, STEPS, 128)
     assert guided.mean() < unguided.mean() - 2, "guidance spoils the way back"
-    assert with_nulls.mean() > unguided.mean() - 0.3, "and the embeddings mend it"
+    assert with_nulls.mean() > unguided.mean() - 0.3, "and the embeddings repair it"
 
 
 def test_a_batch_is_its_images_one_by_one(tiny, coats, found):

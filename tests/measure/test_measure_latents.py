@@ -190,8 +190,8 @@ def test_no_latents_are_refused():
 @pytest.mark.parametrize("alpha", [0.0, 1e-3, 0.1, 1.0, 10.0, 1e300, math.inf])
 @pytest.mark.parametrize("count", [1, 2, 5, 64])
 def test_amplification_is_that_of_the_dirichlet_law(alpha, count):
-    dice = np.random.default_rng(0)
-    weights = torch.stack([dirichlet(dice, alpha, count) for _ in range(1500)])
+    generator = np.random.default_rng(0)
+    weights = torch.stack([dirichlet(generator, alpha, count) for _ in range(1500)])
     q = weights.square().sum(1)
     assert amplification(count, alpha) == pytest.approx(q.mean().item() ** -0.5, rel=0.03)
     if alpha < 1e100:
@@ -209,10 +209,10 @@ def test_bad_numbers_are_refused(count, alpha):
 
 def fixed_bias(latents, count, alpha, draws=200):
     """The largest |channel mean| of fix/0 centroids of some of the latents, by doing it."""
-    dice, rule, total = np.random.default_rng(0), Rule.parse("fix/0"), 0
+    generator, rule, total = np.random.default_rng(0), Rule.parse("fix/0"), 0
     for _ in range(draws):
-        points = latents[dice.permutation(len(latents))[:count]]
-        weights = dirichlet(dice, alpha, count).float()
+        points = latents[generator.permutation(len(latents))[:count]]
+        weights = dirichlet(generator, alpha, count).float()
         total += rule(points[None], weights[None])[0].mean((-2, -1))
     return (total / draws).abs().max().item()
 
@@ -261,10 +261,10 @@ def test_a_shared_part_that_came_out_negative_counts_as_none():
     assert predicted == pytest.approx(100 * statistics.largest[0])
 
 
-def told(latents, rule, count=16, draws=8):
+def warning_of(latents, rule, count=16, draws=8):
     """The warning for centroids of random members in equal parts."""
-    dice = torch.Generator().manual_seed(1)
-    rows = [torch.randperm(len(latents), generator=dice)[:count] for _ in range(draws)]
+    generator = torch.Generator().manual_seed(1)
+    rows = [torch.randperm(len(latents), generator=generator)[:count] for _ in range(draws)]
     points, weights = latents[torch.stack(rows)].float(), torch.full((draws, count), 1 / count)
     means = Rule.parse(rule)(points, weights).mean((-2, -1))
     return bias_warning(latent_statistics(latents), means, points.mean((1, -2, -1)), rule)
@@ -275,7 +275,7 @@ def told(latents, rule, count=16, draws=8):
 def test_a_rule_that_enlarges_a_bias_is_told_with_numbers(rule, draws):
     latents = white(64) + BIAS
     statistics = latent_statistics(latents)
-    message = told(latents, rule, draws=draws)
+    message = warning_of(latents, rule, draws=draws)
     assert message.startswith(f"{rule} makes the channel means")
     assert f"{statistics.largest[0]:.3f}" in message
     assert f"{rule.split('/')[0]}/chm" in message
@@ -290,16 +290,16 @@ def test_a_rule_that_keeps_the_bias_is_not(rule, scatter):
     """However much the channel means of the latents scatter, and whichever one is drawn."""
     means = white(64, size=1, seed=3) * scatter
     for count in (1, 3, 16):
-        assert told(white(64) + BIAS + means, rule, count, draws=1) is None
+        assert warning_of(white(64) + BIAS + means, rule, count, draws=1) is None
 
 
 def test_a_small_bias_may_double():
     """Significant, but nobody will see it."""
     latents = white(2000, size=8) + BIAS / 4
     assert latent_statistics(latents).biased
-    assert told(latents, "fix/0", 4) is None
-    assert told(latents, "fix/0", 200) is not None
+    assert warning_of(latents, "fix/0", 4) is None
+    assert warning_of(latents, "fix/0", 200) is not None
 
 
 def test_white_latents_are_no_reason_to_warn():
-    assert told(white(64), "fix/0") is None
+    assert warning_of(white(64), "fix/0") is None

@@ -22,9 +22,9 @@ from augment.measure.features import (
 
 
 def draw(seed, n, d=6, shift=0.0):
-    dice = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
     mix = torch.randn(d, d, generator=torch.Generator().manual_seed(99)).double()
-    return torch.randn(n, d, generator=dice).double() @ mix + shift
+    return torch.randn(n, d, generator=generator).double() @ mix + shift
 
 
 class Identity(torch.nn.Module):

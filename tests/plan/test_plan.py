@@ -21,7 +21,7 @@ SIZES = {"ant": 3, "bee": 4, "cat": 1, "dog": 40}
 IMAGES = {name: tuple(f"{name}/{i}.png" for i in range(n)) for name, n in SIZES.items()}
 EQUAL = {name: ids[:3] for name, ids in IMAGES.items() if len(ids) >= 3}
 
-# options of a planner, epoch, index -> class, rows and weights, as thrown at commit 015a42d
+# options of a planner, epoch, index -> class, rows and weights, as drawn at commit 015a42d
 GOLDEN = [
     (
         {}, 0, 1, "bee", (0, 1, 2, 3),
@@ -58,10 +58,12 @@ def test_a_plan_written_before_classes_were_mixed_can_still_be_read():
 
 def features(images, ties: bool, seed: int = 0):
     """Random features; few different ones, if there are to be ties."""
-    dice = np.random.default_rng(seed)
+    generator = np.random.default_rng(seed)
     rows = {name: (len(ids), 2 if ties else 5) for name, ids in images.items()}
     return {
-        name: torch.from_numpy(dice.integers(0, 3, s) if ties else dice.standard_normal(s))
+        name: torch.from_numpy(
+            generator.integers(0, 3, s) if ties else generator.standard_normal(s)
+        )
         for name, s in rows.items()
     }
 
@@ -214,9 +216,9 @@ def test_a_choice_that_cannot_be_made_is_refused_at_once(fault):
 @pytest.fixture
 def vectors(bank, tmp_path):
     """Features of the shared bank by image id, and where to keep them."""
-    dice = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
     ids = [i for members in bank.members.values() for i in members]
-    return {i: torch.randn(6, generator=dice) for i in ids}, tmp_path / "features.safetensors"
+    return {i: torch.randn(6, generator=generator) for i in ids}, tmp_path / "features.safetensors"
 
 
 def test_features_are_the_latents_or_a_files_vectors_in_the_banks_order(bank, vectors):

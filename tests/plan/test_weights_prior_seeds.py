@@ -1,4 +1,4 @@
-"""Mixing weights, the law of the norm, and counter-based dice."""
+"""Mixing weights, the law of the norm, and counter-based generator."""
 
 import itertools
 import math
@@ -16,8 +16,8 @@ ALPHAS = [0.0, 5e-324, 1e-300, 1e-3, 0.1, 1.0, 10.0, 1e6, 1e300, math.inf]
 
 
 def draws(alpha, count, number):
-    dice = np.random.default_rng(0)
-    return torch.stack([dirichlet(dice, alpha, count) for _ in range(number)])
+    generator = np.random.default_rng(0)
+    return torch.stack([dirichlet(generator, alpha, count) for _ in range(number)])
 
 
 @pytest.mark.parametrize("alpha", ALPHAS)
@@ -83,7 +83,7 @@ def test_several_equal_alphas_are_one(alpha):
 
 
 class Unlucky(np.random.Generator):
-    """Throws the least uniform number there is."""
+    """Draws the least uniform number there is."""
 
     def random(self, size):
         return np.zeros(size)
@@ -162,8 +162,8 @@ def test_the_same_counters_throw_the_same_numbers(seed, purpose, counters):
 
 
 def test_every_seed_purpose_and_counter_has_numbers_of_its_own():
-    thrown = {rng(seed, purpose, *c).integers(2**62).item() for seed, purpose, c in STREAMS}
-    assert len(thrown) == len(STREAMS)
+    drawn = {rng(seed, purpose, *c).integers(2**62).item() for seed, purpose, c in STREAMS}
+    assert len(drawn) == len(STREAMS)
     assert len(set(PURPOSES.values())) == len(PURPOSES)
 
 

@@ -100,13 +100,13 @@ def nao_by_adam(points, weights, n=50, limit=10_000, seed=0):
     Returns:
         (centroid, its loss, iterations).
     """
-    dice = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
     count, dim = points.shape
     eps = piece_limit(points, n)
     centroid = (weights[:, None] * points).sum(0)
     t = torch.linspace(0, 1, n, dtype=points.dtype)[1:-1, None]
     inner = points[:, None] * (1 - t) + centroid * t
-    inner = inner + torch.rand(inner.shape, generator=dice, dtype=points.dtype) / 100
+    inner = inner + torch.rand(inner.shape, generator=generator, dtype=points.dtype) / 100
     centroid.requires_grad_(), inner.requires_grad_()
     adam = torch.optim.Adam([centroid, inner], lr=0.01)
     losses: list[float] = []

@@ -116,7 +116,7 @@ def until(true, seconds: float = 30.0) -> None:
 
 
 @contextlib.contextmanager
-def told(count: int = 1):
+def warned(count: int = 1):
     """The warnings of a block, which end it; a bit later there are no more."""
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
@@ -199,11 +199,11 @@ def test_reuse_is_draws_by_images_made(flat):
     before = flat.draws
     flat[0], flat.record(0), flat.__getitems__([1, 2, 3])
     assert flat.draws == before + 4
-    told = flat.statistics()
-    assert told["draws"] == before + 4
-    assert told["reuse"] == pytest.approx(told["draws"] / told["made"], rel=0.1)
-    assert 0 < told["images_per_second"] <= 5 / 0.01
-    assert told["alive"] == 1.0
+    warned = flat.statistics()
+    assert warned["draws"] == before + 4
+    assert warned["reuse"] == pytest.approx(warned["draws"] / warned["made"], rel=0.1)
+    assert 0 < warned["images_per_second"] <= 5 / 0.01
+    assert warned["alive"] == 1.0
 
 
 def test_no_draw_is_torn_by_a_fast_writer_nor_by_its_kill():
@@ -213,7 +213,7 @@ def test_no_draw_is_torn_by_a_fast_writer_nor_by_its_kill():
             for slot in range(3):
                 value(pool[slot][0])
         assert pool.made > start + 50
-        with told() as seen:
+        with warned() as seen:
             os.kill(generator(pool).pid, signal.SIGKILL)
         assert "SIGKILL (out of memory?)" in str(seen[0].message)
         assert pool.statistics()["alive"] == 0.0
@@ -232,7 +232,7 @@ def test_an_error_of_the_generator_ends_the_warm_up(capfd, tmp_path):
 
 
 def test_an_error_of_the_generator_is_told_once_and_draws_go_on():
-    with told() as seen, ReplayPool(Stops("raises", at=20), 30, batch_size=5, warm_up=20) as pool:
+    with warned() as seen, ReplayPool(Stops("raises", at=20), 30, batch_size=5, warm_up=20) as pool:
         until(lambda: pool.statistics()["alive"] == 0.0)
         assert {value(pool[slot][0]) for slot in range(30)} == set(range(20))
         until(lambda: seen)
@@ -246,7 +246,7 @@ def test_no_draw_waits_for_a_generator_that_stalls_and_that_is_told_once():
     assert len(nameless_files()) > before
     assert pool.statistics()["alive"] == 1.0
     times = []
-    with told() as seen:
+    with warned() as seen:
         pool.store.control["beat"] -= 300
         while not seen:
             start = time.perf_counter()

@@ -24,7 +24,7 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
-def eyes():
+def judge():
     return feature_network("fashion", "", CPU)
 
 
@@ -42,8 +42,8 @@ def value(found, name):
     return next(row["value"] for row in found.overall if row["measure"].startswith(name))
 
 
-def test_real_images_are_good_and_copies_are_found_out(real, others, eyes):
-    fresh, same = (evaluate_images(x, real, eyes, draws=20) for x in (others, real))
+def test_real_images_are_good_and_copies_are_found_out(real, others, judge):
+    fresh, same = (evaluate_images(x, real, judge, draws=20) for x in (others, real))
     assert value(same, "FID") == pytest.approx(0, abs=1e-6) and value(same, "copies") == 1
     assert value(fresh, "FID") > 1 and value(fresh, "copies") < 0.3
     assert value(fresh, "precision") > 0.6
@@ -53,16 +53,16 @@ def test_real_images_are_good_and_copies_are_found_out(real, others, eyes):
     assert all(row["real"] == row["synthetic"] == 12 for row in fresh.classes)
 
 
-def test_classes_without_synthetic_images_are_named(real, others, eyes, tmp_path):
+def test_classes_without_synthetic_images_are_named(real, others, judge, tmp_path):
     for name in others.classes[:2]:
         shutil.copytree(others.root / name, tmp_path / name)
-    found = evaluate_images(Folder(tmp_path), real, eyes, draws=0)
+    found = evaluate_images(Folder(tmp_path), real, judge, draws=0)
     names = ", ".join(map(repr, real.classes[2:7]))
     assert f"; no synthetic images of 8 classes: {names} and 3 others\n" in str(found)
-    assert "no synthetic images" not in str(evaluate_images(others, real, eyes, draws=0))
+    assert "no synthetic images" not in str(evaluate_images(others, real, judge, draws=0))
 
 
-def test_poor_images_are_seen_to_be_poor(real, others, eyes, tmp_path):
+def test_poor_images_are_seen_to_be_poor(real, others, judge, tmp_path):
     for number, name in enumerate(others.classes):
         for row, image_id in enumerate(others.ids[name]):
             image = others.load(image_id, 1, 32)
@@ -71,7 +71,7 @@ def test_poor_images_are_seen_to_be_poor(real, others, eyes, tmp_path):
             (tmp_path / "wrong" / wrong).mkdir(parents=True, exist_ok=True)
             shutil.copy(others.root / image_id, tmp_path / "wrong" / wrong / f"{row}.png")
     good, dark, wrong = (
-        evaluate_images(x, real, eyes, draws=0)
+        evaluate_images(x, real, judge, draws=0)
         for x in (others, Folder(tmp_path / "dark"), Folder(tmp_path / "wrong"))
     )
     assert value(dark, "FID") > 3 * value(good, "FID")
@@ -110,8 +110,8 @@ def test_the_command_writes_what_it_prints(real, others, tmp_path, monkeypatch, 
     line = f"evaluate --path {others.root} --real {real.root} --network fashion --out {out}"
     monkeypatch.setattr(sys, "argv", ["latent-augment", *line.split(), "--bootstrap", "5"])
     main()
-    told = capsys.readouterr().out
-    assert "120 synthetic images against 120 real ones" in told and "| FID " in told
+    printed = capsys.readouterr().out
+    assert "120 synthetic images against 120 real ones" in printed and "| FID " in printed
     record = json.loads((out / "evaluation.json").read_text())
     assert [row["measure"] for row in record["overall"]][:2] == ["FID", "KID"]
     with (out / "classes.csv").open() as file:
@@ -128,7 +128,7 @@ def test_the_command_measures_a_bank(bank, tmp_path, monkeypatch, capsys):
     assert (tmp_path / "out" / "evaluation.png").exists()
 
 
-def test_mistakes_are_told(real, tmp_path, eyes, monkeypatch, capsys):
+def test_mistakes_are_told(real, tmp_path, judge, monkeypatch, capsys):
     def refused(line):
         monkeypatch.setattr(sys, "argv", ["latent-augment", "evaluate", *line.split()])
         with pytest.raises(SystemExit) as stop:
@@ -143,4 +143,4 @@ def test_mistakes_are_told(real, tmp_path, eyes, monkeypatch, capsys):
     (tmp_path / "some" / "zebra").mkdir(parents=True)
     Image.new("L", (32, 32)).save(tmp_path / "some" / "zebra" / "0.png")
     with pytest.raises(UserError, match="'zebra'"):
-        evaluate_images(open_images(tmp_path / "some"), real, eyes)
+        evaluate_images(open_images(tmp_path / "some"), real, judge)

@@ -328,9 +328,9 @@ def health(bias=0.0, count=32, scale=1.0, name="a", errors=None, smooth=0.0):
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_said_in_a_sentence(classes, level, words):
-    told = findings(classes, "ddim in 5 steps")
-    assert any(f.level == level and re.search(words, f.text) for f in told), told
-    assert [f.level for f in told] == sorted((f.level for f in told), reverse=True)
+    printed = findings(classes, "ddim in 5 steps")
+    assert any(f.level == level and re.search(words, f.text) for f in printed), printed
+    assert [f.level for f in printed] == sorted((f.level for f in printed), reverse=True)
 
 
 def test_the_measured_bias_is_the_one_foretold():
@@ -401,8 +401,8 @@ def test_the_command_writes_it(bank, shards, tmp_path, monkeypatch, capsys):
         0, f"{out}: written; open it in a browser\n",
     )  # fmt: skip
     assert f"--bank {bank.path}" in Parsed(out).words
-    code, told = call("--rules", "fix/zero", "--out", out)
-    assert code == 2 and "expected a mean split out of" in told
+    code, printed = call("--rules", "fix/zero", "--out", out)
+    assert code == 2 and "expected a mean split out of" in printed
     assert inspect.signature(report).parameters["rules"].default == ",".join(RULES)
     with pytest.raises(UserError, match="expected a number of classes"):
         write_report(bank, out, classes=-1)

@@ -104,8 +104,8 @@ def test_the_detail_shows_how_an_image_was_made_and_its_lines_make_it(work, visi
     dialog = page.get_by_role("dialog")
     assert dialog.get_by_role("heading", level=2).inner_text() == "Coat · Synthetic image, kept"
     row = [n for n, label in enumerate(shards.targets) if shards.classes[label] == "Coat"][2]
-    plan, told = shards.plan(row), dialog.inner_text()
-    assert f"seed 3, epoch {plan.epoch}, index {plan.index}" in told and "degenerate" in told
+    plan, printed = shards.plan(row), dialog.inner_text()
+    assert f"seed 3, epoch {plan.epoch}, index {plan.index}" in printed and "degenerate" in printed
     shown = dialog.locator(".members li").all_inner_texts()
     pairs = sorted(zip(plan.weights, plan.members, strict=True), reverse=True)
     assert [line.split() for line in shown] == [

@@ -149,9 +149,11 @@ def test_ranks_are_read_from_the_environment(name, monkeypatch):
 
 
 def test_an_estimate_is_of_what_is_left_and_keeps_what_it_made(make, tmp_path):
-    told = estimate(make())
-    assert told.startswith("3 units, 24 images; 3 units, 24 images to do\nunit 0 is made and kept")
-    assert "the other 14 images" in told
+    text = estimate(make())
+    assert message.startswith(
+        "3 units, 24 images; 3 units, 24 images to do\nunit 0 is made and kept"
+    )
+    assert "the other 14 images" in text
     assert run(make())
     assert estimate(make()) == "3 units, 24 images; 0 units, 0 images to do"
 
@@ -236,11 +238,11 @@ def test_copies_are_said_before_and_after(options, words, found, bank, gaussian,
     job = ShardJob(
         tmp_path / "out", Synthesizer(gaussian, bank, sampling=Sampling(steps=2)), planner, 8
     )
-    with warnings.catch_warnings(record=True) as told:
+    with warnings.catch_warnings(record=True) as message:
         warnings.simplefilter("always")
         assert run(job)
-    before = [str(w.message) for w in told if "nearly copies" in str(w.message)]
-    after = [str(w.message) for w in told if "different images" in str(w.message)]
+    before = [str(w.message) for w in message if "nearly copies" in str(w.message)]
+    after = [str(w.message) for w in message if "different images" in str(w.message)]
     assert len(before) == bool(words) and all(re.search(words, text) for text in before)
     assert bool(after) == ("cat" in before[0] if before else False)
     assert all(re.search(found, text) for text in after)

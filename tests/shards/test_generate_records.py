@@ -128,7 +128,7 @@ def test_any_value_in_any_place_of_a_record_is_one_of_our_errors(hostile, data, 
         inner[last] = data.draw(JSON)
     else:
         del inner[last]
-    record.pop("digest", None)  # it is hostile, not harmed
+    record.pop("digest", None)  # it is hostile, not damaged
     (hostile / name).write_bytes(sealed(record))
     try:
         read_all(hostile)
@@ -185,12 +185,12 @@ def test_lost_settings_are_made_again_from_the_shards(harm, make, tmp_path):
     assert run(make())
     whole, file = snapshot(tmp_path / "out"), tmp_path / "out" / "synthesis.json"
     content = whole["synthesis.json"]
-    harmed = {"bit": bytes([content[0] ^ 1]) + content[1:], "half": content[: len(content) // 2]}
+    damaged = {"bit": bytes([content[0] ^ 1]) + content[1:], "half": content[: len(content) // 2]}
 
     def lose() -> None:
         file.unlink()
         if harm is not None:
-            file.write_bytes(harmed.get(harm, harm))
+            file.write_bytes(damaged.get(harm, harm))
 
     lose()
     with pytest.raises(UserError):
@@ -218,12 +218,12 @@ def test_lost_settings_are_made_again_from_the_shards(harm, make, tmp_path):
 @pytest.mark.parametrize("name", ["synthesis.json", "shard-000000.json"])
 def test_no_flipped_bit_of_a_record_of_shards_is_read(name, make, tmp_path):
     assert run(make(shard_size=24))
-    file, dice = tmp_path / "out" / name, random.Random(0)
+    file, generator = tmp_path / "out" / name, random.Random(0)
     content = file.read_bytes()
-    for bit in dice.sample(range(8 * len(content)), 400):
-        harmed = bytearray(content)
-        harmed[bit // 8] ^= 1 << bit % 8
-        file.write_bytes(harmed)
+    for bit in generator.sample(range(8 * len(content)), 400):
+        damaged = bytearray(content)
+        damaged[bit // 8] ^= 1 << bit % 8
+        file.write_bytes(damaged)
         with pytest.raises(Damaged):
             open_shards(tmp_path / "out")
 

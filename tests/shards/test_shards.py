@@ -34,7 +34,7 @@ from augment.shards.format import (
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two shards of 3 and 2 PNG images, not to be harmed."""
+    """Two shards of 3 and 2 PNG images, not to be damaged."""
     return fill(tmp_path_factory.mktemp("shards") / "folder")
 
 

@@ -31,7 +31,7 @@ from augment.shards.format import (
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two shards of 3 and 2 PNG images, not to be harmed."""
+    """Two shards of 3 and 2 PNG images, not to be damaged."""
     return fill(tmp_path_factory.mktemp("shards") / "folder")
 
 
@@ -135,9 +135,9 @@ def without_digests(folder: Path) -> Path:
 
 def test_shards_without_digests_are_read_with_one_warning(tmp_path):
     folder = without_digests(fill(tmp_path / "s"))
-    with pytest.warns(AugmentWarning, match="older version wrote without") as told:
+    with pytest.warns(AugmentWarning, match="older version wrote without") as message:
         opened = open_shards(folder)
-    assert len(told) == 1
+    assert len(message) == 1
     assert [label for _, label in opened] == [0, 1, 0, 1, 0]
     assert opened.plan(3) == plan(3)
     assert [verify_shard(shard_path(folder, number), 2, "png") for number in (0, 1)] == [None] * 2

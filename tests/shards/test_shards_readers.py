@@ -38,13 +38,13 @@ from augment.sources import Folder
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two shards of 3 and 2 PNG images, not to be harmed."""
+    """Two shards of 3 and 2 PNG images, not to be damaged."""
     return fill(tmp_path_factory.mktemp("shards") / "folder")
 
 
 @pytest.fixture(scope="module")
 def jpegs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three shards of 4, 3 and 2 JPEG images of 32 pixels, not to be harmed."""
+    """Three shards of 4, 3 and 2 JPEG images of 32 pixels, not to be damaged."""
     return fill(tmp_path_factory.mktemp("jpegs") / "folder", (4, 3, 2), "jpg", size=32)
 
 
@@ -239,7 +239,7 @@ def test_no_plan_changes_where_an_export_writes(tmp_path):
 def test_an_export_that_was_harmed_is_mended(shards, tmp_path):
     export_folder(shards, tmp_path / "out")
     before = snapshot(tmp_path / "out")
-    (tmp_path / "out" / "ant" / "00000002.png").write_bytes(b"harmed")
+    (tmp_path / "out" / "ant" / "00000002.png").write_bytes(b"damaged")
     (tmp_path / "out" / "bee" / "00000003.png").unlink()
     export_folder(shards, tmp_path / "out")
     assert snapshot(tmp_path / "out") == before

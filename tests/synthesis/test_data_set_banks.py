@@ -17,8 +17,8 @@ from augment.synthesis.refine import SeedSelect
 
 
 def tensors(seed=0):
-    dice = torch.Generator().manual_seed(seed)
-    return TensorDataset(torch.rand(6, 1, 32, 32, generator=dice), torch.arange(6) % 2)
+    generator = torch.Generator().manual_seed(seed)
+    return TensorDataset(torch.rand(6, 1, 32, 32, generator=generator), torch.arange(6) % 2)
 
 
 def hugging_face(seed=0):
@@ -71,7 +71,7 @@ def test_a_command_takes_the_data_set_that_was_inverted(tmp_path, monkeypatch, c
     assert call(monkeypatch, capsys, "invert", *config, *given)[0] == 0
     given = ("--bank", tmp_path / "bank", "--out", tmp_path / "shards", "--per-class", 1)
     command = ("synthesize", *given, "--filters", "{duplicate: {minimum: null}}", "--device", "cpu")
-    code, _, told = call(monkeypatch, capsys, *command)
-    assert code == 2 and "say where they are with --images" in told
+    code, _, message = call(monkeypatch, capsys, *command)
+    assert code == 2 and "say where they are with --images" in message
     assert call(monkeypatch, capsys, *command, *config)[0] == 0
     assert call(monkeypatch, capsys, "verify", "--path", tmp_path / "bank", *config)[0] == 0

@@ -1,4 +1,4 @@
-"""The datasets: the dice of an item depend on (seed, epoch, index) and on nothing else."""
+"""The datasets: the generator of an item depend on (seed, epoch, index) and on nothing else."""
 
 import dataclasses
 import itertools

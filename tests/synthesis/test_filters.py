@@ -33,13 +33,13 @@ TOLERANCES = {"prototype": (1e-4, RANDOM), "clip": (1e-4, RANDOM)}
 every_filter = pytest.mark.parametrize("name", FILTERS)
 
 
-def dice(seed=0):
+def generator(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
 def textures(label, count, channels=3, size=16, seed=0, phases=1.0):
     """Pictures of a class: waves across, down or both, in any phase and contrast, and tinted."""
-    throw = dice(100 * seed + label)
+    throw = generator(100 * seed + label)
     phase, contrast, shade = torch.rand(3, count, 1, 1, generator=throw)
     ramp = torch.arange(size) * (2 * torch.pi / size)
     down, across = ((1, 0), (0, 1), (1, 1))[label]
@@ -88,7 +88,7 @@ def reference():
 def batch():
     """Images that no bank has, some of them faulty, and labels that are partly wrong."""
     images = torch.cat([textures(label, 2, seed=1) for label in range(3)])
-    faulty = torch.rand(2, 3, 16, 16, generator=dice(9))
+    faulty = torch.rand(2, 3, 16, 16, generator=generator(9))
     return torch.cat([images, faulty]), [0, 0, 1, 1, 2, 0, 1, 2]
 
 
@@ -115,7 +115,7 @@ def test_an_image_has_its_score_in_any_batch(name, prepared, batch):
     together, tolerance = prepared[name](images, labels), TOLERANCES.get(name, (1e-5,))[0]
     alone = [prepared[name](images[i : i + 1], labels[i : i + 1]) for i in range(len(images))]
     torch.testing.assert_close(torch.cat(alone), together, rtol=tolerance, atol=tolerance)
-    order = torch.randperm(len(images), generator=dice(3)).tolist()
+    order = torch.randperm(len(images), generator=generator(3)).tolist()
     shuffled = prepared[name](images[order], [labels[i] for i in order])
     torch.testing.assert_close(shuffled, together[order], rtol=tolerance, atol=tolerance)
     many = prepared[name](images.repeat(20, 1, 1, 1), labels * 20)[-len(images) :]
@@ -204,7 +204,7 @@ TROUSER, SNEAKER, BAG = 9, 7, 1
 
 @pytest.fixture(scope="module")
 def three(fashion):
-    """Real and held-out images of three classes that are easily told apart."""
+    """Real and held-out images of three classes that are easily kept apart."""
     return [[part[label] for label in (TROUSER, SNEAKER, BAG)] for part in fashion]
 
 
@@ -423,7 +423,7 @@ def test_copies_are_near_and_other_images_are_not(fashion, shots):
     made = make_filter("duplicate")
     scores = made.prepare(bank_of(real))
     assert max(scores(images, [k] * shots).max() for k, images in enumerate(real)) < 1e-6
-    noise = 0.05 * torch.randn(real[0].shape, generator=dice())
+    noise = 0.05 * torch.randn(real[0].shape, generator=generator())
     assert rate(scores, made, [(part + noise).clamp(0, 1) for part in real], reject=True) > 0.99
     assert rate(scores, made, fashion[1]) > 0.95
 
@@ -462,7 +462,7 @@ def test_a_single_real_image_has_no_scale():
 
 def faults(images):
     """What sampling at its worst gives, in the shape of images."""
-    noise = torch.rand(images.shape, generator=dice(1))
+    noise = torch.rand(images.shape, generator=generator(1))
     blurred = F.interpolate(F.adaptive_avg_pool2d(images, 3), 32, mode="bilinear")
     found = {
         "black": torch.zeros_like(images),

@@ -72,16 +72,17 @@ PROCESSES = (VariancePreserving(), VariancePreserving(prediction="v"), Flow())
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_the_slope_is_that_of_finite_differences(solver, process):
     model = GaussianBackbone(0.1, 0.2, process, (1, 3, 3))
-    dice = torch.Generator().manual_seed(0)
-    latents, eyes = (
-        torch.randn(*shape, generator=dice, dtype=torch.float64) for shape in ((2, 1, 3, 3), (9, 4))
+    generator = torch.Generator().manual_seed(0)
+    latents, judge = (
+        torch.randn(*shape, generator=generator, dtype=torch.float64)
+        for shape in ((2, 1, 3, 3), (9, 4))
     )
-    goal = Goal(eyes[:2].abs(), eyes.new_full((2, 1, 3, 3), 0.3))
+    goal = Goal(judge[:2].abs(), judge.new_full((2, 1, 3, 3), 0.3))
     levels = process.levels(4)[::-1]
 
     def loss(latent):
         recorder = Recorder(**vars(denoiser(model, ["", ""])))
-        see = lambda images: torch.tanh(images.flatten(1) @ eyes)  # noqa: E731
+        see = lambda images: torch.tanh(images.flatten(1) @ judge)  # noqa: E731
         return losses(recorder, latent, goal, see, solver, levels)
 
     assert torch.autograd.gradcheck(loss, latents.requires_grad_(), atol=1e-7, rtol=1e-5)
@@ -258,8 +259,8 @@ def test_synthesize_refines_goes_on_and_makes_any_image_again(
     out = tmp_path / "out"
     command = ("synthesize", "--bank", bank.path, "--out", out, "--per-class", 1, "--steps", 3,
                "--shard-size", 2, "--extension", "png")  # fmt: skip
-    code, _, told = call(monkeypatch, capsys, *command, "--refine", 2)
-    assert code == 0, told
+    code, _, message = call(monkeypatch, capsys, *command, "--refine", 2)
+    assert code == 0, message
     known = json.loads((out / "synthesis.json").read_text())["refine"]
     assert known == {"steps": 2, "lr": 0.05, "network": "fashion", "weights": ""}
     whole = snapshot(out)
@@ -267,8 +268,8 @@ def test_synthesize_refines_goes_on_and_makes_any_image_again(
         (out / f"shard-000001.{suffix}").unlink()
     assert call(monkeypatch, capsys, *command, "--refine.steps", 2)[0] == 0
     assert snapshot(out) == whole, "a job that was stopped goes on"
-    code, _, told = call(monkeypatch, capsys, *command, "--refine", 3)
-    assert code == 2 and "(refine)" in told and told.count("\n") == 1
+    code, _, message = call(monkeypatch, capsys, *command, "--refine", 3)
+    assert code == 2 and "(refine)" in message and message.count("\n") == 1
     assert call(monkeypatch, capsys, *command)[0] == 2, "nor is it the job without"
     shards = open_shards(out)
     again = Synthesizer(
@@ -293,8 +294,8 @@ def test_faults_of_the_command(monkeypatch, capsys, bank, tmp_path):
         (("--refine.network", "hat"), "a network of timm"),
         (("--refine", "often"), "often"),
     ):
-        code, _, told = call(monkeypatch, capsys, *command, *given)
-        assert code == 2 and words in told and told.count("\n") == 1, told
+        code, _, message = call(monkeypatch, capsys, *command, *given)
+        assert code == 2 and words in message and message.count("\n") == 1, message
     assert not (tmp_path / "out").exists()
 
 
@@ -306,8 +307,8 @@ def test_the_config_runs(monkeypatch, capsys, bank, tmp_path):
     shutil.copytree(bank.path, tmp_path / given["bank"])
     monkeypatch.chdir(tmp_path)
     less = ("--per-class", 1, "--steps", 3, "--refine.steps", 1)
-    code, _, told = call(monkeypatch, capsys, "synthesize", "--config", CONFIG, *less)
-    assert code == 0, told
+    code, _, message = call(monkeypatch, capsys, "synthesize", "--config", CONFIG, *less)
+    assert code == 0, message
     shards = open_shards(given["out"])
     settings = json.loads((tmp_path / given["out"] / "synthesis.json").read_text())
     assert settings["rule"] == given["rule"]

@@ -34,14 +34,14 @@ def test_a_bias_that_the_rule_enlarges_is_told_once(gaussian, tmp_path):
     bank = fill_bank(tmp_path / "bank", gaussian, Folder(paint(tmp_path / "p", {"a": 9, "b": 9})))
     planner = Planner(bank.members, Mixing(alpha=math.inf))
     plans = [planner(0, index) for index in range(4)]
-    dice = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
     biased = bank.to("cpu")
     for chunks in biased.chunks.values():
-        latents = 0.3 + torch.randn(9, 1, 8, 8, generator=dice)
+        latents = 0.3 + torch.randn(9, 1, 8, 8, generator=generator)
         biased._resident[chunks[0].stem] = latents
         chunks[0] = dataclasses.replace(chunks[0], means=(latents.mean().item(),))
 
-    def told(rule):
+    def message(rule):
         synthesizer = Synthesizer(gaussian, bank, Rule.parse(rule), Sampling(steps=1))
         synthesizer.bank = biased
         with warnings.catch_warnings(record=True) as seen:
@@ -50,10 +50,10 @@ def test_a_bias_that_the_rule_enlarges_is_told_once(gaussian, tmp_path):
             synthesizer.images(plans)
         return [str(warning.message) for warning in seen if warning.category is BiasWarning]
 
-    (message,) = told("fix/0")
+    (message,) = message("fix/0")
     assert message.startswith("class 'a': fix/0 makes the channel means 2.1 times")
     assert "fix/chm keeps them" in message
-    assert told("fix/chm") == []
+    assert message("fix/chm") == []
 
 
 def test_lol_takes_the_mean_of_the_bank(gaussian, bank):

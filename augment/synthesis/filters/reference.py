@@ -121,7 +121,7 @@ def by_class(
 
 
 def check_quantile(quantile: float) -> None:
-    """Refuse a share that is none, or that would drop every other real image."""
+    """Refuse a share outside (0, 0.5): 0.5 would drop every other real image."""
     if not 0 < quantile < 0.5:
         raise UserError(f"expected a quantile between 0 and 0.5, got {quantile}; 0.05 is usual")
 
