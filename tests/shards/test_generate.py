@@ -150,9 +150,7 @@ def test_ranks_are_read_from_the_environment(name, monkeypatch):
 
 def test_an_estimate_is_of_what_is_left_and_keeps_what_it_made(make, tmp_path):
     text = estimate(make())
-    assert message.startswith(
-        "3 units, 24 images; 3 units, 24 images to do\nunit 0 is made and kept"
-    )
+    assert text.startswith("3 units, 24 images; 3 units, 24 images to do\nunit 0 is made and kept")
     assert "the other 14 images" in text
     assert run(make())
     assert estimate(make()) == "3 units, 24 images; 0 units, 0 images to do"
