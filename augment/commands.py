@@ -26,6 +26,7 @@ if TYPE_CHECKING:  # the types of options, which jsonargparse imports when it sh
     from augment.shards.write import ShardJob
     from augment.sources import Source
 if TYPE_CHECKING is True:  # jsonargparse passes this by: training imports Lightning, for seconds
+    import training.adapt.settings
     import training.episodes.evaluate
     import training.smooth.settings
 
@@ -128,6 +129,23 @@ def episodes(settings: "training.episodes.evaluate.EpisodeSettings") -> None:
     from training.episodes.evaluate import run_episodes
 
     run_episodes(settings)
+
+
+def adapt(settings: "training.adapt.settings.AdaptSettings") -> Record:
+    """Fit a backbone to the classes of images, by low-rank weights and tokens.
+
+    Examples:
+        latent-augment adapt photos --out runs/adapted
+        latent-augment adapt photos --out runs/adapted --backbone sd15 --preset datadream
+    """
+    from training.adapt.run import adapt_backbone
+
+    place = adapt_backbone(settings)
+    options = {**(settings.backbone_options or {}), "adapter": str(place)}
+    words = ["--backbone", settings.backbone, "--backbone-options"]
+    advice = shlex.join([*words, json.dumps(options, ensure_ascii=False)])
+    print(f"{place}: adapted; use it with latent-augment invert IMAGES --bank BANK {advice}")
+    return {"written": str(place), "options": advice}
 
 
 def smooth(settings: "training.smooth.settings.SmoothSettings") -> Record:
@@ -439,7 +457,7 @@ def explore(
 COMMANDS: dict[str, Callable[..., Any]] = {
     command.__name__: command
     for command in (
-        *(invert, synthesize, train, sweep, episodes, smooth, demo, evaluate, report),
+        *(invert, synthesize, train, sweep, episodes, adapt, smooth, demo, evaluate, report),
         *(inspect, verify, merge, split, export, explore),
     )
 }

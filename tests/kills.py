@@ -29,7 +29,7 @@ import yaml
 from conftest import paint
 from tqdm import tqdm
 
-import training.smooth.run
+import training.adapt.run
 import training.sweep
 from augment import cli
 
@@ -107,7 +107,7 @@ def main() -> None:
     job, count, root = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
     torch.set_num_threads(1)
     tqdm.set_lock(threading.RLock())  # not one that forks share
-    training.smooth.run.SAVE_STEPS = 10
+    training.adapt.run.SAVE_STEPS = 10
     root.mkdir(parents=True, exist_ok=True)
     os.chdir(root)
     for seed, name in enumerate(("images", "test")):

@@ -47,7 +47,7 @@ from augment.bank.format import (
     require_same_making,
 )
 from augment.centroid.prior import nominal_norm
-from augment.core.errors import EnlargedWarning, ImageRejected, Missing, UserError
+from augment.core.errors import EnlargedWarning, ImageRejected, Missing, UserError, first_few
 from augment.core.files import JsonObject, check_folder, in_use, sha256, unreadable, write_bytes
 from augment.core.registry import refuse_reserved
 from augment.core.schema import write
@@ -224,14 +224,34 @@ def fill_bank(
         EnlargedWarning: images are much smaller than the backbone's.
     """
     method = inverter(inversion, steps=_or(steps, backbone.usage.steps), **settings)
-    template = backbone.usage.template if prompts is None else ""
-    texts = prompts_of(source.classes, template, prompts)
+    texts, template = _prompts(backbone, source.classes, None if prompts is None else "", prompts)
     job = InversionJob(
         Path(path), source, backbone, method, guidance, texts, batch_size, tuple(stored),
         max_rejects, template=template, captions=captions or {},
     )  # fmt: skip
     run(job)
     return LatentBank.open(path)
+
+
+def _prompts(
+    backbone: Backbone, classes: list[str], template: str | None, own: dict[str, str] | None
+) -> tuple[dict[str, str], str]:
+    """Return the prompts of classes, and the template that they are by.
+
+    Without a template they are those that the backbone was adapted with, or by its family's.
+    """
+    adapted: dict[str, str] = by_class(getattr(backbone, "adapted_prompts", {}), classes)
+    if template is None and adapted:
+        prompts = {name: adapted[name] for name in classes if name in adapted}
+        prompts |= by_class(own or {}, classes)
+        if missing := [name for name in classes if name not in prompts]:
+            raise UserError(
+                f"expected classes out of {first_few(list(adapted))}, which the backbone was "
+                f"adapted to, got {missing[0]!r}; adapt one to that class too, or give a prompt"
+            )
+        return prompts, ""
+    template = backbone.usage.template if template is None else template
+    return prompts_of(classes, template, own), template
 
 
 def _or(steps: int | None, usual: int) -> int:
@@ -286,13 +306,13 @@ class InversionJob:
         here = where | {"device": planning_device(settings.device, settings.executor)}
         kept = [name for name in ("errors", "clean") if getattr(settings, name)]
         backbone = load_backbone(settings.backbone, **here, **options)
-        template = backbone.usage.template if template is None else template
+        prompts, template = _prompts(backbone, source.classes, template, settings.prompts)
         steps = _or(settings.steps, backbone.usage.steps)
         method = inverter(settings.inversion, steps=steps, **others)
         return cls(
             Path(settings.bank), source, backbone, method, settings.guidance,
-            prompts_of(source.classes, template, settings.prompts), settings.batch_size,
-            tuple(kept), settings.max_rejects, where, template, captions,
+            prompts, settings.batch_size, tuple(kept), settings.max_rejects, where, template,
+            captions,
         )  # fmt: skip
 
     def __post_init__(self) -> None:

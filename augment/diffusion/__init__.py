@@ -31,7 +31,7 @@ PIPELINES: dict[str, Callable[..., Backbone]] = {
 }
 """Backbones by diffusers' pipeline class."""
 
-PATHS = ("name_or_path", "config", "lora", "tiny_vae")
+PATHS = ("name_or_path", "config", "lora", "adapter", "tiny_vae")
 """Keys of a recipe whose values may be paths."""
 
 

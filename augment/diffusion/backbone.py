@@ -5,7 +5,7 @@ the synthesis need is derived from them here. Networks may run in low precision;
 and come out in float32.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from augment.core.errors import UserError
+from augment.diffusion.checkpoints.tokens import TokenRows
 from augment.diffusion.conditions import ByLevel, Condition, Words, embed, stacked
 from augment.diffusion.process import Pair, Process, split
 from augment.diffusion.usage import Usage
@@ -90,6 +91,34 @@ class Trainable(Backbone, Protocol):
 
     def save(self, folder: Path) -> Path:
         """Write the backbone below a folder; return the path for `load_backbone`."""
+        ...
+
+
+@runtime_checkable
+class Adaptable(Trainable, Protocol):
+    """A backbone that can learn new words for classes.
+
+    Attributes:
+        adapted_prompts: by class, those that it was adapted with; empty if it was not.
+    """
+
+    adapted_prompts: dict[str, str]
+
+    def encoders(self) -> dict[str, nn.Module]:
+        """Return the text encoders that can be trained, by diffusers' names."""
+        ...
+
+    def add_tokens(self, words: Mapping[str, str], keep_norm: bool) -> dict[str, TokenRows]:
+        """Add tokens that begin as words; return their rows, to be trained, by text encoder.
+
+        Args:
+            words: by token.
+            keep_norm: whether the rows keep the mean length of the vocabulary's.
+        """
+        ...
+
+    def embedded(self, prompts: Sequence[str]) -> Condition:
+        """Return the conditions of prompts, differentiable in tokens and text encoders."""
         ...
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from augment.bank.format import DIGITS
 from augment.core.errors import UserError
 from augment.core.files import in_use, locked, read_file, read_json, write_bytes, write_json
+from augment.diffusion.checkpoints.adapter import adapted_to
 from augment.explore.session import Choice, Explorer, settings
 from augment.shards.dataset import encode
 from augment.shards.export import METADATA, check_names
@@ -34,7 +35,8 @@ def export(explorer: Explorer, choices: Sequence[Choice]) -> Path:
             f"{out or 'no folder'}; keep some, and start latent-augment explore with --out DIR"
         )
     check_names(bank.classes)
-    origins = {d[:DIGITS]: i for name in bank.classes for i, d in bank.digests(name).items()}
+    own = {d[:DIGITS]: i for name in bank.classes for i, d in bank.digests(name).items()}
+    origins = adapted_to(bank.fingerprint["backbone"]) | own
     with locked(out) as lock:
         lock.sweep()
         begun = (out / ORIGINS).exists()

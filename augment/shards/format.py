@@ -27,6 +27,7 @@ import numpy as np
 from augment.core.errors import Damaged, Missing, UserError, lookup
 from augment.core.files import read_file, sha256, unreadable, write_bytes
 from augment.core.schema import Record, build, damaged, load, read, write
+from augment.diffusion.checkpoints.adapter import adapted_to
 from augment.diffusion.sampling import ResolvedSampling, Sampling
 from augment.diffusion.usage import Usage
 from augment.plan.mixing import Mixing
@@ -249,7 +250,8 @@ class ShardManifest(Record):
     def origins(self) -> dict[str, str]:
         """The real images that the shards come from: ids by the first digits of their SHA-256."""
         classes = [ids for ids in self.images.values() if isinstance(ids, dict)]
-        return {digest: image_id for ids in classes for image_id, digest in ids.items()}
+        adapted = adapted_to((self.fingerprint or {}).get("backbone", {}))
+        return adapted | {digest: image_id for ids in classes for image_id, digest in ids.items()}
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,11 @@ OPTIONS = {
         rule alpha members noise per_class synthetic_weight solver steps guidance head
         head_options channels resolution device
     """,
+    "adapt": """
+        images.help images out backbone preset prompt prompts captions words rank text_rank tokens
+        targets steps per batch_size accumulate lr token_lr drop flip checkpointing seed device
+        devices precision workers backbone_options
+    """,
     "smooth": """
         images.help images out backbone prompt prompts captions weight rank targets steps
         batch_size accumulate lr drop seed device devices precision workers backbone_options

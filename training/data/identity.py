@@ -20,6 +20,7 @@ from augment.bank.bank import LatentBank
 from augment.bank.format import DIGITS
 from augment.core.errors import AugmentWarning, ImageRejected, UserError
 from augment.core.files import read_json, sha256, write_json
+from augment.diffusion.checkpoints.adapter import adapted_to
 from augment.replay.pool import ReplayPool
 from augment.shards.dataset import Shards
 from augment.shards.format import read_settings
@@ -188,7 +189,10 @@ def origins(synthetic: Images | None) -> Origins:
 
 
 def _bank_origins(bank: LatentBank) -> Origins:
-    return {d[:DIGITS]: (name, i) for name in bank.classes for i, d in bank.digests(name).items()}
+    adapted = adapted_to(bank.fingerprint["backbone"])
+    own = {d[:DIGITS]: (name, i) for name in bank.classes for i, d in bank.digests(name).items()}
+    made_from: Origins = {digest: (None, what) for digest, what in adapted.items()}
+    return made_from | own
 
 
 def warn_of_strangers(made_from: Origins, real: Source, digests: Mapping[str, str]) -> None:

@@ -22,35 +22,26 @@ flow; the paper has ε, where σ is √(1 − ᾱ). What is left open there, and
 """
 
 import math
-import re
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 
-import pytorch_lightning as pl
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from augment.core.errors import UserError
-from augment.diffusion import known_options
-from augment.diffusion.backbone import Backbone, Trainable
-from augment.diffusion.checkpoints.lora import inject_adapters
+from augment.diffusion.backbone import Backbone
 from augment.diffusion.process import GOALS, PREDICTIONS, Process
-from training.checks import at_least, expect
-from training.lightning import Checkpoint
-from training.models.finetune import ends_in
-from training.smooth.data import Batch
-
-PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
-"""Names that diffusers gives the four projections of an attention layer."""
+from training.adapt.data import Batch
+from training.adapt.module import PROJECTIONS, Adaptation, Network, amounts
+from training.adapt.recipe import Recipe
+from training.checks import at_least
 
 _RATE = 0.01  # of the running mean a
 
 
 def measured(
     process: Process,
-    network: Callable[[Tensor, Tensor], Tensor],
+    network: Network,
     clean: Float[Tensor, "n c h w"],
     noise: Float[Tensor, "n c h w"],
     levels: Sequence[float],
@@ -68,9 +59,7 @@ def measured(
         direction: Δ.
         graph: whether v is to be differentiated.
     """
-    pairs = torch.tensor([process.alpha_sigma(level) for level in levels]).to(clean)
-    alpha, sigma = pairs.T.reshape(2, -1, 1, 1, 1)
-    times = torch.tensor([process.timestep(level) for level in levels]).to(clean)
+    alpha, sigma, times = amounts(process, levels, clean)
     noise = noise.detach().requires_grad_()
     latent = alpha * clean + sigma * noise
     with sdpa_kernel(SDPBackend.MATH):
@@ -84,10 +73,8 @@ def measured(
     return base, sigma.flatten() * pulled.flatten(1).norm(dim=1)
 
 
-class SmoothDiffusion(pl.LightningModule):
-    """A backbone's network in training, by low-rank adapters (LoRA, arXiv 2106.09685) or in full.
-
-    The network is changed in place, so that the backbone is the smoothed one afterwards.
+class SmoothDiffusion(Adaptation):
+    """A backbone's network in training, by low-rank adapters or in full; see `Adaptation`.
 
     Args:
         backbone: the model, in float32.
@@ -97,16 +84,18 @@ class SmoothDiffusion(pl.LightningModule):
         lr: the rate, which is constant.
         weight_decay: of AdamW: the paper's; its code has 1e-2.
         seed: of the adapters' first weights.
+        total: number of optimiser steps.
 
     Attributes:
         a: the running mean of v; NaN before the first batch.
 
     Raises:
-        UserError: a backbone that cannot be trained or is not in float32, a layer that is not
-            there, or a number out of its range.
+        UserError: see `Adaptation`.
     """
 
     a: Tensor
+    directions = True
+    memory = " and its second derivatives"
 
     def __init__(
         self,
@@ -117,27 +106,21 @@ class SmoothDiffusion(pl.LightningModule):
         lr: float = 1e-4,
         weight_decay: float = 1e-4,
         seed: int = 0,
+        total: int = 0,
     ) -> None:
-        super().__init__()
-        at_least(0, weight=weight, rank=rank, weight_decay=weight_decay)
-        expect(lr > 0, "lr > 0", lr)
-        self.backbone = _checked(backbone, rank)
-        self.weight, self.rank, self.lr, self.weight_decay = weight, rank, lr, weight_decay
-        self.network = self.backbone.trainable()
-        self.network.requires_grad_(not rank)
-        if rank:
-            _add_adapters(self.network, rank, targets, seed)
+        at_least(0, weight=weight)
+        recipe = Recipe(rank=rank, lr=lr, weight_decay=weight_decay)
+        super().__init__(backbone, recipe, targets, total=total, seed=seed)
+        if not rank:
+            self.network.requires_grad_()
+        self.weight = weight
         self.register_buffer("a", torch.tensor(math.nan))
-        self.strict_loading = False  # a checkpoint has what is trained, not the whole network
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+    def loss(self, batch: Batch, clean: Tensor, network: Network) -> Tensor:
         """Return L of a batch."""
-        with torch.no_grad():
-            clean = self.backbone.encode(batch["image"])
-        condition = self.backbone.condition(batch["prompt"])
         base, change = measured(
             self.backbone.process,
-            partial(self.backbone.network, condition=condition),
+            network,
             clean,
             batch["noise"],
             batch["level"].tolist(),
@@ -157,57 +140,6 @@ class SmoothDiffusion(pl.LightningModule):
         mean = gathered.mean()
         self.a.copy_(mean if self.a.isnan() else self.a + _RATE * (mean - self.a))
 
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Make AdamW of what is trained."""
-        tuned = [p for p in self.parameters() if p.requires_grad]
-        return torch.optim.AdamW(tuned, lr=self.lr, weight_decay=self.weight_decay)
-
-    def on_save_checkpoint(self, checkpoint: Checkpoint) -> None:
-        """Keep what is trained, and a."""
-        trained = {name for name, p in self.named_parameters() if p.requires_grad} | {"a"}
-        state = checkpoint["state_dict"]
-        checkpoint["state_dict"] = {k: v for k, v in state.items() if k in trained}
-
-    def adapters(self) -> dict[str, Tensor]:
-        """Return the low-rank weights by diffusers' names, which `load_backbone` takes as lora."""
-        from peft import get_peft_model_state_dict
-
-        state: dict[str, Tensor] = get_peft_model_state_dict(self.network)
-        part = self.backbone.part
-        return {f"{part}.{k}": v.detach().cpu().contiguous() for k, v in state.items()}
-
-
-def _checked(backbone: Backbone, rank: int) -> Trainable:
-    """Refuse a backbone that cannot be trained, or that cannot load what comes of it."""
-    name = backbone.fingerprint["name"]
-    if not isinstance(backbone, Trainable):
-        raise UserError(f"expected a backbone with a network to train, got {name}; take another")
-    if "lora" in backbone.fingerprint:
-        raise UserError(
-            f"expected {name} without a LoRA, beside which the new one could not be loaded, got "
-            "one; leave it out"
-        )
-    if rank and "lora" not in known_options(type(backbone)):
-        raise UserError(f"expected rank 0 for {name}, which takes no LoRA, got {rank}")
-    dtypes = {weight.dtype for weight in backbone.trainable().parameters()}
-    if dtypes != {torch.float32}:
-        raise UserError(
-            f"expected {name} in float32 to be trained, got {', '.join(map(str, dtypes))}; "
-            "load it with dtype float32"
-        )
-    return backbone
-
-
-def _add_adapters(network: nn.Module, rank: int, targets: Sequence[str], seed: int) -> None:
-    """Freeze a network but for low-rank adapters, which at first change nothing."""
-    for target in targets:
-        if not any(isinstance(module, nn.Linear) for _, module in ends_in(network, target)):
-            linear = [n for n, module in network.named_modules() if isinstance(module, nn.Linear)]
-            ends = {re.sub(r".*\.(?=[a-z])", "", name) for name in linear}
-            raise UserError(
-                f"expected targets out of the linear layers of {type(network).__name__}, such as "
-                f"{', '.join(sorted(ends))}, got {target!r}; correct it"
-            )
-    with torch.random.fork_rng(devices=[]):  # peft draws from the global generator
-        torch.random.default_generator.manual_seed(seed)
-        inject_adapters(network, rank, targets)
+    def metadata(self) -> dict[str, str]:
+        """Return a plain header: alpha is the rank, and files stay what they were."""
+        return {"format": "pt"}

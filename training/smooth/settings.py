@@ -1,18 +1,13 @@
 """The options of a smoothing, apart from the run: their help needs no Lightning."""
 
 from dataclasses import dataclass
-from typing import Any, Literal
 
-from augment.core.errors import UserError, first_few
-from augment.core.registry import refuse_reserved
-from augment.sources import Source
-from augment.sources.captions import read_captions
-from augment.sources.prompts import prompts_of
-from training.checks import at_least, expect
+from training.adapt.recipe import Recipe
+from training.adapt.settings import RunSettings
 
 
 @dataclass(frozen=True, kw_only=True)
-class SmoothSettings:
+class SmoothSettings(RunSettings):
     """The options of ``latent-augment smooth``.
 
     Args:
@@ -44,42 +39,22 @@ class SmoothSettings:
         UserError: a number is out of its range.
     """
 
-    images: Source | str
-    out: str
-    backbone: str = "tiny"
-    prompt: str = ""
-    prompts: dict[str, str] | None = None
-    captions: str | None = None
     weight: float = 1.0
     rank: int = 8
-    targets: list[str] | None = None
     steps: int = 30000
     batch_size: int = 3
     accumulate: int = 32
     lr: float = 1e-4
     drop: float = 0.1
-    seed: int = 0
-    device: str | None = None
-    devices: int = 1
-    precision: Literal["32-true", "bf16-mixed"] = "32-true"
-    workers: int = 0
-    backbone_options: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
-        at_least(1, batch_size=self.batch_size, accumulate=self.accumulate)
-        at_least(1, steps=self.steps, devices=self.devices)
-        expect(0 <= self.drop <= 1, "drop in [0, 1]", self.drop)
-        refuse_reserved(self.backbone_options or {}, "name_or_path", "device", "dtype")
+        super().__post_init__()
+        assert self.recipe  # which refuses wrong numbers
 
-    def texts(self, source: Source) -> list[str]:
-        """Return the caption of each image, or else the prompt of its class."""
-        captions = {} if self.captions is None else read_captions(self.captions, source)
-        prompts = prompts_of(source.classes, self.prompt, self.prompts)
-        unknown = prompts.keys() - set(source.classes)
-        if unknown:
-            raise UserError(
-                f"expected prompts for classes out of {first_few(source.classes)}, got one for "
-                f"{min(unknown)!r}; choose one of these"
-            )
-        classes = [prompts.get(name, "") for name in source.classes]
-        return [captions.get(image_id, classes[label]) for image_id, label in source.samples]
+    @property
+    def recipe(self) -> Recipe:
+        """How long and how fast."""
+        return Recipe(
+            rank=self.rank, steps=self.steps, batch_size=self.batch_size,
+            accumulate=self.accumulate, lr=self.lr, drop=self.drop,
+        )  # fmt: skip

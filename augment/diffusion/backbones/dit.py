@@ -26,7 +26,7 @@ class DiT(LatentDiffusion):
     half = torch.bfloat16
     usage = Usage("", 4.0)  # no template: it has names for its own classes only
     blocks = ("BasicTransformerBlock",)
-    fixed = ("resolution", "zero_terminal_snr", "lora", "lora_scale")
+    fixed = ("resolution", "zero_terminal_snr", "lora", "lora_scale", "adapter")
 
     def embed(self, prompt: str) -> Condition:
         """Return ``labels`` (1,)."""

@@ -5,7 +5,7 @@ checkpoint's scheduler file, and the solvers are this package's own.
 """
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,19 @@ from torch import Tensor, nn
 
 from augment.core.errors import AugmentWarning, UserError
 from augment.diffusion.backbone import Condition, Recipe, Timestep, as_times
+from augment.diffusion.checkpoints.adapter import adapter_of
 from augment.diffusion.checkpoints.checkpoint import MAX_NUMBER, Checkpoint, read_process
 from augment.diffusion.checkpoints.codec import Codec, load_tiny
 from augment.diffusion.checkpoints.hub import damaged, require
 from augment.diffusion.checkpoints.lora import add_lora, find_lora
+from augment.diffusion.checkpoints.tokens import (
+    TOKENS,
+    TokenRows,
+    append_tokens,
+    load_tokens,
+    start_rows,
+    tokenizer_of,
+)
 from augment.diffusion.usage import FEW_STEPS, Usage, few_step_sign
 
 _MAX_PROMPTS = 1000  # whose embeddings are cached
@@ -37,6 +46,7 @@ class LatentDiffusion:
         spacing, clean_end, zero_terminal_snr: see `read_process`.
         lora: low-rank weights to add: a safetensors file, a folder, or ``owner/name``.
         lora_scale: factor of the low-rank weights.
+        adapter: folder of ``latent-augment adapt``: low-rank weights, tokens, or both.
         tiny_vae: folder or repository of an ``AutoencoderTiny`` to decode with: faster, less exact.
         compile: compile the network's repeated blocks, each kind and shape once.
 
@@ -81,9 +91,11 @@ class LatentDiffusion:
         zero_terminal_snr: bool = False,
         lora: str | Path | None = None,
         lora_scale: float = 1.0,
+        adapter: str | Path | None = None,
         tiny_vae: str | Path | None = None,
         compile: bool = False,
     ) -> None:
+        given, lora = adapter_of(adapter, lora)
         require("transformers", "accelerate", *(["peft"] if lora else []))
         self.device = torch.device(device)
         self.dtype = dtype or (self.half if self.device.type == "cuda" else torch.float32)
@@ -103,10 +115,15 @@ class LatentDiffusion:
             self.process = read_process(config, spacing, clean_end, zero_terminal_snr)
         self.recipe: Recipe = {}
         self._cache: dict[str, Condition] = {}
-        adapted = {}
+        weights = checkpoint.digest(parts)
+        self.adapted_prompts = given.prompts if given else {}
+        adapted = given.fingerprint() if given else {}
+        if given:
+            given.check(weights)
+            load_tokens(self.pipe, given.folder)
         if lora:
             file = find_lora(lora, checkpoint.local_files_only)
-            adapted = add_lora(self.pipe, file, lora_scale)
+            adapted = add_lora(self.pipe, file, lora_scale) | adapted
         for name in parts:
             # not diffusers' own ``to``, which warns of half precision that nobody asked for
             module = getattr(self.pipe, name).eval().requires_grad_(False)
@@ -120,7 +137,7 @@ class LatentDiffusion:
         self._check_steps(checkpoint.source, lora)
         self.fingerprint = {
             "name": self.name,
-            "weights": checkpoint.digest(parts),
+            "weights": weights,
             "process": repr(self.process),
             "resolution": str(self.resolution),
             **adapted,
@@ -246,6 +263,28 @@ class LatentDiffusion:
     def trainable(self) -> nn.Module:
         """Return the network with its layers as the checkpoint has them, to be trained further."""
         return self.net
+
+    def encoders(self) -> dict[str, nn.Module]:
+        """Return the CLIP text encoders, which can be trained, by diffusers' names."""
+        every = {name: getattr(self.pipe, name, None) for name in TOKENS}
+        return {name: encoder for name, encoder in every.items() if encoder is not None}
+
+    def add_tokens(self, words: Mapping[str, str], keep_norm: bool) -> dict[str, TokenRows]:
+        """Add tokens that begin as words; return their rows, to be trained, by text encoder."""
+        self._cache.clear()
+        made = {}
+        for name, encoder in self.encoders().items():
+            tokenizer = getattr(self.pipe, tokenizer_of(name))
+            rows, norm = start_rows(encoder, tokenizer, [*words.values()], keep_norm)
+            by_token = dict(zip(words, rows, strict=True))
+            made[name] = append_tokens(encoder, tokenizer, by_token, norm)
+        return made
+
+    def embedded(self, prompts: Sequence[str]) -> Condition:
+        """Embed prompts as `condition` does, differentiably in what text encoders learn."""
+        self._cache.clear()  # of vectors that are about to change
+        rows = [self.embed(prompt) for prompt in prompts]
+        return {key: torch.cat([row[key] for row in rows]) for key in rows[0]}
 
     def save(self, folder: Path) -> Path:
         """Write the pipeline below a folder; return the path for `load_backbone`."""

@@ -31,7 +31,9 @@ from torch import Tensor, nn
 from augment.core.errors import UserError
 from augment.core.files import write_bytes
 from augment.diffusion.backbone import Condition, Recipe, Timestep, as_times
+from augment.diffusion.checkpoints.adapter import adapter_of
 from augment.diffusion.checkpoints.lora import find_lora, fuse_lora
+from augment.diffusion.checkpoints.tokens import TOKENS, TokenRows, read_tokens
 from augment.diffusion.process import Flow, Process, VariancePreserving
 from augment.diffusion.usage import Usage
 
@@ -81,6 +83,7 @@ class Tiny:
         dtype: precision of the network; latents and solver stay in float32.
         lora: low-rank weights to add: a safetensors file, a folder, or ``owner/name``.
         lora_scale: factor of the low-rank weights.
+        adapter: folder of ``latent-augment adapt``: low-rank weights, prompts, or both.
         compile: compile the network and its weights at the first `ROWS` latents: a minute or two
             of a CPU, less with a warm cache of inductor, for four fifths of the time a call.
             Gradients, and rows beyond a multiple of `ROWS`, use the plain network.
@@ -102,10 +105,12 @@ class Tiny:
         *,
         lora: str | Path | None = None,
         lora_scale: float = 1.0,
+        adapter: str | Path | None = None,
         compile: bool = False,
         local_files_only: bool = False,
     ) -> None:
         self.device, self.dtype = torch.device(device), dtype
+        given, lora = adapter_of(adapter, lora)
         try:
             with safe_open(weights, framework="pt") as file:
                 self.config = config = json.loads(file.metadata()["config"])
@@ -122,7 +127,8 @@ class Tiny:
             self.unet = build_network(config["unet"])
             self.unet.load_state_dict(state)
             # the prompts' embeddings are looked up here, so that null-text can optimise them
-            self.texts = state["class_embedding.weight"].float().to(self.device)
+            texts = state["class_embedding.weight"].float().to(self.device)
+            self.table: nn.Module = nn.Embedding.from_pretrained(texts)
             self.unet.class_embedding = nn.Identity()
         except Exception as error:  # of any type, since files may be hostile
             raise UserError(
@@ -132,8 +138,15 @@ class Tiny:
             ) from None
         digest = hashlib.sha256(Path(weights).read_bytes()).hexdigest()
         self.fingerprint = {"name": "tiny", "weights": digest, "process": repr(self.process)}
+        self.adapted_prompts = given.prompts if given else {}
+        if given:
+            given.check(digest)
         if lora:
             self.fingerprint |= fuse_lora(self.unet, find_lora(lora, local_files_only), lora_scale)
+        if given:
+            self.fingerprint |= given.fingerprint()
+            if (path := given.folder / TOKENS["text_encoder"]).exists():
+                self._append(read_tokens(path)).requires_grad_(False)
         # not diffusers' own ``to``, which warns of half precision that nobody asked for
         nn.Module.to(self.unet, self.device, dtype).eval().requires_grad_(False)
         # its weights are laid out for the CPU, and the steps between products fused
@@ -155,7 +168,43 @@ class Tiny:
                     f"{prompt!r}; choose one of these or none"
                 )
         numbers = [self.prompts.index(prompt) for prompt in prompts]
-        return {"text": self.texts[torch.tensor(numbers, dtype=torch.long, device=self.device)]}
+        return {"text": self.table(torch.tensor(numbers, dtype=torch.long, device=self.device))}
+
+    embedded = condition
+
+    @property
+    def texts(self) -> Float[Tensor, "p width"]:
+        """Return the embeddings of all prompts."""
+        numbers = torch.arange(len(self.prompts), device=self.device)
+        return self.table(numbers).detach()
+
+    def encoders(self) -> dict[str, nn.Module]:
+        """Return no text encoder: prompts are looked up."""
+        return {}
+
+    def add_tokens(self, words: Mapping[str, str], keep_norm: bool) -> dict[str, TokenRows]:
+        """Add prompts that begin as others; return their rows, to be trained.
+
+        Args:
+            words: a prompt by new prompt.
+            keep_norm: not used, as few prompts are no vocabulary.
+        """
+        rows = self.condition([*words.values()])["text"]
+        return {"text_encoder": self._append(dict(zip(words, rows, strict=True)))}
+
+    def _append(self, rows: Mapping[str, Tensor]) -> TokenRows:
+        """Add prompts behind those of the weights."""
+        texts, first = self.texts, len(self.prompts)
+        for prompt, row in rows.items():
+            if prompt in self.prompts or row.shape != texts.shape[1:] or not row.isfinite().all():
+                raise UserError(
+                    f"expected new prompts of {texts.shape[1]} finite numbers, got {prompt!r} of "
+                    f"{tuple(row.shape)}; take the weights that they were trained on"
+                )
+        self.prompts += tuple(rows)
+        added = torch.stack([*rows.values()]).to(texts)
+        self.table = table = TokenRows(nn.Embedding.from_pretrained(texts), added, first)
+        return table
 
     def describe(self, prompts: Sequence[str], features: Float[Tensor, "n f"]) -> Condition:
         """Return the conditions of prompts and features of images of the class.

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from augment.core.errors import UserError
@@ -18,7 +19,7 @@ from augment.diffusion.checkpoints.hub import brief, damaged, explained, quiet
 
 LORA = "pytorch_lora_weights.safetensors"
 _DIRECTIONS = {"down": "lora_A", "up": "lora_B"}
-_METADATA = "lora_adapter_metadata"
+METADATA = "lora_adapter_metadata"
 """Key of peft's settings in the header of a file that diffusers wrote."""
 
 _DOWN = re.compile(r"(.+?)(\.lora_|_lora\.|\.lora\.|\.lora_linear_layer\.)(A|down)\.weight")
@@ -102,7 +103,7 @@ def _read_lora(path: Path, scale: float) -> _LowRank:
         raise UserError(f"expected a finite number for lora_scale, got {scale!r}; 1 is usual")
     with damaged(path), safe_open(path, framework="pt") as file:
         state = {_modern(key): file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        config = dict(json.loads((file.metadata() or {}).get(_METADATA, "{}")))
+        config = dict(json.loads((file.metadata() or {}).get(METADATA, "{}")))
         matches = [match for key in state if (match := _DOWN.fullmatch(key))]
         ups = {"A": "B", "down": "up"}
         pairs = {m[1]: (m[0], f"{m[1]}{m[2]}{ups[m[3]]}.weight") for m in matches}
@@ -161,6 +162,19 @@ def _alpha_of(config: Mapping[str, Any], layer: str, rank: int) -> float:
     if alpha is None:
         return 1.0
     return float(alpha) / (rank**0.5 if setting("use_rslora", False) else rank)
+
+
+def serialized(state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+    """Return low-rank weights as a safetensors file, the same bytes every time.
+
+    safetensors itself writes several entries of metadata in any order.
+    """
+    content = save(dict(state))
+    size = int.from_bytes(content[:8], "little")
+    header = {"__metadata__": dict(metadata), **json.loads(content[8 : 8 + size])}
+    text = json.dumps(header, ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + content[8 + size :]
 
 
 def add_lora(pipe: Any, path: Path, scale: float) -> dict[str, str]:

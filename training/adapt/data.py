@@ -1,4 +1,4 @@
-"""What `training.smooth.regulariser` learns from: images with captions or class prompts, noised.
+"""What a backbone is adapted with: images with captions or class prompts, noised.
 
 The random generator of a training image belongs to the seed and its number in the run alone, so
 that neither batch, accumulation, ranks nor an interruption change what is drawn.
@@ -22,7 +22,7 @@ _LEVELS = 1000  # of a process that names no number of trained ones
 
 
 class Batch(TypedDict):
-    """A batch of `NoisedImages`: pixels, prompts, levels (n,), noises ε and directions Δ."""
+    """A batch of `NoisedImages`: pixels, prompts, levels (n,), noises ε; directions Δ if any."""
 
     image: Tensor
     prompt: list[str]
@@ -40,11 +40,21 @@ class NoisedImages(Dataset[dict[str, object]]):
         backbone: whose format and levels they are.
         drop: share of the images that lose their prompt, so that there is an unconditional model.
         seed: of all draws.
+        directions: whether to draw them.
+        flip: whether half of the images are mirrored.
     """
 
     def __init__(
-        self, source: Source, prompts: Sequence[str], backbone: Trainable, drop: float, seed: int
+        self,
+        source: Source,
+        prompts: Sequence[str],
+        backbone: Trainable,
+        drop: float,
+        seed: int,
+        directions: bool = True,
+        flip: bool = False,
     ) -> None:
+        self.directions, self.flip = directions, flip
         self.source, self.prompts, self.drop, self.seed = source, prompts, drop, seed
         self.form, self.shape = (backbone.channels, backbone.resolution), backbone.latent_shape
         self.levels: int = getattr(backbone.process, "train_steps", _LEVELS)
@@ -54,14 +64,18 @@ class NoisedImages(Dataset[dict[str, object]]):
         row = int(generator.integers(len(self.prompts)))
         dropped = generator.random() < self.drop
         level = float(generator.integers(1, self.levels, endpoint=True)) / self.levels
-        noise, direction = normal(generator, *self.shape), normal(generator, *self.shape)
-        return {
-            "image": self.source.load(self.source.samples[row][0], *self.form),
+        noise = normal(generator, *self.shape)
+        item: dict[str, object] = {
             "prompt": "" if dropped else self.prompts[row],
             "level": level,
             "noise": noise,
-            "direction": direction / direction.norm(),
         }
+        if self.directions:
+            direction = normal(generator, *self.shape)
+            item["direction"] = direction / direction.norm()
+        image = self.source.load(self.source.samples[row][0], *self.form)
+        mirror = self.flip and generator.random() < 0.5
+        return item | {"image": image.flip(-1) if mirror else image}
 
 
 class NumberSampler(Sampler[list[int]]):

@@ -1,0 +1,3 @@
+"""Adaptation: fitting a backbone to the user's classes by low-rank weights and class tokens."""
+
+__all__: list[str] = []

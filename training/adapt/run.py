@@ -1,0 +1,183 @@
+"""A run of a backbone's training: where it resumes, and what it leaves.
+
+``out`` gets ``run.json`` (the settings), ``metrics.csv``, ``checkpoints/last.ckpt`` and in the end
+the low-rank weights and tokens, as `augment.diffusion.checkpoints.adapter` reads them, or the whole
+backbone. On one CPU thread a run that was interrupted ends with the same bits; on a GPU some
+kernels add in any order.
+"""
+
+import json
+import warnings
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import ModelCheckpoint
+from safetensors.torch import save
+
+from augment.core.errors import UserError
+from augment.core.files import check_folder, locked, remember, sha256, write_bytes, write_json
+from augment.diffusion import Backbone
+from augment.diffusion.backbone import Adaptable
+from augment.diffusion.checkpoints.adapter import ADAPTER, record_of
+from augment.diffusion.checkpoints.lora import LORA, serialized
+from augment.diffusion.checkpoints.tokens import TOKENS, class_tokens
+from augment.diffusion.usage import PHOTO
+from augment.sources.prompts import class_name, class_prompts, nfc
+from training import lightning
+from training.adapt.data import NoisedData, NoisedImages
+from training.adapt.module import PROJECTIONS, Adaptation
+from training.adapt.recipe import Recipe
+from training.adapt.settings import AdaptSettings, RunSettings
+from training.data.identity import check_run
+
+SAVE_STEPS = 200  # between two checkpoints
+
+
+def adapt_backbone(settings: AdaptSettings, backbone: Backbone | None = None) -> Path:
+    """Adapt a backbone to the classes of images, in place, or resume the run.
+
+    Args:
+        settings: of the run.
+        backbone: the model, in float32; by default that of the settings is loaded.
+
+    Returns:
+        The folder, which `load_backbone` takes as ``adapter``.
+
+    Raises:
+        UserError: a wrong backbone, target, prompt or word; other settings than the run in ``out``
+            has; no preset of that name.
+    """
+    s, recipe, out = settings, settings.recipe, Path(settings.out)
+    check_folder(out)
+    backbone = backbone or s.load()
+    weights, before = backbone.fingerprint.get("weights", ""), backbone.fingerprint
+    classes, targets = s.source.classes, [*(s.targets or PROJECTIONS)]
+    reads = isinstance(backbone, Adaptable) and len(backbone.encoders()) > 0
+    tokens = class_tokens(classes) if recipe.tokens or (recipe.tokens is None and not reads) else {}
+    own = s.check_classes(s.words, "words")
+    words = {
+        token: own.get(name, (recipe.start or class_name(nfc(name))) if reads else "")
+        for name, token in tokens.items()
+    }
+    total = recipe.total(len(classes), len(s.source), s.devices)
+    module = Adaptation(backbone, recipe, targets, words, total, s.seed)
+    given = s.check_classes(s.prompts, "prompts")
+    template = s.prompt or (PHOTO if reads else "{name}" if tokens else "")
+    rest = [name for name in classes if name not in given]
+    called = {name: tokens[name] for name in rest if tokens}
+    prompts = given | (class_prompts(rest, template, called) if template else {})
+    texts = s.texts(prompts)
+    record = {
+        "backbone": before,
+        "data": {"images": len(texts), "prompts": digest_of(texts), "words": words},
+        **asdict(recipe),
+        **{"total": total, "targets": targets, "seed": s.seed},
+        **{"precision": s.precision, "devices": s.devices},
+    }
+    network: Any = module.network
+    if s.checkpointing:
+        network.enable_gradient_checkpointing()
+
+    def write(digests: dict[str, str]) -> Path:
+        if state := module.adapters():
+            write_bytes(out / LORA, serialized(state, module.metadata()))
+        for name, rows in module.vectors().items():
+            write_bytes(out / TOKENS[name], save(rows, {"format": "pt"}))
+        images = sorted({digest for digest in digests.values() if digest})
+        write_json(out / ADAPTER, record_of(weights, prompts, images))
+        return out
+
+    place = fit(module, s, recipe, texts, record, write)
+    if s.checkpointing:
+        network.disable_gradient_checkpointing()
+    return place
+
+
+def digest_of(texts: list[str]) -> str:
+    """Return the SHA-256 of the texts of all images."""
+    return sha256(json.dumps(texts).encode())
+
+
+def fit(
+    module: Adaptation,
+    settings: RunSettings,
+    recipe: Recipe,
+    texts: list[str],
+    record: dict[str, Any],
+    write: Callable[[dict[str, str]], Path],
+) -> Path:
+    """Train a module, or resume its run; return what it has written.
+
+    Args:
+        module: whose backbone is adapted afterwards.
+        settings: of the run.
+        recipe: how long and how fast.
+        texts: of each image.
+        record: what a resumed run must have in common with the one before.
+        write: what writes the result, by the digests of the images.
+    """
+    s, out, backbone, source = settings, Path(settings.out), module.backbone, settings.source
+    for text in dict.fromkeys(texts):
+        backbone.condition([text])  # a bad one is refused now, not after a thousand steps
+    last = out / "checkpoints" / "last.ckpt"
+    images = NoisedImages(
+        source, texts, backbone, recipe.drop, s.seed, module.directions, recipe.flip
+    )
+    data = NoisedData(images, recipe.batch_size, s.workers)
+    lock = locked(out) if lightning.is_first_rank() else nullcontext()
+    with lock as held, warnings.catch_warnings(), lightning.interruptible():
+        digests: dict[str, str] = {}
+        if held:
+            lightning.remove_partial(held, out, last.parent)
+            digests = check_run(out, source, last.exists(), "training")
+        remember(out / "run.json", record, "--out", last.exists())
+        lightning.silence_lightning()
+        # there is no dropout to turn on, and the backbone is used in this mode
+        warnings.filterwarnings("ignore", ".*in eval mode at the start of training.*")
+        trainer = _make_trainer(module, s, recipe)
+        try:
+            trainer.fit(
+                module, data, ckpt_path=str(last) if last.exists() else None, weights_only=True
+            )
+        except torch.OutOfMemoryError:
+            raise UserError(
+                f"expected memory for a batch{module.memory}, got none left; take a smaller "
+                "batch_size and a larger accumulate"
+            ) from None
+        trainer.save_checkpoint(last, weights_only=False)
+        module.to(backbone.device)
+        module.freeze_backbone()
+        return write(digests) if trainer.is_global_zero else out
+
+
+def _make_trainer(module: Adaptation, settings: RunSettings, recipe: Recipe) -> pl.Trainer:
+    """Make a trainer that logs and keeps checkpoints in the folder of the run."""
+    out, device, devices = Path(settings.out), module.backbone.device, settings.devices
+    gpu, steps = device.type == "cuda", module.total
+    checkpoint = ModelCheckpoint(
+        out / "checkpoints", "last", every_n_train_steps=SAVE_STEPS, enable_version_counter=False
+    )
+    # the last layer of some text encoders goes unused
+    strategy = "ddp_find_unused_parameters_true" if len(module.encoders) else "ddp"
+    return pl.Trainer(
+        accelerator="gpu" if gpu else "cpu",
+        devices=[device.index or 0] if gpu and devices == 1 else devices,
+        strategy=strategy if devices > 1 else "auto",
+        max_steps=steps,
+        max_epochs=1,
+        accumulate_grad_batches=recipe.accumulate,
+        gradient_clip_val=1.0,
+        precision=settings.precision,
+        default_root_dir=out,
+        logger=lightning.csv_log(out),
+        log_every_n_steps=min(50, steps),
+        callbacks=[checkpoint, lightning.PlainSignals()],
+        plugins=[lightning.SafeCheckpoints()],
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+    )

@@ -1,0 +1,142 @@
+"""The options of trainings of a backbone, apart from the runs: their help needs no Lightning."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
+from typing import Any, Literal
+
+import torch
+
+from augment.core.errors import UserError, first_few, lookup
+from augment.core.registry import refuse_reserved
+from augment.diffusion import Backbone, load_backbone
+from augment.jobs.job import planning_device
+from augment.shards.dataset import open_images
+from augment.sources import Source, as_source
+from augment.sources.captions import read_captions
+from augment.sources.prompts import by_class
+from training.adapt.recipe import PRESETS, Recipe
+from training.checks import at_least
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSettings:
+    """What every training of a backbone asks for; see `AdaptSettings`."""
+
+    images: Source | str
+    out: str
+    backbone: str = "tiny"
+    prompt: str = ""
+    prompts: dict[str, str] | None = None
+    captions: str | None = None
+    targets: list[str] | None = None
+    seed: int = 0
+    device: str | None = None
+    devices: int = 1
+    precision: Literal["32-true", "bf16-mixed"] = "32-true"
+    workers: int = 0
+    backbone_options: dict[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        at_least(1, devices=self.devices)
+        refuse_reserved(self.backbone_options or {}, "name_or_path", "device", "dtype")
+
+    @cached_property
+    def source(self) -> Source:
+        """The images, without those that cannot be read."""
+        return as_source(open_images(self.images)).readable(name="training")
+
+    def load(self) -> Backbone:
+        """Load the backbone, in float32."""
+        options, device = self.backbone_options or {}, planning_device(self.device)
+        return load_backbone(self.backbone, device, torch.float32, **options)
+
+    def check_classes(self, texts: Mapping[str, str] | None, what: str) -> dict[str, str]:
+        """Return texts by class, of the classes that there are."""
+        classes = self.source.classes
+        own = by_class(texts or {}, classes)
+        if unknown := own.keys() - set(classes):
+            raise UserError(
+                f"expected {what} for classes out of {first_few(classes)}, got one for "
+                f"{min(unknown)!r}; choose one of these"
+            )
+        return own
+
+    def texts(self, prompts: Mapping[str, str]) -> list[str]:
+        """Return the caption of each image, or else the prompt of its class."""
+        source = self.source
+        captions = {} if self.captions is None else read_captions(self.captions, source)
+        classes = [prompts.get(name, "") for name in source.classes]
+        return [captions.get(image_id, classes[label]) for image_id, label in source.samples]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdaptSettings(RunSettings):
+    """The options of ``latent-augment adapt``.
+
+    Args:
+        images: folder with one sub-folder of image files a class, a folder of shards, or
+            another source, as for invert.
+        out: folder of the run, which gets pytorch_lora_weights.safetensors and
+            learned_embeds.safetensors, for --backbone-options '{adapter: OUT}'; an interrupted run
+            is resumed.
+        backbone: diffusion model, as for invert.
+        preset: da-fusion, diff-mix or datadream: the recipe of a paper, whose numbers the options
+            below replace.
+        prompt: template of the prompts; by default 'a photo of a {name}', where a class with a
+            token is called by it, or the token alone where there is no text encoder.
+        prompts: prompts by class, as YAML such as '{Coat: a coat on a hanger}'; they replace the
+            template's.
+        captions: metadata.jsonl with file_name and text of images; captions replace prompts.
+        words: word that a class's token begins as, as YAML such as '{Coat: top}'; by default the
+            class's name.
+        rank: rank of the low-rank weights of the network; 0 leaves it as it is. By default 16.
+        text_rank: rank of those of the text encoders. By default 0, which leaves them as they are.
+        tokens: whether each class gets a token; by default only where there is no text encoder.
+        targets: endings of the names of layers that get low-rank weights; by default the
+            projections of the attention.
+        steps: number of optimiser steps, by default 1000.
+        per: what the steps are counted for: run, class, or image, which makes them epochs.
+        batch_size: images a batch, on each device. By default 4.
+        accumulate: batches a step. By default 1.
+        lr: learning rate of low-rank weights. By default 1e-4.
+        token_lr: learning rate of tokens. By default 1e-3.
+        drop: share of the images that are trained without their prompt, in [0, 1]. By default 0.1.
+        flip: whether half of the images are mirrored.
+        checkpointing: compute activations twice, for less memory.
+        seed: seed of all random draws.
+        device: device such as cuda or cpu; by default the GPU if there is one.
+        devices: number of processes, each on a device of its own.
+        precision: precision of the training; bf16-mixed computes in bfloat16 where it can.
+        workers: number of processes that load images.
+        backbone_options: options of the backbone, as YAML such as '{resolution: 384}'.
+
+    Raises:
+        UserError: a number is out of its range, or there is no such preset.
+    """
+
+    preset: str = ""
+    words: dict[str, str] | None = None
+    rank: int | None = None
+    text_rank: int | None = None
+    tokens: bool | None = None
+    steps: int | None = None
+    per: Literal["run", "class", "image"] | None = None
+    batch_size: int | None = None
+    accumulate: int | None = None
+    lr: float | None = None
+    token_lr: float | None = None
+    drop: float | None = None
+    flip: bool | None = None
+    checkpointing: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        assert self.recipe  # which refuses wrong numbers
+
+    @cached_property
+    def recipe(self) -> Recipe:
+        """The preset's recipe with the numbers that were given."""
+        own = {field.name: getattr(self, field.name, None) for field in fields(Recipe)}
+        given: Any = {name: value for name, value in own.items() if value is not None}
+        return replace(lookup(PRESETS, self.preset, "preset"), **given)
