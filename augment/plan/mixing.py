@@ -28,6 +28,9 @@ class Mixing:
         contexts: file of contexts, a line each, such as 'on a beach'; or a metadata.jsonl, whose
             column text is read, or file.jsonl:COLUMN. Each image draws one, whatever its class, for
             its prompt: behind a comma, or where that has {context}.
+        translate: mix images of another class than the home class, drawn at random, under the home
+            class's prompt (Diff-Mix); the label is level^translate of the home class, and theirs
+            for the rest. In training alone, as labels are soft; 0.5 is Diff-Mix's.
 
     Raises:
         UserError: an unknown rule, or a value out of its range.
@@ -41,6 +44,7 @@ class Mixing:
     nearest: str | None = None
     level: float | str | tuple[float, ...] | None = None
     contexts: str | None = None
+    translate: float | None = None
 
     def __post_init__(self) -> None:
         Rule.parse(self.rule)
@@ -50,6 +54,8 @@ class Mixing:
             raise UserError(f"expected members ≥ 1, got {self.members}; leave it out to mix all")
         if not 0 <= self.seed < 2**63:
             raise UserError(f"expected a seed ≥ 0, got {self.seed}; the largest is 2^63 - 1")
+        if self.translate is not None and not 0 < self.translate < math.inf:
+            raise UserError(f"expected translate above 0, got {self.translate}; 0.5 is usual")
         for level in self.levels or ():
             if not 0 < level <= 1:
                 raise UserError(f"expected levels in (0, 1], got {level}; 1 is pure noise")

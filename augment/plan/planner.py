@@ -116,10 +116,20 @@ class Planner:
             raise UserError(
                 f"expected classes from 1 to the {len(self.images)} there are, got {self.classes}"
             )
+        if self.mixing.translate and (self.classes > 1 or len(self.images) < 2):
+            raise UserError(
+                f"expected one class a centroid and another to take images from to translate, got "
+                f"classes = {self.classes} of {len(self.images)}; leave translate out"
+            )
         if isinstance(self._alpha, tuple):
             self._check_alphas(len(self._alpha))
         if self.features is not None:
             self._check_features(self.features)
+
+    @property
+    def soft(self) -> bool:
+        """Whether an image may be of several classes, so that labels are shares."""
+        return self.classes > 1 or self.mixing.translate is not None
 
     @cached_property
     def _alpha(self) -> float | tuple[float, ...]:
@@ -178,12 +188,15 @@ class Planner:
         if self.classes > 1:  # nothing is drawn for one class, whose plans stay as they were
             others = generator.permutation(len(names) - 1)[: self.classes - 1].tolist()
             mixed += [names[other + (other >= label % len(names))] for other in others]
+        if mixing.translate:
+            other = int(generator.integers(len(names) - 1))
+            mixed = [names[other + (other >= label % len(names))]]
         images = {name: self.images[name] for name in mixed}
         choose = self._nearest if self.features else self._drawn
         chosen = choose(generator, images)
         members = tuple(images[name][row] for name, row in chosen)
         weights = tuple(dirichlet(generator, self._alpha, len(members)).tolist())
-        classes = tuple(name for name, _ in chosen) if self.classes > 1 else ()
+        classes = tuple(name for name, _ in chosen) if mixed != [home] else ()
         place = mixing.seed, epoch, index
         return Plan(
             label, home, members, weights, mixing.noise, *place, classes,

@@ -166,10 +166,11 @@ class ShardJob:
         check_folder(self.path)
         self.title = f"synthesize {self.synthesizer.rule}"
         self.recipe = self.synthesizer.backbone.recipe
-        if self.planner.classes > 1:
+        if self.planner.soft:
             raise UserError(
                 f"expected images of one class each for shards, got classes = "
-                f"{self.planner.classes}; use SyntheticDataset, which gives soft labels"
+                f"{self.planner.classes} and translate = {self.planner.mixing.translate}; use "
+                "SyntheticDataset, which gives soft labels"
             )
         self.labels = round_robin(self.per_class, list(self.planner.images))
         if self.total > MAX_SHARDS * self.output.shard_size:

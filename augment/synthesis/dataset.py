@@ -126,7 +126,11 @@ class SyntheticDataset(Dataset[Sample]):
 
     def label(self, plan: Plan) -> int | Tensor:
         """Return the label of a plan's image: its class, or the share of each of several."""
-        return plan.soft_label(self.classes) if self.planner.classes > 1 else plan.label
+        if self.planner.mixing.translate:  # the more noise, the more is of the prompt's class
+            share = (1.0 if plan.level is None else plan.level) ** self.planner.mixing.translate
+            rest = (1 - share) * plan.soft_label(self.classes)
+            return rest.index_add(0, torch.tensor([plan.label]), torch.tensor([share]))
+        return plan.soft_label(self.classes) if self.planner.soft else plan.label
 
     def __getitem__(self, index: int) -> Sample:
         return self.__getitems__([index])[0]

@@ -222,6 +222,25 @@ def test_a_bank_in_memory_and_the_one_on_disk_mix_the_same(banks, gaussian):
     assert torch.equal(*found)
 
 
+def test_an_image_of_another_class_is_translated_and_its_label_shared_by_the_level(banks, gaussian):
+    mixing = Mixing(members=1, level=(0.9, 0.4), translate=0.5)
+    dataset = SyntheticDataset(banks["noise"], gaussian, mixing, per_class=20)
+    others = set()
+    for index, (_, label) in enumerate(dataset[k] for k in range(len(dataset))):
+        plan = dataset.plan(index)
+        (other,) = plan.classes
+        assert plan.class_name == dataset.classes[plan.label] != other
+        assert plan.members[0].startswith(other)
+        expected = torch.zeros(3)
+        expected[plan.label] = plan.level**0.5
+        expected[dataset.class_to_idx[other]] = 1 - plan.level**0.5
+        torch.testing.assert_close(label, expected)
+        others.add((plan.class_name, other))
+    assert len(others) == 6, "from each class to each other"
+    with pytest.raises(UserError, match=r"translate = 0\.5; use SyntheticDataset"):
+        write_shards(dataset.synthesizer, dataset.planner, 1, banks["noise"].path / "no")
+
+
 FAULTS = {
     "above 1": (lambda b, g, p, t: fill_bank(t, g, Folder(p), level=1.5), r"level in \(0, 1\]"),
     "below the first step": (
@@ -233,6 +252,11 @@ FAULTS = {
         "settings of noise out of steps, got 'level'",
     ),
     "mixing": (lambda b, g, p, t: Mixing(level=1.2), r"levels in \(0, 1\], got 1.2"),
+    "translated": (lambda b, g, p, t: Mixing(translate=0.0), "translate above 0"),
+    "translated classes": (
+        lambda b, g, p, t: planner_of(b["noise"], Mixing(translate=0.5), 2),
+        "one class a centroid and another to take images from",
+    ),
     "no number": (lambda b, g, p, t: Mixing(level="half"), "numbers such as 1,0.75,0.5 for level"),
     "above the bank's": (
         lambda b, g, p, t: planner_of(b[0.6], Mixing(level=0.9)),

@@ -52,7 +52,8 @@ def work(tmp_path_factory: pytest.TempPathFactory, tiny) -> Path:
         folders = work / "data" / name
         for part, count in (("train", 6), ("val", 2), ("test", 2)):
             photographs(folders / part, {"ant": count, "bee": count}, suffix="jpg")
-        fill_bank(work / "runs" / name / "bank", tiny, Folder(folders / "train"), steps=1)
+        source = Folder(folders / "train")
+        fill_bank(work / "runs" / name / "bank", tiny, source, inversion="noise", steps=4)
     demo = work / "runs" / "demo"
     for part in ("seed-0/real-5", "seed-0/synthetic/fade-chm", "test"):
         photographs(demo / part, {"Bag": 3, "Coat": 3}, suffix="jpg")
@@ -93,7 +94,8 @@ def in_miniature(config: dict) -> dict:
     config["model"].pop("pretrained", None)
     if "FewShot" in str(config["data"]["train"]):
         config["data"]["resolution"] = 64
-        config["data"]["synthetic"]["init_args"] |= {"sampling": {"steps": 1}, "per_class": 2}
+        options = config["data"]["synthetic"]["init_args"]
+        options |= {"sampling": options["sampling"] | {"steps": 4}, "per_class": 2}
     return config
 
 

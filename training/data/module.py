@@ -68,7 +68,7 @@ class TrainingImages(Dataset[Item]):
         self.real, self.synthetic, self.seed = real, synthetic, seed
         self.fixed, self.random = augment.fixed(channels, resolution), augment.random(resolution)
         planner = getattr(synthetic, "planner", None)
-        self.soft = planner is not None and planner.classes > 1
+        self.soft = planner is not None and planner.soft
         stays = len(self) if isinstance(synthetic, (Shards, Source)) else len(real)
         keep = augment.whole and len(self) * channels * resolution**2 <= memory
         self.stays = stays if keep else 0
