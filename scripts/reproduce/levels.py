@@ -15,6 +15,7 @@ nothing. Gains are over the real images with classical augmentation, paired by t
 from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import torch
 from claims import claim, conclude, once, options
@@ -69,7 +70,7 @@ def synthetic(cell: Cell, bank: LatentBank, backbone: Backbone, seed: int, each:
     return Synthesizer(backbone, bank, Rule.parse("fade/chm")).images(plans)
 
 
-def accuracy(done: Path, real: Source, test: Source, fake: Images | None, seed: int) -> float:
+def accuracy(done: Path, real: Source, test: Source, fake: Any, seed: int) -> float:
     """Train a small network, and return its accuracy; read it if it was measured before."""
     if done.exists():
         return read_json(done, "an accuracy")
@@ -114,15 +115,16 @@ def draw(found: dict[Cell, dict[str, Tensor]], gains: dict[Cell, Tensor], path: 
     """Draw what is measured over the level."""
     panels = {"kept": "class kept, %", "fid": "FID", "variety": "variety", "gain": "gain, points"}
     figure = Figure(figsize=(14, 3.4), layout="constrained")
-    for axes, (key, title) in zip(figure.subplots(1, 4), panels.items(), strict=True):
+    plots = figure.subplots(1, 4)
+    for axes, (key, title) in zip(plots, panels.items(), strict=True):
         for way in WAYS:
             rows = [gains[way, s] if key == "gain" else found[way, s][key] for s in LEVELS]
             scale = 1.0 if key in ("fid", "variety") else 100.0
             mean, error = zip(*(mean_and_error(row.flatten(), scale) for row in rows), strict=True)
             axes.errorbar(LEVELS, mean, error, fmt="o-", ms=3, capsize=2, label=way)
         axes.set(title=title, xlabel="level s")
-    axes.axhline(0, color="grey", lw=0.5)
-    axes.legend(frameon=False)
+    plots[-1].axhline(0, color="grey", lw=0.5)
+    plots[-1].legend(frameon=False)
     figure.savefig(path, dpi=120)
 
 
