@@ -274,6 +274,11 @@ class LatentBank:
         digests = {image.id: image.sha256 for record in records for image in record.images}
         return {image_id: digests[image_id] for image_id in self.members[class_name]}
 
+    def captions(self, class_name: str) -> dict[str, str]:
+        """Return what images of a class were inverted with in place of its prompt, by id."""
+        records = (chunk.record for chunk in self._chunks(class_name))
+        return {i.id: i.caption for record in records for i in record.images if i.caption}
+
     def latents(self, class_name: str) -> Float[Tensor, "n c h w"]:
         """Read the latents of a class in float32, in the order of ``members``."""
         return self._rows(class_name, lambda c: self._stored(c, "latents")).float()

@@ -112,7 +112,7 @@ def centroid(explorer: Explorer, choice: Choice) -> str:
     title = f"{choice.plan.class_name}, {choice.rule}"
     count, members = choice.plan.effective_count, len(choice.plan.members)
     prompt, guidance = explorer.prompt(choice), choice.sampling.guidance
-    words = f"<br>{escape(prompt)}, guidance {guidance:g}" if prompt else ""
+    words = f"<br>{escape(shown(prompt))}, guidance {guidance:g}" if prompt else ""
     return (
         f"<figure>{picture(image, title)}<figcaption>norm {facts.norm:.3f} √D · channel bias "
         f"{facts.bias:.3f} (average {facts.average:.3f})<br>mixes {count:.1f} of {members} members"

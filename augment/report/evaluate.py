@@ -19,7 +19,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from augment.bank.bank import LatentBank
-from augment.centroid import Rule
 from augment.core.errors import UserError, first_few
 from augment.core.files import JsonObject, check_folder, write_bytes, write_json, write_table
 from augment.diffusion import Backbone
@@ -42,7 +41,7 @@ from augment.plan.plan import Plan
 from augment.shards.dataset import Shards
 from augment.sources import Source
 from augment.sources.images import prepare
-from augment.synthesis.synthesizer import Synthesizer, undoing
+from augment.synthesis.synthesizer import Undoing
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -192,7 +191,7 @@ def _reconstruct(
     plans = [Plan.equal(label, name, [i], k) for k, i in enumerate(ids)]
     images = torch.stack([real.load(i, backbone.channels, backbone.resolution) for i in ids])
     made = {
-        "back": Synthesizer(backbone, bank, Rule.parse("lin/0"), undoing(bank)).images(plans).cpu(),
+        "back": Undoing(backbone, bank).images(plans).cpu(),
         "codec": backbone.decode(backbone.encode(images)).cpu(),
     }
     errors = {way: reconstruction(images, others) for way, others in made.items()}

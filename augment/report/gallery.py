@@ -6,7 +6,7 @@ at. What the network has to make is made first, for some classes, in batches acr
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from time import perf_counter
@@ -33,7 +33,7 @@ from augment.sources import Source
 from augment.sources.decoding import open_image
 from augment.sources.images import to_pil
 from augment.synthesis.filters import make_filter
-from augment.synthesis.synthesizer import Synthesizer, undoing
+from augment.synthesis.synthesizer import Synthesizer, Undoing
 
 REAL, BACK, PLANS, KEPT, REFUSED = 16, 5, 2, 8, 4
 """Maximum numbers of a class: real images, images sampled back, centroids by each rule, and
@@ -124,9 +124,8 @@ class Gallery:
             for row, image_id in enumerate(bank.members[names[label]][:BACK])
         ]
         sampling = self.provenance.sampling
-        exact = replace(undoing(bank), batch_size=sampling.batch_size)
         if not bank.holds_clean:  # nothing was inverted
-            yield Work("back", Synthesizer(self.backbone, bank, Rule.parse("lin/0"), exact), alone)
+            yield Work("back", Undoing(self.backbone, bank, sampling.batch_size), alone)
         draw, count = self.provenance.planner, len(names)
         plans = [draw(0, label + k * count, label) for label in labels for k in range(PLANS)]
         prompts = folder.manifest.prompts if folder else None

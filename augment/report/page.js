@@ -242,6 +242,8 @@ function* factsOf(record, tile) {
   yield ["rule", tile.rule];
   yield ["random choices", `seed ${tile.seed}, epoch ${tile.epoch}, index ${tile.index}`];
   if (tile.prompt) yield ["prompt", tile.prompt];
+  if (tile.context) yield ["context", tile.context];
+  if (tile.level) yield ["level", tile.level.toFixed(3)];
   if (tile.guidance) yield ["guidance", String(tile.guidance)];
   const count = tile.members.length + (tile.rest ? tile.rest[0] : 0);
   yield ["effective count", `${tile.mixed.toFixed(1)} of ${count} members`];

@@ -71,6 +71,8 @@ def _summary(plan: Plan) -> dict[str, object]:
         "epoch": plan.epoch,
         "index": plan.index,
         "noise": plan.noise,
+        "level": plan.level,
+        "context": plan.context or None,
         "mixed": round(plan.effective_count, 1),
         "members": [[image_id, round(weight, 3)] for image_id, weight in order[:MAX_MEMBERS]],
         "rest": [len(rest), round(sum(w for _, w in rest), 3)] if rest else None,

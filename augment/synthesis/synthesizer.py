@@ -55,11 +55,6 @@ def resolve(bank: LatentBank, sampling: Sampling | None = None) -> ResolvedSampl
     return (sampling or Sampling()).resolve(undo, made["steps"], bank.guidance)
 
 
-def undoing(bank: LatentBank) -> Sampling:
-    """Return the sampling that undoes a bank's inversion: with the guidance of that."""
-    return Sampling(guidance=float(bank.inversion["guidance"]))
-
-
 def planner_of(bank: LatentBank, mixing: Mixing | None = None, classes: int = 1) -> Planner:
     """Return the planner of a bank's images.
 
@@ -549,3 +544,29 @@ class Synthesizer:
 def _noise(plan: Plan, shape: Sequence[int]) -> Tensor:
     """Draw the fresh noise of a plan."""
     return normal(rng(plan.seed, "noise", plan.epoch, plan.index), *shape)
+
+
+class Undoing(Synthesizer):
+    """Samples images of a bank back as they were inverted: with that guidance, and their captions.
+
+    Args:
+        backbone: the model the bank was inverted with.
+        bank: the latents.
+        batch_size: images a network call.
+    """
+
+    def __init__(self, backbone: Backbone, bank: LatentBank, batch_size: int = 64) -> None:
+        how = Sampling(guidance=float(bank.inversion["guidance"]), batch_size=batch_size)
+        self._captions: dict[str, dict[str, str]] = {}
+        super().__init__(backbone, bank, Rule.parse("lin/0"), how)
+
+    def text(self, plan: Plan) -> str:
+        """Return the caption of a plan's first member, or else the prompt of its class."""
+        name = plan.class_name
+        if name not in self._captions:
+            used = self.bank.inversion.get("captions")
+            self._captions[name] = self.bank.captions(name) if used else {}
+        return self._captions[name].get(plan.members[0], self.bank.prompt(name))
+
+    def _words(self, plan: Plan) -> Words:
+        return self.text(plan)

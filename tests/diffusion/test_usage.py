@@ -14,7 +14,7 @@ from augment.bank.fill import fill_bank
 from augment.core.errors import AugmentWarning, UserError
 from augment.diffusion.usage import PHOTO, Usage, few_step_sign
 from augment.sources import Folder, decoding
-from augment.synthesis.synthesizer import resolve, undoing
+from augment.synthesis.synthesizer import Undoing, resolve
 
 pytestmark = pytest.mark.filterwarnings("ignore:expected images of about 32")
 MAKERS = {
@@ -67,14 +67,14 @@ def amend_plain(path, **changes):
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-def test_a_bank_records_template_prompts_and_guidance(bank):
+def test_a_bank_records_template_prompts_and_guidance(bank, backbone):
     assert bank.manifest.usage == Usage(PHOTO, 7.5, 2)
     assert bank.prompt("american_owl") == "a photo of an american owl"
     assert bank.prompt("n01440764") == "a photo of a tench"
     assert bank.inversion["guidance"] == 1 and bank.guidance == 7.5
     assert resolve(bank).guidance == 7.5
     assert resolve(bank, Sampling(guidance=2.0)).guidance == 2
-    assert resolve(bank, undoing(bank)).guidance == 1
+    assert Undoing(backbone, bank).resolved.guidance == 1
 
 
 def test_default_images_are_those_of_the_pipeline_with_its_default_guidance(bank, folder, backbone):

@@ -18,7 +18,7 @@ from augment.shards.dataset import open_shards
 from augment.shards.format import read_settings
 from augment.shards.write import write_shards
 from augment.sources import Folder
-from augment.synthesis.synthesizer import planner_of
+from augment.synthesis.synthesizer import Undoing, planner_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:expected images of about 32")
 CONTEXTS = tuple(f"context {number}" for number in range(10))
@@ -113,6 +113,7 @@ def test_shards_keep_context_prompt_and_guidance(sd_bank, backbone, file, tmp_pa
     assert sampled_by(shards) == {"prompt": shards.about(0)["prompt"], "guidance": 7.5}
     gallery = Gallery(provenance, None, [], None)
     record = next(gallery._kept("ant")).record()
+    assert record["context"] == shards.plan(0).context and "level" not in record
     assert (record["prompt"], record["guidance"]) == (shards.about(0)["prompt"], 7.5)
     file.write_text("elsewhere\n")
     other = planner_of(sd_bank, Mixing(contexts=str(file)))
@@ -176,6 +177,20 @@ def test_images_are_inverted_with_their_captions(backbone, photos, captions, sd_
     with pytest.raises(UserError, match="captions"):
         fill_bank(tmp_path / "b", backbone, photos, None, "ddim", 1, stored=())
     assert "--captions" in invert_command(LatentBank.open(bank.path))
+
+
+def test_images_are_sampled_back_with_their_captions(backbone, photos, captions, tmp_path):
+    bank = fill_bank(tmp_path / "b", backbone, photos, None, "ddim", 2, captions=captions)
+    plans = [
+        Plan.equal(0, "ant", [image_id], row) for row, image_id in enumerate(photos.ids["ant"])
+    ]
+    undoing = Undoing(backbone, bank)
+    assert undoing.text(plans[1]) == captions["ant/1.png"]
+    real = torch.stack([photos.load(i, 3, 32) for i in photos.ids["ant"]])
+    errors = (undoing.images(plans) - real).square().flatten(1).mean(1)
+    torch.testing.assert_close(errors, bank.errors("ant"), rtol=1e-3, atol=0)
+    plain = Synthesizer(backbone, bank, undoing.rule, undoing.sampling).images(plans)
+    assert not torch.allclose(plain, undoing.images(plans), atol=1e-5)
 
 
 def test_bad_captions_leave_no_bank(folder, photos, captions, tmp_path, monkeypatch, capsys):
