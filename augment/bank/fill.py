@@ -342,16 +342,16 @@ class InversionJob:
             self.stored = tuple(kind for kind in self.stored if kind != "clean")
         assert self.backbone is not None  # only a copy sent to a worker has none
         texts = [self.prompts.get(name, "") for name in names]
-        self._choose_guidance(any(texts))
-        check_guidance(self.method, self.backbone, texts, self.guidance)
+        scale = self._choose_guidance(any(texts))
+        check_guidance(self.method, self.backbone, texts, scale)
         self.backbone.condition(texts)
         if self.captions:
             check_captions(self.source, self.captions)
             for text in sorted(self.captions.values(), key=len)[-_LONGEST:]:
                 self.backbone.condition([text])
 
-    def _choose_guidance(self, prompted: bool) -> None:
-        """Fill in the guidance of the inversion, and that of sampling."""
+    def _choose_guidance(self, prompted: bool) -> float:
+        """Fill in the guidance of sampling, and that of the inversion, which is returned."""
         assert self.backbone is not None
         usual, given = self.backbone.usage.guidance, self.guidance is not None
         if self.guidance is None:
@@ -360,6 +360,7 @@ class InversionJob:
             raise UserError(f"expected a finite guidance, got {self.guidance}; 1 is none")
         sampling = self.guidance if given or self.guidance != 1 or not prompted else usual
         self.usage = Usage(self.template, sampling, self.method.steps)
+        return self.guidance
 
     def chosen(self) -> str:
         """Return a line of what was chosen; empty for a family that is used without prompts."""

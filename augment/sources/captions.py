@@ -122,10 +122,10 @@ def _records(path: str | Path, *columns: str) -> Iterator[dict[str, str]]:
             continue
         try:
             record = json.loads(line)
-            texts = {column: record[column] for column in columns}
+            texts = {c: record[c] for c in columns if isinstance(record[c], str)}
         except (ValueError, KeyError, TypeError, RecursionError):
-            texts = {"": None}
-        if not all(isinstance(text, str) for text in texts.values()):
+            texts = {}
+        if len(texts) < len(columns):
             form = ", ".join(f'"{column}": …' for column in columns)
             raise UserError(
                 f"expected {{{form}}} in every line of {path}, got {line[:60]!r} in line {number}; "
