@@ -40,8 +40,8 @@ OPTIONS = {
     """,
     "adapt": """
         images.help images out backbone preset prompt prompts captions words rank text_rank tokens
-        targets steps per batch_size accumulate lr token_lr drop flip checkpointing seed device
-        devices precision workers backbone_options
+        targets steps per batch_size accumulate lr token_lr drop flip checkpointing sheets seed
+        device devices precision workers backbone_options
     """,
     "smooth": """
         images.help images out backbone prompt prompts captions weight rank targets steps

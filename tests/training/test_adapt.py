@@ -2,6 +2,8 @@
 
 import json
 import math
+import subprocess
+import sys
 
 import diffusers
 import pytest
@@ -310,6 +312,30 @@ def test_presets_are_what_papers_say():
     )
     settings = AdaptSettings(images="x", out="y", preset="diff-mix", rank=3)
     assert (settings.recipe.rank, settings.recipe.flip) == (3, True)
+
+
+def test_a_sheet_of_samples_is_written_and_changes_nothing(adapted, images, tmp_path):
+    given = {"words": {"Bag": "bag"}, "drop": 0.3, "sheets": 2}
+    place = adapt(images, tmp_path, **given)
+    assert [path.name for path in sorted((place / "samples").iterdir())] == [
+        "000002.png",
+        "000004.png",
+    ]
+    name = "pytorch_lora_weights.safetensors"
+    assert (place / name).read_bytes() == (adapted[0] / name).read_bytes()
+
+
+@pytest.mark.slow
+def test_two_ranks_adapt_as_one_with_the_doubled_batch(images, tmp_path):
+    common = f"adapt {images.root} --steps 4 --accumulate 2 --lr 0.01 --device cpu --rank 2"
+    for name, more in (("one", "--batch-size 4"), ("two", "--batch-size 2 --devices 2")):
+        command = f"-m augment.cli {common} {more} --out {tmp_path / name}"
+        done = subprocess.run([sys.executable, *command.split()], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+    for file in ("pytorch_lora_weights.safetensors", "learned_embeds.safetensors"):
+        one, two = (load_file(tmp_path / name / file) for name in ("one", "two"))
+        for name in one:  # Adam takes the sign of what is next to nothing
+            assert (one[name] - two[name]).norm() < 1e-3 * one[name].norm()
 
 
 def test_mirrored_images_are_otherwise_the_same_draws(images):

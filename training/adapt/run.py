@@ -8,7 +8,7 @@ kernels add in any order.
 
 import json
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -20,13 +20,24 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 from safetensors.torch import save
 
 from augment.core.errors import UserError
-from augment.core.files import check_folder, locked, remember, sha256, write_bytes, write_json
+from augment.core.files import (
+    check_folder,
+    locked,
+    remember,
+    replacing,
+    sha256,
+    write_bytes,
+    write_json,
+)
+from augment.core.rng import normal, rng
 from augment.diffusion import Backbone
 from augment.diffusion.backbone import Adaptable
 from augment.diffusion.checkpoints.adapter import ADAPTER, record_of
 from augment.diffusion.checkpoints.lora import LORA, serialized
 from augment.diffusion.checkpoints.tokens import TOKENS, class_tokens
+from augment.diffusion.solver import sample
 from augment.diffusion.usage import PHOTO
+from augment.sources.images import sheet
 from augment.sources.prompts import class_name, class_prompts, nfc
 from training import lightning
 from training.adapt.data import NoisedData, NoisedImages
@@ -36,6 +47,7 @@ from training.adapt.settings import AdaptSettings, RunSettings
 from training.data.identity import check_run
 
 SAVE_STEPS = 200  # between two checkpoints
+_SHOWN, _SHEET_STEPS = 8, 10  # classes of a sheet, and solver steps of its images
 
 
 def adapt_backbone(settings: AdaptSettings, backbone: Backbone | None = None) -> Path:
@@ -67,7 +79,8 @@ def adapt_backbone(settings: AdaptSettings, backbone: Backbone | None = None) ->
     total = recipe.total(len(classes), len(s.source), s.devices)
     module = Adaptation(backbone, recipe, targets, words, total, s.seed)
     given = s.check_classes(s.prompts, "prompts")
-    template = s.prompt or (PHOTO if reads else "{name}" if tokens else "")
+    usual = (backbone.usage.template or PHOTO) if reads else "{name}" if tokens else ""
+    template = s.prompt or usual
     rest = [name for name in classes if name not in given]
     called = {name: tokens[name] for name in rest if tokens}
     prompts = given | (class_prompts(rest, template, called) if template else {})
@@ -92,10 +105,46 @@ def adapt_backbone(settings: AdaptSettings, backbone: Backbone | None = None) ->
         write_json(out / ADAPTER, record_of(weights, prompts, images))
         return out
 
-    place = fit(module, s, recipe, texts, record, write)
+    sheets = [Sheets(out, s.sheets, prompts or {"": ""}, s.seed)] if s.sheets else []
+    place = fit(module, s, recipe, texts, record, write, sheets)
     if s.checkpointing:
         network.disable_gradient_checkpointing()
     return place
+
+
+class Sheets(pl.Callback):
+    """Write ``samples/STEP.png`` now and then: an image of each of a few classes.
+
+    Args:
+        folder: of the run.
+        every: steps between two sheets.
+        prompts: by class.
+        seed: of the noises, which are always the same.
+    """
+
+    def __init__(self, folder: Path, every: int, prompts: dict[str, str], seed: int) -> None:
+        self.folder, self.every, self.seed = folder / "samples", every, seed
+        self.prompts, self.last = dict([*prompts.items()][:_SHOWN]), -1
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: object
+    ) -> None:
+        """Sample, if it is time to."""
+        step = trainer.global_step
+        due = step % self.every == 0 or step == trainer.max_steps
+        if not due or step in (0, self.last) or not trainer.is_global_zero:
+            return
+        assert isinstance(pl_module, Adaptation)
+        self.last, backbone = step, pl_module.backbone
+        rows = range(len(self.prompts))
+        shape = backbone.latent_shape
+        noises = torch.stack([normal(rng(self.seed, "noise", k), *shape) for k in rows])
+        guidance, texts = backbone.usage.guidance, [*self.prompts.values()]
+        images = sample(backbone, noises, texts, "fireflow", _SHEET_STEPS, guidance)
+        self.folder.mkdir(exist_ok=True)
+        page = sheet({f"step {step}": [*images.cpu()]}, [*self.prompts])
+        with replacing(self.folder / f"{step:06d}.png") as file:
+            page.save(file, "PNG")
 
 
 def digest_of(texts: list[str]) -> str:
@@ -110,6 +159,7 @@ def fit(
     texts: list[str],
     record: dict[str, Any],
     write: Callable[[dict[str, str]], Path],
+    callbacks: Sequence[pl.Callback] = (),
 ) -> Path:
     """Train a module, or resume its run; return what it has written.
 
@@ -120,6 +170,7 @@ def fit(
         texts: of each image.
         record: what a resumed run must have in common with the one before.
         write: what writes the result, by the digests of the images.
+        callbacks: more to do in training.
     """
     s, out, backbone, source = settings, Path(settings.out), module.backbone, settings.source
     for text in dict.fromkeys(texts):
@@ -139,7 +190,7 @@ def fit(
         lightning.silence_lightning()
         # there is no dropout to turn on, and the backbone is used in this mode
         warnings.filterwarnings("ignore", ".*in eval mode at the start of training.*")
-        trainer = _make_trainer(module, s, recipe)
+        trainer = _make_trainer(module, s, recipe, callbacks)
         try:
             trainer.fit(
                 module, data, ckpt_path=str(last) if last.exists() else None, weights_only=True
@@ -155,7 +206,9 @@ def fit(
         return write(digests) if trainer.is_global_zero else out
 
 
-def _make_trainer(module: Adaptation, settings: RunSettings, recipe: Recipe) -> pl.Trainer:
+def _make_trainer(
+    module: Adaptation, settings: RunSettings, recipe: Recipe, callbacks: Sequence[pl.Callback]
+) -> pl.Trainer:
     """Make a trainer that logs and keeps checkpoints in the folder of the run."""
     out, device, devices = Path(settings.out), module.backbone.device, settings.devices
     gpu, steps = device.type == "cuda", module.total
@@ -176,7 +229,7 @@ def _make_trainer(module: Adaptation, settings: RunSettings, recipe: Recipe) -> 
         default_root_dir=out,
         logger=lightning.csv_log(out),
         log_every_n_steps=min(50, steps),
-        callbacks=[checkpoint, lightning.PlainSignals()],
+        callbacks=[*callbacks, checkpoint, lightning.PlainSignals()],
         plugins=[lightning.SafeCheckpoints()],
         enable_model_summary=False,
         use_distributed_sampler=False,

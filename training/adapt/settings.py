@@ -13,10 +13,15 @@ from augment.diffusion import Backbone, load_backbone
 from augment.jobs.job import planning_device
 from augment.shards.dataset import open_images
 from augment.sources import Source, as_source
-from augment.sources.captions import read_captions
+from augment.sources.captions import BESIDE, captions_of, read_captions
 from augment.sources.prompts import by_class
 from training.adapt.recipe import PRESETS, Recipe
 from training.checks import at_least
+
+
+def _captions(source: Source, where: str) -> dict[str, str]:
+    """Return captions by image id: of files beside the images, or of those that a file names."""
+    return captions_of(source, where) if where == BESIDE else read_captions(where, source)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +70,7 @@ class RunSettings:
     def texts(self, prompts: Mapping[str, str]) -> list[str]:
         """Return the caption of each image, or else the prompt of its class."""
         source = self.source
-        captions = {} if self.captions is None else read_captions(self.captions, source)
+        captions = (self.captions and _captions(source, self.captions)) or {}
         classes = [prompts.get(name, "") for name in source.classes]
         return [captions.get(image_id, classes[label]) for image_id, label in source.samples]
 
@@ -87,7 +92,8 @@ class AdaptSettings(RunSettings):
             token is called by it, or the token alone where there is no text encoder.
         prompts: prompts by class, as YAML such as '{Coat: a coat on a hanger}'; they replace the
             template's.
-        captions: metadata.jsonl with file_name and text of images; captions replace prompts.
+        captions: metadata.jsonl with file_name and text of images, or txt for a text file beside
+            each; captions replace prompts.
         words: word that a class's token begins as, as YAML such as '{Coat: top}'; by default the
             class's name.
         rank: rank of the low-rank weights of the network; 0 leaves it as it is. By default 16.
@@ -104,6 +110,7 @@ class AdaptSettings(RunSettings):
         drop: share of the images that are trained without their prompt, in [0, 1]. By default 0.1.
         flip: whether half of the images are mirrored.
         checkpointing: compute activations twice, for less memory.
+        sheets: steps between two sheets of samples, samples/STEP.png; 0 makes none.
         seed: seed of all random draws.
         device: device such as cuda or cpu; by default the GPU if there is one.
         devices: number of processes, each on a device of its own.
@@ -129,9 +136,11 @@ class AdaptSettings(RunSettings):
     drop: float | None = None
     flip: bool | None = None
     checkpointing: bool = False
+    sheets: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        at_least(0, sheets=self.sheets)
         assert self.recipe  # which refuses wrong numbers
 
     @cached_property
