@@ -68,7 +68,7 @@ class Evaluation:
         classes: a row a class.
         draw: draws a figure of it into a matplotlib figure.
         findings: sentences on the health of a bank.
-        sampled: prompt and guidance of the first synthetic image, where there are any.
+        sampled: prompt, guidance and level of the first synthetic image, where there are any.
     """
 
     title: str
@@ -285,9 +285,11 @@ def evaluate_images(
 
 
 def sampled_by(images: Source | Shards) -> dict[str, Any]:
-    """Return prompt and guidance of the first image of shards, as far as there are any."""
+    """Return prompt, guidance and level of the first image of shards, as far as there are any."""
     about = images.about(0) if isinstance(images, Shards) and len(images) else {}
-    return {key: about[key] for key in ("prompt", "guidance") if key in about}
+    known = {key: about[key] for key in ("prompt", "guidance") if key in about}
+    plan = about.get("plan")
+    return known | ({"level": plan["level"]} if isinstance(plan, dict) and "level" in plan else {})
 
 
 def form_of(images: Source | Shards) -> Form:

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import snapshot
+from PIL import Image
 
 from augment import (
     LatentBank,
@@ -27,6 +28,8 @@ from augment.centroid.prior import modal_norm, nominal_norm
 from augment.core.rng import normal, rng
 from augment.diffusion.process import level_number, levels_to
 from augment.inversion import INVERTERS, invert
+from augment.report.evaluate import sampled_by
+from augment.report.tiles import Tile
 from augment.sources import Folder
 from augment.synthesis.synthesizer import DEFAULT_LEVEL, planner_of
 
@@ -202,6 +205,10 @@ def test_data_sets_and_shards_know_the_level_of_each_image(banks, gaussian, tmp_
     )
     for row in range(6):
         assert shards.plan(row) == dataset.plan(row)
+    assert sampled_by(shards)["level"] == shards.plan(0).level
+    tile = Tile("kept", Image.new("L", (8, 8)), plan=shards.plan(0))
+    assert tile.record()["level"] == shards.plan(0).level
+    assert "level" not in replace(tile, plan=of_ants()).record()
     manifest = json.loads((tmp_path / "shards" / "synthesis.json").read_text())
     assert manifest["level"] == [0.9, 0.4]
     again = write_shards(
