@@ -184,7 +184,6 @@ def fill_bank(
     source: Source,
     prompts: dict[str, str] | None = None,
     inversion: str = "forward_start",
-    steps: int | None = None,
     guidance: float | None = None,
     batch_size: int = 64,
     stored: Sequence[str] = ("errors",),
@@ -201,7 +200,6 @@ def fill_bank(
         prompts: a prompt for each class; by default by the template of the backbone's family, if it
             has one. An empty dictionary is none.
         inversion: a key of `augment.inversion.INVERTERS`.
-        steps: solver steps; by default those of the backbone's family.
         guidance: scale of classifier-free guidance, of the inversion and to sample with; by default
             `augment.invert`'s, and to sample with that of the backbone's family.
         batch_size: images a network call; halved if a GPU's memory is too small.
@@ -211,8 +209,9 @@ def fill_bank(
             latents are not usable; more stop the job.
         captions: a caption of each image by its id, to invert it with in place of its class's
             prompt.
-        settings: other settings of the inversion, such as ``iterations`` of ``fixed_point``, or
-            the ``level`` where it stops, below which ``clean`` latents are stored too.
+        settings: those of the inversion: its solver ``steps``, by default those of the backbone's
+            family; the ``level`` where it stops (if below 1, ``clean`` latents are stored too);
+            and its own, such as ``iterations`` of ``fixed_point``.
 
     Raises:
         ImageRejected: too many images are rejected.
@@ -223,7 +222,7 @@ def fill_bank(
     Warns:
         EnlargedWarning: images are much smaller than the backbone's.
     """
-    method = inverter(inversion, steps=_or(steps, backbone.usage.steps), **settings)
+    method = inverter(inversion, **{"steps": backbone.usage.steps, **settings})
     texts, template = _prompts(backbone, source.classes, None if prompts is None else "", prompts)
     job = InversionJob(
         Path(path), source, backbone, method, guidance, texts, batch_size, tuple(stored),
