@@ -24,7 +24,7 @@ class Mixing:
             the distance of latents (latent), or of the vectors by image id of a .safetensors file.
         level: noise level to mix at, in (0, 1], as a share of the solver's steps; or several such
             as 1,0.75,0.5,0.25, of which each image draws one. For a bank of clean latents
-            (inversion noise); by default 0.7. The latents of others are at one level, the default.
+            (inversion noise); by default 0.5. The latents of others are at one level, the default.
         contexts: file of contexts, a line each, such as 'on a beach'; or a metadata.jsonl, whose
             column text is read, or file.jsonl:COLUMN. Each image draws one, whatever its class, for
             its prompt: behind a comma, or where that has {context}.

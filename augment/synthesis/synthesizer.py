@@ -44,8 +44,8 @@ from augment.synthesis.refine import Goal, Refined, SeedSelect, check_sampling
 MAX_POINTS = 2**24
 """Numbers of the latents that are mixed in one call."""
 
-DEFAULT_LEVEL = 0.7
-"""Where clean latents are noised to, unless a plan says it; see scripts/reproduce/levels.py."""
+DEFAULT_LEVEL = 0.5
+"""Where clean latents are noised to by default: there they gain most (RESULTS.md, levels)."""
 
 
 def resolve(bank: LatentBank, sampling: Sampling | None = None) -> ResolvedSampling:
