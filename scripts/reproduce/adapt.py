@@ -116,21 +116,23 @@ def main() -> None:
             own = load_backbone(args.backbone, "cpu", torch.float32, adapter=place)
             prompts = [f"<{c.lower().replace(' ', '-').replace('/', '-')}>" for c in pool.classes]
             losses = run["losses"]
-            more = {"seconds": round(run["seconds"].item())}
-            more["loss"] = f"{losses[0].item():.3f} → {losses[-1].item():.3f}"
+            facts = {"seconds": round(run["seconds"].item())}
+            facts["loss"] = f"{losses[0].item():.3f} → {losses[-1].item():.3f}"
             mean = mean_of(backbone, source)
-            add(f"{shots} shots: {kind}", name, own, prompts, mean, more)
+            add(f"{shots} shots: {kind}", name, own, prompts, mean, facts)
     draw(sheets, each, args.out / "adapt.png")
     both, alone = ([f"{shots} shots: {kind}" for shots in SHOTS] for kind in reversed(KINDS))
+    before = kept["coarse words"]
+    with_lora, without = (torch.stack([kept[name] for name in names]) for names in (both, alone))
+    gains = zip(both, with_lora - before, strict=True)
+    more = zip(both, with_lora - without, strict=True)
     conclude(args, rows, [
         claim("an adapted generator makes more images of the class (DataDream)",
-              "; ".join(f"{n}: {ci95(kept[n] - kept['coarse words'], 100)} points" for n in both),
-              better(torch.cat([kept[n] for n in both]),
-                     torch.cat([kept["coarse words"]] * len(both)))),
+              "; ".join(f"{name}: {ci95(gain, 100)} points" for name, gain in gains),
+              better(with_lora.mean(0), before)),
         claim("LoRA adds to tokens (Diff-Mix)",
-              "; ".join(f"{n}: {ci95(kept[n] - kept[m], 100)} points"
-                        for n, m in zip(both, alone, strict=True)),
-              better(torch.cat([kept[n] for n in both]), torch.cat([kept[m] for m in alone]))),
+              "; ".join(f"{name}: {ci95(gain, 100)} points" for name, gain in more),
+              better(with_lora.mean(0), without.mean(0))),
     ])  # fmt: skip
 
 

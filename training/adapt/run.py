@@ -127,7 +127,12 @@ class Sheets(pl.Callback):
         self.prompts, self.last = dict([*prompts.items()][:_SHOWN]), -1
 
     def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: object
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: object,
+        batch: object,
+        batch_idx: int,
     ) -> None:
         """Sample, if it is time to."""
         step = trainer.global_step
