@@ -56,7 +56,7 @@ def bank_of(cell: Cell, root: Path, backbone: Backbone, pool: Source, steps: int
     """Invert all images of the pool for a cell; noise takes one bank for all levels."""
     way, level = cell
     if way == "noise":
-        return fill_bank(root / "noise", backbone, pool, None, "noise", steps, stored=())
+        return fill_bank(root / "noise", backbone, pool, None, "noise", steps=steps, stored=())
     return fill_bank(root / f"{level}", backbone, pool, steps=steps, stored=(), level=level)
 
 

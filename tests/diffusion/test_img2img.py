@@ -77,7 +77,7 @@ def test_a_bank_of_clean_latents_is_the_pipeline_with_the_plans_noise(pair, tmp_
     backbone, pipe = pair["sd"]
     source = Folder(paint(tmp_path / "images", size=backbone.resolution))
     prompts = dict.fromkeys(source.ids, PROMPT)
-    bank = fill_bank(tmp_path / "bank", backbone, source, prompts, "noise", STEPS)
+    bank = fill_bank(tmp_path / "bank", backbone, source, prompts, "noise", steps=STEPS)
     plan = Plan(0, "ant", ("ant/1.png",), (1.0,), 0.0, 5, 2, 3, level=0.6)
     how = Sampling(solver="ddim", guidance=GUIDANCE)
     ours = Synthesizer(backbone, bank, sampling=how).images([plan])

@@ -42,10 +42,10 @@ def banks(tmp_path_factory, gaussian, pictures):
     """Banks of the same images at each level, and clean."""
     root, source = tmp_path_factory.mktemp("banks"), Folder(pictures)
     made = {
-        s: fill_bank(root / f"{s}", gaussian, source, None, "fireflow", STEPS, level=s)
+        s: fill_bank(root / f"{s}", gaussian, source, None, "fireflow", steps=STEPS, level=s)
         for s in (*LEVELS, 1.0)
     }
-    return made | {"noise": fill_bank(root / "noise", gaussian, source, None, "noise", STEPS)}
+    return made | {"noise": fill_bank(root / "noise", gaussian, source, None, "noise", steps=STEPS)}
 
 
 def of_ants(**more):
@@ -255,7 +255,7 @@ FAULTS = {
         "level of at least 0.25, one of 4 steps, got 0.2",
     ),
     "to noise": (
-        lambda b, g, p, t: fill_bank(t, g, Folder(p), None, "noise", 4, level=0.5),
+        lambda b, g, p, t: fill_bank(t, g, Folder(p), None, "noise", steps=4, level=0.5),
         "settings of noise out of steps, got 'level'",
     ),
     "mixing": (lambda b, g, p, t: Mixing(level=1.2), r"levels in \(0, 1\], got 1.2"),
