@@ -184,6 +184,7 @@ def fill_bank(
     source: Source,
     prompts: dict[str, str] | None = None,
     inversion: str = "forward_start",
+    *,
     guidance: float | None = None,
     batch_size: int = 64,
     stored: Sequence[str] = ("errors",),

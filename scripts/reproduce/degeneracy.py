@@ -182,7 +182,9 @@ def main() -> None:
     source, reference = pictures(args, PER_CLASS)
     judge = open_judge(args, backbone, reference)
     tag = f"{backbone.fingerprint['weights'][:8]}-{steps}"
-    bank = fill_bank(args.out / f"bank-{tag}", backbone, source, None, "ddim", steps, stored=())
+    bank = fill_bank(
+        args.out / f"bank-{tag}", backbone, source, None, "ddim", steps=steps, stored=()
+    )
     count = len(bank.classes)
     latents = torch.stack([bank.latents(name) for name in bank.classes], 1)
     bias = largest_mean(latents.flatten(0, 1), count)

@@ -110,7 +110,14 @@ def main() -> None:
     for name, (method, steps, guidance) in tqdm(ways.items(), "inversions"):
         stem = f"{tag}-{method}-{steps}-{guidance:g}-{per_class}"
         bank = fill_bank(
-            args.out / f"bank-{stem}", backbone, source, prompts, method, steps, guidance, stored=()
+            args.out / f"bank-{stem}",
+            backbone,
+            source,
+            prompts,
+            method,
+            steps=steps,
+            guidance=guidance,
+            stored=(),
         )
         cell = made[name] = once(
             args.out / f"{stem}-{draws}.safetensors", lambda bank=bank: make(backbone, bank, draws)

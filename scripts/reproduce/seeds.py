@@ -42,7 +42,9 @@ def main() -> None:
     source, reference = pictures(args, per_class)
     judge = open_judge(args, backbone, reference)
     tag = f"{backbone.fingerprint['weights'][:8]}-{steps}"
-    bank = fill_bank(args.out / f"bank-{tag}", backbone, source, None, "ddim", steps, stored=())
+    bank = fill_bank(
+        args.out / f"bank-{tag}", backbone, source, None, "ddim", steps=steps, stored=()
+    )
     # noise at the last level has this mean in training
     mean = torch.cat([bank.latents(name) for name in bank.classes]).mean((0, 2, 3))[:, None, None]
     drawn = normal(rng(0, "noise"), noises, *backbone.latent_shape)

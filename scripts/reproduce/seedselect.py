@@ -202,7 +202,9 @@ def main() -> None:
     source, reference = pictures(args, 8)
     judge, real = open_judge(args, backbone, reference), others(reference, backbone)
     tag = f"{backbone.fingerprint['weights'][:8]}-{steps}"
-    bank = fill_bank(args.out / f"bank-{tag}", backbone, source, None, "ddim", steps, stored=())
+    bank = fill_bank(
+        args.out / f"bank-{tag}", backbone, source, None, "ddim", steps=steps, stored=()
+    )
     found, rows, strips = {}, [], {}
     for start in tqdm(STARTS, "starts"):
         rule = "fade/chm" if start == "noise" else start

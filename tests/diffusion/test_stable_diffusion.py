@@ -120,7 +120,7 @@ def test_dit_has_no_text_for_null_text_to_optimise(backbones, pictures, tmp_path
         invert(backbone, torch.zeros(1, 3, 32, 32), "1", "null_text", 2)
     prompts = dict.fromkeys(Folder(pictures).ids, "1")
     with pytest.raises(UserError, match=message):
-        fill_bank(tmp_path / "bank", backbone, Folder(pictures), prompts, "null_text", 2)
+        fill_bank(tmp_path / "bank", backbone, Folder(pictures), prompts, "null_text", steps=2)
     assert not (tmp_path / "bank").exists()
 
 

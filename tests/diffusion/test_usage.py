@@ -47,7 +47,9 @@ def photos(tmp_path_factory):
 @pytest.fixture(scope="module")
 def bank(backbone, photos, tmp_path_factory):
     """A bank of all defaults but for the steps."""
-    return fill_bank(tmp_path_factory.mktemp("bank"), backbone, photos, None, "ddim", 2, stored=())
+    return fill_bank(
+        tmp_path_factory.mktemp("bank"), backbone, photos, None, "ddim", steps=2, stored=()
+    )
 
 
 @pytest.mark.parametrize("pipeline", MAKERS)
@@ -96,22 +98,26 @@ def test_default_images_are_those_of_the_pipeline_with_its_default_guidance(bank
     ("prompts", "guidance", "sampled"), [(None, 1.0, 1.0), ({}, None, 1.0), (None, 3.0, 3.0)]
 )
 def test_prompt_and_guidance_can_be_given(prompts, guidance, sampled, backbone, photos, tmp_path):
-    bank = fill_bank(tmp_path / "b", backbone, photos, prompts, "ddim", 1, guidance, stored=())
+    bank = fill_bank(
+        tmp_path / "b", backbone, photos, prompts, "ddim", steps=1, guidance=guidance, stored=()
+    )
     assert (bank.guidance, any(map(bank.prompt, bank.classes))) == (sampled, prompts is None)
 
 
 def test_a_bank_of_before_is_sampled_without_guidance(bank, backbone, photos, tmp_path):
-    old = fill_bank(tmp_path / "b", backbone, photos, None, "ddim", 2, stored=())
+    old = fill_bank(tmp_path / "b", backbone, photos, None, "ddim", steps=2, stored=())
     amend(old.path / "manifest.json", lambda manifest: manifest.pop("usage"))
     opened = LatentBank.open(old.path)
     assert opened.guidance == 1 and opened.digest == bank.digest
-    fill_bank(tmp_path / "b", backbone, photos, None, "ddim", 2, stored=())  # and it is resumed
+    fill_bank(
+        tmp_path / "b", backbone, photos, None, "ddim", steps=2, stored=()
+    )  # and it is resumed
     assert LatentBank.open(old.path).guidance == 1
 
 
 def test_a_bank_without_prompts_is_warned_of_once(backbone, photos, tmp_path, monkeypatch):
     monkeypatch.setattr(decoding, "WARNED", set())
-    bank = fill_bank(tmp_path / "b", backbone, photos, {}, "ddim", 1, stored=())
+    bank = fill_bank(tmp_path / "b", backbone, photos, {}, "ddim", steps=1, stored=())
     with pytest.warns(AugmentWarning, match=r"without, .*'a photo of a \{name\}'"):
         Synthesizer(backbone, bank)
     Synthesizer(backbone, bank)

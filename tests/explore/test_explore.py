@@ -77,7 +77,7 @@ def test_the_first_solver_is_quick_where_it_undoes_the_inversion(explorer, path,
     assert explorer.quick == "fast"
     fast = explorer.sampling("fast")
     assert (fast.solver, fast.steps, fast.guidance) == ("fireflow", 10, 1.0)
-    bank = fill_bank(tmp_path / "bank", tiny, Folder(path / "images"), None, "ddim", 2)
+    bank = fill_bank(tmp_path / "bank", tiny, Folder(path / "images"), None, "ddim", steps=2)
     assert Explorer(bank, tiny, {}).quick == "exact"
 
 

@@ -105,7 +105,9 @@ def bank(tmp_path_factory, tiny):
             folder.rmdir()
     prompts = {"Coat": "top", "Bag": "bag"}
     path = tmp_path_factory.mktemp("bank") / "bank"
-    return fill_bank(path, tiny, Folder(root), prompts, "null_text", STEPS, GUIDANCE, inner=3)
+    return fill_bank(
+        path, tiny, Folder(root), prompts, "null_text", steps=STEPS, guidance=GUIDANCE, inner=3
+    )
 
 
 def test_a_bank_keeps_the_embeddings_and_samples_with_them(tiny, bank, tmp_path):
@@ -151,7 +153,7 @@ def test_a_harmed_file_of_embeddings_is_named(tiny, bank, tmp_path):
 def test_a_bank_of_another_inversion_has_no_embeddings(tiny, tmp_path):
     source = Folder(write_fashion(tmp_path / "images", "shots", [0]))
     with pytest.raises(UserError, match="prompt for every image"):
-        fill_bank(tmp_path / "bank", tiny, source, {"Bag": "bag"}, "null_text", 2)
+        fill_bank(tmp_path / "bank", tiny, source, {"Bag": "bag"}, "null_text", steps=2)
     assert not (tmp_path / "bank").exists()
     plain = fill_bank(tmp_path / "bank", tiny, source, steps=1)
     with pytest.raises(UserError, match="null_text"):

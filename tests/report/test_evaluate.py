@@ -96,7 +96,9 @@ def test_a_bank_is_measured_by_class(bank, gaussian):
 
 def test_images_of_a_bank_come_back_beside_what_the_codec_makes_of_them(tmp_path):
     backbone, root = load_backbone("tiny"), write_fashion(tmp_path / "some", "shots", [0, 1, 2])
-    bank = fill_bank(tmp_path / "bank", backbone, Folder(root), None, "fireflow", 10, stored=())
+    bank = fill_bank(
+        tmp_path / "bank", backbone, Folder(root), None, "fireflow", steps=10, stored=()
+    )
     rows = evaluate_bank(bank, backbone, Folder(root)).classes
     assert all(row["codec MSE"] < 1e-8 and row["codec SSIM"] > 0.9999 for row in rows)
     assert all(20 < row["back PSNR"] < 60 and 0.5 < row["back SSIM"] < 1 for row in rows)

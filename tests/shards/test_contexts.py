@@ -41,7 +41,9 @@ def photos(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def sd_bank(backbone, photos, tmp_path_factory):
-    return fill_bank(tmp_path_factory.mktemp("bank"), backbone, photos, None, "ddim", 1, stored=())
+    return fill_bank(
+        tmp_path_factory.mktemp("bank"), backbone, photos, None, "ddim", steps=1, stored=()
+    )
 
 
 @pytest.fixture
@@ -162,25 +164,27 @@ def captions(photos):
 
 def test_images_are_inverted_with_their_captions(backbone, photos, captions, sd_bank, tmp_path):
     options = {"stored": (), "captions": captions}
-    bank = fill_bank(tmp_path / "b", backbone, photos, None, "ddim", 1, **options)
+    bank = fill_bank(tmp_path / "b", backbone, photos, None, "ddim", steps=1, **options)
     records = [i for chunks in bank.chunks.values() for c in chunks for i in c.record.images]
     assert {image.id: image.caption for image in records} == captions
     assert bank.prompt("ant") == "a photo of an ant" and bank.guidance == 7.5
     lonely = dict.fromkeys(photos.ids, captions["ant/0.png"])
-    same = fill_bank(tmp_path / "c", backbone, photos, lonely, "ddim", 1, stored=())
+    same = fill_bank(tmp_path / "c", backbone, photos, lonely, "ddim", steps=1, stored=())
     assert torch.equal(bank.latents("ant")[0], same.latents("ant")[0])
     assert not torch.equal(bank.latents("ant"), sd_bank.latents("ant"))
-    fill_bank(tmp_path / "b", backbone, photos, None, "ddim", 1, **options)  # it is resumed
+    fill_bank(tmp_path / "b", backbone, photos, None, "ddim", steps=1, **options)  # it is resumed
     other = captions | {"bee/0.png": "a wasp"}
     with pytest.raises(UserError, match=r"captions that the bank .* of bee/0.png, got 'a wasp'"):
-        fill_bank(tmp_path / "b", backbone, photos, None, "ddim", 1, stored=(), captions=other)
+        fill_bank(
+            tmp_path / "b", backbone, photos, None, "ddim", steps=1, stored=(), captions=other
+        )
     with pytest.raises(UserError, match="captions"):
-        fill_bank(tmp_path / "b", backbone, photos, None, "ddim", 1, stored=())
+        fill_bank(tmp_path / "b", backbone, photos, None, "ddim", steps=1, stored=())
     assert "--captions" in invert_command(LatentBank.open(bank.path))
 
 
 def test_images_are_sampled_back_with_their_captions(backbone, photos, captions, tmp_path):
-    bank = fill_bank(tmp_path / "b", backbone, photos, None, "ddim", 2, captions=captions)
+    bank = fill_bank(tmp_path / "b", backbone, photos, None, "ddim", steps=2, captions=captions)
     plans = [
         Plan.equal(0, "ant", [image_id], row) for row, image_id in enumerate(photos.ids["ant"])
     ]
