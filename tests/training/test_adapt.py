@@ -280,6 +280,20 @@ def test_a_flow_model_learns_tokens_and_text_encoders_too(images, tmp_path):
     assert (ours - plain).abs().max() > 1e-3
 
 
+def test_low_rank_weights_alone_change_and_what_is_frozen_keeps_its_bits(folder, images, tmp_path):
+    backbone = fresh(folder)
+    frozen = (backbone.trainable(), backbone.pipe.text_encoder, backbone.pipe.vae)
+    before = copies(*frozen)
+    place = adapt(images, tmp_path, backbone)
+    for old, module in zip(before, frozen, strict=True):
+        now = {k.replace(".base_layer", ""): v for k, v in module.state_dict().items()}
+        assert old.keys() == {key for key in now if ".lora_" not in key}
+        assert all(torch.equal(old[key], now[key]) for key in old)
+    state = load_file(place / "pytorch_lora_weights.safetensors")
+    assert {key.split(".")[0] for key in state} == {"unet"}
+    assert all(value.any() for value in state.values())
+
+
 def test_recomputed_activations_are_the_same(folder, images, tmp_path):
     places = [
         adapt(images, tmp_path / str(on), fresh(folder), checkpointing=on, steps=2)
