@@ -1,5 +1,5 @@
 PY := .venv/bin/python
-REPRODUCTIONS := paths offset independent degeneracy seeds walks relations inversions seedselect \
+REPRODUCTIONS := paths offset istd independent degeneracy seeds walks relations inversions seedselect \
 	smooth_diffusion levels adapt
 # the packages whose __all__ is public; their other modules are not
 PUBLIC := augment augment.centroid augment.diffusion augment.explore augment.inversion \
@@ -26,7 +26,7 @@ bench: .venv/dev
 
 reproduce: .venv/dev
 	for name in $(REPRODUCTIONS); do \
-		$(PY) scripts/reproduce/$$name.py --quick || exit 1; \
+		$(PY) scripts/reproduce/$$name.py --quick --write || exit 1; \
 	done
 
 docs: .venv/dev

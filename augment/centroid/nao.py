@@ -7,7 +7,8 @@ Samuel et al., *Norm-guided latent space exploration for text-to-image generatio
           \rho(r) = -\log\chi_D(r) \approx 0.57 + (r - r_0)^2, \quad r_0 = \sqrt{D - 1},
 
 (`augment.centroid.prior.log_chi`), and call *centroid* the c of least
-:math:`\sum_n K w_n\, d(p_n, c) + \rho(\|c\|)`. They cut each path in 49 pieces and run Adam in D
+:math:`\sum_n d(p_n, c) + \rho(\|c\|)`; here :math:`\sum_n K w_n\, d(p_n, c)`, for the weights are
+ours. They cut each path in 49 pieces and run Adam in D
 dimensions for thousands of steps. None of that is needed:
 
 The metric is radially symmetric, so geodesics are plane curves that obey Clairaut's relation
@@ -24,9 +25,9 @@ minimise is :math:`\sum_n w_n \theta_n`: **the NAO centroid is the weighted geom
 directions** (`augment.centroid.spherical`) at the norm r_0. Three things follow:
 
 - Equal weights, angles near 90°: it is the direction of the mean, and NAO is `mode`.
-- Unequal weights: a median sticks to its heavy points. Of two points NAO returns the heavier, and
-  jumps when the weights cross; of many at right angles it turns towards the heaviest and has
-  arrived as soon as w_1² > Σ_{n>1} w_n². From there on it mixes nothing.
+- Unequal weights, which the paper does not have: a median sticks to its heavy points. Of two points
+  it is the heavier, and jumps when the weights cross; of many at right angles it turns towards the
+  heaviest and has arrived as soon as w_1² > Σ_{n>1} w_n². From there on it mixes nothing.
 - Stuck to a point, its way to the sphere is paid by that point too: with more than half the weight
   it stays at a norm between that point's own and r_0, whichever is cheapest. (Here the ways are
   taken along the radius, ∫ρ for A: longer by at most 0.42.)

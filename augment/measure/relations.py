@@ -7,10 +7,10 @@ correlated pixels, as nearness to the image, and as a shift along the sampling t
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from augment.centroid.residuals import TINY
@@ -21,17 +21,17 @@ from augment.measure.features import blocks
 
 
 def top_correlations(
-    tensors: Float[Tensor, "n c h w"], count: int = 20, patch: int = 8
+    tensors: Float[Tensor, "n c h w"], count: int = 10, patch: int = 8
 ) -> Float[Tensor, " p"]:
     """Return the mean of the largest |correlations| of element pairs, for each image patch.
 
     Correlations run over the n tensors, for every pair of elements (pixels and channels) of a
-    patch. Table 1 of the paper is the mean over patches: 0.039 for noise with 10 240 tensors. Fewer
-    tensors correlate more by chance, so compare with the same number of noises.
+    patch. Table 1 of the paper is the mean over patches, 0.159 to 0.177 for noise. Fewer tensors
+    correlate more by chance, so compare with the same number of noises.
 
     Args:
         tensors: noises, latents or samples; at least 3.
-        count: number of largest correlations to average; 20 in the paper.
+        count: number of largest correlations to average; 10 in the paper.
         patch: side of a patch in pixels; 8 in the paper.
 
     Raises:
@@ -49,70 +49,85 @@ def top_correlations(
     return torch.stack(largest)
 
 
-def assignment(tensors: Float[Tensor, "n ..."], others: Float[Tensor, "n ..."]) -> float:
-    """Return the share of rows whose L2-nearest row among the others is the same row.
+def assignment(
+    tensors: Float[Tensor, "n ..."], others: Float[Tensor, "n ..."], centred: bool = False
+) -> Bool[Tensor, " n"]:
+    """Return whether each row's L2-nearest row among the others is the same row.
 
-    Noise → sample is ``assignment(noises, samples)``. Chance is 1/n.
+    The paper's x⁰ → x^T is ``assignment(samples, noises)``. Chance is 1/n. Samples of a common
+    brightness are nearest to few noises; ``centred`` takes each set's mean out first.
 
     Args:
         tensors: rows to assign, (n, …).
         others: rows to assign to, (n, …).
+        centred: subtract the mean row of each set.
     """
     a, b = tensors.flatten(1), others.flatten(1)
-    hits = [(d.argmin(1) == torch.arange(len(a))[rows]) for rows, d in blocks(a, b)]
-    return torch.cat(hits).double().mean().item()
+    if centred:
+        a, b = a - a.mean(0), b - b.mean(0)
+    return torch.cat([d.argmin(1) == torch.arange(len(a))[rows] for rows, d in blocks(a, b)])
 
 
 class OffsetResponse(NamedTuple):
-    """Result of `offset_response`, for the channel that was shifted.
+    """Result of `offset_response`: mean |change| of pixels by each of b offsets of n latents.
 
     Args:
-        slope: slope of the clean mean against the offset, where it was added and elsewhere.
-        images: image of the first noise under each offset, (b, channels, height, width).
+        inside: in the top quarter, where it was added, (b, n).
+        outside: elsewhere, (b, n).
+        images: image of the first latent without an offset and under each, (1 + b, C, H, W).
     """
 
-    slope: Float[Tensor, " 2"]
-    images: Float[Tensor, "b c h w"]
+    inside: Float[Tensor, "b n"]
+    outside: Float[Tensor, "b n"]
+    images: Float[Tensor, "s c h w"]
 
 
 def offset_response(
     backbone: Backbone,
     noises: Float[Tensor, "n c h w"],
-    channel: int,
-    offsets: Sequence[float] = (-0.5, -0.25, -0.1, 0.0, 0.1, 0.25, 0.5),
+    offsets: Sequence[float] = (0.1, 0.2, 0.4, 0.8),
+    at: Literal["T", "0"] = "T",
     solver: str = "ddim",
     steps: int = 50,
 ) -> OffsetResponse:
-    """Measure what an offset of one channel at t = T, in the left half, does to the clean latent.
+    """Measure what an offset of two channels in the top quarter of a latent changes.
 
-    Compare Landolsi & Kahl, arXiv 2505.07481, Fig. 6. The same offset at t = 0 has slopes 1 and 0.
-    At t = T a network may mistake it for a remnant of a picture and answer with up to 1/α(T).
+    The set-up of Landolsi & Kahl, arXiv 2505.07481, Fig. 6: channel 0 is lowered by b and channel 1
+    raised by b, so that the mean over channels stays. At t = 0 the decoder alone answers to it; at
+    t = T a network may take it for a remnant of a picture.
 
     Args:
-        backbone: the diffusion model.
+        backbone: the diffusion model, of at least two latent channels.
         noises: latents at the last level.
-        channel: index of the channel that is shifted.
-        offsets: the b offsets; at least one is not 0.
+        offsets: the b offsets.
+        at: ``T``: added to the noises; ``0``: to the sampled clean latents, before decoding.
         solver: see `augment.sample`.
         steps: see `augment.sample`.
     """
-    means, images = [], []
+    plain = sample(backbone, noises, None, solver, steps)
+    clean = backbone.encode(plain)
+    if at == "0":
+        plain = backbone.decode(clean)
+    rows, inside, outside = plain.shape[-2] // 4, [], []
+    images = [plain[0].cpu()]
     for offset in offsets:
-        made = sample(backbone, shifted(noises, channel, offset), None, solver, steps)
-        clean = backbone.encode(made)[:, channel].cpu()
-        means.append(torch.stack([x.mean() for x in clean.tensor_split(2, dim=-1)]))
+        if at == "0":
+            made = backbone.decode(shifted(clean, offset))
+        else:
+            made = sample(backbone, shifted(noises, offset), None, solver, steps)
+        change = (made - plain).abs().cpu()
+        inside.append(change[..., :rows, :].flatten(1).mean(1))
+        outside.append(change[..., rows:, :].flatten(1).mean(1))
         images.append(made[0].cpu())
-    b = torch.tensor(offsets, dtype=torch.float32)
-    b = b - b.mean()
-    return OffsetResponse(b @ torch.stack(means).float() / b.square().sum(), torch.stack(images))
+    return OffsetResponse(torch.stack(inside), torch.stack(outside), torch.stack(images))
 
 
-def shifted(
-    latents: Float[Tensor, "n c h w"], channel: int, offset: float
-) -> Float[Tensor, "n c h w"]:
-    """Add an offset to the left half of one channel of latents."""
+def shifted(latents: Float[Tensor, "n c h w"], offset: float) -> Float[Tensor, "n c h w"]:
+    """Lower channel 0 and raise channel 1 by an offset, in the top quarter of latents."""
     latents = latents.clone()
-    latents[:, channel, :, : (latents.shape[-1] + 1) // 2] += offset
+    rows = latents.shape[-2] // 4
+    latents[:, 0, :rows] -= offset
+    latents[:, 1, :rows] += offset
     return latents
 
 

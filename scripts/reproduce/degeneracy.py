@@ -7,43 +7,41 @@ Landolsi & Kahl, *Addressing degeneracies in latent interpolation for diffusion 
 2505.07481: inverted latents share a small channel bias; averaging N of them and restoring the norm
 lengthens it √N-fold, and images degenerate; rules that take the mean out first do not. Centroids of
 N images of a class in equal parts, the same ones under every rule, give contact sheets (Fig. 1, 8,
-9, 12), the largest channel mean against √N (Fig. 4), and FID and class distance against N (Fig. 7).
-FID is worse for centroids that resemble each other, as those of many members do. With N near the
-120 inverted images a class the draws overlap, and intervals are too small.
+9, 12), the signed channel mean of fix/0 by class against √N (Fig. 4), and FID and class distance
+against N (Fig. 7). The inversion is the published one. FID is of each class alone, against other
+real images of it, averaged; intervals resample the centroids of each class. FID of few images is
+too large, alike under all rules, and rises where centroids resemble each other, as those of many
+members do.
 """
 
-import argparse
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from claims import claim, conclude, once, options
-from judge import FeatureJudge, better, mean_and_error, open_judge, pictures, show
+from claims import once, options, record, sized
+from judge import FeatureJudge, load_all, mean, open_judge, pictures, show
 from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm import tqdm
+from works import Interval
 
 from augment.bank.bank import LatentBank
 from augment.bank.fill import fill_bank
 from augment.centroid import Rule
+from augment.core.rng import rng
 from augment.diffusion import load_backbone
+from augment.measure.features import frechet_distance
 from augment.plan.mixing import Mixing
 from augment.plan.planner import Planner
 from augment.synthesis.synthesizer import Synthesizer
 
-RULES = (
-    *("lin/0", "fix/0", "nin/0", "vp/0", "fade/0", "nao/0"),
-    *("fix/m", "nin/m", "vp/mu"),
-    *("fix/chm", "nin/chm", "fade/chm", "slerp/chm", "nao/chm", "nin/lp", "fade/lp"),
-)
-COUNTS = (2, 8, 32, 96)
-PER_CLASS = 120
-FIRST, LAST = COUNTS[0], COUNTS[-1]
+PAPER = ("fix/0", "nin/0", "fix/m", "nin/m", "fix/chm", "nin/chm")
+OURS = ("fade/chm", "fade/lp", "nao/chm")
 EXHIBITS = (5, 6)  # numbers of classes
-COLORS = {"lin": "#888888", "fix": "#d55e00", "nin": "#cc79a7", "vp": "#e69f00", "fade": "#0072b2",
-          "slerp": "#56b4e9", "nao": "#009e73"}  # fmt: skip
-STYLES = {"0": "o-", "m": "D-.", "mu": "D-.", "chm": "s--", "lp": "^:"}
+COLORS = {"fix": "#d55e00", "nin": "#cc79a7", "fade": "#0072b2", "nao": "#009e73"}
+STYLES = {"0": "o-", "m": "D-.", "chm": "s--", "lp": "^:"}
 Cells = dict[tuple[str, int], dict[str, Tensor]]
 
 
@@ -62,154 +60,218 @@ def largest_mean(latents: Tensor, classes: int) -> float:
     return means.abs().amax(1).mean().item()
 
 
-def measure(cell: dict[str, Tensor], judge: FeatureJudge, classes: int) -> dict[str, Tensor]:
-    """Add the judge's measures to a cell."""
+def measure(
+    cell: dict[str, Tensor], judge: FeatureJudge, classes: int, per_class: bool = True
+) -> dict[str, Tensor]:
+    """Add the judge's measures to a cell; FID and distance by class (k,)."""
     labels = torch.arange(len(cell["images"])) % classes
     assessed = judge.assess(cell["images"].float(), labels)
-    bias = torch.tensor(largest_mean(cell["latents"], classes))
-    return {**cell, **assessed, "bias": bias, "fid": torch.tensor(judge.fid(assessed["features"]))}
+    grouped = assessed["features"].unflatten(0, (-1, classes)).unbind(1)
+    if per_class:
+        fids = [
+            frechet_distance(own, judge.real[judge.labels == label])
+            for label, own in enumerate(grouped)
+        ]
+        assessed["fid"] = torch.tensor(fids)
+        assessed["far"] = assessed["distance"].unflatten(0, (-1, classes)).mean(0)
+    return {**cell, **assessed, "bias": torch.tensor(largest_mean(cell["latents"], classes))}
 
 
 def row(rule: str, members: int, cell: dict[str, Tensor]) -> dict[str, Any]:
     """Return a row of the table."""
-    kept, error = mean_and_error(cell["kept"], 100)
     return {
-        "rule": rule, "N": members, "class kept, %": kept, "±": error, "FID": cell["fid"].item(),
-        "class distance": cell["distance"].mean().item(), "bias": cell["bias"].item(),
+        "rule": rule, "N": str(members), "class kept, %": 100 * cell["kept"].mean().item(),
+        "FID of a class": cell["fid"].mean().item(), "class distance": cell["far"].mean().item(),
+        "largest channel mean": cell["bias"].item(),
         "norm / √D": cell["latents"].float().square().mean((-3, -2, -1)).sqrt().mean().item(),
     }  # fmt: skip
 
 
-def sheet(cells: Cells, bank: LatentBank, real: Tensor, path: Path) -> None:
+def sheet(cells: Cells, rules: tuple[str, ...], bank: LatentBank, real: Tensor, path: Path) -> None:
     """Draw Fig. 1, 8, 9, 12: centroids of two classes, rules across and members down."""
-    figure = Figure(figsize=(14, 10), layout="constrained")
+    figure, counts = Figure(figsize=(9, 8), layout="constrained"), counts_of(cells)
     classes = len(bank.classes)
     for part, number in zip(figure.subfigures(len(EXHIBITS), 1), EXHIBITS, strict=True):
         label = number % classes
         part.suptitle(f"{bank.classes[label]} (framed: nearer to another class's mean)")
-        grid = part.subplots(len(COUNTS), len(RULES) + 1)
-        for line, count in enumerate(COUNTS):
-            show(grid[line, 0], real[label, line], "real" if not line else "")
+        grid = part.subplots(len(counts), len(rules) + 1, squeeze=False)
+        for line, count in enumerate(counts):
+            show(grid[line, 0], real[label, line % real.shape[1]], "real" if not line else "")
             grid[line, 0].set_ylabel(f"N = {count}")
-            for axes, rule in zip(grid[line, 1:], RULES, strict=True):
+            for axes, rule in zip(grid[line, 1:], rules, strict=True):
                 cell = cells[rule, count]
                 show(axes, cell["images"][label].float(), rule if not line else "")
                 axes.spines[:].set(color="#d55e00", lw=3, visible=not cell["kept"][label])
     figure.savefig(path, dpi=110)
 
 
-def lines(axes: Any, cells: Cells, value: str, title: str, scale: float = 1.0) -> None:
-    """Draw a line a rule: the norm rule is its colour, the mean split its marks and dashes."""
-    roots = [math.sqrt(n) for n in COUNTS]
-    for rule in RULES:
-        norm, split = rule.split("/")
-        values = [scale * cells[rule, n][value].double().mean().item() for n in COUNTS]
-        axes.plot(roots, values, STYLES[split], ms=4, lw=1.4, color=COLORS[norm], label=rule)
-    axes.set_xticks(roots, [str(n) for n in COUNTS])
-    axes.set(xlabel="members N, at √N", title=title)
-    axes.grid(axis="y", color="#e5e5e5")
+def counts_of(cells: Cells) -> list[int]:
+    """Return the numbers of members, rising."""
+    return sorted({count for _, count in cells})
 
 
-def draw(cells: Cells, bias: float, yardstick: dict[str, Tensor], folder: Path) -> None:
-    """Draw Fig. 4, the bias, and Fig. 7, the quality."""
-    figure = Figure(figsize=(7.4, 4.6), layout="constrained")
-    axes = figure.subplots()
-    lines(axes, cells, "bias", "Largest |channel mean| of the centroids")
-    ends = [0, math.sqrt(LAST)]
-    axes.plot(ends, [bias * end for end in ends], ":", color="black", label="bias · √N")
-    axes.axhline(bias, color="black", lw=0.8, label="bank")
-    axes.set(xlim=(0, None), ylim=(0, 1.1 * max(c["bias"].item() for c in cells.values())))
-    axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8)
-    figure.savefig(folder / "channel_mean.png", dpi=120)
-    figure = Figure(figsize=(14, 4.6), layout="constrained")
-    parts = figure.subplots(1, 3)
-    for axes, value, title, scale in zip(
-        parts, ("kept", "fid", "distance"), ("Class kept, %", "FID", "Class distance"),
-        (100.0, 1.0, 1.0), strict=True,
-    ):  # fmt: skip
-        lines(axes, cells, value, title, scale)
-        level = scale * yardstick[value].double().mean().item()
-        axes.axhline(level, color="black", lw=0.8, label="the members themselves, sampled back")
+def draw_quality(cells: Cells, rules: tuple[str, ...], folder: Path) -> None:
+    """Draw Fig. 7: the rule's norm is a colour, its split a mark."""
+    figure, counts = Figure(figsize=(10, 4.2), layout="constrained"), counts_of(cells)
+    parts = figure.subplots(1, 2)
+    for axes, value, title in zip(
+        parts, ("fid", "far"), ("FID of a class", "Class distance"), strict=True
+    ):
+        for rule in rules:
+            norm, split = rule.split("/")
+            found = [mean(cells[rule, n][value]) for n in counts]
+            axes.plot([n**0.5 for n in counts], [x.value for x in found], STYLES[split], ms=4,
+                      color=COLORS[norm], label=rule)  # fmt: skip
+        axes.set_xticks([n**0.5 for n in counts], [str(n) for n in counts])
+        axes.set(xlabel="members N, at √N", title=title)
     parts[-1].legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8)
     figure.savefig(folder / "quality.png", dpi=120)
 
 
-def exponent(cells: Cells, rule: str) -> float:
-    """Fit the exponent of bias ~ N^exponent."""
-    x = torch.tensor(COUNTS, dtype=torch.float64).log()
-    y = torch.stack([cells[rule, n]["bias"] for n in COUNTS]).double().log()
-    x, y = x - x.mean(), y - y.mean()
-    return ((x * y).sum() / x.square().sum()).item()
+def growth(bank: LatentBank, folder: Path) -> tuple[Interval, str]:
+    """Fit and draw Fig. 4: the signed mean of each class's most biased channel under fix/0.
+
+    No image is sampled, so there are many centroids. The exponent of N is fitted for each class
+    while N is at most a quarter of 1/δ², the share of the squared norm that its latents have in
+    common.
+    """
+    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+    axes, exponents, limits = figure.subplots(), [], []
+    rule = Rule.parse("fix/0")
+    for name in bank.classes:
+        latents = bank.latents(name).double()
+        size = len(latents)
+        own = latents.mean((0, 2, 3))
+        channel = own.abs().argmax()
+        square = latents.square().sum((1, 2, 3)).mean()
+        common = (latents.sum(0).square().sum() - size * square) / (size * (size - 1))
+        limits.append((square / common).item())
+        counts = [n for n in (1, 2, 4, 8, 16, 32, 64) if n <= size]
+        means = []
+        for count in counts:
+            order = torch.rand(64, size, generator=torch.Generator().manual_seed(count))
+            points = latents[order.argsort(1)[:, :count]]
+            weights = torch.full((64, count), 1 / count, dtype=torch.float64)
+            means.append(rule(points, weights)[:, channel].mean().item())
+        axes.plot([n**0.5 for n in counts], means, "o-", ms=3, label=name)
+        early = [k for k, n in enumerate(counts) if n <= max(limits[-1] / 4, 2)]
+        x = torch.tensor(counts, dtype=torch.float64)[early].log()
+        y = torch.tensor(means, dtype=torch.float64)[early].abs().log()
+        x, y = x - x.mean(), y - y.mean()
+        exponents.append(((x * y).sum() / x.square().sum()).item())
+    axes.set(xlabel="√N", title="Signed mean of the most biased channel, fix/0")
+    axes.legend(frameon=False, fontsize=7)
+    figure.savefig(folder / "channel_mean.png", dpi=120)
+    return mean(torch.tensor(exponents)), f"1/δ² is {min(limits):.0f} to {max(limits):.0f}"
 
 
-def verdicts(cells: Cells, bias: float) -> list[dict[str, str]]:
-    """Return the paper's claims, and our own of `fade`."""
-    power, pure = exponent(cells, "fix/0"), exponent(cells, "vp/0")
-    chm = [cells[rule, n]["bias"].item() for rule in RULES if rule.endswith("/chm") for n in COUNTS]
-    drift = max(abs(value / bias - 1) for value in chm)
-    found = [
-        claim("without a split the bias grows as √N (Fig. 4)",
-              f"fix/0: N^{power:.2f}, vp/0: N^{pure:.2f}", abs(pure - 0.5) < 0.1),
-        claim("/chm keeps it at the bank's", f"within {100 * drift:.0f} %", drift < 0.1),
-    ]  # fmt: skip
-    for rule in ("fix", "nin"):
-        for count in (FIRST, LAST):
-            plain, ours = cells[f"{rule}/0", count], cells[f"{rule}/chm", count]
-            here = f"{ours['fid']:.1f} against {plain['fid']:.1f}"
-            name = f"{rule}/chm has a better {{}} than {rule}/0 at N = {count} (Fig. 7)"
-            found.append(claim(name.format("FID"), here, bool(ours["fid"] < plain["fid"])))
-            near = [cell["distance"].mean().item() for cell in (ours, plain)]
-            verdict = better(plain["distance"], ours["distance"])
-            here = f"{near[0]:.4f} against {near[1]:.4f}"
-            found.append(claim(name.format("class distance"), here, verdict))
-    for count in (FIRST, LAST):
-        best = max(RULES, key=lambda rule: cells[rule, count]["kept"].mean().item())
-        ours = cells["fade/chm", count]["kept"]
-        verdict = better(ours, cells[best, count]["kept"]) if best != "fade/chm" else True
-        share = 100 * cells[best, count]["kept"].mean().item()
-        here = f"{100 * ours.mean().item():.0f} %, {best} {share:.0f} %"
-        found.append(claim(f"ours: fade/chm keeps the class best at N = {count}", here, verdict))
-    return found
+def decide(cells: Cells, judge: FeatureJudge, resamples: int) -> dict[str, dict[str, Interval]]:
+    """Return what decides the claims of Fig. 7, by resampling the centroids of every class.
+
+    All cells are resampled alike, so that rules are compared on the same centroids.
+    """
+    first, last = counts_of(cells)[0], counts_of(cells)[-1]
+    classes = len(judge.means)
+    draws = len(next(iter(cells.values()))["images"]) // classes
+    features = {job: cell["features"].unflatten(0, (draws, classes)) for job, cell in cells.items()}
+    reals = [judge.real[judge.labels == label] for label in range(classes)]
+
+    def measures(rows: Tensor) -> dict[tuple[str, int, str], float]:
+        found = {}
+        for job, own in features.items():
+            fids = [frechet_distance(own[rows, k], real) for k, real in enumerate(reals)]
+            found[*job, "FID"] = sum(fids) / classes
+            far = cells[job]["distance"].unflatten(0, (draws, classes))[rows]
+            found[*job, "class distance"] = far.mean().item()
+        return found
+
+    whole = measures(torch.arange(draws))
+    others = [
+        measures(torch.from_numpy(rng(0, "order", k).integers(draws, size=draws)))
+        for k in tqdm(range(resamples), "resamples")
+    ]
+
+    def interval(value: Callable[[dict[tuple[str, int, str], float]], float]) -> Interval:
+        spread = torch.tensor([value(found) for found in others], dtype=torch.float64)
+        half = 1.96 * spread.std().item()
+        return Interval(value(whole) - half, value(whole), value(whole) + half)
+
+    def less(one: tuple[str, int], other: tuple[str, int], what: str = "FID") -> Interval:
+        return interval(lambda found: found[*one, what] - found[*other, what])
+
+    def ratio(found: dict[tuple[str, int, str], float]) -> float:
+        nin, fix, plain = (found[rule, last, "FID"] for rule in ("nin/chm", "fix/chm", "fix/0"))
+        return (nin - fix) / (plain - fix)
+
+    def agreement(found: dict[tuple[str, int, str], float]) -> float:
+        ranks = [
+            torch.tensor([found[*job, what] for job in cells]).argsort().argsort().double()
+            for what in ("FID", "class distance")
+        ]
+        return torch.corrcoef(torch.stack(ranks))[0, 1].item()
+
+    both, norms = ("FID", "class distance"), ("fix", "nin")
+    return {
+        "fig7-steep": {
+            f"{norm}/0, {what}": less((f"{norm}/0", last), (f"{norm}/0", first), what)
+            for norm in norms for what in both
+        },
+        "fig7-m": {norm: less((f"{norm}/0", last), (f"{norm}/m", last)) for norm in norms},
+        "fig7-chm": {
+            f"{norm}, {what}": less((f"{norm}/0", last), (f"{norm}/chm", last), what)
+            for norm in norms for what in both
+        },
+        "fig7-chm-falls": {
+            norm: less((f"{norm}/chm", last), (f"{norm}/chm", first)) for norm in norms
+        },
+        "fig7-norms": {"": interval(ratio)},
+        "fig7-agree": {"": interval(agreement)},
+        "fig7-small": {norm: less((f"{norm}/0", first), (f"{norm}/chm", first)) for norm in norms},
+    }  # fmt: skip
 
 
 def main() -> None:
     """Invert, mix, sample, measure, draw, judge."""
-    args: argparse.Namespace = options(
-        "Centroids of N latents: arXiv 2505.07481.", "degeneracy"
-    ).parse_args()
-    draws, steps = (4, 20) if args.quick else (12, 50)
+    parser = options("Degenerating centroids: arXiv 2505.07481.", "degeneracy")
+    parser.add_argument("--inversion", default="published_ddim", help="a DDIM inversion")
+    args = parser.parse_args()
+    per_class, counts, draws, steps = sized(
+        args, (4, (2, 4), 2, 2), (64, (2, 8, 32), 8, 20), (100, (2, 4, 8, 16, 32, 64), 100, 50)
+    )
+    rules = PAPER if args.quick or args.toy else (*PAPER, *OURS)
     backbone = load_backbone(args.backbone)
-    source, reference = pictures(args, PER_CLASS)
+    source, reference = pictures(args, per_class)
     judge = open_judge(args, backbone, reference)
-    tag = f"{backbone.fingerprint['weights'][:8]}-{steps}"
+    tag = f"{backbone.fingerprint['weights'][:8]}-{per_class}-{steps}-{args.inversion}"
     bank = fill_bank(
-        args.out / f"bank-{tag}", backbone, source, None, "ddim", steps=steps, stored=()
+        args.out / f"bank-{tag}", backbone, source, None, args.inversion, steps=steps, stored=()
     )
-    count = len(bank.classes)
-    latents = torch.stack([bank.latents(name) for name in bank.classes], 1)
-    bias = largest_mean(latents.flatten(0, 1), count)
-    single = once(
-        args.out / f"cells-{tag}" / f"back-{draws}.safetensors",
-        lambda: make(Synthesizer(backbone, bank, Rule.parse("lin/0")), 1, draws),
-    )
+    classes = len(bank.classes)
+    exponent, limits = growth(bank, args.out)
     cells: Cells = {}
-    for rule, members in tqdm([(r, n) for n in COUNTS for r in RULES], "cells", unit="cell"):
+    for rule, members in tqdm([(r, n) for n in counts for r in rules], "cells", unit="cell"):
         cell = once(
             args.out / f"cells-{tag}" / f"{rule.replace('/', '-')}-{members}-{draws}.safetensors",
             lambda rule=rule, n=members: make(
                 Synthesizer(backbone, bank, Rule.parse(rule)), n, draws
             ),
         )
-        cells[rule, members] = measure(cell, judge, count)
-    yardstick = measure(single, judge, count)
-    first = [source.ids[name][: len(COUNTS)] for name in source.classes]
-    form = backbone.channels, backbone.resolution
-    real = torch.stack([torch.stack([source.load(i, *form) for i in ids]) for ids in first])
-    sheet(cells, bank, real, args.out / "centroids.png")
-    draw(cells, bias, yardstick, args.out)
-    rows = [row("one, sampled back", 1, yardstick)]
-    rows += [row(*job, cell) for job, cell in cells.items()]
-    conclude(args, rows, verdicts(cells, bias))
+        cells[rule, members] = measure(cell, judge, classes)
+    real = load_all(source, backbone).unflatten(0, (classes, -1))
+    sheet(cells, rules, bank, real, args.out / "centroids.png")
+    draw_quality(cells, rules, args.out)
+    rows = [row(*job, cell) for job, cell in cells.items()]
+    title = (
+        f"centroids of N of {per_class} images a class, {args.inversion} {steps}, {draws} a class "
+        f"and cell; {limits}"
+    )
+    found = {"fig4": {"": exponent}} | decide(cells, judge, 10 if args.toy else 100)
+    captions = {
+        "centroids": "Centroids of N under each rule",
+        "quality": "FID and class distance against N",
+        "channel_mean": "Signed channel mean of fix/0 by class, against √N",
+    }  # fmt: skip
+    record(args, title, rows, found, **captions)
 
 
 if __name__ == "__main__":

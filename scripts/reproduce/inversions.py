@@ -1,28 +1,23 @@
-"""Compare inversions: reconstruction, whiteness of the latents, and what becomes of centroids.
+"""Compare inversions: reconstruction, and centroids of latents of many steps and of null-text.
 
     python scripts/reproduce/inversions.py --quick
     python scripts/reproduce/inversions.py
 
-The table of Guo et al., *Smooth Diffusion*, arXiv 2312.04410 (MSE, LPIPS, SSIM, PSNR of DDIM and
-null-text inversion at guidance 7.5, with the codec's own error for bound), and Fig. 10 and 11 of
-Landolsi & Kahl, arXiv 2505.07481: centroids degenerate with many steps without guidance, and with
-null-text, too. The other inversions of `augment.inversion` run at about 50 network evaluations.
-
-`bias` is the largest channel mean, of latents and of their centroids of all images of a class;
-`correlation` is that of neighbouring pixels. `kept` and `FID` are of centroids of N images in equal
-parts by fade/chm, the same ones in every row: the share that the judge finds in their class, and
-the distance of their features to those of other real images. LPIPS takes weights that torchvision
-downloads; it is left out where it cannot be had.
+Table 2 of Guo et al., *Smooth Diffusion*, arXiv 2312.04410: MSE, LPIPS, SSIM and PSNR of DDIM and
+of null-text inversion at guidance 7.5, with the codec's own error for bound; the smoothed backbone
+is in ``smooth_diffusion.py``. The other inversions of `augment.inversion` stand beside them without
+guidance. Fig. 10 and 11 of Landolsi & Kahl, arXiv 2505.07481: centroids of N latents of one class
+by FIX, inverted in very many DDIM steps without guidance, and by null-text with the null embeddings
+mixed linearly. LPIPS takes weights that torchvision downloads; it is left out where it cannot be
+had.
 """
 
-from pathlib import Path
-from statistics import fmean
+import math
 from typing import Any
 
 import torch
-from claims import claim, conclude, once, options
-from degeneracy import largest_mean
-from judge import load_all, open_judge, pictures, show
+from claims import once, options, record, sized
+from judge import gain, load_all, mean, open_judge, pictures, prompts_for, show
 from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm import tqdm
@@ -35,153 +30,131 @@ from augment.inversion import inverter
 from augment.measure.reconstruction import reconstruction
 from augment.plan.plan import Plan
 from augment.report.evaluate import lpips_for
-from augment.sources.fashion import COARSE
-from augment.sources.prompts import class_prompts
+from augment.sources import Slice, Source
 
-Cells = dict[str, dict[str, Tensor]]
-RULES = ("fix/0", "fix/chm")
-COUNTS = (2, 8)  # members of the centroids that are judged
+GUIDANCE = 7.5
 
 
-def whole(bank: LatentBank) -> list[Plan]:
-    """Return the plans of each class's images in equal parts."""
-    members = enumerate(bank.members.items())
-    return [Plan.equal(label, name, ids, label) for label, (name, ids) in members]
+class OneClass(Slice):
+    """The images of one class of a source, by its label."""
+
+    def __init__(self, source: Source, label: int) -> None:
+        super().__init__(source)
+        name = source.classes[label]
+        self.ids = {name: self.ids[name]}
 
 
-def make(backbone: Backbone, bank: LatentBank, draws: int) -> dict[str, Tensor]:
-    """Sample every image back, and centroids of each class."""
+def back(backbone: Backbone, bank: LatentBank) -> Tensor:
+    """Sample every image of a bank back."""
     alone = [
         Plan.equal(label, name, (i,), row)
         for label, (name, ids) in enumerate(bank.members.items())
         for row, i in enumerate(ids)
     ]
-    made = {
-        "back": Synthesizer(backbone, bank, Rule.parse("lin/0")).images(alone),
-        "latents": torch.cat([bank.latents(name) for name in bank.classes]),
-    }
-    for name in RULES:
-        synthesizer = Synthesizer(backbone, bank, Rule.parse(name))
-        made[f"{name} latents"] = synthesizer.mix(whole(bank)).centroids
-        made[f"{name} images"] = synthesizer.images(whole(bank))
-    for count in COUNTS:
-        planner = Planner(bank.members, Mixing(alpha="inf", members=count))
-        plans = [planner(0, index) for index in range(draws * len(bank.classes))]
-        made[f"{count} members"] = Synthesizer(backbone, bank).images(plans)
+    return Synthesizer(backbone, bank, Rule.parse("lin/0")).images(alone)
+
+
+def sweep(
+    backbone: Backbone, bank: LatentBank, counts: tuple[int, ...], draws: int
+) -> dict[str, Tensor]:
+    """Sample centroids of N images in equal parts by fix/0, for each N."""
+    made = {}
+    for count in counts:
+        planner = Planner(bank.members, Mixing(alpha=math.inf, members=count))
+        plans = [planner(0, index) for index in range(draws)]
+        made[str(count)] = Synthesizer(backbone, bank, Rule.parse("fix/0")).images(plans)
     return made
-
-
-def errors(images: Tensor, others: Tensor, lpips: Any) -> dict[str, float]:
-    """Return means over the images."""
-    found = {key: value.mean().item() for key, value in reconstruction(images, others).items()}
-    return found | ({"lpips": lpips(images, others).mean().item()} if lpips else {})
 
 
 def main() -> None:
     """Invert in several ways, sample back, mix, measure, draw, judge."""
     args = options("Inversions: arXiv 2312.04410 and 2505.07481, Fig. 10, 11.", "inversions")
     args = args.parse_args()
-    many, null_steps, per_class, draws = (200, 20, 8, 2) if args.quick else (1000, 50, 32, 16)
+    each, null_steps, many, size, draws, counts = sized(
+        args, (1, 2, 3, 4, 2, (2, 4)), (2, 10, 200, 16, 12, (2, 4, 8)),
+        (32, 50, 500, 100, 50, (2, 4, 8, 16, 32, 64)),
+    )  # fmt: skip
     backbone = load_backbone(args.backbone)
-    source, reference = pictures(args, per_class)
+    source, reference = pictures(args, size)
     judge = open_judge(args, backbone, reference)
-    texts = class_prompts(source.classes, "a photo of a {name}")
-    known = {name: COARSE[name] for name in source.classes if name in COARSE}
-    prompts = known if args.backbone == "tiny" else texts
+    prompts, label = prompts_for(args, backbone, source), 5 % len(source.classes)
     ways: dict[str, tuple[str, int, float]] = {
-        "DDIM 10": ("ddim", 10, 1.0),
-        "DDIM 50": ("ddim", 50, 1.0),
-        f"DDIM {many}": ("ddim", many, 1.0),
-        f"DDIM {null_steps}, guidance 7.5": ("ddim", null_steps, 7.5),
-        f"null-text {null_steps}, guidance 7.5": ("null_text", null_steps, 7.5),
-        "fixed_point 25": ("fixed_point", 25, 1.0),
-        "midpoint 25": ("midpoint", 25, 1.0),
-        "fireflow 50": ("fireflow", 50, 1.0),
-        "fireflow 25": ("fireflow", 25, 1.0),
-        "forward_start 25": ("forward_start", 25, 1.0),
+        f"published DDIM, guidance {GUIDANCE}": ("published_ddim", null_steps, GUIDANCE),
+        f"null-text, guidance {GUIDANCE}": ("null_text", null_steps, GUIDANCE),
+        "published DDIM": ("published_ddim", 50, 1.0),
+        "DDIM": ("ddim", 50, 1.0),
+        "fixed_point": ("fixed_point", 25, 1.0),
+        "midpoint": ("midpoint", 25, 1.0),
+        "fireflow": ("fireflow", 50, 1.0),
+        "forward_start": ("forward_start", 25, 1.0),
     }
-    real = load_all(source, backbone)
-    bound = backbone.decode(backbone.encode(real)).cpu()
-    lpips = lpips_for(backbone)
-    rows: list[dict[str, Any]] = [{"inversion": "codec alone", **errors(real, bound, lpips)}]
-    made: Cells = {}
-    count = len(source.classes)
-    tag = backbone.fingerprint["weights"][:8]
-    for name, (method, steps, guidance) in tqdm(ways.items(), "inversions"):
-        stem = f"{tag}-{method}-{steps}-{guidance:g}-{per_class}"
-        bank = fill_bank(
-            args.out / f"bank-{stem}",
-            backbone,
-            source,
-            prompts,
-            method,
-            steps=steps,
-            guidance=guidance,
-            stored=(),
-        )
-        cell = made[name] = once(
-            args.out / f"{stem}-{draws}.safetensors", lambda bank=bank: make(backbone, bank, draws)
-        )
-        row: dict[str, Any] = {"inversion": name, **errors(real, cell["back"], lpips)}
-        row["evaluations"] = inverter(method, steps=steps).evaluations
-        # of latents in the order of classes, so that a class's are a column
-        grouped = cell["latents"].unflatten(0, (count, -1)).transpose(0, 1).flatten(0, 1)
-        statistics = [bank.health(name).statistics for name in bank.classes]
-        row["norm"] = fmean(s.norm for s in statistics)
-        row["correlation"] = fmean(s.horizontal for s in statistics)
-        row["bias"] = largest_mean(grouped, count)
-        for rule in RULES:
-            row[f"bias, {rule}"] = largest_mean(cell[f"{rule} latents"], count)
-            found = judge.assess(cell[f"{rule} images"], torch.arange(count))
-            row[f"distance, {rule}"] = found["distance"].mean().item()
-        for members in COUNTS:
-            images = cell[f"{members} members"]
-            found = judge.assess(images, torch.arange(len(images)) % count)
-            row[f"kept, N = {members}"] = found["kept"].mean().item()
-            row[f"FID, N = {members}"] = judge.fid(found["features"])
+    few = Slice(source, last=each)
+    real, lpips, tag = load_all(few, backbone), lpips_for(backbone), backbone.fingerprint["weights"]
+    images = {"codec alone": backbone.decode(backbone.encode(real)).cpu()}
+    rows: list[dict[str, Any]] = []
+    quality = {}
+    for name in ("codec alone", *tqdm(ways, "inversions")):
+        row = {"inversion": name, "steps": "", "evaluations": ""}
+        if name in ways:
+            method, steps, guidance = ways[name]
+            steps = min(steps, 3) if args.toy else steps
+            stem = f"{tag[:8]}-{method}-{steps}-{guidance:g}-{each}"
+            bank = fill_bank(
+                args.out / f"bank-{stem}", backbone, few, prompts, method, steps=steps, guidance=guidance,
+                stored=(),
+            )  # fmt: skip
+            images[name] = once(
+                args.out / f"{stem}.safetensors", lambda bank=bank: {"i": back(backbone, bank)}
+            )["i"]
+            row["steps"], row["evaluations"] = (
+                str(steps), str(inverter(method, steps=steps).evaluations)
+            )  # fmt: skip
+        quality[name] = reconstruction(real, images[name])
+        for key, values in quality[name].items():
+            row[key] = values.mean().item()
+        if lpips:
+            row["lpips"] = lpips(real, images[name]).mean().item()
         rows.append(row)
-    rows[0] = {**dict.fromkeys(rows[1]), **rows[0]}
-    draw(args.out / "inversions.png", made, real, 5 % count, per_class)
-    by = {row["inversion"]: row for row in rows}
-    ddim, null = by[f"DDIM {null_steps}, guidance 7.5"], by[f"null-text {null_steps}, guidance 7.5"]
-    claims = [
-        claim(
-            "null-text repairs DDIM's way back under guidance (Smooth Diffusion, 13.97 → 25.63 dB)",
-            f"{ddim['psnr']:.1f} → {null['psnr']:.1f} dB",
-            null["psnr"] > ddim["psnr"] + 3,
-        ),
-        claim(
-            "and comes near the codec's bound (25.63 of 25.98 dB)",
-            f"{null['psnr']:.1f} of {min(rows[0]['psnr'], 120):.1f} dB",
-            null["psnr"] > rows[0]["psnr"] - 1,
-        ),
-        *(
-            claim(
-                f"{name}: fix/0 lengthens the bias, fix/chm does not (Fig. 10, 11)",
-                f"{row['bias']:.3f} → {row['bias, fix/0']:.3f}, {row['bias, fix/chm']:.3f}",
-                row["bias, fix/0"] > 1.3 * row["bias"] > row["bias, fix/chm"],
-            )
-            for name, row in by.items()
-            if row["bias"]
-        ),
-    ]
-    conclude(args, rows, claims)
-
-
-def draw(path: Path, made: Cells, real: Tensor, label: int, size: int) -> None:
-    """Draw the first image of a class sampled back, and its centroids, for each inversion."""
-    figure = Figure(figsize=(1.2 * len(made), 5.6), layout="constrained")
-    grid = figure.subplots(5, len(made))
-    for column, (name, cell) in zip(grid.T, made.items(), strict=True):
-        shots = [real[label * size], cell["back"][label * size]]
-        shots += [cell[f"{rule} images"][label] for rule in RULES]
-        shots += [cell["fix/0 images"][0]]
-        for axes, image in zip(column, shots, strict=True):
-            show(axes, image)
-        column[0].set_title(name, fontsize=6)
-    for axes, name in zip(grid[:, 0], ("real", "back", *RULES, "fix/0"), strict=True):
-        axes.set_ylabel(name, fontsize=8)
-    figure.savefig(path, dpi=120)
+    one, sweeps = OneClass(source, label), {}
+    own = {name: prompts[name] for name in one.classes}
+    goal = judge.means[label]
+    for key, (method, steps, guidance) in {
+        "fig10": ("published_ddim", many, 1.0), "fig11": ("null_text", null_steps, GUIDANCE)
+    }.items():  # fmt: skip
+        stem = f"{tag[:8]}-{key}-{steps}-{size}"
+        bank = fill_bank(
+            args.out / f"bank-{stem}", backbone, one, own, method, steps=steps, guidance=guidance, stored=()
+        )
+        sweeps[key] = once(
+            args.out / f"{stem}-{draws}.safetensors",
+            lambda bank=bank: sweep(backbone, bank, counts, draws),
+        )
+    far = {
+        key: [1 - torch.cosine_similarity(judge.network(found[str(n)]), goal[None]) for n in counts]
+        for key, found in sweeps.items()
+    }
+    figure = Figure(figsize=(1.3 * len(counts) + 1, 3.4), layout="constrained")
+    for line, (key, found) in zip(figure.subplots(2, len(counts)), sweeps.items(), strict=True):
+        for axes, count in zip(line, counts, strict=True):
+            show(axes, found[str(count)][0], f"N = {count}")
+        line[0].set_ylabel(f"many steps, {many}" if key == "fig10" else "null-text")
+    figure.savefig(args.out / "inversions.png", dpi=120)
+    decided = {
+        key: {f"N = {counts[-1]}": gain(values[-1], values[0])} for key, values in far.items()
+    }
+    first, second = list(ways)[:2]
+    decided["sd-table2-null"] = {"": gain(quality[second]["psnr"], quality[first]["psnr"])}
+    listed = "; ".join(
+        f"{'many steps' if key == 'fig10' else 'null-text'} "
+        + ", ".join(f"N = {n}: {mean(v)}" for n, v in zip(counts, values, strict=True))
+        for key, values in far.items()
+    )
+    title = (
+        f"reconstruction of {each} images a class. Class distance of FIX centroids of "
+        f"{source.classes[label]}, {size} images: {listed}"
+    )
+    caption = "FIX centroids after many DDIM steps, and of null-text"
+    record(args, title, rows, decided, inversions=caption)
 
 
 if __name__ == "__main__":

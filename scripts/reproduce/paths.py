@@ -1,80 +1,69 @@
-"""The paths of the rules between two points, in two dimensions.
+"""The paths of four rules between two points of the plane.
 
     python scripts/reproduce/paths.py
 
-Landolsi & Kahl, arXiv 2505.07481, Fig. 2: the path of each norm rule between two points of
-different norms. On the left they have no common mean. In the middle they have one that is ignored
-(split 0), so rules that restore a norm measure it from the origin. On the right it is taken out
-first (split mu, with the true mean), and the paths go around it. No backbone is needed.
+Landolsi & Kahl, arXiv 2505.07481, Fig. 2: two points of different norms near the circle √L, more
+than a right angle apart. Paths are drawn over √L. No backbone is needed.
 """
 
 import math
-from typing import Any
 
 import torch
-from claims import claim, conclude, options
+from claims import options, record
 from matplotlib.figure import Figure
 from torch import Tensor
+from works import exact
 
 from augment.centroid import Rule
 
-NORMS = ("lin", "fix", "nin", "vp", "fade", "slerp")
-ENDS = torch.tensor([[1.15, 0.1], [-0.35, 1.0]])
-MEAN = torch.tensor([0.9, 0.5])
-STOPS = 101
+NORMS = {"lin": "LIN", "fix": "FIX", "raw_slerp": "SLERP", "nin": "NIN"}
+ENDS = torch.tensor([[1.25, 0.1], [-0.6, 0.7]], dtype=torch.float64)
+STOPS = 1001
 
 
-def path_of(norm: str, split: str, shift: Tensor) -> Tensor:
+def path_of(norm: str) -> Tensor:
     """Return points (STOPS, 2) from one end to the other, by weights (1 − γ, γ)."""
-    place = torch.linspace(0, 1, STOPS)
-    points = (math.sqrt(2) * (ENDS + shift))[:, None, None].expand(STOPS, -1, -1, -1, -1)
-    mu = (math.sqrt(2) * shift)[None, None]
-    rule = Rule.parse(f"{norm}/{split}")
-    found = rule(points, torch.stack([1 - place, place], 1), mu if split == "mu" else None)
+    place = torch.linspace(0, 1, STOPS, dtype=torch.float64)
+    points = (math.sqrt(2) * ENDS)[:, None, None].expand(STOPS, -1, -1, -1, -1)
+    found = Rule.parse(f"{norm}/0")(points, torch.stack([1 - place, place], 1))
     return found[:, 0, 0] / math.sqrt(2)
 
 
 def main() -> None:
-    """Draw the paths, and measure their distances from the centre of the points."""
+    """Draw the paths, and measure their norms and their ends."""
     args = options("Paths of the rules in 2-D: arXiv 2505.07481, Fig. 2.", "paths").parse_args()
-    zero = torch.zeros(2)
-    panels = (("no common mean", "0", zero), ("common mean, split 0", "0", MEAN),
-              ("common mean taken out, split mu", "mu", MEAN))  # fmt: skip
-    figure = Figure(figsize=(13, 4.6), layout="constrained")
-    rows: list[dict[str, Any]] = []
-    found: dict[tuple[str, str], Tensor] = {}
-    for axes, (title, split, shift) in zip(figure.subplots(1, 3), panels, strict=True):
-        for norm in NORMS:
-            path = path_of(norm, split, shift)
-            axes.plot(*path.T, label=norm)
-            radii = found[title, norm] = (path - shift).norm(dim=1)
-            row = {"panel": title, "rule": f"{norm}/{split}"}
-            rows.append(row | {"least radius": radii.min().item(), "most": radii.max().item()})
-        axes.plot(*(ENDS + shift).T, "ko")
-        angle = torch.linspace(0, 2 * math.pi, 200)
-        axes.plot(*(torch.stack([angle.cos(), angle.sin()]) + shift[:, None]), ":", color="grey")
-        axes.plot(0, 0, "k+")
-        axes.set(title=title, aspect="equal")
+    paths = {norm: path_of(norm) for norm in NORMS}
+    figure = Figure(figsize=(5, 4.6), layout="constrained")
+    axes = figure.subplots()
+    for norm, path in paths.items():
+        axes.plot(*path.T, label=NORMS[norm])
+    angle = torch.linspace(0, 2 * math.pi, 200)
+    axes.plot(angle.cos(), angle.sin(), ":", color="grey")
+    axes.plot(*ENDS.T, "ko")
+    axes.plot(0, 0, "k+")
+    axes.set(aspect="equal")
     axes.legend(frameon=False, fontsize=8)
     args.out.mkdir(parents=True, exist_ok=True)
     figure.savefig(args.out / "paths.png", dpi=120)
-    plain, biased, adjusted = (title for title, _, _ in panels)
-    least = {norm: found[plain, norm].min().item() for norm in NORMS}
-    lengths = ENDS.norm(dim=1)
-    ends = found[plain, "nin"][[0, -1]]
-    same = max((found[adjusted, n] - found[plain, n]).abs().max().item() for n in NORMS)
-    off = (found[biased, "fix"] - 1).abs().max().item()
-    claims = [
-        claim("lin cuts through, fix stays on the circle",
-              f"{least['lin']:.2f}, {least['fix']:.2f}",
-              least["lin"] < 0.9 and abs(least["fix"] - 1) < 1e-5),
-        claim("nin begins and ends in the points", " and ".join(f"{v:.2f}" for v in ends),
-              bool((ends - lengths).abs().max() < 1e-5)),
-        claim("with a common mean fix leaves the circle around it", f"by {off:.2f}", off > 0.1),
-        claim("with the mean taken out all paths are those without one", f"to {same:.0e}",
-              same < 1e-5),
+    short, long = sorted(ENDS.norm(dim=1).tolist())
+    low, high, off = {}, {}, {}
+    for norm, path in paths.items():
+        radii = path.norm(dim=1)
+        low[norm], high[norm] = radii.min().item() / short, radii.max().item() / long
+        off[norm] = (path[[0, -1]] - ENDS).norm(dim=1).max().item()
+    rows = [
+        {"rule": name, "least norm / smaller input": low[norm],
+         "largest norm / larger input": high[norm], "distance from its inputs": off[norm]}
+        for norm, name in NORMS.items()
     ]  # fmt: skip
-    conclude(args, rows, claims)
+    found = {
+        "fig2-lin": {"": exact(low["lin"])},
+        "fig2-fix": {"": exact(off["fix"])},
+        "fig2-slerp": {"": exact(high["raw_slerp"] - 1)},
+        "fig2-nin": {"distance": exact(off["nin"]), "overshoot": exact(high["nin"] - 1)},
+    }
+    caption = "Paths of four rules around the circle"
+    record(args, "Paths between two points of the plane", rows, found, paths=caption)
 
 
 if __name__ == "__main__":

@@ -1,24 +1,26 @@
 """How noises, inverted latents and samples are related.
 
-    python scripts/reproduce/relations.py --quick      # 10 and 50 steps
+    python scripts/reproduce/relations.py --quick      # 10 and 20 steps
     python scripts/reproduce/relations.py              # 10, 100 and 1000 steps, more samples
 
 Staniszewski et al., *There and Back Again*, arXiv 2410.23530. Noises are sampled by DDIM, and the
-samples inverted by DDIM in as many steps, and by `forward_start` in place of its first steps.
-Table 1: the 20 largest correlations of 8×8 patches. Assignment: whether the sample nearest to a
-noise is its own, and the noise nearest to a sample. Fig. 5 of the first version: how near sampling
-comes to each point of the segment from noise to latent.
+samples inverted in as many steps by the published DDIM inversion, by ours, and by `forward_start`.
+Table 1: the 10 largest correlations of 8×8 patches. Assignment by L2: whether the noise nearest to
+a sample is its own (x⁰ → x^T), and the sample nearest to a noise (x^T → x⁰), of rows as they are
+and less the mean of their set. Trajectory: at which share of its steps sampling is nearest to the
+inverted latent, and how near it comes to each point of the segment from noise to latent.
 """
 
 from itertools import pairwise
 from typing import Any
 
 import torch
-from claims import claim, conclude, once, options
-from judge import load_all, pictures
+from claims import once, options, record, sized
+from judge import gain, load_all, mean, pictures, share
 from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm import tqdm
+from works import Interval
 
 from augment.core.rng import normal, rng
 from augment.diffusion import Backbone, load_backbone
@@ -38,10 +40,14 @@ def last_mean(backbone: Backbone, source: Source) -> Tensor:
 
 
 def there_and_back(backbone: Backbone, noises: Tensor, steps: int) -> dict[str, Tensor]:
-    """Sample noises and invert the samples in two ways; keep ten points of the path."""
+    """Sample noises and invert the samples in three ways; keep twenty points of the path."""
     levels = backbone.process.levels(steps)[::-1]
-    stops = sorted({round(k * steps / 10) for k in range(11)})
-    ddim, ours = inverter("ddim", steps=steps), inverter("forward_start", steps=max(steps // 2, 5))
+    stops = sorted({round(k * steps / 20) for k in range(21)})
+    ways_back = {
+        "published DDIM": inverter("published_ddim", steps=steps),
+        "DDIM": inverter("ddim", steps=steps),
+        "forward_start": inverter("forward_start", steps=max(steps // 2, 5)),
+    }
     parts: list[dict[str, Tensor]] = []
     seeds = list(range(len(noises)))
     with torch.no_grad(), tqdm(total=len(noises), desc=f"{steps} steps", unit="sample") as bar:
@@ -55,8 +61,8 @@ def there_and_back(backbone: Backbone, noises: Tensor, steps: int) -> dict[str, 
                 latent = SOLVERS["ddim"](denoise, latent, levels[first : last + 1], lambda: None)
                 ways.append(latent)
             found = {"samples": latent, "ways": torch.stack(ways, 1)}
-            found["latents"] = ddim(denoise, latent)["latents"]
-            found["forward"] = ours(denoise, latent, seeds=seeds[rows])["latents"]
+            for name, run in ways_back.items():
+                found[name] = run(denoise, latent, seeds=seeds[rows])["latents"]
             parts.append({key: value.cpu() for key, value in found.items()})
             bar.update(len(texts))
     return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
@@ -64,18 +70,31 @@ def there_and_back(backbone: Backbone, noises: Tensor, steps: int) -> dict[str, 
 
 def row(noises: Tensor, made: dict[str, Tensor], steps: int) -> dict[str, Any]:
     """Return a row of the table."""
-    flat = {"noise": noises, "DDIM": made["latents"], "forward": made["forward"]}
-    flat["sample"] = made["samples"]
-    found: dict[str, Any] = {"steps": steps}
-    for name, tensors in flat.items():
-        found[f"correlation, {name}"] = top_correlations(tensors).mean().item()
     clean = made["samples"]
-    found["noise → sample"] = assignment(noises, clean)
-    found["sample → noise"] = assignment(clean, noises)
-    found["latent → noise"] = assignment(made["latents"], noises)
-    for name, tensors in (("noise", noises), ("DDIM latent", made["latents"])):
-        found[f"{name} to sample"] = (tensors - clean).flatten(1).norm(dim=1).mean().item()
+    found: dict[str, Any] = {"steps": str(steps), "noise": top(noises)}
+    found |= {name: top(made[name]) for name in WAYS}
+    found["sample"] = top(clean)
+    for name, pair in (("x⁰ → x^T", (clean, noises)), ("x^T → x⁰", (noises, clean))):
+        for centred in (False, True):
+            key = f"{name}{', centred' if centred else ''}, %"
+            found[key] = 100 * assignment(*pair, centred).double().mean().item()
+    found["nearest at, %"] = 100 * nearest(made, "published DDIM").mean().item()
     return found
+
+
+WAYS = ("published DDIM", "DDIM", "forward_start")
+
+
+def top(tensors: Tensor) -> float:
+    """Return the mean over patches of the 10 largest correlations."""
+    return top_correlations(tensors).mean().item()
+
+
+def nearest(made: dict[str, Tensor], name: str) -> Tensor:
+    """Return the share of its steps at which each sample's trajectory is nearest to its latent."""
+    ways = made["ways"]
+    far = (ways - made[name][:, None]).flatten(2).norm(dim=2)
+    return far.argmin(1).double() / (ways.shape[1] - 1)
 
 
 def draw(noises: Tensor, made: dict[int, dict[str, Tensor]], path: Any) -> None:
@@ -84,7 +103,7 @@ def draw(noises: Tensor, made: dict[int, dict[str, Tensor]], path: Any) -> None:
     for axes, (steps, parts) in zip(
         figure.subplots(1, len(made), squeeze=False)[0], made.items(), strict=True
     ):
-        distance, places = approach(parts["ways"].transpose(0, 1), noises, parts["latents"])
+        distance, places = approach(parts["ways"].transpose(0, 1), noises, parts["published DDIM"])
         image = axes.imshow(distance, aspect="auto", extent=(0, 1, 1, 0), cmap="viridis")
         axes.plot(places[distance.argmin(1)], torch.linspace(0, 1, len(distance)), "w.-")
         axes.set(title=f"{steps} steps", xlabel="noise → latent", ylabel="way of sampling")
@@ -97,7 +116,7 @@ def main() -> None:
     parser = options("Noises, latents and samples: arXiv 2410.23530.", "relations")
     args = parser.parse_args()
     backbone = load_backbone(args.backbone)
-    counts, samples = ((10, 50), 96) if args.quick else ((10, 100, 1000), 256)
+    counts, samples = sized(args, ((2, 3), 8), ((10, 20), 320), ((10, 100, 1000), 1024))
     shape = backbone.latent_shape
     noises = normal(rng(0, "noise"), samples, *shape) + last_mean(backbone, pictures(args, 8)[0])
     tag = f"{backbone.fingerprint['weights'][:8]}-{samples}"
@@ -110,33 +129,36 @@ def main() -> None:
     }
     rows = [row(noises, made[steps], steps) for steps in counts]
     draw(noises, made, args.out / "relations.png")
-    few, many = rows[0], rows[-1]
-    listed = " / ".join(f"{many[f'correlation, {n}']:.3f}" for n in ("noise", "DDIM", "sample"))
-    ours = f"{many['correlation, forward']:.3f}"
-    white, left = many["correlation, noise"], many["correlation, DDIM"]
-    between = white * 1.02 < left < many["correlation, sample"]
-    claims = [
-        claim("DDIM latents correlate more than noise, less than samples", listed, between),
-        claim(
-            "a forward start takes most of that away",
-            f"{ours} of {listed}",
-            many["correlation, forward"] - white < 0.5 * (left - white),
-        ),
-    ]
-    for way in ("noise → sample", "sample → noise"):
-        rates = few[way], many[way]
-        noise = 2 * sum(p * (1 - p) / samples for p in rates) ** 0.5
-        better = None if abs(rates[1] - rates[0]) <= noise else rates[1] > rates[0]
-        here = f"{rates[0]:.2f} → {rates[1]:.2f} (chance {1 / samples:.3f})"
-        claims.append(
-            claim(f"{way}: the nearest is the right one, more so with more steps", here, better)
-        )
-    ends = many["DDIM latent to sample"], many["noise to sample"]
-    here = f"{ends[0]:.1f} against {ends[1]:.1f}"
-    claims.append(
-        claim("latents are nearer to the sample than the noise was", here, ends[0] < ends[1])
-    )
-    conclude(args, rows, claims)
+    title = f"top-10 correlations, assignment by L2 and trajectory; {samples} samples by DDIM"
+    found = decide(noises, made)
+    record(args, title, rows, found, relations="Distance of sampling from noise to latent")
+
+
+def decide(noises: Tensor, made: dict[int, dict[str, Tensor]]) -> dict[str, dict[str, Interval]]:
+    """Return what decides the claims."""
+    count, many = len(noises), made[max(made)]
+
+    def apart(more: Tensor, less: Tensor) -> Interval:
+        value, groups = top(more) - top(less), torch.arange(count) % 8
+        left = [top(more[groups != k]) - top(less[groups != k]) for k in range(8)]
+        spread = torch.tensor(left, dtype=torch.float64)  # of the jackknife by groups
+        half = 2.36 * (7 / 8 * (spread - spread.mean()).square().sum().item()) ** 0.5
+        return Interval(value - half, value, value + half)
+
+    hits = {
+        steps: assignment(noises, parts["samples"], centred=True).double()
+        for steps, parts in made.items()
+    }
+    return {
+        "st-correlation": {name: apart(many[name], noises) for name in WAYS[:2]},
+        "st-sample": {name: apart(many["samples"], many[name]) for name in WAYS[:2]},
+        "st-x0": {
+            f"{steps} steps": share(assignment(parts["samples"], noises, centred=True))
+            for steps, parts in made.items()
+        },
+        "st-xT": {"": gain(hits[max(made)], hits[min(made)])},
+        "st-way": {name: mean(nearest(many, name)) for name in WAYS[:2]},
+    }
 
 
 if __name__ == "__main__":

@@ -24,13 +24,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from claims import claim, conclude, once, options
+from claims import once, options, record, sized
 from judge import (
     FeatureJudge,
-    better,
     ci95,
+    gain,
     load_all,
-    mean_and_error,
+    mean,
     open_judge,
     pictures,
 )
@@ -38,6 +38,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from tqdm import tqdm
+from works import Interval
 
 import augment.synthesis.refine
 from augment.bank.bank import LatentBank
@@ -179,10 +180,9 @@ def draw(found: dict[str, dict[str, Tensor]], mega: dict[str, Tensor], path: Pat
         for axes, values, at in (
             (left, cell["losses"], range(steps + 1)), (middle, cell["distance"], looks)
         ):  # fmt: skip
-            mean, error = zip(*(mean_and_error(column) for column in values.T), strict=True)
-            low, high = ([max(m + s * e, 1e-3) for m, e in zip(mean, error, strict=True)]
-                         for s in (-1, 1))  # fmt: skip
-            axes.plot(at, mean, "o-", ms=3, label=f"{start}, {steps} at {lr}")
+            lows, middle, highs = zip(*map(mean, values.T), strict=True)
+            low, high = ([max(x, 1e-3) for x in ends] for ends in (lows, highs))
+            axes.plot(at, middle, "o-", ms=3, label=f"{start}, {steps} at {lr}")
             axes.fill_between(at, low, high, alpha=0.2)
     left.set(title="loss", xlabel="step", yscale="log")
     middle.set(title="cosine distance to the class's mean", xlabel="step", yscale="log")
@@ -197,7 +197,7 @@ def draw(found: dict[str, dict[str, Tensor]], mega: dict[str, Tensor], path: Pat
 def main() -> None:
     """Refine, sample, measure, draw, judge."""
     args = options("SeedSelect: arXiv 2304.14530.", "seedselect").parse_args()
-    each, steps = (3, 8) if args.quick else (4, 20)
+    each, steps = sized(args, (2, 1), (2, 8), (4, 20))
     backbone = load_backbone(args.backbone)
     source, reference = pictures(args, 8)
     judge, real = open_judge(args, backbone, reference), others(reference, backbone)
@@ -233,47 +233,30 @@ def main() -> None:
     mega = once(args.out / f"memory-{tag}.safetensors", lambda: peaks(args, bank))
     sheet(strips, [name[:10] for name in bank.classes]).save(args.out / "images.png")
     draw(found, mega, args.out / "seedselect.png")
-    conclude(args, rows, verdicts(found, mega))
+    title = f"{each} a class, DDIM {steps}; the best latent up to a step; variety is by class"
+    captions = {"seedselect": "Before and after refining"}
+    record(args, title, rows, decide(found, mega), **captions)
 
 
-def verdicts(found: dict[str, dict[str, Tensor]], mega: dict[str, Tensor]) -> list[dict[str, str]]:
-    """Return the claims."""
-    claims, noise = [], found["noise"]
-    for start, cell in found.items():
-        for key, what in (("losses", "loss"), ("distance", "distance to the class's mean")):
-            ends = cell[key][:, 0], cell[key][:, -1]
-            claims.append(claim(f"the {what} falls from {start}",
-                                " → ".join(map(ci95, ends)), better(*ends)))  # fmt: skip
-    worse = {start: ci95(cell["tipped"], 100) for start, cell in found.items()}
-    claims.append(claim("the last step is better than none, for every sample (asked here)",
-                        ", ".join(f"worse from {start}: {v} %" for start, v in worse.items()),
-                        not any(cell["tipped"].any() for cell in found.values())))  # fmt: skip
-    for key, what in (("kept", "the network"), ("pixels", "pixels")):
-        ends = noise[key][:, 0], noise[key][:, -1]
-        here = " → ".join(ci95(end, 100) + " %" for end in ends)
-        claims.append(
-            claim(f"from noise the class comes out, to {what}", here, better(*ends[::-1]))
-        )
-    goal = noise["losses"][:, -1]
-    for start in list(found)[1:]:
-        losses = found[start]["losses"]
-        reached = [k for k in range(losses.shape[1]) if losses[:, k].mean() <= goal.mean()]
-        here = f"{ci95(losses[:, -1])} after 5 against {ci95(goal)} after 30"
-        here += f"; step {reached[0]} is there on average" if reached else ""
-        claims.append(claim(f"5 steps from {start} reach what 30 do from noise",
-                            here, better(goal, losses[:, -1])))  # fmt: skip
-    ends = [found[start]["losses"][:, -1] for start in ("fade/chm", "nao/chm")]
-    claims.append(claim("NAO's centroids are the better start (asked here)",
-                        f"{ci95(ends[1])} against {ci95(ends[0])} with fade/chm",
-                        better(*ends)))  # fmt: skip
+def decide(
+    found: dict[str, dict[str, Tensor]], mega: dict[str, Tensor]
+) -> dict[str, dict[str, Interval]]:
+    """Return what decides the claims."""
+    noise = found["noise"]
     kept, again = mega["kept"], mega["again"]
-    listed = ", ".join(
-        f"{steps} steps: {a:.0f} against {k:.0f} MB"
-        for steps, a, k in zip(MEMORY_STEPS, again, kept, strict=True)
-    )
-    bounded = bool(again[-1] - again[0] < 0.1 * (kept[-1] - kept[0]))
-    claims.append(claim("memory hardly grows with the solver's steps", listed, bounded))
-    return claims
+    growth = ((again[-1] - again[0]) / (kept[-1] - kept[0])).item()
+    return {
+        "ss-loss": {name: gain(x["losses"][:, 0], x["losses"][:, -1]) for name, x in found.items()},
+        "ss-class": {
+            what: gain(noise[key][:, -1], noise[key][:, 0])
+            for key, what in (("kept", "network"), ("pixels", "pixels"))
+        },
+        "ss-five": {
+            name: gain(noise["losses"][:, -1], found[name]["losses"][:, -1])
+            for name in list(found)[1:]
+        },
+        "ss-memory": {"": Interval(growth, growth, growth)},
+    }
 
 
 if __name__ == "__main__":

@@ -3,63 +3,65 @@
     python scripts/reproduce/walks.py --quick
     python scripts/reproduce/walks.py
 
-Ribeiro, *Exploring the latent space of text-to-image diffusion models*, 2023: InterpScore, strips
-and GIFs of linear, normalised, spherical, translation walks, and one latent at several standard
-deviations. Samuel et al., arXiv 2306.08687: paths of the NAO metric against lerp and slerp. Guo et
-al., *Smooth Diffusion*, arXiv 2312.04410: ISTD. Walks go between two images of a class. There is no
-text, so InterpScore compares with the mean feature of the class, and an image keeps its class if
-that class's mean is the nearest. Intervals are 95 %, over the pairs.
+Ribeiro, *Exploring the latent space of text-to-image diffusion models*, 2023: walks between two
+noises of one prompt, with the InterpScore against it; a window that slides over several noises set
+side by side, with the shift by which each image fits its neighbour best; and noises of several
+standard deviations, as pictures. There is no text tower, so InterpScore compares with the mean
+feature of the prompt's classes. Samuel et al., arXiv 2306.08687: paths of the NAO metric between
+two images of a class against lerp and slerp. Guo et al., arXiv 2312.04410: ISTD.
+Intervals are 95 %, over the pairs.
 """
 
-import time
+from itertools import pairwise
 from typing import Any
 
 import torch
-from claims import claim, conclude, once, options
-from judge import FeatureJudge, better, ci95, open_judge, pictures
+from claims import once, options, record, sized
+from judge import ci95, gain, mean, open_judge, pictures, prompts_for
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
+from works import Interval
 
 from augment.bank.bank import LatentBank
 from augment.bank.fill import fill_bank
 from augment.centroid import WALKS, walk
+from augment.core.rng import normal, rng
 from augment.diffusion import Backbone, load_backbone
 from augment.diffusion.solver import sample
 from augment.measure.smoothness import STOPS, interp_score, istd
 from augment.sources.images import sheet, to_pil
-from augment.synthesis.synthesizer import resolve
 
 SCALES = (0.5, 0.7, 0.85, 1.0, 1.15, 1.3, 1.5)
+BY_TEXT = ("lerp", "normalised", "slerp")
+HOW: dict[str, Any] = {"solver": "fireflow", "steps": 10}
+JOINED = 4  # noises side by side
 
 
-def frames(backbone: Backbone, bank: LatentBank, name: str, pairs: int) -> dict[str, Tensor]:
-    """Sample ``pairs`` walks in each class; return images and the seconds of a walk's latents."""
-    begun = time.perf_counter()
-    latents = torch.cat([
-        walk(bank.latents(kind)[2 * pair], bank.latents(kind)[2 * pair + 1], STOPS, name)
-        for kind in bank.classes for pair in range(pairs)
-    ])  # fmt: skip
-    spent = (time.perf_counter() - begun) / (pairs * len(bank.classes))
-    images = sample(backbone, latents, None, **vars(resolve(bank)))
-    return {
-        "images": images.unflatten(0, (len(bank.classes), pairs, STOPS)),
-        "seconds": torch.tensor(spent),
-    }
+def between(ends: Tensor, name: str, backbone: Backbone, texts: list[str] | None) -> Tensor:
+    """Sample walks between pairs of latents (p, 2, C, H, W): images (p, STOPS, …)."""
+    latents = torch.cat([walk(*pair, STOPS, name) for pair in ends])
+    words = None if texts is None else [text for text in texts for _ in range(STOPS)]
+    return sample(backbone, latents, words, **HOW).unflatten(0, (len(ends), STOPS))
 
 
-def assessed(images: Tensor, judge: FeatureJudge) -> tuple[Tensor, Tensor, Tensor]:
-    """Return InterpScore, share of inner images that keep the class, and ISTD of each walk."""
-    labels = torch.arange(len(images)).repeat_interleave(images.shape[1] * images.shape[2])
-    found = judge.assess(images.flatten(0, 2), labels)
-    features, kept = (found[key].unflatten(0, images.shape[:3]) for key in ("features", "kept"))
-    scores = [
-        interp_score(features[row, pair], judge.means[row])
-        for row in range(len(features))
-        for pair in range(features.shape[1])
-    ]
-    even = [istd(one[None]) for one in images.flatten(0, 1)]
-    return torch.tensor(scores), kept[:, :, 1:-1].mean(2).flatten(), torch.tensor(even)
+def panned(noises: Tensor, count: int) -> tuple[Tensor, list[int]]:
+    """Slide a window over noises (n, C, H, W) joined along the width; return it and its columns."""
+    both, width = torch.cat(list(noises), -1), noises.shape[-1]
+    places = [round(k * (both.shape[-1] - width) / (count - 1)) for k in range(count)]
+    return torch.stack([both[..., at : at + width] for at in places]), places
+
+
+def shift(image: Tensor, other: Tensor, most: int) -> int:
+    """Return by how many columns to the left an image fits another one best, by correlation."""
+
+    def fit(columns: int) -> float:
+        width = image.shape[-1]
+        a = image[..., max(columns, 0) : width + min(columns, 0)].flatten()
+        b = other[..., max(-columns, 0) : width + min(-columns, 0)].flatten()
+        return torch.cosine_similarity(a - a.mean(), b - b.mean(), dim=0).item()
+
+    return max(range(-most, most + 1), key=fit)
 
 
 def gif(images: Tensor, path: Any) -> None:
@@ -71,58 +73,103 @@ def gif(images: Tensor, path: Any) -> None:
     )
 
 
-def scaled(backbone: Backbone, bank: LatentBank, judge: FeatureJudge) -> dict[str, list[float]]:
-    """Scale one latent of each class to several deviations; return score and class kept, %."""
-    first = torch.stack([bank.latents(name)[0] for name in bank.classes])
-    found: dict[str, list[float]] = {"score": [], "kept": []}
-    for scale in tqdm(SCALES, "scales"):
-        images = sample(backbone, scale * first, None, **vars(resolve(bank)))
-        scores, kept, _ = assessed(images[:, None, None].expand(-1, 1, 3, -1, -1, -1), judge)
-        found["score"].append(scores.mean().item())
-        found["kept"].append(100 * kept.mean().item())
-    return found
+def kept_of(images: Tensor, labels: Tensor, judge: Any) -> Tensor:
+    """Return the share of a walk's inner images that keep its class."""
+    rows = labels.repeat_interleave(images.shape[1])
+    kept = judge.assess(images.flatten(0, 1), rows)["kept"].unflatten(0, images.shape[:2])
+    return kept[:, 1:-1].mean(1)
+
+
+def between_images(bank: LatentBank, pairs: int) -> tuple[Tensor, Tensor]:
+    """Return pairs of latents of a class (p, 2, …), and the classes (p,)."""
+    ends = [bank.latents(name)[: 2 * pairs].unflatten(0, (pairs, 2)) for name in bank.classes]
+    return torch.cat(ends), torch.arange(len(ends)).repeat_interleave(pairs)
 
 
 def main() -> None:
     """Walk, sample, measure, draw, judge."""
     args = options("Walks between two latents.", "walks").parse_args()
-    pairs = 2 if args.quick else 8
+    pairs, each = sized(args, (1, 2), (2, 4), (8, 40))
     backbone = load_backbone(args.backbone)
     source, reference = pictures(args, 2 * pairs)
     judge = open_judge(args, backbone, reference)
     bank = fill_bank(args.out / f"bank-{pairs}", backbone, source)
-    tag, rows, found = backbone.fingerprint["weights"][:8], [], {}
+    tag, rows, strips = backbone.fingerprint["weights"][:8], [], {}
+    prompts = prompts_for(args, backbone, source)
+    words = list(dict.fromkeys(prompts.values()))
+    homes = torch.tensor([words.index(prompts[name]) for name in source.classes])
+    goals = {text: judge.means[homes == k].mean(0) for k, text in enumerate(words)}
+    texts = [text for text in words for _ in range(each)]
+    noises = normal(rng(0, "noise"), 2 * len(texts), *backbone.latent_shape)
+    ends = noises.unflatten(0, (len(texts), 2))
+    real_ends, labels = between_images(bank, pairs)
+    scores, kept = {}, {}
     for name in tqdm(WALKS, "walks"):
+        row: dict[str, Any] = {"walk": name}
         made = once(
             args.out / f"{tag}-{pairs}-{name}.safetensors",
-            lambda name=name: frames(backbone, bank, name, pairs),
-        )
-        found[name] = assessed(made["images"], judge)
-        gif(made["images"][0, 0], args.out / "gifs" / f"{name}.gif")
-        scores, kept, even = found[name]
-        rows.append({
-            "walk": name, "InterpScore": ci95(scores), "class kept, %": ci95(kept, 100),
-            "ISTD": ci95(even), "ms a walk": f"{1000 * made['seconds'].item():.1f}",
-            "strip": made["images"][-1, 0],
-        })  # fmt: skip
-    strips = {row["walk"]: list(row.pop("strip")) for row in rows}
+            lambda name=name: {"images": between(real_ends, name, backbone, None)},
+        )["images"]
+        kept[name] = kept_of(made, labels, judge)
+        even = torch.tensor([istd(one[None]) for one in made])
+        row |= {"images: class kept, %": ci95(kept[name], 100), "images: ISTD": ci95(even)}
+        strips[name] = list(made[-1])
+        gif(made[0], args.out / "gifs" / f"{name}.gif")
+        row["noises: InterpScore"] = ""
+        if name in BY_TEXT:
+            made = once(
+                args.out / f"{tag}-noise-{each}-{name}.safetensors",
+                lambda name=name: {"images": between(ends, name, backbone, texts)},
+            )["images"]
+            features = judge.network(made.flatten(0, 1)).unflatten(0, made.shape[:2])
+            scores[name] = torch.tensor(
+                [interp_score(x, goals[text]) for x, text in zip(features, texts, strict=True)]
+            )
+            row["noises: InterpScore"] = ci95(scores[name])
+        rows.append(row)
     sheet(strips, [f"{k / (STOPS - 1):.1f}" for k in range(STOPS)]).save(args.out / "walks.png")
-    scales = scaled(backbone, bank, judge)
-    best = SCALES[max(range(len(SCALES)), key=scales["score"].__getitem__)]
-    listed = ", ".join(f"{s}: {v:.1f}" for s, v in zip(SCALES, scales["score"], strict=True))
-    claims = [
-        claim(f"{one} has a better {what} than {other} ({source})",
-              f"{ci95(found[one][place])} against {ci95(found[other][place])}",
-              better(found[one][place], found[other][place]))
-        for one, other, what, place, source in (
-            ("normalised", "lerp", "InterpScore", 0, "Ribeiro"),
-            ("slerp", "lerp", "InterpScore", 0, "Ribeiro"),
-            ("nao", "lerp", "class kept", 1, "Samuel et al."),
-            ("nao", "slerp", "class kept", 1, "Samuel et al."),
-        )
-    ]  # fmt: skip
-    claims.append(claim("a latent is best at standard deviation 1 (Ribeiro)", listed, best == 1.0))
-    conclude(args, rows, claims)
+    moved, pan = pans(noises, words, backbone, 6 if args.toy else 24, args.out / "pan.safetensors")
+    scaled = {
+        f"{scale:g}": list(sample(backbone, scale * noises[: len(words)], words, **HOW))
+        for scale in SCALES
+    }
+    sheet({text[:12]: list(line) for text, line in zip(words, pan, strict=True)},
+          [str(k) for k in range(pan.shape[1])]).save(args.out / "pan.png")  # fmt: skip
+    sheet(scaled, [text[:12] for text in words]).save(args.out / "scales.png")
+    found = {
+        "ri-linear": {name: gain(scores["lerp"], scores[name]) for name in ("normalised", "slerp")},
+        "ri-pan": {"": moved},
+        "na-walks": {name: gain(kept["nao"], kept[name]) for name in ("lerp", "slerp")},
+    }
+    title = (
+        f"walks of {STOPS} images, FireFlow 10: {len(labels)} between two images of a class, "
+        f"{len(texts)} between two noises of a prompt"
+    )
+    captions = {
+        "walks": "A walk of each kind", "pan": f"A window that slides over {JOINED} noises",
+        "scales": "Noises of several standard deviations",
+    }  # fmt: skip
+    record(args, title, rows, found, **captions)
+
+
+def pans(
+    noises: Tensor, words: list[str], backbone: Backbone, count: int, path: Any
+) -> tuple[Interval, Tensor]:
+    """Slide over several noises of each prompt: how far images move against the window, images."""
+    windows, places = zip(
+        *(panned(noises[JOINED * k : JOINED * (k + 1)], count) for k in range(len(words))),
+        strict=True,
+    )
+    texts = [text for text in words for _ in range(count)]
+    made = once(path, lambda: {"images": sample(backbone, torch.cat(windows), texts, **HOW)})
+    images = made["images"].unflatten(0, (len(words), count))
+    size = backbone.resolution // noises.shape[-1]  # pixels a column
+    ratios = [
+        shift(one, other, images.shape[-1] // 4) / (size * (places[0][k + 1] - places[0][k]))
+        for line in images
+        for k, (one, other) in enumerate(pairwise(line))
+    ]
+    return mean(torch.tensor(ratios)), images
 
 
 if __name__ == "__main__":

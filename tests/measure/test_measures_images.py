@@ -94,10 +94,11 @@ def test_images_correlate_and_noise_does_not():
 
 def test_halves_find_each_other():
     a = pictures(0, 40, 3, 4, 4)
-    assert assignment(a, a + 0.01) == 1
-    assert assignment(a, a.roll(1, 0)) == 0
+    assert assignment(a, a + 0.01).all() and not assignment(a, a.roll(1, 0)).any()
     half = torch.cat([a[:20], a[20:].roll(1, 0)])
-    assert assignment(a, half) == 0.5
+    assert assignment(a, half).tolist() == [True] * 20 + [False] * 20
+    bright = a + torch.linspace(0, 9, 40).view(-1, 1, 1, 1)
+    assert not assignment(a, bright + 20)[1:].any() and assignment(a, a + 20, centred=True).all()
 
 
 def test_the_way_from_noise_to_latent_passes_where_it_should():
@@ -114,9 +115,14 @@ def test_an_offset_of_a_channel_is_carried_as_the_gaussian_model_says():
     backbone = GaussianBackbone(mean=0.1, std=0.2)
     noises = torch.randn(3, 4, 16, 16, generator=torch.Generator().manual_seed(0))
     alpha, sigma = backbone.process.alpha_sigma(1.0)
-    slope, images = offset_response(backbone, noises, 2, (-0.3, 0.0, 0.5), "fireflow", 50)
+    late = offset_response(backbone, noises, (0.3, 0.5), "T", "fireflow", 50)
+    early = offset_response(backbone, noises, (0.3, 0.5), "0", "fireflow", 50)
     expected = 0.2 / (alpha**2 * 0.2**2 + sigma**2) ** 0.5
-    assert slope.tolist() == pytest.approx([expected, 0.0], rel=0.01, abs=1e-5)
-    assert images.shape == (3, 4, 16, 16)
-    changed = (images[2] - images[0]).abs().amax(1)
-    assert changed[2, :8].min() > 0.05 and changed[2, 8:].max() < 1e-4 and changed[0].max() < 1e-4
+    ratio = late.inside / early.inside
+    torch.testing.assert_close(ratio, torch.full_like(ratio, expected), rtol=0.01, atol=0)
+    assert (early.inside[1] / early.inside[0]).tolist() == pytest.approx([5 / 3] * 3, rel=0.01)
+    assert max(late.outside.max(), early.outside.max()) < 1e-4
+    assert late.images.shape == (3, 4, 16, 16)
+    changed = late.images[2] - late.images[0]
+    assert changed[0, :4].max() < -0.05 and changed[1, :4].min() > 0.05
+    assert changed[2:].abs().max() < 1e-4

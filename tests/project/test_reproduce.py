@@ -1,36 +1,84 @@
-"""Reproductions: the one without a backbone in full; a quick one resumes."""
+"""Reproductions: every script at a toy size, the rule of a claim, and RESULTS.md as written."""
 
 import json
-import subprocess
+import math
+import runpy
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
-SCRIPTS = Path(__file__).parents[2] / "scripts" / "reproduce"
+ROOT = Path(__file__).parents[2]
+SCRIPTS = ROOT / "scripts" / "reproduce"
+sys.path.append(str(SCRIPTS))
+
+import claims  # noqa: E402
+from works import CLAIMS, WORKS, Claim, Interval, exact  # noqa: E402
+
+HEAVY = ("smooth_diffusion", "seedselect", "inversions", "walks")  # half a minute each, or more
 
 
-def reproduce(name, out):
-    command = [sys.executable, str(SCRIPTS / f"{name}.py"), "--quick", "--out", str(out)]
-    subprocess.run(command, check=True, capture_output=True)
-    return json.loads((out / "claims.json").read_text())["claims"]
+def reproduce(monkeypatch, name, out):
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", "--toy", "--out", str(out)])
+    runpy.run_path(str(SCRIPTS / f"{name}.py"), run_name="__main__")
+    return json.loads((out / "record.json").read_text())
 
 
-def test_the_paths_of_the_rules_are_the_published_ones(tmp_path):
-    claims = reproduce("paths", tmp_path)
-    assert len(claims) == 4 and all(claim["verdict"] == "holds" for claim in claims)
-    assert (tmp_path / "table.csv").exists() and (tmp_path / "paths.png").exists()
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] * (name in HEAVY))
+        for name in dict.fromkeys(claim.script for claim in CLAIMS.values())
+    ],
+)
+def test_every_script_runs_at_a_toy_size_and_decides_its_claims(monkeypatch, tmp_path, name):
+    record = reproduce(monkeypatch, name, tmp_path)
+    own = {key for key, claim in CLAIMS.items() if claim.script == name and claim.measured}
+    assert own - set(record["claims"]) <= {"sd-table3", "sd-table4"}
+    assert all(record["claims"][key] for key in own & set(record["claims"]))
+    for figure in record["figures"]:
+        assert (tmp_path / f"{figure}.png").exists()
+    again = reproduce(monkeypatch, name, tmp_path)
+    assert again["claims"] == record["claims"]
 
 
-@pytest.mark.slow
-def test_a_reproduction_resumes(tmp_path):
-    began = time.perf_counter()
-    claims = reproduce("independent", tmp_path)
-    first = time.perf_counter() - began
-    assert claims[0]["verdict"] == claims[1]["verdict"] == "holds"
-    (tmp_path / "table.csv").unlink()
-    began = time.perf_counter()
-    assert reproduce("independent", tmp_path) == claims
-    assert time.perf_counter() - began < 0.8 * first
-    assert (tmp_path / "table.csv").exists()
+def test_what_needs_no_sampling_holds(monkeypatch, tmp_path):
+    found = reproduce(monkeypatch, "paths", tmp_path)["claims"]
+    for key in ("fig2-lin", "fig2-fix", "fig2-slerp", "fig2-nin"):
+        assert CLAIMS[key].verdict(claims.intervals(key, found)) == "holds"
+
+
+def test_the_rule_of_a_claim():
+    claim = Claim("paths", "LK", "Fig. 0", "it is so", "a number", above=0, below=1)
+    for verdict, *intervals in (
+        ("holds", Interval(0.1, 0.2, 0.3), exact(0.5)),
+        ("within noise", Interval(-0.1, 0.2, 0.3)),
+        ("within noise", Interval(0.5, 0.8, 1.1), exact(0.5)),
+        ("does not hold", Interval(0.1, 0.2, 0.3), Interval(-0.3, -0.2, -0.1)),
+        ("does not hold", exact(2)),
+        ("cannot be decided here", exact(math.nan)),
+        ("cannot be decided here",),
+    ):
+        assert claim.verdict(dict(enumerate(intervals))) == verdict
+    other = Claim("paths", "LK", "Fig. 0", "it is so", "", undecided="no model of it")
+    assert other.verdict({"": exact(1)}) == "cannot be decided here"
+
+
+def test_every_claim_has_a_work_a_script_and_bounds_or_a_reason():
+    for claim in CLAIMS.values():
+        assert claim.work in WORKS and (SCRIPTS / f"{claim.script}.py").exists()
+        bounded = claim.above > -math.inf or claim.below < math.inf
+        assert (claim.measured and bounded) or claim.undecided
+
+
+def test_results_are_what_the_commands_wrote():
+    text = (ROOT / "RESULTS.md").read_text("utf-8")
+    assert claims.rewritten(text) == text, "run python scripts/reproduce/claims.py"
+    for name, record in claims.read_records().items():
+        assert f"scripts/reproduce/{name}.py" in record["command"]
+        for figure in record["figures"]:
+            assert (ROOT / "docs" / f"{figure}.png").exists()
+    inside = text.split(claims.MARKS[0])[1].split(claims.MARKS[1])[0]
+    prose = [line for line in inside.split("\n") if not line.startswith(("|", "!["))]
+    assert max(map(len, prose)) <= 100
