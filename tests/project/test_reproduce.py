@@ -15,7 +15,9 @@ sys.path.append(str(SCRIPTS))
 import claims  # noqa: E402
 from works import CLAIMS, WORKS, Claim, Interval, exact  # noqa: E402
 
-HEAVY = ("smooth_diffusion", "seedselect", "inversions", "walks")  # half a minute each, or more
+HEAVY = (
+    *("smooth_diffusion", "seedselect", "inversions", "walks", "seeds", "independent", "istd"),
+)  # ten seconds of one core or more, each
 
 
 def reproduce(monkeypatch, name, out):
