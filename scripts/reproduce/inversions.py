@@ -123,7 +123,14 @@ def main() -> None:
     }.items():  # fmt: skip
         stem = f"{tag[:8]}-{key}-{steps}-{size}"
         bank = fill_bank(
-            args.out / f"bank-{stem}", backbone, one, own, method, steps=steps, guidance=guidance, stored=()
+            args.out / f"bank-{stem}",
+            backbone,
+            one,
+            own,
+            method,
+            steps=steps,
+            guidance=guidance,
+            stored=(),
         )
         sweeps[key] = once(
             args.out / f"{stem}-{draws}.safetensors",
