@@ -100,8 +100,8 @@ def main() -> None:
             steps = min(steps, 3) if args.toy else steps
             stem = f"{tag[:8]}-{method}-{steps}-{guidance:g}-{each}"
             bank = fill_bank(
-                args.out / f"bank-{stem}", backbone, few, prompts, method, steps=steps, guidance=guidance,
-                stored=(),
+                args.out / f"bank-{stem}", backbone, few, prompts, method, steps=steps,
+                guidance=guidance, stored=(),
             )  # fmt: skip
             images[name] = once(
                 args.out / f"{stem}.safetensors", lambda bank=bank: {"i": back(backbone, bank)}
