@@ -180,9 +180,9 @@ def draw(found: dict[str, dict[str, Tensor]], mega: dict[str, Tensor], path: Pat
         for axes, values, at in (
             (left, cell["losses"], range(steps + 1)), (middle, cell["distance"], looks)
         ):  # fmt: skip
-            lows, middle, highs = zip(*map(mean, values.T), strict=True)
+            lows, centre, highs = zip(*map(mean, values.T), strict=True)
             low, high = ([max(x, 1e-3) for x in ends] for ends in (lows, highs))
-            axes.plot(at, middle, "o-", ms=3, label=f"{start}, {steps} at {lr}")
+            axes.plot(at, centre, "o-", ms=3, label=f"{start}, {steps} at {lr}")
             axes.fill_between(at, low, high, alpha=0.2)
     left.set(title="loss", xlabel="step", yscale="log")
     middle.set(title="cosine distance to the class's mean", xlabel="step", yscale="log")
