@@ -116,8 +116,8 @@ CLAIMS = {
         "class distance of FIX centroids of the most members, less that of the same by fix/chm",
         above=0,
         note="This comparison was chosen after the data were seen. The first one, with centroids "
-        "of as many noises, is within noise (−0.006 [−0.048, 0.036]): `tiny` is not trained on pure "
-        "noise.",
+        "of as many noises, is within noise (−0.006 [−0.048, 0.036]): `tiny` is not trained on "
+        "pure noise.",
     ),
     "fig4": Claim(
         "degeneracy", "LK", "Fig. 4",
