@@ -38,10 +38,10 @@ def test_a_bias_that_the_rule_enlarges_is_told_once(gaussian, tmp_path):
     biased = bank.to("cpu")
     for chunks in biased.chunks.values():
         latents = 0.3 + torch.randn(9, 1, 8, 8, generator=generator)
-        biased._resident[chunks[0].stem] = latents
+        biased._resident[chunks[0].file("latents")] = latents
         chunks[0] = dataclasses.replace(chunks[0], means=(latents.mean().item(),))
 
-    def message(rule):
+    def warned(rule):
         synthesizer = Synthesizer(gaussian, bank, Rule.parse(rule), Sampling(steps=1))
         synthesizer.bank = biased
         with warnings.catch_warnings(record=True) as seen:
@@ -50,10 +50,10 @@ def test_a_bias_that_the_rule_enlarges_is_told_once(gaussian, tmp_path):
             synthesizer.images(plans)
         return [str(warning.message) for warning in seen if warning.category is BiasWarning]
 
-    (message,) = message("fix/0")
+    (message,) = warned("fix/0")
     assert message.startswith("class 'a': fix/0 makes the channel means 2.1 times")
     assert "fix/chm keeps them" in message
-    assert message("fix/chm") == []
+    assert warned("fix/chm") == []
 
 
 def test_lol_takes_the_mean_of_the_bank(gaussian, bank):

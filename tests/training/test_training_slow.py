@@ -64,7 +64,7 @@ def weights(out: Path) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("how", ["fly", "shards"])
 def test_killed_at_random_it_ends_with_the_same_weights(root, tmp_path, how):
-    fly = {"bank": str(root / "bank"), "per_class": 6, "steps": 1}
+    fly = {"bank": str(root / "bank"), "per_class": 6, "sampling": {"steps": 1}}
     fly = {"class_path": "augment.SyntheticDataset", "init_args": fly}
     settings = config(root, fly if how == "fly" else str(root / "shards"))
     whole, cut = tmp_path / "whole", tmp_path / "cut"
