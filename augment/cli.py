@@ -9,6 +9,7 @@ import io
 import json
 import os
 import pkgutil
+import select
 import signal
 import sys
 import warnings
@@ -199,6 +200,12 @@ def main() -> None:
             record = run(args)
         if "--json" in typed:
             print(json.dumps(record))
+        sys.stdout.flush()
+    except BrokenPipeError:
+        if not unread(sys.stdout.fileno()):  # it was a pipe between processes
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for Python's last flush
+        sys.exit(128 + signal.SIGPIPE)
     except UserError as error:
         fail(str(error))
     except ArgumentError as error:
@@ -215,6 +222,13 @@ def main() -> None:
     except KeyboardInterrupt as stop:
         ended, code = ("terminated", 143) if isinstance(stop, Terminated) else ("interrupted", 130)
         fail(f"{ended}; run the same command again to go on", code)
+
+
+def unread(descriptor: int) -> bool:
+    """Tell whether nobody reads a pipe any more, as after ``| head``."""
+    poll = select.poll()
+    poll.register(descriptor, 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def fail(message: str, code: int = 2) -> NoReturn:

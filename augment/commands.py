@@ -77,8 +77,8 @@ def summarize_shards(job: "ShardJob") -> Record:
     members = fmean(len(plan.members) for plan in plans)
     print(
         f"{job.path}: {tally.written} of {tally.wanted} images of {len(job.planner.images)} "
-        f"classes in {tally.shards} shards; each mixes {count:.1f} of {round(members, 1):g} "
-        "members on average (effective count)"
+        f"classes in {tally.shards} {'shard' if tally.shards == 1 else 'shards'}; "
+        f"each mixes {count:.1f} of {round(members, 1):g} members on average (effective count)"
     )
     print("".join(line + "\n" for line in tally.refused_lines()), end="")
     print(

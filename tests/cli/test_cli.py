@@ -49,7 +49,7 @@ def test_invert_then_synthesize(monkeypatch, capsys, images, tmp_path):
     count = sum(1 / sum(w * w for w in row) for row in weights) / 6
     assert 1 < count < 1.5
     tail = f"each mixes {count:.1f} of 1.5 members on average (effective count)\n"
-    words = f"{out}: 6 of 6 images of 2 classes in 1 shards; {tail}"
+    words = f"{out}: 6 of 6 images of 2 classes in 1 shard; {tail}"
     words += f"next: latent-augment train fit --data.train IMAGES --data.synthetic {out} "
     words += "--trainer.max_epochs 20\n"
     assert (code, output) == (0, words)

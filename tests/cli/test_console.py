@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 
@@ -84,3 +85,12 @@ def test_help_is_quick_for_it_imports_no_torch(words):
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "usage: latent-augment" in done.stdout
     assert done.stdout.splitlines()[-2] == "False"
+
+
+@pytest.mark.parametrize("words", [["--help"], ["inspect", "--help"]])
+def test_a_reader_that_has_seen_enough_is_no_error(words):
+    line = [sys.executable, "-m", "augment.cli", *words]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(line, **pipes) as process:
+        process.stdout.close()  # as head does
+        assert process.stderr.read() == b"" and process.wait() == 128 + signal.SIGPIPE
