@@ -23,6 +23,7 @@ from augment.bank.bank import LatentBank
 from augment.core.errors import UserError
 from augment.diffusion.sampling import Sampling
 from augment.inversion import INVERTERS
+from augment.plan.mixing import Mixing
 from augment.plan.plan import Plan
 from augment.plan.planner import Planner, round_robin
 from augment.shards.dataset import Shards, open_shards
@@ -59,7 +60,7 @@ def python(
     loaded = "**bank.recipe"
     if recipe is not None:
         loaded = ", ".join(f"{key}={value!r}" for key, value in recipe.items())
-    options = [f"Rule.parse({rule!r})", repr(Sampling(**asdict(sampling)))]
+    options = [f"Rule.parse({rule!r})", _expression(Sampling(**asdict(sampling)))]
     options += [f"prompts={prompts!r}"] if prompts else []
     options += [f"refine=SeedSelect(**{refine!r})"] if refine else []
     body = f"""
@@ -74,6 +75,13 @@ to_pil(image).save("image.png")
     head = f"from augment import {names}\nfrom augment.sources.images import to_pil\n"
     head += "from augment.synthesis.refine import SeedSelect\n" if refine else ""
     return head + body
+
+
+def _expression(value: Mixing | Sampling) -> str:
+    """Return the expression of a value, without what has its default."""
+    fields = [(f.name, getattr(value, f.name), f.default) for f in dataclasses.fields(value)]
+    given = (f"{name}={own!r}" for name, own, usual in fields if own != usual)
+    return f"{type(value).__name__}({', '.join(given)})"
 
 
 def command(name: str, options: Mapping[str, Any], separator: str = " ") -> str:
@@ -224,7 +232,7 @@ class Provenance:
         if self.folder is None or row is None or draws(self.planner, plan):
             features = ", features=bank.features('latent')" if self.planner.features else ""
             place = f"({plan.epoch}, {plan.index}, {plan.label})"
-            drawn = f"Planner(bank.members, {mixing!r}{features}){place}"
+            drawn = f"Planner(bank.members, {_expression(mixing)}{features}){place}"
         else:
             path = str(self.folder.path.absolute())
             drawn = f"open_shards({path!r}, complete=False).plan({row})"
