@@ -208,7 +208,7 @@ def diversity(features: Float[Tensor, "n d"]) -> float:
 
 
 def deviation(
-    measure: Callable[..., float], *sets: Features, draws: int = 100, seed: int = 0
+    measure: Callable[..., float], *sets: Float[Tensor, "_ d"], draws: int = 100, seed: int = 0
 ) -> float:
     """Return the standard deviation of a measure of sets, by the bootstrap over their images.
 

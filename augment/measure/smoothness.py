@@ -36,7 +36,7 @@ def walks(
     backbone: Backbone,
     prompts: list[str],
     seed: int = 0,
-    mean: Float[Tensor, "c"] | float = 0.0,
+    mean: Float[Tensor, " latent"] | float = 0.0,
     name: str = "slerp",
     solver: str = "fireflow",
     steps: int = 25,
@@ -48,8 +48,8 @@ def walks(
         backbone: the diffusion model.
         prompts: prompt of each walk; may repeat.
         seed: seed of the noises; walk i has the same two noises for every model.
-        mean: mean of each channel to add to the noise, for models whose last level is not quite
-            noise.
+        mean: mean of each latent channel to add to the noise, for models whose last level is not
+            quite noise.
         name: name of the walk; see `augment.centroid.walks`.
         solver: see `augment.sample`.
         steps: see `augment.sample`.

@@ -214,7 +214,9 @@ def main() -> None:
     args = parser.parse_args()
     backbone = load_backbone(args.backbone)
     study = Study(args, backbone)
-    source = Folder(args.train) if args.train else Items(Clothes())
+    source: Source = Folder(args.train) if args.train else study.source
+    if not (args.train or args.toy):
+        source = Items(Clothes())
     texts = class_prompts(source.classes, "a photo of a {name}")
     prompts = COARSE if args.backbone == "tiny" else texts
     rows, made = [], {}
