@@ -53,7 +53,7 @@ class Work(NamedTuple):
 
 @dataclass
 class Gallery:
-    """Makes tiles.
+    """Makes the small pictures of a report, with what is known of each.
 
     Args:
         provenance: how images are, or were, made.
