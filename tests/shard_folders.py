@@ -11,10 +11,11 @@ from hypothesis import HealthCheck, settings
 from PIL import Image
 
 import augment.shards.dataset
-from augment import Plan, UserError
+from augment import Mixing, Plan, Planner, Sampling, Synthesizer, UserError
 from augment.core.schema import write
 from augment.shards.dataset import Sample, encode, open_shards, verify_shard, write_shard
-from augment.shards.format import shard_path
+from augment.shards.format import Output, shard_path
+from augment.shards.write import ShardJob
 
 CLASSES = ["ant", "bee"]
 ODD = "a#b ?%20 {0..3} ü"
@@ -44,7 +45,7 @@ def sample(key: int, extension: str = "png", channels: int = 3, size: int = 8) -
 
 
 def fill(folder: Path, counts=(3, 2), extension: str = "png", channels: int = 3, size: int = 8):
-    """A folder of shards of so many samples each."""
+    """Write a folder of shards, with a number of samples for each."""
     folder.mkdir(parents=True)
     facts = {"schema": 1, "classes": CLASSES, "shards": len(counts), "extension": extension}
     (folder / "synthesis.json").write_text(json.dumps(facts))
@@ -93,3 +94,15 @@ def put(path: Path, content: bytes, **changes: object) -> None:
     path.write_bytes(content)
     digest = hashlib.sha256(content).hexdigest()
     rewrite(path, bytes=len(content), sha256=digest, **changes)
+
+
+def small_job(
+    root: Path, bank, backbone, out: str = "out", alpha: float = 1.0, source=None, **options
+) -> ShardJob:
+    """Return a job of 8 images a class in shards of 10."""
+    sampling = Sampling(steps=2, batch_size=4)
+    synthesizer = Synthesizer(backbone, bank, sampling=sampling, source=source)
+    planner = Planner(bank.members, Mixing(alpha=alpha, members=2, noise=0.3))
+    options = {"shard_size": 10, "extension": "png"} | options
+    job = {k: options.pop(k) for k in ("filters", "where") if k in options}
+    return ShardJob(root / out, synthesizer, planner, 8, Output(**options), **job)

@@ -48,18 +48,7 @@ def sweep(
     vary: dict[str, list[Any]] | None = None,
     given: Config | None = None,
 ) -> None:
-    """Train and test with several seeds, and print the mean and its 95 % interval.
-
-    Args:
-        recipe: configuration of latent-augment train, in which everything that draws gets the
-            run's seed: so FewShot draws other images.
-        out: folder for the runs and the tables runs.csv and summary.csv; finished runs are not
-            repeated, and an interrupted one is resumed.
-        seeds: number of seeds: 0, 1, and so on.
-        vary: values of settings to try, each with each, as YAML such as
-            '{data.train.init_args.shots: [1, 2, 4]}'.
-        given: settings other than the configuration's, as YAML such as '{trainer.max_epochs: 10}'.
-    """
+    """Train and test with several seeds, and print intervals; see `augment.commands.sweep`."""
     expect(seeds >= 2, "at least 2 seeds for an interval", seeds)
     try:
         base = yaml.load(quote_names(Path(recipe).read_text()), _Loader)

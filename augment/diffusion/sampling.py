@@ -19,7 +19,7 @@ class Sampling:
     """How a latent becomes an image.
 
     Args:
-        solver: exact (undoes the bank's inversion), fast (fireflow in 10 steps), or ddim, euler,
+        solver: exact (undoes the bank's inversion), fast (fireflow in 10 steps), or ddim,
             dpm++, midpoint, fireflow.
         steps: number of solver steps; by default that of the bank, or 10 with fast.
         guidance: scale of classifier-free guidance; by default that of the bank, which is its

@@ -142,7 +142,6 @@ def move(denoise: Denoiser, latent: Tensor, here: float, there: float, pair: Pai
 TINY = 1e-30
 SOLVERS: dict[str, Solver] = {
     "ddim": ddim,
-    "euler": ddim,
     "dpm++": dpm,
     "midpoint": midpoint,
     "fireflow": fireflow,

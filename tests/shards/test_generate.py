@@ -5,10 +5,12 @@ import re
 import shutil
 import warnings
 from dataclasses import dataclass
+from functools import partial
 
 import pytest
 import torch
 from conftest import COUNTS, amend, planner_with, snapshot
+from shard_folders import small_job
 
 from augment import (
     BankMismatch,
@@ -27,7 +29,6 @@ from augment.diffusion.sampling import Sampling
 from augment.inversion import inverter
 from augment.jobs.job import estimate, run, stripe
 from augment.plan.mixing import Mixing
-from augment.shards.format import Output
 from augment.shards.verify import count_shards, inspect, verify
 from augment.shards.write import ShardJob, write_shards
 from augment.sources import Folder
@@ -58,18 +59,7 @@ class Never:
 
 @pytest.fixture
 def make(bank, gaussian, tmp_path):
-    """A job of 8 images a class in shards of 10."""
-
-    def make(out: str = "out", alpha: float = 1.0, source=None, **options) -> ShardJob:
-        synthesizer = Synthesizer(
-            gaussian, bank, sampling=Sampling(steps=2, batch_size=4), source=source
-        )
-        planner = Planner(bank.members, Mixing(alpha=alpha, members=2, noise=0.3))
-        options = {"shard_size": 10, "extension": "png"} | options
-        job = {k: options.pop(k) for k in ("filters", "where") if k in options}
-        return ShardJob(tmp_path / out, synthesizer, planner, 8, Output(**options), **job)
-
-    return make
+    return partial(small_job, tmp_path, bank, gaussian)
 
 
 def test_anybody_may_remake_any_shard(make, tmp_path):

@@ -5,12 +5,14 @@ import os
 import random
 import shutil
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
 from conftest import COUNTS, snapshot
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from shard_folders import small_job
 
 from augment import (
     LatentBank,
@@ -49,18 +51,7 @@ class Dark:
 
 @pytest.fixture
 def make(bank, gaussian, tmp_path):
-    """A job of 8 images a class in shards of 10."""
-
-    def make(out: str = "out", alpha: float = 1.0, source=None, **options) -> ShardJob:
-        synthesizer = Synthesizer(
-            gaussian, bank, sampling=Sampling(steps=2, batch_size=4), source=source
-        )
-        planner = Planner(bank.members, Mixing(alpha=alpha, members=2, noise=0.3))
-        options = {"shard_size": 10, "extension": "png"} | options
-        job = {k: options.pop(k) for k in ("filters", "where") if k in options}
-        return ShardJob(tmp_path / out, synthesizer, planner, 8, Output(**options), **job)
-
-    return make
+    return partial(small_job, tmp_path, bank, gaussian)
 
 
 @pytest.fixture(scope="module")

@@ -313,7 +313,7 @@ BYTES: dict[str, Callable[[bytes], bytes]] = {
     "size of 70 bits": of_size(b"\x80\0\0" + b"\xff" * 9),
     "negative size": of_size(b"\xff" * 12),
     "size with a sign": of_size(b"-0000000001\0"),
-    "size that is none": of_size(b"12_4 abcdef\0"),
+    "size that is no number": of_size(b"12_4 abcdef\0"),
     "many members": many,
     "gzip": gzip.compress,
     "zeros": lambda content: bytes(len(content)),

@@ -422,7 +422,7 @@ def test_interrupted_shards_go_on_to_the_same_bytes(write, tmp_path, monkeypatch
 OTHERS = {
     "steps": {"steps": 4},
     "rule": {"rule": "fix/0"},
-    "solver": {"solver": "euler"},
+    "solver": {"solver": "midpoint"},
     "guidance": {"guidance": 2.0},
     "per class": {"per_class": 3},
     "shard size": {"shard_size": 3},

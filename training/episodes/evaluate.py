@@ -88,7 +88,7 @@ class EpisodeSettings:
         noise: share of fresh noise, in [0, 1); with n_shot 1 only this makes anything new.
         per_class: synthetic images of each class of a task.
         synthetic_weight: weight of a synthetic image; a real one weighs 1.
-        solver: exact, fast, or ddim, euler, dpm++, midpoint, fireflow.
+        solver: exact, fast, or ddim, dpm++, midpoint, fireflow.
         steps: solver steps; by default those of the bank, or 10 with fast.
         guidance: scale of classifier-free guidance; by default as the bank was inverted.
         head: logistic or prototype.
