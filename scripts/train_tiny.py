@@ -3,11 +3,11 @@
     python scripts/train_tiny.py            # 10 000 steps, about an hour on 2 cores
     python scripts/train_tiny.py --bf16     # compiled, in bfloat16
     python scripts/train_tiny.py --images CIFAR --run runs/tiny-cifar --out tiny-cifar.safetensors
-    python scripts/train_tiny.py --zero-snr --steps 3000 --lr 3e-4 --start \
-        augment/diffusion/backbones/weights/tiny.safetensors --run runs/zero --out
-        tiny-zero.safetensors
+    python scripts/train_tiny.py --flow --steps 2048 --lr 5e-4 --keep --run runs/tiny-flow --start \
+        augment/diffusion/backbones/weights/tiny.safetensors --out tiny-flow.safetensors
 
-The last ends at pure noise, where Stable Diffusion's own schedule leaves 7 % of the latent.
+The last is a rectified flow, which ends at pure noise, as ``--zero-snr`` does; Stable Diffusion's
+own schedule leaves 7 % of the latent. ``--keep`` keeps the weights at steps that are powers of two.
 ``augment/diffusion/backbones/weights/*.md`` have the commands of the weights in the package. The
 images are Fashion-MNIST's 60 000 training images, of Debian's package ``dataset-fashion-mnist`` or
 of torchvision's download; or CIFAR-10's in class folders. Of those the first 100 of each class are
@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from augment.core.files import sha256, write_bytes
 from augment.diffusion.backbones.tiny import PROMPTS, WEIGHTS, build_network, haar
-from augment.diffusion.process import VariancePreserving
+from augment.diffusion.process import GOALS, Flow, Process, VariancePreserving
 from augment.sources import Folder
 from augment.sources.fashion import COARSE
 from augment.sources.images import prepare
@@ -38,6 +38,7 @@ from augment.sources.images import prepare
 VEHICLES = ("airplane", "automobile", "ship", "truck")
 KEPT = slice(100, 4000)  # of each class of CIFAR-10
 PROMPT_DROPOUT = 0.5
+LEVELS = 1000  # of noise in training
 UNET = {
     "sample_size": 16,
     "layers_per_block": 2,
@@ -88,13 +89,17 @@ def mirrored(clean: Tensor) -> Tensor:
 
 
 class Run(DenoiserRun):
-    """A training of ``tiny``'s network by v-prediction."""
+    """A training of ``tiny``'s network by v-prediction, or of a flow."""
 
     def __init__(self, args: argparse.Namespace, data: Data) -> None:
         torch.manual_seed(args.seed)
         self.data = data
-        self.process = {"prediction": "v"} | ({"zero_terminal_snr": True} if args.zero_snr else {})
-        self.alphas2 = VariancePreserving(**self.process).alphas_cumprod[1:].float()
+        self.process: Process = (
+            Flow() if args.flow else VariancePreserving("v", zero_terminal_snr=args.zero_snr)
+        )
+        levels = [number / LEVELS for number in range(1, LEVELS + 1)]
+        self.amounts = torch.tensor([self.process.alpha_sigma(level) for level in levels])
+        self.times = torch.tensor([self.process.timestep(level) for level in levels])
         channels = data.clean.shape[1]
         sizes = {"in_channels": channels, "out_channels": channels}
         self.unet = UNET | sizes | {"num_class_embeds": len(data.words)}
@@ -113,34 +118,46 @@ class Run(DenoiserRun):
         """Average over the last 2000 steps, fewer at the start."""
         return min(0.9995, (self.step + 1) / (self.step + 20))
 
+    def update(self, loss: Tensor) -> None:
+        """Make a step; keep the weights before it if its number is a power of two."""
+        if self.args.keep and self.step & (self.step - 1) == 0:
+            self.write_to(self.args.run / f"step-{self.step:06}.safetensors")
+        super().update(loss)
+
     def loss(self) -> Tensor:
-        """Return the v-prediction loss of the step's batch, which is a function of the step."""
+        """Return the loss of the step's batch, which is a function of the step."""
         generator = torch.Generator().manual_seed(self.args.seed * 1_000_003 + self.step)
         clean, prompts, count = self.data.clean, self.data.prompts, self.batch
         rows = torch.randint(len(clean), (count,), generator=generator)
-        times = torch.randint(len(self.alphas2), (count,), generator=generator)
+        numbers = torch.randint(LEVELS, (count,), generator=generator)
         noise = torch.randn(count, *clean.shape[1:], generator=generator)
         drop = torch.rand(count, generator=generator) < PROMPT_DROPOUT
-        parts = self.alphas2, 1 - self.alphas2
-        alpha, sigma = (part[times].sqrt().view(-1, 1, 1, 1) for part in parts)
+        alpha, sigma = self.amounts[numbers].T.view(2, -1, 1, 1, 1)
         z, words = clean[rows], torch.where(drop, 0, prompts[rows])
         if self.data.mirror:
             flip = torch.rand(count, generator=generator) < 0.5
             z = torch.where(flip.view(-1, 1, 1, 1), mirrored(z), z)
         with torch.autocast("cpu", torch.bfloat16, enabled=self.args.bf16):
-            out = self.predict(alpha * z + sigma * noise, times, words, return_dict=False)[0]
-        return (out.float() - (alpha * noise - sigma * z)).square().mean()
+            latents, times = alpha * z + sigma * noise, self.times[numbers]
+            out = self.predict(latents, times, words, return_dict=False)[0]
+        goal = GOALS[self.process.prediction](z, noise, alpha, sigma)
+        return (out.float() - goal).square().mean()
 
     def write(self) -> None:
+        """Write the averaged weights to ``--out``."""
+        self.write_to(self.args.out)
+
+    def write_to(self, path: Path) -> None:
         """Write the averaged weights in float16."""
         settings = {key: getattr(self.args, key) for key in ("batch", "lr", "seed")}
         settings["start"] = sha256(self.args.start.read_bytes()) if self.args.start else None
         about = {"scale": self.data.scale, "white": self.data.white, "prompts": self.data.words}
-        about["process"] = ("diffusion", self.process)
+        options = {"prediction": "v"} | ({"zero_terminal_snr": True} if self.args.zero_snr else {})
+        about["process"] = ("flow", {}) if self.args.flow else ("diffusion", options)
         config = {"unet": self.unet, **about, "steps": self.step, **settings}
-        self.args.out.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         state = half_precision(self.average.state_dict())
-        write_bytes(self.args.out, save(state, {"config": json.dumps(config)}))
+        write_bytes(path, save(state, {"config": json.dumps(config)}))
 
 
 def main() -> None:
@@ -148,7 +165,10 @@ def main() -> None:
     parser = options(__doc__, steps=10_000, batch=64, lr=1e-3)
     parser.add_argument("--images", type=Path, help="CIFAR-10 in class folders")
     parser.add_argument("--start", type=Path, help="weights to begin with")
-    parser.add_argument("--zero-snr", action="store_true", help="schedule that ends at pure noise")
+    ends = parser.add_mutually_exclusive_group()
+    ends.add_argument("--zero-snr", action="store_true", help="schedule that ends at pure noise")
+    ends.add_argument("--flow", action="store_true", help="rectified flow")
+    parser.add_argument("--keep", action="store_true", help="keep weights at powers of two")
     parser.add_argument("--run", type=Path, default=Path("runs/tiny"))
     parser.add_argument("--out", type=Path, default=WEIGHTS)
     parser.add_argument("--bf16", action="store_true")

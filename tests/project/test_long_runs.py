@@ -191,22 +191,30 @@ def test_the_steps_of_a_batch_are_spread_over_all_levels(run):
     assert asked[0].min() < 150 and asked[0].max() > 850
 
 
-@pytest.mark.parametrize("zero", [False, True], ids=["as Stable Diffusion", "to pure noise"])
-def test_the_trained_process_is_in_the_weights(scripts, tmp_path, zero):
+@pytest.mark.parametrize("end", ["", "zero_snr", "flow"])
+def test_the_trained_process_is_in_the_weights(scripts, tmp_path, end):
     import train_tiny as script
 
     clean = torch.randn(8, 4, 16, 16, generator=torch.Generator().manual_seed(0))
     data = script.Data(clean, torch.ones(8).long(), script.PROMPTS, 1.0, 1.0, mirror=False)
     args = argparse.Namespace(
-        **{"run": tmp_path, "out": tmp_path / "out.safetensors", "start": None, "zero_snr": zero},
-        **{"steps": 1, "batch": 8, "lr": 1e-3, "seed": 0, "bf16": False},
+        **{"run": tmp_path, "out": tmp_path / "out.safetensors", "start": None, "keep": True},
+        **{"zero_snr": end == "zero_snr", "flow": end == "flow"},
+        **{"steps": 3, "batch": 8, "lr": 1e-3, "seed": 0, "bf16": False},
     )
     run = script.Run(args, data)
-    assert (run.alphas2[-1] == 0) == zero
+    assert (run.amounts[-1, 0] == 0) == bool(end), "nothing of the clean latent is left at the end"
     run.train()
     backbone = load_backbone(args.out, device="cpu")
-    assert backbone.process == VariancePreserving("v", zero_terminal_snr=zero)
+    vp = VariancePreserving("v", zero_terminal_snr=end == "zero_snr")
+    assert backbone.process == (Flow() if end == "flow" else vp)
     assert backbone.prompts == script.PROMPTS
+    kept = sorted(path.name for path in tmp_path.glob("step-*"))
+    assert kept == [f"step-{step:06}.safetensors" for step in (0, 1, 2)]
+    first = load_file(tmp_path / kept[0])
+    torch.manual_seed(0)
+    untrained = script.build_network(run.unet).state_dict()
+    assert all(torch.equal(first[key], value.half()) for key, value in untrained.items())
 
 
 def test_the_features_of_a_trained_network_are_tried_on_episodes(
