@@ -22,6 +22,7 @@ from augment.core.errors import UserError
 if TYPE_CHECKING:  # the types of options, which jsonargparse imports when it shows or parses them
     import augment.bank.fill
     import augment.shards.format
+    import augment.synthesis.between
     from augment.jobs.job import Job
     from augment.shards.write import ShardJob
     from augment.sources import Source
@@ -413,6 +414,25 @@ def export(shards: str, out: str) -> Record:
     return {"folder": out}
 
 
+def walk(settings: "augment.synthesis.between.WalkSettings") -> Record:
+    """Walk from one image to another through their latents, and write the images on the way.
+
+    Examples:
+        latent-augment walk cat.jpg --to dog.jpg --prompt 'a photo of a pet' --backbone sd15
+        latent-augment walk boot.png --to bag.png --inversion fireflow
+        latent-augment walk boot.png --to bag.png --inversion noise --level 0 --path lerp
+    """
+    from augment.synthesis.between import write_walk
+
+    count, psnr = write_walk(settings)
+    first, last = psnr.tolist()
+    print(
+        f"{settings.out}: {count} images and walk.png; the ends are {first:.1f} and {last:.1f} dB "
+        "(PSNR) from the given images"
+    )
+    return {"folder": settings.out, "images": count, "psnr": [first, last]}
+
+
 def explore(
     bank: str,
     out: str | None = None,
@@ -458,7 +478,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     command.__name__: command
     for command in (
         *(invert, synthesize, train, sweep, episodes, adapt, smooth, demo, evaluate, report),
-        *(inspect, verify, merge, split, export, explore),
+        *(inspect, verify, merge, split, export, walk, explore),
     )
 }
 """The commands by name, in the order of ``latent-augment --help``."""

@@ -3,6 +3,6 @@
 from augment.centroid.means import MEANS
 from augment.centroid.norms import NORMS
 from augment.centroid.rule import Rule
-from augment.centroid.walks import WALKS, walk
+from augment.centroid.walks import WALKS, slide, tour, walk
 
-__all__ = ["MEANS", "NORMS", "WALKS", "Rule", "walk"]
+__all__ = ["MEANS", "NORMS", "WALKS", "Rule", "slide", "tour", "walk"]

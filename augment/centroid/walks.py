@@ -18,7 +18,8 @@ walk             its latent at the place γ in [0, 1]
 ``normalised``, ``translation`` and ``slice`` (its "corrected" translation, where the picture does
 not move) are those of Ribeiro, *Exploring the latent space of text-to-image diffusion models*,
 2023. They end at γ = 1 in b itself, all but ``circle``. Translations move by whole columns: a
-fraction of one would blur the noise.
+fraction of one would blur the noise. `slide` is the translation over any number of latents, and
+`tour` a closed path through any number of them, by a rule.
 """
 
 import math
@@ -101,8 +102,7 @@ def _cheapest(ends: Float[Tensor, " 2"], turn: float, dim: int) -> float:
 
 def _translation(a: Latent, b: Latent, count: int) -> Walk:
     """Slide a window over [a | b]."""
-    both, width = torch.cat([a, b], -1), a.shape[-1]
-    return torch.stack([both[..., at : at + width] for at in _columns(width, count)])
+    return slide(torch.stack([a, b]), count)
 
 
 def _cut(a: Latent, b: Latent, count: int) -> Walk:
@@ -114,6 +114,58 @@ def _cut(a: Latent, b: Latent, count: int) -> Walk:
 def _columns(width: int, count: int) -> list[int]:
     """Return numbers of whole columns, from none to all, in equal steps."""
     return [round(width * step / max(count - 1, 1)) for step in range(count)]
+
+
+def slide(latents: Float[Tensor, "n c h w"], count: int) -> Float[Tensor, "t c h w"]:
+    """Slide a window over latents that stand side by side, from the first to the last.
+
+    Ribeiro, *Exploring the latent space of text-to-image diffusion models*, 2023.
+
+    Args:
+        latents: joined along the width.
+        count: number T of windows, in nearly equal steps of whole columns.
+    """
+    joined, width = torch.cat(list(latents), -1), latents.shape[-1]
+    places = _columns(joined.shape[-1] - width, count)
+    return torch.stack([joined[..., at : at + width] for at in places])
+
+
+def tour(
+    latents: Float[Tensor, "n c h w"], count: int, rule: Rule = Rule()
+) -> Float[Tensor, "t c h w"]:
+    r"""Walk a closed path through all latents, mixed by a rule.
+
+    Landolsi & Kahl, *Addressing degeneracies in latent interpolation for diffusion models*, arXiv
+    2505.07481, sec. 7, wish for morphing of many images. At the place φ in [0, 2π) latent n of N
+    has the weight
+
+    .. math:: w_n = \Bigl(\frac{\sin(N x_n / 2)}{N \sin(x_n / 2)}\Bigr)^2,
+        \qquad x_n = φ - 2πn/N,
+
+    Fejér's kernel: never negative, of sum 1, smooth, and 1 at the latent's own place, where all
+    other weights are 0. Halfway between neighbours these have about 0.4 each.
+
+    Args:
+        latents: N ≥ 2.
+        count: number T of latents on the path; T = kN passes each latent. After the last one comes
+            the first again.
+        rule: norm and mean split; ``nin``, ``fade`` and ``slerp`` pass through the latents
+            themselves.
+
+    Raises:
+        UserError: fewer than two latents, or a rule that does not take N of them.
+
+    >>> latents = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    >>> torch.allclose(tour(latents, 6, Rule("nin", "chm"))[::2], latents, atol=1e-5)
+    True
+    """
+    number = len(latents)
+    if number < 2:
+        raise UserError(f"expected at least 2 latents for a tour, got {number}; pass more")
+    place = torch.arange(count, dtype=torch.float64)[:, None] / count
+    turn = place - torch.arange(number, dtype=torch.float64) / number
+    weights = (torch.sinc(number * turn) / torch.sinc(turn)).square()  # sinc(x) = sin(πx)/(πx)
+    return rule(latents.expand(count, *latents.shape), weights)
 
 
 WALKS: dict[str, Callable[[Latent, Latent, int], Walk]] = {

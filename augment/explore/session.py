@@ -26,9 +26,8 @@ from augment.plan.mixing import Mixing
 from augment.plan.plan import Plan
 from augment.plan.planner import Planner
 from augment.report import provenance
-from augment.shards.write import reduce
 from augment.sources import Source
-from augment.sources.images import decode_image, to_pil
+from augment.sources.images import decode_image, reduce, to_pil
 from augment.synthesis.synthesizer import Synthesizer, resolve
 
 MAX_MEMBERS = 5  # more sliders would be unusable

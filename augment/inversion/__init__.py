@@ -123,7 +123,7 @@ def check_guidance(
         raise UserError(
             f"expected a prompt for every image and a guidance other than 1 for "
             f"{type(run).__name__}, got {'guidance 1' if guidance == 1 else 'none for some'}; "
-            "give every class a prompt, or take another inversion"
+            "give prompts, or take another inversion"
         )
 
 

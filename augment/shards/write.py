@@ -21,8 +21,6 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from jaxtyping import Float
 from torch import Tensor
 
 from augment.bank.bank import LatentBank
@@ -55,6 +53,7 @@ from augment.shards.format import (
     write_info,
 )
 from augment.shards.verify import Tally, count_shards
+from augment.sources.images import reduce
 from augment.sources.prompts import class_prompts
 from augment.synthesis.filters import Filter, make_filter
 from augment.synthesis.refine import SeedSelect, check_sampling
@@ -445,13 +444,6 @@ def score(
 def _fails(judge: Filter, value: float) -> bool:
     """Tell whether a score is below what a filter asks for; one that is not a number is."""
     return judge.minimum is not None and not value >= judge.minimum
-
-
-def reduce(images: Float[Tensor, "n c h w"], pixels: int) -> Float[Tensor, "n c r r"]:
-    """Reduce images to at most this many pixels a side."""
-    if images.shape[-1] <= pixels:
-        return images
-    return F.interpolate(images, (pixels, pixels), mode="bilinear", antialias=True).clamp(0, 1)
 
 
 def longest(synthesizer: Synthesizer, planner: Planner, plans: Sequence[Plan]) -> list[Plan]:

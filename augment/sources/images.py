@@ -91,6 +91,13 @@ def fit(pixels: UInt8[Tensor, "c h w"], resolution: int) -> Float[Tensor, "c R R
     return _centre(image.clamp(0, 1), resolution)[0]
 
 
+def reduce(images: Float[Tensor, "n c h w"], pixels: int) -> Float[Tensor, "n c r r"]:
+    """Reduce images to at most this many pixels a side."""
+    if images.shape[-1] <= pixels:
+        return images
+    return F.interpolate(images, (pixels, pixels), mode="bilinear", antialias=True).clamp(0, 1)
+
+
 def pixels_of(image: Image.Image, channels: int) -> UInt8[Tensor, "C h w"]:
     """Return the pixels of a PIL image, grey (1) or RGB (3)."""
     mode = "L" if channels == 1 else "RGB"

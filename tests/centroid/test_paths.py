@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from augment import UserError, walk
+from augment import Rule, UserError, walk
+from augment.centroid import MEANS, slide, tour
 from augment.centroid.prior import log_chi, nominal_norm
 from augment.centroid.walks import WALKS
 
@@ -180,6 +181,47 @@ def test_translation_slides_and_slice_cuts():
         assert torch.equal(slid[at], both[..., at : at + 16])
         assert torch.equal(cut[at][..., :at], b[..., :at])
         assert torch.equal(cut[at][..., at:], a[..., at:])
+
+
+def several(number):
+    return torch.cat([torch.stack(ends(seed=seed)) for seed in range(number)])[:number]
+
+
+def test_a_window_slides_over_any_number_of_latents():
+    latents = several(4)
+    joined, windows = torch.cat(list(latents), -1), slide(latents, 49)
+    assert all(torch.equal(windows[at], joined[..., at : at + 16]) for at in range(49))
+    assert torch.equal(slide(latents, 4), latents)
+    assert torch.equal(slide(latents[:2], 17), walk(*latents[:2], 17, "translation"))
+
+
+@pytest.mark.parametrize("mean", [mean for mean in MEANS if mean != "mu"])
+@pytest.mark.parametrize("norm", ["nin", "fade", "slerp"])
+@pytest.mark.parametrize("number", [2, 3, 7])
+def test_a_tour_passes_all_latents_and_closes(norm, mean, number):
+    latents = several(number)
+    path = tour(latents, 8 * number, Rule(norm, mean))
+    torch.testing.assert_close(path[::8], latents, rtol=0, atol=1e-4)
+    steps = (path - path.roll(1, 0)).flatten(1).norm(dim=1)
+    assert steps[0] < 1.5 * steps.median()  # the last step, back to the first latent
+
+
+def test_a_tour_mixes_by_fejers_kernel():
+    """The kernel is a mean of cosines: 1/N² Σ (N − |k|) cos(k x)."""
+    latents, number = several(5), 5
+    path = tour(latents, 60, Rule("lin", "0"))
+    orders = torch.arange(1 - number, number, dtype=torch.float64)
+    for place in range(60):
+        x = 2 * math.pi * (place / 60 - torch.arange(number, dtype=torch.float64) / number)
+        weights = ((number - orders.abs()) * (orders * x[:, None]).cos()).sum(1) / number**2
+        assert weights.min() > -1e-12 and weights.sum() == pytest.approx(1)
+        expected = (weights[:, None, None, None] * latents).sum(0)
+        torch.testing.assert_close(path[place], expected, rtol=0, atol=1e-9)
+
+
+def test_a_tour_of_one_latent_is_refused():
+    with pytest.raises(UserError, match="at least 2 latents"):
+        tour(several(1), 5)
 
 
 def test_faults_are_told():

@@ -57,6 +57,10 @@ OPTIONS = {
     "merge": "banks out",
     "split": "bank classes out",
     "export": "shards out",
+    "walk": """
+        image to out prompt to_prompt path between inversion steps level guidance backbone
+        backbone_options device
+    """,
     "explore": "bank out images.help images host port backbone device",
 }
 """Options by command; those of train are the data's and the model's, the rest are Lightning's."""
