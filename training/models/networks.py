@@ -6,6 +6,7 @@ file of its own) and enter it in `NETWORKS`; every network of timm is known by i
 """
 
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -15,7 +16,9 @@ from torch import Tensor, nn
 
 from augment.core.errors import UserError
 from augment.diffusion.checkpoints.hub import brief
+from augment.networks.lite0 import lite0_net
 from augment.networks.timm import find_timm, recipe
+from training.checks import expect
 
 Images = Float[Tensor, "n c h w"]
 
@@ -138,15 +141,6 @@ def resnet10(channels: int, num_classes: int) -> nn.Module:
     return _from_timm("resnet18", channels, num_classes, layers=(1, 1, 1, 1), zero_init_last=False)
 
 
-NETWORKS: dict[str, Callable[[int, int], nn.Module]] = {
-    "small_cnn": small_cnn,
-    "resnet32": resnet32,
-    "resnet12": resnet12,
-    "resnet10": resnet10,
-}
-"""Our networks by name, made of channels and number of classes."""
-
-
 def _from_timm(
     name: str, channels: int, num_classes: int, resolution: int | None = None, **options: Any
 ) -> nn.Module:
@@ -162,6 +156,16 @@ def _from_timm(
             f"expected to build {name} with timm, got: {brief(error).rstrip('.')}; "
             "see timm.list_models(pretrained=True), check the connection, or train from scratch"
         ) from None
+
+
+NETWORKS: dict[str, Callable[[int, int], nn.Module]] = {
+    "small_cnn": small_cnn,
+    "resnet32": resnet32,
+    "resnet12": resnet12,
+    "resnet10": resnet10,
+    "lite0": partial(_from_timm, "tf_efficientnet_lite0"),  # pretrained: of the extra [features]
+}
+"""Our networks by name, made of channels and number of classes."""
 
 
 def build_network(
@@ -192,7 +196,9 @@ def build_network(
             name, channels, num_classes, resolution, **{"pretrained": pretrained, **options}
         )
     if pretrained:
-        raise UserError(f"expected a network of timm to be pretrained, got {name}; choose another")
+        expect(name == "lite0", "lite0 or a network of timm to be pretrained", name)
+        expect(channels == 3, "3 channels for the weights of lite0", channels)
+        return lite0_net(num_classes)
     if options:
         raise UserError(f"expected no options for {name}, got {', '.join(options)}; leave them out")
     return NETWORKS[name](channels, num_classes)
