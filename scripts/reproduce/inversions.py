@@ -3,13 +3,11 @@
     python scripts/reproduce/inversions.py --quick
     python scripts/reproduce/inversions.py
 
-Table 2 of Guo et al., *Smooth Diffusion*, arXiv 2312.04410: MSE, LPIPS, SSIM and PSNR of DDIM and
-of null-text inversion at guidance 7.5, with the codec's own error for bound; the smoothed backbone
-is in ``smooth_diffusion.py``. The other inversions of `augment.inversion` stand beside them without
-guidance. Fig. 10 and 11 of Landolsi & Kahl, arXiv 2505.07481: centroids of N latents of one class
-by FIX, inverted in very many DDIM steps without guidance, and by null-text with the null embeddings
-mixed linearly. LPIPS takes weights that torchvision downloads; it is left out where it cannot be
-had.
+MSE, LPIPS, SSIM and PSNR of DDIM and of null-text at guidance 7.5, and of the inversions of
+`augment.inversion` without guidance; Table 2 of Guo et al. is in ``reconstruction.py``. Fig. 10 and
+11 of Landolsi & Kahl, arXiv 2505.07481: centroids of N latents of one class by FIX, inverted in
+very many DDIM steps without guidance, and by null-text with the null embeddings mixed linearly.
+LPIPS takes weights that torchvision downloads; it is left out where it cannot be had.
 """
 
 import math
@@ -149,8 +147,6 @@ def main() -> None:
     decided = {
         key: {f"N = {counts[-1]}": gain(values[-1], values[0])} for key, values in far.items()
     }
-    first, second = list(ways)[:2]
-    decided["sd-table2-null"] = {"": gain(quality[second]["psnr"], quality[first]["psnr"])}
     listed = "; ".join(
         f"{'many steps' if key == 'fig10' else 'null-text'} "
         + ", ".join(f"N = {n}: {mean(v)}" for n, v in zip(counts, values, strict=True))

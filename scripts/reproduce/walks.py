@@ -25,7 +25,7 @@ from works import Interval
 
 from augment.bank.bank import LatentBank
 from augment.bank.fill import fill_bank
-from augment.centroid import WALKS, walk
+from augment.centroid import WALKS, slide, walk
 from augment.core.rng import normal, rng
 from augment.diffusion import Backbone, load_backbone
 from augment.diffusion.solver import sample
@@ -43,13 +43,6 @@ def between(ends: Tensor, name: str, backbone: Backbone, texts: list[str] | None
     latents = torch.cat([walk(*pair, STOPS, name) for pair in ends])
     words = None if texts is None else [text for text in texts for _ in range(STOPS)]
     return sample(backbone, latents, words, **HOW).unflatten(0, (len(ends), STOPS))
-
-
-def panned(noises: Tensor, count: int) -> tuple[Tensor, list[int]]:
-    """Slide a window over noises (n, C, H, W) joined along the width; return it and its columns."""
-    both, width = torch.cat(list(noises), -1), noises.shape[-1]
-    places = [round(k * (both.shape[-1] - width) / (count - 1)) for k in range(count)]
-    return torch.stack([both[..., at : at + width] for at in places]), places
 
 
 def shift(image: Tensor, other: Tensor, most: int) -> int:
@@ -156,16 +149,16 @@ def pans(
     noises: Tensor, words: list[str], backbone: Backbone, count: int, path: Any
 ) -> tuple[Interval, Tensor]:
     """Slide over several noises of each prompt: how far images move against the window, images."""
-    windows, places = zip(
-        *(panned(noises[JOINED * k : JOINED * (k + 1)], count) for k in range(len(words))),
-        strict=True,
-    )
+    sets = noises[: JOINED * len(words)].unflatten(0, (len(words), JOINED))
+    windows = [slide(latents, count) for latents in sets]
+    columns = torch.arange(JOINED * noises.shape[-1]).view(JOINED, 1, 1, -1)
+    places = slide(columns, count)[:, 0, 0, 0].tolist()
     texts = [text for text in words for _ in range(count)]
     made = once(path, lambda: {"images": sample(backbone, torch.cat(windows), texts, **HOW)})
     images = made["images"].unflatten(0, (len(words), count))
     size = backbone.resolution // noises.shape[-1]  # pixels a column
     ratios = [
-        shift(one, other, images.shape[-1] // 4) / (size * (places[0][k + 1] - places[0][k]))
+        shift(one, other, images.shape[-1] // 4) / (size * (places[k + 1] - places[k]))
         for line in images
         for k, (one, other) in enumerate(pairwise(line))
     ]
