@@ -6,8 +6,11 @@ autoencoder, network, scheduler file, model_index.json.
 
 import hashlib
 import json
+import math
 import string
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -202,6 +205,183 @@ def dit(folder: Path, seed: int = 0, **scheduler: Any) -> Path:
     return folder
 
 
+SIT = {"input_size": LATENT, "patch_size": 2, "in_channels": 4, "hidden_size": 32, "depth": 2}
+SIT |= {"num_heads": 4, "num_classes": 1000, "learn_sigma": True}
+
+
+def sit_state(config: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """Return random weights of a SiT by its layers' published names."""
+    width, channels = config["hidden_size"], config["in_channels"]
+    patch, sides = config["patch_size"], config["input_size"] // config["patch_size"]
+    layers = {
+        "x_embedder.proj": (width, channels, patch, patch),
+        "t_embedder.mlp.0": (width, 256),
+        "t_embedder.mlp.2": (width, width),
+        "final_layer.adaLN_modulation.1": (2 * width, width),
+        "final_layer.linear": (patch**2 * channels * (1 + config["learn_sigma"]), width),
+    }
+    for number in range(config["depth"]):
+        layers |= {
+            f"blocks.{number}.attn.qkv": (3 * width, width),
+            f"blocks.{number}.attn.proj": (width, width),
+            f"blocks.{number}.mlp.fc1": (4 * width, width),
+            f"blocks.{number}.mlp.fc2": (width, 4 * width),
+            f"blocks.{number}.adaLN_modulation.1": (6 * width, width),
+        }
+    state = {"pos_embed": torch.randn(1, sides**2, width)}
+    state["y_embedder.embedding_table.weight"] = torch.randn(config["num_classes"] + 1, width)
+    for name, shape in layers.items():
+        state[f"{name}.weight"] = torch.randn(shape) / math.prod(shape[1:]) ** 0.5
+        state[f"{name}.bias"] = torch.randn(shape[0]) / 4
+    return state
+
+
+def sit(folder: Path, seed: int = 0, labels: bool = True, **config: Any) -> Path:
+    """Write SiT as its checkpoints for diffusers are: own classes, the published names."""
+    from diffusers import FlowMatchEulerDiscreteScheduler
+    from safetensors.torch import save_file
+
+    torch.manual_seed(seed)
+    config = SIT | config
+    (folder / "transformer").mkdir(parents=True)
+    place = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    save_file(sit_state(config), place)
+    place.with_name("config.json").write_text(json.dumps(config))
+    autoencoder(scaling_factor=4.0).save_pretrained(folder / "vae")
+    FlowMatchEulerDiscreteScheduler().save_pretrained(folder / "scheduler")
+    index = {
+        "_class_name": ["pipeline", "SiTPipeline"],
+        "transformer": ["transformer_sit", "SiTTransformer2DModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+        "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+    }
+    index |= {"id2label": {"1": "goldfish, Carassius auratus"}} if labels else {}
+    (folder / "model_index.json").write_text(json.dumps(index))
+    return folder
+
+
+CHAT = (
+    "{% for message in messages %}<|im_start|>{{ message.role }} {{ message.content }}<|im_end|>"
+    "{% endfor %}<|im_start|>assistant{% if not enable_thinking %} no{% endif %}"
+)
+
+
+def qwen_tokenizer() -> Any:
+    """Return a tokenizer of bytes with a chat template, and Qwen's length of 131072."""
+    from tokenizers.pre_tokenizers import ByteLevel
+    from transformers import Qwen2Tokenizer
+
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    tokens = [*sorted(ByteLevel.alphabet()), *special]
+    return Qwen2Tokenizer(
+        vocab={token: number for number, token in enumerate(tokens)},
+        merges=[],
+        additional_special_tokens=special[1:],
+        model_max_length=131072,
+        chat_template=CHAT,
+    )
+
+
+def qwen(kind: str, layers: int) -> Any:
+    """Return a language model of 16 channels, of one of Qwen3's classes."""
+    import transformers
+
+    config = transformers.Qwen3Config(
+        vocab_size=300,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        max_position_embeddings=40960,
+        rope_parameters={"rope_type": "default", "rope_theta": 1000000},
+    )
+    return getattr(transformers, kind)(config).eval()
+
+
+def z_image(folder: Path, seed: int = 0, time: float = 1.0, **scheduler: Any) -> Path:
+    """Write Z-Image: Qwen3, a transformer of two layers, FLUX.1's kind of autoencoder.
+
+    ``time`` scales what the network makes of the noise level, which at random changes wildly.
+    """
+    from diffusers import FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
+
+    torch.manual_seed(seed)
+    transformer = ZImageTransformer2DModel(
+        in_channels=4, dim=32, n_layers=2, n_refiner_layers=1, n_heads=2, n_kv_heads=2,
+        cap_feat_dim=16, axes_dims=[4, 6, 6], axes_lens=[200, 16, 16],
+    )  # fmt: skip
+    transformer.t_embedder.mlp[2].weight.data *= time
+    for token in (transformer.x_pad_token, transformer.cap_pad_token):
+        torch.nn.init.normal_(token)
+    pipe = ZImagePipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=6.0),
+        vae=autoencoder(scaling_factor=1.5, shift_factor=0.1, use_quant_conv=False),
+        text_encoder=qwen("Qwen3Model", 3),
+        tokenizer=qwen_tokenizer(),
+        transformer=transformer,
+    )
+    return save(pipe, folder, scheduler)
+
+
+def flux2(folder: Path, seed: int = 0, distilled: bool = False, **scheduler: Any) -> Path:
+    """Write FLUX.2 [klein]: Qwen3 of 28 layers, an autoencoder with a batch norm of patches."""
+    from diffusers import (
+        AutoencoderKLFlux2,
+        FlowMatchEulerDiscreteScheduler,
+        Flux2KleinPipeline,
+        Flux2Transformer2DModel,
+    )
+
+    torch.manual_seed(seed)
+    vae = AutoencoderKLFlux2(
+        block_out_channels=(16, 32), down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=4, norm_num_groups=8,
+        sample_size=RESOLUTION,
+    )  # fmt: skip
+    vae.bn.running_mean.normal_()
+    vae.bn.running_var.uniform_(0.1, 0.5)
+    transformer = Flux2Transformer2DModel(
+        in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16,
+        num_attention_heads=2, joint_attention_dim=48, axes_dims_rope=(4, 4, 4, 4),
+        guidance_embeds=False,
+    )  # fmt: skip
+    pipe = Flux2KleinPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+        vae=vae,
+        text_encoder=qwen("Qwen3ForCausalLM", 28),
+        tokenizer=qwen_tokenizer(),
+        transformer=transformer,
+        is_distilled=distilled,
+    )
+    return save(pipe, folder, scheduler)
+
+
+def flux(folder: Path, seed: int = 0, guided: bool = True, **scheduler: Any) -> Path:
+    """Write FLUX.1: CLIP's pooled row and T5, packed latents, the guidance as an input."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+    from transformers import CLIPTextModel, T5Config, T5EncoderModel
+
+    torch.manual_seed(seed)
+    transformer = FluxTransformer2DModel(
+        in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16,
+        num_attention_heads=2, joint_attention_dim=64, pooled_projection_dim=32,
+        guidance_embeds=guided, axes_dims_rope=(4, 6, 6),
+    )  # fmt: skip
+    config = T5Config(vocab_size=30, d_model=64, d_kv=8, d_ff=37, num_layers=2, num_heads=4)
+    pipe = FluxPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+        vae=autoencoder(scaling_factor=1.5, shift_factor=0.1, use_quant_conv=False),
+        text_encoder=CLIPTextModel(clip_config()),
+        tokenizer=clip_tokenizer(),
+        text_encoder_2=T5EncoderModel(config),
+        tokenizer_2=t5_tokenizer(),
+        transformer=transformer,
+    )
+    return save(pipe, folder, scheduler)
+
+
 RESNET = {
     "norm1": "in_layers.0",
     "conv1": "in_layers.2",
@@ -292,6 +472,20 @@ class Hub(ThreadingHTTPServer):
         self.repositories, self.asked = repositories, []
         self.url = f"http://127.0.0.1:{self.server_port}"
         threading.Thread(target=self.serve_forever, daemon=True).start()
+
+    @contextmanager
+    def used(self, monkeypatch: Any, cache: Path) -> Iterator[None]:
+        """Take the place of the Hugging Face hub, with a cache of its own."""
+        from huggingface_hub import constants, hf_api
+
+        template = self.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "ENDPOINT", self.url)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(hf_api.api, "endpoint", self.url)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+        yield
+        self.shutdown()
+        self.server_close()
 
 
 class Desk(BaseHTTPRequestHandler):

@@ -17,9 +17,13 @@ from augment.core.errors import UserError, lookup
 from augment.core.registry import check_settings, parameters
 from augment.diffusion.backbone import Backbone, Recipe
 from augment.diffusion.backbones.dit import DiT
+from augment.diffusion.backbones.flux import Flux
+from augment.diffusion.backbones.flux2 import Flux2Klein
+from augment.diffusion.backbones.sit import SiT
 from augment.diffusion.backbones.stable_diffusion import StableDiffusion, StableDiffusionXL
 from augment.diffusion.backbones.stable_diffusion3 import StableDiffusion3
 from augment.diffusion.backbones.tiny import Tiny
+from augment.diffusion.backbones.z_image import ZImage
 from augment.diffusion.checkpoints.find import find_checkpoint, read_header
 from augment.diffusion.checkpoints.hub import HUB, require
 
@@ -28,8 +32,12 @@ PIPELINES: dict[str, Callable[..., Backbone]] = {
     "StableDiffusionXLPipeline": StableDiffusionXL,
     "StableDiffusion3Pipeline": StableDiffusion3,
     "DiTPipeline": DiT,
+    "SiTPipeline": SiT,
+    "ZImagePipeline": ZImage,
+    "Flux2KleinPipeline": Flux2Klein,
+    "FluxPipeline": Flux,
 }
-"""Backbones by diffusers' pipeline class."""
+"""Backbones by the pipeline class that a checkpoint's index names."""
 
 PATHS = ("name_or_path", "config", "lora", "adapter", "tiny_vae")
 """Keys of a recipe whose values may be paths."""

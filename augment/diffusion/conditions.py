@@ -29,6 +29,7 @@ Condition = dict[str, Tensor]
 """A network's inputs beside latent and timestep: tensors by name, a row an image each.
 
 The entry ``text`` holds floats that the network is differentiable in, if it can take a prompt.
+Where prompts have embeddings of different lengths, zeros fill them up; see `unpadded`.
 """
 
 Words = Union[str, Tensor, Condition, "Schedule"]
@@ -103,11 +104,34 @@ def mix(conditions: Condition, weights: Float[Tensor, "b n"]) -> Condition:
     Args:
         conditions: n rows, as ``backbone.condition`` returns them.
         weights: of each row in each of b sums.
+
+    Raises:
+        UserError: rows that are no floats, such as numbers of classes.
     """
+    if odd := [key for key, rows in conditions.items() if not rows.is_floating_point()]:
+        raise UserError(
+            f"expected embeddings to mix, got {odd[0]}, which are numbers; give one prompt"
+        )
     return {
         key: torch.einsum("bn,n...->b...", weights.to(rows), rows)
         for key, rows in conditions.items()
     }
+
+
+def padded(rows: Float[Tensor, "length width"], length: int) -> Float[Tensor, "1 n width"]:
+    """Return the embeddings of a prompt's tokens with rows of zeros behind, as one row."""
+    return torch.nn.functional.pad(rows, (0, 0, 0, length - len(rows)))[None]
+
+
+def unpadded(text: Float[Tensor, "b n width"]) -> list[Float[Tensor, "length width"]]:
+    """Return the embeddings of each prompt's tokens, without the rows of zeros behind them.
+
+    >>> [len(rows) for rows in unpadded(torch.cat([padded(torch.ones(k, 2), 4) for k in (3, 1)]))]
+    [3, 1]
+    """
+    places = torch.arange(1, text.shape[1] + 1, device=text.device)
+    lengths = (text.detach().ne(0).any(-1) * places).amax(1)
+    return [row[:length] for row, length in zip(text, lengths.tolist(), strict=True)]
 
 
 @runtime_checkable

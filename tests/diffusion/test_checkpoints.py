@@ -49,8 +49,6 @@ def copy(folder, tmp_path):
 @pytest.fixture
 def hub(folder, tmp_path, monkeypatch):
     """A hub with one model, one of another kind, one of pickles, and one behind a licence."""
-    from huggingface_hub import constants, hf_api
-
     other = shutil.copytree(folder, tmp_path / "other")
     rename(other, "StableDiffusionInpaintPipeline")
     pickled = shutil.copytree(folder, tmp_path / "pickled")
@@ -66,14 +64,8 @@ def hub(folder, tmp_path, monkeypatch):
             "me/gone": (404, "RepoNotFound"),
         }
     )
-    template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
-    monkeypatch.setattr(constants, "ENDPOINT", hub.url)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-    monkeypatch.setattr(hf_api.api, "endpoint", hub.url)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    yield hub
-    hub.shutdown()
-    hub.server_close()
+    with hub.used(monkeypatch, tmp_path / "cache"):
+        yield hub
 
 
 def rename(folder, kind):
@@ -296,8 +288,8 @@ def test_no_network_is_said(hub):
 def test_a_folder_that_is_no_checkpoint_is_refused(copy, tmp_path):
     (tmp_path / "empty").mkdir()
     assert "model_index.json" in said(tmp_path / "empty")
-    rename(copy, "FluxPipeline")
-    assert "'FluxPipeline'" in said(copy)
+    rename(copy, "SanaPipeline")
+    assert "'SanaPipeline'" in said(copy)
     (copy / "model_index.json").write_text("{")
     assert "model_index.json" in said(copy)
 

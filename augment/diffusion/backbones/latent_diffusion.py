@@ -5,7 +5,7 @@ checkpoint's scheduler file, and the solvers are this package's own.
 """
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,8 @@ from augment.diffusion.checkpoints.tokens import (
 )
 from augment.diffusion.usage import FEW_STEPS, Usage, few_step_sign
 
-_MAX_PROMPTS = 1000  # whose embeddings are cached
+_MAX_CACHED = 2**30
+"""Bytes of prompts' embeddings that are kept."""
 
 
 class LatentDiffusion:
@@ -54,10 +55,13 @@ class LatentDiffusion:
         half: precision on a GPU.
         blocks: classes of the repeated blocks.
         cell: side of the network's patches, in latent pixels.
+        packing: side of the patches whose pixels the network takes as channels; 1 is none.
+        own_resolution: of the family, in pixels, if its networks do not say it.
         needed: parts of the pipeline that it cannot do without, beside the network.
         absent: parts and options of the pipeline class to load it without.
         fixed: options that it does not have.
         plain: settings that the network must not have.
+        counted: tokenizers whose ``model_max_length`` bounds prompts.
         usage: what its family, or a few-step model, is used with.
 
     Raises:
@@ -73,11 +77,14 @@ class LatentDiffusion:
     usage = Usage()
     blocks: tuple[str, ...] = ("BasicTransformerBlock", "ResnetBlock2D")
     cell = 1
+    packing = 1
+    own_resolution: int | None = None
     channels = 3
     needed: tuple[str, ...] = ()
     absent: tuple[str, ...] = ()
     fixed: tuple[str, ...] = ()
     plain = ("time_cond_proj_dim", "class_embed_type", "num_class_embeds", "encoder_hid_dim_type")
+    counted: tuple[str, ...] = ("tokenizer", "tokenizer_2")
 
     def __init__(
         self,
@@ -107,12 +114,9 @@ class LatentDiffusion:
                     f"expected {name} in {checkpoint.source}, got none; take another checkpoint, "
                     "or leave out the option that asks for it"
                 )
-        self.pipe = checkpoint.load(self.dtype, parts, self.absent)
+        self.pipe = self.load(checkpoint, parts)
         self.net = getattr(self.pipe, self.part)
         self._check_parts(checkpoint.source)
-        with damaged(checkpoint.source):
-            config = self.pipe.scheduler.config
-            self.process = read_process(config, spacing, clean_end, zero_terminal_snr)
         self.recipe: Recipe = {}
         self._cache: dict[str, Condition] = {}
         weights = checkpoint.digest(parts)
@@ -131,6 +135,10 @@ class LatentDiffusion:
         tiny = load_tiny(tiny_vae, checkpoint.local_files_only)
         self.codec = Codec(self.pipe.vae, self.device, self.vae_dtype(), tiny)
         self._set_size(resolution)
+        with damaged(checkpoint.source):
+            config = self.pipe.scheduler.config
+            settings = spacing, clean_end, zero_terminal_snr, self.mu(config)
+            self.process = read_process(config, *settings)
         self.prepare(compile)
         self.net.requires_grad_(False)  # fused projections are new
         self.usage = self.family_usage()
@@ -143,9 +151,17 @@ class LatentDiffusion:
             **adapted,
         }
 
+    def load(self, checkpoint: Checkpoint, parts: Sequence[str]) -> Any:
+        """Load the pipeline, on the CPU."""
+        return checkpoint.load(self.dtype, parts, self.absent)
+
+    def mu(self, config: Mapping[str, Any]) -> float | None:
+        """Return the parameter of the shift at this resolution, of a scheduler that needs it."""
+        return None
+
     def _check_parts(self, source: str) -> None:
         """Refuse a network that is not a plain text-to-image one, and prompts of no length."""
-        config, latent = self.net.config, self.pipe.vae.config.latent_channels
+        config, latent = self.net.config, self.pipe.vae.config.latent_channels * self.packing**2
         if config.in_channels != latent:
             raise UserError(
                 f"expected a network of {latent} channels, as the autoencoder's, got {self.part} "
@@ -157,7 +173,7 @@ class LatentDiffusion:
                     f"expected a plain text-to-image network, got {self.part} in {source} with "
                     f"{key} {config[key]!r}; take another checkpoint"
                 )
-        for name in ("tokenizer", "tokenizer_2"):
+        for name in self.counted:
             length = getattr(getattr(self.pipe, name, None), "model_max_length", 77)
             if type(length) is not int or not 2 < length < MAX_NUMBER:
                 raise UserError(
@@ -169,11 +185,16 @@ class LatentDiffusion:
         """Return what models of this family are used with."""
         return self.usage
 
+    def few_step_sign(self) -> str:
+        """Return what shows that the pipeline is a few-step one, beside scheduler and names."""
+        return "is_distilled in its index" if self.pipe.config.get("is_distilled") else ""
+
     def _check_steps(self, source: str, lora: str | Path | None) -> None:
         """Warn of a model that is distilled to few steps, and sample it as such."""
         configs = self.pipe.config, self.net.config
         names = [config.get("_name_or_path") for config in configs]
         sign = few_step_sign(self.pipe.scheduler.config, source, lora, *names)
+        sign = sign or self.few_step_sign()
         if sign and self.usage.template:
             self.usage = FEW_STEPS
             warnings.warn(
@@ -186,16 +207,19 @@ class LatentDiffusion:
 
     def _set_size(self, resolution: int | None) -> None:
         """Set the resolution and the latent shape; the network's own by default."""
-        factor, own = self.codec.factor, self.net.config.sample_size
-        if resolution is None and (type(own) is not int or own < 1):
+        factor, own = self.codec.factor, self.own_resolution
+        said = self.net.config.get("sample_size")
+        if own is None and type(said) is int and said > 0:
+            own = said * factor
+        if resolution is None and own is None:
             raise UserError(
-                f"expected a network that says its sample_size, got {own!r}; give resolution"
+                f"expected a network that says its sample_size, got {said!r}; give resolution"
             )
-        self.resolution: int = resolution or own * factor
+        self.resolution: int = resolution or own or 0
         if self.resolution % (factor * self.cell) or self.resolution < 1:
             raise UserError(
                 f"expected a resolution that is a multiple of {factor * self.cell}, got "
-                f"{resolution}; this model's own is {own * factor}"
+                f"{resolution}; this model's own is {own}"
             )
         size = self.resolution // factor
         positions = self.net.config.get("pos_embed_max_size")
@@ -204,7 +228,7 @@ class LatentDiffusion:
                 f"expected a resolution of at most {positions * self.cell * factor}, got "
                 f"{resolution}; the network has no positions beyond"
             )
-        self.latent_shape: tuple[int, int, int] = (self.net.config.in_channels, size, size)
+        self.latent_shape: tuple[int, int, int] = (self.codec.channels, size, size)
 
     def vae_dtype(self) -> torch.dtype:
         """Return the autoencoder's precision."""
@@ -238,9 +262,9 @@ class LatentDiffusion:
             # ordinary tensors, also under the caller's inference mode: null-text differentiates
             with torch.inference_mode(False), torch.no_grad():
                 row = self.embed(prompt)
-            while len(self._cache) >= _MAX_PROMPTS:
-                del self._cache[next(iter(self._cache))]
             self._cache[prompt] = row
+            while len(self._cache) > 1 and _bytes_of(self._cache.values()) > _MAX_CACHED:
+                del self._cache[next(iter(self._cache))]
         return self._cache[prompt]
 
     def embed(self, prompt: str) -> Condition:
@@ -266,8 +290,8 @@ class LatentDiffusion:
 
     def encoders(self) -> dict[str, nn.Module]:
         """Return the CLIP text encoders, which can be trained, by diffusers' names."""
-        every = {name: getattr(self.pipe, name, None) for name in TOKENS}
-        return {name: encoder for name, encoder in every.items() if encoder is not None}
+        every: dict[str, Any] = {name: getattr(self.pipe, name, None) for name in TOKENS}
+        return {key: one for key, one in every.items() if type(one).__name__.startswith("CLIP")}
 
     def add_tokens(self, words: Mapping[str, str], keep_norm: bool) -> dict[str, TokenRows]:
         """Add tokens that begin as words; return their rows, to be trained, by text encoder."""
@@ -311,6 +335,10 @@ def check_length(
             f"expected a prompt of at most {limit - special} tokens, got {count} in {prompt!r}; "
             f"{cure}"
         )
+
+
+def _bytes_of(conditions: Iterable[Condition]) -> int:
+    return sum(tensor.nbytes for condition in conditions for tensor in condition.values())
 
 
 def _compile_blocks(network: nn.Module, names: Sequence[str]) -> None:

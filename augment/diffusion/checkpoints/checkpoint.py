@@ -20,29 +20,47 @@ from safetensors import safe_open
 
 from augment.core.errors import UserError
 from augment.core.files import read_json
-from augment.diffusion.checkpoints.hub import INDEX, damaged, explained, quiet
+from augment.diffusion.checkpoints.hub import INDEX, damaged, explained, local_folder, quiet
 from augment.diffusion.process import Flow, Process, VariancePreserving
 
 _NETWORKS = {
     "unet": ("UNet2DConditionModel",),
-    "transformer": ("SD3Transformer2DModel", "DiTTransformer2DModel", "Transformer2DModel"),
-    "vae": ("AutoencoderKL",),
-    "text_encoder": ("CLIPTextModel", "CLIPTextModelWithProjection"),
-    "text_encoder_2": ("CLIPTextModelWithProjection",),
+    "transformer": (
+        *("SD3Transformer2DModel", "DiTTransformer2DModel", "Transformer2DModel"),
+        *("SiTTransformer2DModel", "ZImageTransformer2DModel"),
+        *("Flux2Transformer2DModel", "FluxTransformer2DModel"),
+    ),
+    "vae": ("AutoencoderKL", "AutoencoderKLFlux2"),
+    "text_encoder": (
+        *("CLIPTextModel", "CLIPTextModelWithProjection", "Qwen3Model", "Qwen3ForCausalLM"),
+    ),
+    "text_encoder_2": ("CLIPTextModelWithProjection", "T5EncoderModel"),
     "text_encoder_3": ("T5EncoderModel",),
 }
 """The parts of a pipeline with weights that are used, and their allowed classes."""
 
 _OTHERS = {
-    "tokenizer": r"CLIPTokenizer(Fast)?",
-    "tokenizer_2": r"CLIPTokenizer(Fast)?",
+    "tokenizer": r"(CLIP|Qwen2)Tokenizer(Fast)?",
+    "tokenizer_2": r"(CLIP|T5)Tokenizer(Fast)?",
     "tokenizer_3": r"T5Tokenizer(Fast)?",
     "scheduler": r"\w+Scheduler",
 }
 """The parts without weights, and patterns of their classes."""
 
+_OWN = ("SiTPipeline",)
+"""Pipelines that diffusers does not have."""
+
+_FOREIGN = {
+    "SiTTransformer2DModel": "transformer_sit",
+    "SiTFlowMatchScheduler": "scheduling_flow_match_sit",
+}
+"""Their parts' classes, by the module beside the weights, which is neither fetched nor run."""
+
 MAX_NUMBER = 100_000
-"""Maximum of the numbers in a config, but for those of a vocabulary and its tokens."""
+"""Maximum of the numbers in a config, but for those of `_UNBOUNDED`."""
+
+_UNBOUNDED = ("vocab_size", "_id", "_ids", "rope_theta")
+"""Ends of the names of settings that may be larger, and allocate no more for it."""
 
 _MAX_WHOLE = 4096
 _ROWS = 16
@@ -69,6 +87,7 @@ class Checkpoint:
         kind: name of its pipeline class in diffusers.
         folder: of its parts and configs; None as long as they are on the hub.
         file: with all weights, instead of the folder's.
+        inside: folder of the repository that it is in, if it is not the repository's own.
         revision, variant, local_files_only: see `augment.diffusion.checkpoints.find`.
     """
 
@@ -79,11 +98,19 @@ class Checkpoint:
     revision: str | None = None
     variant: str | None = None
     local_files_only: bool = False
+    inside: str = ""
 
     def fetch(self, absent: Sequence[str]) -> "Checkpoint":
         """Download the folder, without the ``absent`` parts, if it is on the hub."""
         if self.folder:
             return self
+        if self.inside or self.kind in _OWN:
+            repository = self.source.removesuffix(f"/{self.inside}")
+            place = f"{self.inside}/" if self.inside else ""
+            kinds = ("*.json", "*/*.json", "*/*.txt", "*/*.model", "*/*.safetensors")
+            patterns = [place + kind for kind in kinds]
+            folder = local_folder(repository, patterns, self.local_files_only, self.revision)
+            return replace(self, folder=folder / self.inside)
         from diffusers import DiffusionPipeline
 
         with explained(self.source):
@@ -112,7 +139,8 @@ class Checkpoint:
         for part, entry in named.items():
             library = "transformers" if part.startswith(("text", "token")) else "diffusers"
             names = entry if isinstance(entry, list) and len(entry) == 2 else ("", "")
-            if names[0] != library or not re.fullmatch(known[part], str(names[1])):
+            home = _FOREIGN.get(str(names[1]), library) if self.kind in _OWN else library
+            if names[0] != home or not re.fullmatch(known[part], str(names[1])):
                 raise UserError(
                     f"expected {part} of {self.source} to be {known[part]} of {library}, got "
                     f"{entry} in {INDEX}; take another checkpoint"
@@ -154,7 +182,7 @@ class Checkpoint:
             )
         return sets[0]
 
-    def load(self, dtype: torch.dtype, parts: Iterable[str], absent: Sequence[str]) -> Any:
+    def load(self, dtype: torch.dtype, parts: Sequence[str], absent: Sequence[str]) -> Any:
         """Load the diffusers pipeline, on the CPU.
 
         Args:
@@ -164,8 +192,18 @@ class Checkpoint:
         """
         import diffusers
 
+        self.check(parts)
         pipeline = getattr(diffusers, self.kind)
         options = dict.fromkeys(absent) | {"dtype": dtype, "local_files_only": True}
+        with quiet(), damaged(self.source):
+            if self.file:
+                return pipeline.from_single_file(str(self.file), config=str(self.folder), **options)
+            return pipeline.from_pretrained(
+                str(self.folder), variant=self.variant, use_safetensors=True, **options
+            )
+
+    def check(self, parts: Sequence[str]) -> None:
+        """Refuse files that are not to be read, and parts that are missing."""
         for path in (self.folder or Path()).glob("*/*"):
             if path.exists() and not (path.is_file() or path.is_dir()):
                 raise UserError(f"expected files in {self.folder}, got {path}, a pipe or the like")
@@ -181,12 +219,6 @@ class Checkpoint:
                     f"{', '.join(there) or 'none of any variant'}; leave variant out, or name one "
                     "that is there"
                 )
-        with quiet(), damaged(self.source):
-            if self.file:
-                return pipeline.from_single_file(str(self.file), config=str(self.folder), **options)
-            return pipeline.from_pretrained(
-                str(self.folder), variant=self.variant, use_safetensors=True, **options
-            )
 
     def config(self, part: str) -> Config:
         """Read the config of a part, with no number above `MAX_NUMBER`."""
@@ -201,7 +233,7 @@ class Checkpoint:
                 "ones (quantization_config); take another checkpoint"
             )
         for key, value in config.items():
-            if not key.endswith(("vocab_size", "_id", "_ids")) and _largest(value) > MAX_NUMBER:
+            if _largest({key: value}) > MAX_NUMBER:
                 raise UserError(
                     f"expected numbers up to {MAX_NUMBER:,} in {path}, got {key} = "
                     f"{str(value)[:60]}; download it again"
@@ -226,6 +258,8 @@ class Checkpoint:
 def read_index(path: Path) -> Config:
     """Read a ``model_index.json``; raise `UserError` if it is missing or damaged."""
     index = read_json(path, "a diffusers pipeline, as save_pretrained writes it,")
+    if isinstance(index, dict) and isinstance(index.get("_class_name"), list):
+        index["_class_name"] = (index["_class_name"] or [None])[-1]  # behind the name of its code
     if not isinstance(index, dict) or not isinstance(index.get("_class_name"), str):
         raise UserError(
             f"expected the name of a pipeline class in {path}, got none; download it again, or "
@@ -257,9 +291,10 @@ def check_indices(folder: Path) -> None:
 
 def _largest(value: object) -> float:
     """Find the largest number in a setting, however deep in lists."""
-    if isinstance(value, list | dict):
-        inner = value.values() if isinstance(value, dict) else value
-        return max(map(_largest, inner), default=0)
+    if isinstance(value, dict):
+        value = [inner for key, inner in value.items() if not key.endswith(_UNBOUNDED)]
+    if isinstance(value, list):
+        return max(map(_largest, value), default=0)
     return abs(value) if isinstance(value, int | float) else 0
 
 
@@ -294,6 +329,7 @@ def read_process(
     spacing: str = "trailing",
     clean_end: bool = True,
     zero_terminal_snr: bool = False,
+    mu: float | None = None,
 ) -> Process:
     """Read the process from a scheduler's config, whatever sampler it names.
 
@@ -305,18 +341,26 @@ def read_process(
         spacing: see `VariancePreserving`; the offset of ``leading`` is the config's.
         clean_end: see `VariancePreserving`.
         zero_terminal_snr: rescale the schedule, also where the file does not ask for it.
+        mu: of a flow whose shift the file leaves to the resolution: its logarithm or, with
+            ``time_shift_type`` linear, the shift itself.
 
     Raises:
         UserError: there is no process for the schedule or the prediction.
     """
     name = config.get("_class_name", "a scheduler")
-    flow = name.startswith("FlowMatch")
-    for field, value in (_USUAL_FLOW if flow else _USUAL_BETAS).items():
+    flow = "FlowMatch" in name
+    dynamic = flow and mu is not None and config.get("use_dynamic_shifting") is True
+    usual = _USUAL_FLOW | ({"use_dynamic_shifting": True} if dynamic else {})
+    for field, value in (usual if flow else _USUAL_BETAS).items():
         if config.get(field) not in (value, None):
             raise UserError(
                 f"expected a noise schedule with {field} {value}, got {name} with {field} "
                 f"{config[field]}; take another checkpoint"
             )
+    if dynamic and mu is not None:
+        # to six digits, so that a fingerprint does not depend on a machine's exponential
+        exponential = config.get("time_shift_type", "exponential") == "exponential"
+        return Flow(shift=float(f"{math.exp(mu) if exponential else mu:.6g}"), spacing=spacing)
     if flow:
         return Flow(shift=config.get("shift", 1.0), spacing=spacing)
     prediction = _PREDICTIONS.get(config.get("prediction_type", ""))

@@ -27,7 +27,8 @@ def find_checkpoint(
     """Find the checkpoint in a folder, file or hub repository.
 
     Args:
-        source: a pipeline folder, a ``.safetensors`` file, a key of `HUB`, or ``owner/name``.
+        source: a pipeline folder, a ``.safetensors`` file, a key of `HUB`, ``owner/name``, or a
+            folder in a repository, ``owner/name/folder``.
         revision: branch, tag or commit on the hub.
         variant: of the weights' files, ``fp16`` for instance.
         local_files_only: take from the hub's cache alone.
@@ -53,16 +54,24 @@ def find_checkpoint(
         )
     if Path(source).is_dir():
         return Checkpoint(source, _kind_of(Path(source) / INDEX), Path(source), None, *hub)
-    if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", source):
+    match = re.fullmatch(r"(\w[\w.-]*/[\w.-]+)(?:/(\w[\w.-]*))?", source)
+    if not match:
         raise UserError(
             f"expected a backbone out of tiny, {', '.join(HUB)}, a pipeline folder, a .safetensors "
             f"file or owner/name on the hub, got {source!r}; choose one of these"
         )
     from huggingface_hub import hf_hub_download
 
+    repository, inside = match[1], match[2] or ""
     with explained(source):
-        index = hf_hub_download(source, INDEX, revision=revision, local_files_only=local_files_only)
-    return Checkpoint(source, _kind_of(Path(index)), None, None, *hub)
+        index = hf_hub_download(
+            repository,
+            INDEX,
+            subfolder=inside or None,
+            revision=revision,
+            local_files_only=local_files_only,
+        )
+    return Checkpoint(source, _kind_of(Path(index)), None, None, *hub, inside)
 
 
 def _kind_of(index: Path) -> str:

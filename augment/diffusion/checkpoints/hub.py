@@ -19,9 +19,14 @@ HUB = {
     "sd3": "stabilityai/stable-diffusion-3-medium-diffusers",
     "sd35-medium": "stabilityai/stable-diffusion-3.5-medium",
     "sd35-large": "stabilityai/stable-diffusion-3.5-large",
+    "z-image": "Tongyi-MAI/Z-Image",
+    "flux2-klein": "black-forest-labs/FLUX.2-klein-base-4B",
+    "flux1-dev": "black-forest-labs/FLUX.1-dev",
+    "sit": "BiliSakura/SiT-diffusers/SiT-XL-2-256",
     "dit": "facebook/DiT-XL-2-256",
 }
-"""Repositories by name. Those of SD 1.5 and 2.1 are mirrors; the makers' own are gone."""
+"""Repositories by name. Those of SD 1.5 and 2.1 are mirrors; the makers' own are gone. That of SiT
+holds as safetensors what the makers publish as a pickle."""
 
 INDEX = "model_index.json"
 
@@ -72,7 +77,9 @@ def explained(source: str) -> Iterator[None]:
     raise UserError(f"expected a checkpoint on the hub, got {source!r}, {problem}")
 
 
-def local_folder(source: str, patterns: Sequence[str], local_files_only: bool) -> Path:
+def local_folder(
+    source: str, patterns: Sequence[str], local_files_only: bool, revision: str | None = None
+) -> Path:
     """Return a folder, or download the files of a repository that match some patterns."""
     if Path(source).is_dir():
         return Path(source)
@@ -80,7 +87,7 @@ def local_folder(source: str, patterns: Sequence[str], local_files_only: bool) -
 
     with explained(source):
         options: Any = {"allow_patterns": patterns, "local_files_only": local_files_only}
-        return Path(snapshot_download(source, **options))
+        return Path(snapshot_download(source, revision=revision, **options))
 
 
 @contextmanager
