@@ -21,6 +21,7 @@ from itertools import pairwise
 from textwrap import dedent, indent
 from typing import Any, NoReturn
 
+from augment import __version__
 from augment.commands import COMMANDS
 from augment.config import guard_imports, keep_names, refused, take_allowed
 from augment.core.errors import AugmentWarning, Terminated, UserError
@@ -41,6 +42,7 @@ For a start, images in photos/CLASS/*.jpg:
   --allow MODULE    let a --config file name classes of MODULE; see docs/training.md
   --quiet           print warnings and errors only
   --json            print the result as one line of JSON
+  --version         print the version
 Exit codes: 0 done, 2 a mistake or something found wrong, 130 interrupted,
 143 terminated."""
 """What ``latent-augment --help`` prints."""
@@ -75,7 +77,10 @@ def run(args: list[str]) -> Any:
     Raises:
         UserError: there is no such command, or it reports a mistake.
     """
-    name, *args = args or [""]
+    name, *args = args or ["--help"]
+    if name == "--version":
+        print(f"latent-augment {__version__}")
+        return __version__
     if name in ("-h", "--help"):
         width = max(map(len, COMMANDS))
         lines = (f"  {key:{width}}  {documented(command)[0]}" for key, command in COMMANDS.items())
@@ -83,8 +88,7 @@ def run(args: list[str]) -> Any:
         return None
     if name not in COMMANDS:
         raise UserError(
-            f"expected a command, {', '.join(COMMANDS)}, got {name or 'none'}; see "
-            "latent-augment --help"
+            f"expected a command, {', '.join(COMMANDS)}, got {name}; see latent-augment --help"
         )
     guard_imports()
     args, command = keep_names(args), COMMANDS[name]

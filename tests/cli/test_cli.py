@@ -10,7 +10,7 @@ import torch
 from conftest import call, paint, snapshot
 from safetensors.torch import save_file
 
-from augment import LatentBank
+from augment import LatentBank, __version__
 from augment.bank.fill import InvertSettings
 from augment.cli import spell
 from augment.commands import COMMANDS, invert
@@ -386,11 +386,17 @@ def test_a_bank_of_other_settings_is_left_alone(monkeypatch, capsys, images, tin
     assert snapshot(tiny_bank) == before
 
 
-@pytest.mark.parametrize("args", [["nope"], ["invert", "--imagse", "x"], [], ["synthesize"]])
+@pytest.mark.parametrize("args", [["nope"], ["invert", "--imagse", "x"], ["synthesize"]])
 def test_a_wrong_command_line_is_no_traceback(monkeypatch, capsys, args):
     code, _, output = call(monkeypatch, capsys, *args)
     assert code == 2
     assert "Traceback" not in output
+
+
+def test_the_bare_command_is_the_overview_and_tells_its_version(monkeypatch, capsys):
+    code, shown, _ = call(monkeypatch, capsys)
+    assert code == 0 and all(name in shown for name in COMMANDS)
+    assert call(monkeypatch, capsys, "--version")[1] == f"latent-augment {__version__}\n"
 
 
 def test_options_may_be_spelled_either_way():

@@ -25,6 +25,8 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     built = run(sys.executable, "-m", "build", "--wheel", "-o", str(folder), cwd=ROOT)
     assert built.returncode == 0, built.stderr
     wheel = next(folder.glob("*.whl"))
+    checked = run(sys.executable, "-m", "twine", "check", "--strict", str(wheel), cwd=folder)
+    assert checked.returncode == 0, checked.stdout + checked.stderr
     pip = (sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target")
     done = run(*pip, str(folder / "site"), str(wheel), cwd=folder)
     assert done.returncode == 0, done.stderr

@@ -6,7 +6,7 @@ file of its own) and enter it in `NETWORKS`; every network of timm is known by i
 """
 
 from collections.abc import Callable
-from functools import partial
+from inspect import signature
 from itertools import pairwise
 from typing import Any
 
@@ -158,12 +158,14 @@ def _from_timm(
         ) from None
 
 
-NETWORKS: dict[str, Callable[[int, int], nn.Module]] = {
+NETWORKS: dict[str, Callable[..., nn.Module]] = {
     "small_cnn": small_cnn,
     "resnet32": resnet32,
     "resnet12": resnet12,
     "resnet10": resnet10,
-    "lite0": partial(_from_timm, "tf_efficientnet_lite0"),  # pretrained: of the extra [features]
+    "lite0": lambda channels, classes: _from_timm(
+        "tf_efficientnet_lite0", channels, classes
+    ),  # pretrained: of the extra [features]
 }
 """Our networks by name, made of channels and number of classes."""
 
@@ -184,7 +186,7 @@ def build_network(
         num_classes: number of classes.
         pretrained: with timm's weights, or those of the repository or folder, but for the head.
         resolution: image pixels, for a network that is made for one size; by default that size.
-        options: of ``timm.create_model``.
+        options: of ``timm.create_model``; of ours, ``width`` of small_cnn and resnet12.
 
     Raises:
         UserError: the name is unknown, timm is not installed, or the weights do not exist or
@@ -199,9 +201,13 @@ def build_network(
         expect(name == "lite0", "lite0 or a network of timm to be pretrained", name)
         expect(channels == 3, "3 channels for the weights of lite0", channels)
         return lite0_net(num_classes)
-    if options:
-        raise UserError(f"expected no options for {name}, got {', '.join(options)}; leave them out")
-    return NETWORKS[name](channels, num_classes)
+    known = list(signature(NETWORKS[name]).parameters)[2:]
+    if unknown := options.keys() - set(known):
+        raise UserError(
+            f"expected {', '.join(known) or 'none'} as options of {name}, got "
+            f"{', '.join(sorted(unknown))}; leave them out"
+        )
+    return NETWORKS[name](channels, num_classes, **options)
 
 
 def usual_resolution(network: nn.Module) -> int:
