@@ -27,6 +27,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from augment.core.files import write_bytes
+from augment.diffusion.backbones.resnet12 import normalised
 from augment.networks import in_batches, unit
 from augment.sources import Folder
 from training.episodes.evaluate import TaskEvaluator
@@ -36,13 +37,6 @@ from training.models.metrics import normal_interval
 from training.models.networks import resnet12
 
 HELD_OUT, SHIFT = 50, 4
-MEAN, DEVIATION = (0.507, 0.487, 0.441), (0.267, 0.256, 0.276)
-
-
-def normalised(images: Tensor) -> Tensor:
-    """Centre images (n, 3, h, w) in [0, 1], and scale them to unit variance."""
-    mean, deviation = (torch.tensor(v).view(-1, 1, 1) for v in (MEAN, DEVIATION))
-    return (images - mean) / deviation
 
 
 class Run(LongRun):

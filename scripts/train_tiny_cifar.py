@@ -34,11 +34,12 @@ from long_run import DenoiserRun, half_precision, options
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from torchvision.utils import save_image
-from train_resnet12 import HELD_OUT, load_network, normalised
+from train_resnet12 import HELD_OUT, load_network
 
 from augment.core.files import sha256, write_bytes
 from augment.core.rng import normal, rng
 from augment.diffusion import load_backbone
+from augment.diffusion.backbones.resnet12 import normalised
 from augment.diffusion.backbones.tiny import Tiny, build_network, haar
 from augment.diffusion.solver import sample
 from augment.measure.features import frechet_distance

@@ -557,3 +557,54 @@ def save_clip(folder):
     clip_tokenizer().save_pretrained(folder)
     CLIPImageProcessor().save_pretrained(folder)
     return model
+
+
+def resampler(embed: int, width: int, hidden: int = 64, tokens: int = 3) -> dict[str, Any]:
+    """Return the projection of an IP-Adapter *plus* of four layers, named as it is published."""
+    shapes = {
+        "latents": (1, tokens, hidden),
+        "norm_out.weight": (width,),
+        "norm_out.bias": (width,),
+    }
+    for name, (rows, columns) in {"in": (hidden, embed), "out": (width, hidden)}.items():
+        shapes |= {f"proj_{name}.weight": (rows, columns), f"proj_{name}.bias": (rows,)}
+    for layer in range(4):
+        for norm in ("0.norm1", "0.norm2", "1.0"):
+            shapes |= {f"layers.{layer}.{norm}.{part}": (hidden,) for part in ("weight", "bias")}
+        sizes = {"0.to_q": 64, "0.to_kv": 128, "0.to_out": 64, "1.1": 4 * hidden}
+        shapes |= {f"layers.{layer}.{k}.weight": (n, hidden) for k, n in sizes.items()}
+        shapes[f"layers.{layer}.1.3.weight"] = (hidden, 4 * hidden)
+    return {name: torch.randn(shape) / shape[-1] ** 0.5 for name, shape in shapes.items()}
+
+
+def ip_adapter(folder: Path, pipeline: Path, kind: str = "plain", seed: int = 0) -> Path:
+    """Write an IP-Adapter for a pipeline's UNet, and a CLIP for 16×16 images beside it."""
+    from diffusers import UNet2DConditionModel
+    from safetensors.torch import save_file
+    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+    torch.manual_seed(seed)
+    vision = {"hidden_size": 32, "intermediate_size": 37, "num_hidden_layers": 2}
+    vision |= {"num_attention_heads": 4, "image_size": 16, "patch_size": 4, "projection_dim": 24}
+    encoder = CLIPVisionModelWithProjection(CLIPVisionConfig(**vision))
+    for key, weight in encoder.named_parameters():
+        weight.data *= 10 if weight.ndim > 1 and "position" not in key else 1
+    encoder.save_pretrained(folder / "image_encoder")
+    unet = UNet2DConditionModel.from_pretrained(pipeline / "unet")
+    width = unet.config.cross_attention_dim
+    if kind == "plus":
+        projection = resampler(32, width)
+    else:
+        shapes = {"proj.weight": (4 * width, 24), "proj.bias": (4 * width,)}
+        shapes |= {"norm.weight": (width,), "norm.bias": (width,)} if kind == "plain" else {}
+        projection = {name: torch.randn(shape) for name, shape in shapes.items()}
+    state = {f"image_proj.{name}": tensor for name, tensor in projection.items()}
+    layers = [key for key in unet.state_dict() if key.endswith("attn2.to_k.weight")]
+    for number, name in enumerate(unet.attn_processors):
+        if not name.endswith("attn1.processor"):
+            rows = unet.get_parameter(name.replace("processor", "to_k.weight")).shape[0]
+            for part in ("to_k_ip", "to_v_ip"):
+                state[f"ip_adapter.{number}.{part}.weight"] = torch.randn(rows, width)
+    assert len(layers) * 2 == sum(key.startswith("ip_adapter") for key in state)
+    save_file(state, folder / "ip-adapter.safetensors")
+    return folder / "ip-adapter.safetensors"

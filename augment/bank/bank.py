@@ -38,13 +38,16 @@ from augment.core.errors import UserError
 from augment.core.files import JsonObject, damaged, unreadable
 from augment.core.schema import as_object
 from augment.diffusion import local_recipe
-from augment.diffusion.backbone import Backbone, Recipe
+from augment.diffusion.backbone import REFERENCE, Backbone, Recipe
 from augment.measure.health import ClassHealth
 from augment.plan.plan import Plan
 from augment.plan.planner import Images
 from augment.sources.images import background_of
 
 CPU = torch.device("cpu")
+
+_CURES = {"nulls": "with null_text", "references": "with a backbone that takes references"}
+"""How a bank gets what the settings of its inversion alone do not give it."""
 
 
 @dataclass(frozen=True)
@@ -169,6 +172,20 @@ class LatentBank:
         return self.level is None and not self.holds_clean
 
     @property
+    def holds_references(self) -> bool:
+        """Whether it holds references of its images, which condition the backbone."""
+        return REFERENCE in self.manifest.fingerprint.backbone
+
+    @cached_property
+    def reference_shape(self) -> list[int]:
+        """Shape of a reference."""
+        return list(self._read(self._first, "references", "references")[0].shape[1:])
+
+    @cached_property
+    def _first(self) -> Chunk:
+        return next(chunk for own in self.chunks.values() for chunk in filled(own))
+
+    @property
     def recipe(self) -> Recipe:
         """Arguments of `load_backbone` that make the backbone without asking a hub."""
         name = self.manifest.fingerprint.backbone["name"]
@@ -220,18 +237,18 @@ class LatentBank:
 
     def gather(
         self, plans: Sequence[Plan], kind: str = "latents"
-    ) -> tuple[Float[Tensor, "b k c h w"], Float[Tensor, "b k"]]:
+    ) -> tuple[Float[Tensor, "b k *d"], Float[Tensor, "b k"]]:
         """Read the latents of plans' members and their weights, float32 on the bank's device.
 
-        Only their rows are read, of ``kind`` latents or clean. A plan with fewer members than
-        another has points of zeros at its end, of weight 0, which no rule sees.
+        Only their rows are read, of ``kind`` latents, clean or references. A plan with fewer
+        members than another has points of zeros at its end, of weight 0, which no rule sees.
 
         Raises:
             UserError: the bank lacks one of the images, a plan's lists differ in length, or a chunk
                 is missing or damaged.
         """
         count = max((len(plan.members) for plan in plans), default=0)
-        shape = self.manifest.latent_shape
+        shape = self.reference_shape if kind == "references" else self.manifest.latent_shape
         full = all(len(plan.members) == count for plan in plans)
         make = torch.empty if full else torch.zeros
         points = make(len(plans) * count, *shape, device=self.device)
@@ -252,7 +269,9 @@ class LatentBank:
             for chunk, rows in self._places(name, wanted):
                 pairs = [(spot, row) for i, row in rows.items() for spot in wanted[i]]
                 places, rows = torch.tensor(pairs, device=self.device).T
-                points.index_copy_(0, places, self._stored(chunk, kind)[rows].float())
+                stored = self._stored(chunk, kind)
+                found = stored[rows.to(stored.device)].float()
+                points.index_copy_(0, places, found.to(self.device))
         return points.view(len(plans), count, *shape), weights.float().to(self.device)
 
     def _places(self, class_name: str, ids: Iterable[str]) -> list[tuple[Chunk, dict[str, int]]]:
@@ -287,6 +306,10 @@ class LatentBank:
         """Read the clean latents of a class in float32, in the order of ``members``."""
         kind = "latents" if self.holds_clean else "clean"
         return self._rows(class_name, lambda c: self._stored(c, kind)).float()
+
+    def references(self, class_name: str) -> Float[Tensor, "n *d"]:
+        """Read the references of a class in float32, in the order of ``members``."""
+        return self._rows(class_name, lambda c: self._stored(c, "references")).float()
 
     def errors(self, class_name: str) -> Float[Tensor, " n"]:
         """Read the mean squared error of each image of a class to its latent sampled back."""
@@ -374,6 +397,7 @@ class LatentBank:
     def digest(self) -> str:
         """The SHA-256 of what images depend on: latents, embeddings, ids and prompts."""
         kinds = ("latents", "nulls") if self.level is None else ("latents", "nulls", "clean")
+        kinds += ("references",) if self.holds_references else ()
         digest = hashlib.sha256(b"[")  # of a JSON list that is never whole in memory
         for number, (name, chunks) in enumerate(self.chunks.items()):
             files = [[c.files.get(k) for k in kinds] for c in chunks]
@@ -413,7 +437,7 @@ class LatentBank:
             raise UserError(
                 f"expected a bank that keeps {keys[0]} at {self.path}, got one of "
                 f"{self.inversion['method']} that does not; invert again "
-                + ("with null_text" if kind == "nulls" else f"and keep {keys[0]}")
+                + _CURES.get(kind, f"and keep {keys[0]}")
             )
         try:
             if path not in self._checked:
@@ -433,10 +457,13 @@ class LatentBank:
     def _check_shape(self, chunk: Chunk, path: Path, file: Any) -> None:
         """Refuse a file without a row of the right shape for each image."""
         shape = self.manifest.latent_shape
-        for key in set(file.keys()) & {"latents", "clean", "errors", "null_rows"}:
+        for key in set(file.keys()) & {"latents", "clean", "errors", "null_rows", "references"}:
+            found = file.get_slice(key).get_shape()
             wanted = [len(chunk.rows), *(shape if key in ("latents", "clean") else [])]
-            if file.get_slice(key).get_shape() != wanted:
-                flaw = f"{key} of shape {file.get_slice(key).get_shape()}, not {wanted}"
+            if key == "references":
+                wanted += found[1:] if chunk is self._first else self.reference_shape
+            if found != wanted:
+                flaw = f"{key} of shape {found}, not {wanted}"
                 raise changed(path, flaw)
 
 

@@ -52,8 +52,8 @@ from augment.core.files import JsonObject, check_folder, in_use, sha256, unreada
 from augment.core.registry import refuse_reserved
 from augment.core.schema import write
 from augment.diffusion import load_backbone, parse_dtype
-from augment.diffusion.backbone import Backbone, Recipe, check_batch
-from augment.diffusion.conditions import Given, Schedule
+from augment.diffusion.backbone import REFERENCE, Backbone, Recipe, check_batch
+from augment.diffusion.conditions import Given, Referred, Schedule
 from augment.diffusion.solver import sample
 from augment.diffusion.usage import Usage
 from augment.inversion import INVERTERS, Inverter, check_guidance, inverted, inverter
@@ -69,7 +69,7 @@ from augment.sources.source import check_share, refuse_rejects
 PIXELS = 2**26
 """Maximum pixels, of all channels, that a unit holds in memory."""
 
-CHUNK_FILE = re.compile(r"chunk-[0-9]{4,}(\.clean|\.nulls)?\.(safetensors|json)")
+CHUNK_FILE = re.compile(r"chunk-[0-9]{4,}(\.clean|\.nulls|\.references)?\.(safetensors|json)")
 
 _LONGEST = 64  # captions that are embedded before anything is written
 
@@ -342,7 +342,7 @@ class InversionJob:
             self.stored = tuple(kind for kind in self.stored if kind != "clean")
         assert self.backbone is not None  # only a copy sent to a worker has none
         texts = [self.prompts.get(name, "") for name in names]
-        scale = self._choose_guidance(any(texts))
+        scale = self._choose_guidance(any(texts) or REFERENCE in self.backbone.fingerprint)
         check_guidance(self.method, self.backbone, texts, scale)
         self.backbone.condition(texts)
         if self.captions:
@@ -350,7 +350,7 @@ class InversionJob:
             for text in sorted(self.captions.values(), key=len)[-_LONGEST:]:
                 self.backbone.condition([text])
 
-    def _choose_guidance(self, prompted: bool) -> float:
+    def _choose_guidance(self, conditioned: bool) -> float:
         """Fill in the guidance of sampling, and that of the inversion, which is returned."""
         assert self.backbone is not None
         usual, given = self.backbone.usage.guidance, self.guidance is not None
@@ -358,7 +358,7 @@ class InversionJob:
             self.guidance = self.method.guidance
         if not math.isfinite(self.guidance):
             raise UserError(f"expected a finite guidance, got {self.guidance}; 1 is none")
-        sampling = self.guidance if given or self.guidance != 1 or not prompted else usual
+        sampling = self.guidance if given or self.guidance != 1 or not conditioned else usual
         self.usage = Usage(self.template, sampling, self.method.steps)
         return self.guidance
 
@@ -505,13 +505,16 @@ class InversionJob:
             made[key] = made[key].half()
         if "errors" in self.stored:
             latents, steps = made["latents"].float(), self.method.steps
-            negative: Given = texts if self.method.negative == "prompt" else None
+            words: Given = texts
+            if "references" in made:
+                words = Referred(texts, made["references"].float())
+            negative: Given = words if self.method.negative == "prompt" else None
             if "nulls" in made:
                 nulls = made["nulls"].float()[made["null_rows"]]
                 grid = backbone.process.levels(steps)[: nulls.shape[1] + 1]
                 negative = Schedule.by_step(grid, nulls)
             back = sample(
-                backbone, latents, texts, self.method.solver, steps, scale, self.batch_size,
+                backbone, latents, words, self.method.solver, steps, scale, self.batch_size,
                 negative=negative, level=self._level(backbone),
             )  # fmt: skip
             made["errors"] = (back.cpu() - images).square().flatten(1).mean(1)
@@ -606,6 +609,8 @@ def rejection_reason(made: dict[str, Tensor], row: int) -> str:
         return "its latent is NaN or infinite in float16; invert with dtype float32"
     if tensors[0].numel() > 1 and tensors[0].min() == tensors[0].max():
         return "its latent is constant"
+    if "references" in made and not made["references"][row].isfinite().all():
+        return "its reference is NaN or infinite in float16"
     if "errors" in made and not made["errors"][row].isfinite():
         return "its latent gives no image back; invert with dtype float32"
     return ""
@@ -622,8 +627,9 @@ def commit(part: ChunkPlan, made: dict[str, Tensor], images: list[LoadedImage]) 
         kinds = {"latents": {"latents": latents, "norms": norms}}
         if "errors" in made:
             kinds["latents"]["errors"] = made["errors"][rows].contiguous()
-        if "clean" in made:
-            kinds["clean"] = {"clean": made["clean"][rows].contiguous()}
+        for kind in ("clean", "references"):
+            if kind in made:
+                kinds[kind] = {kind: made[kind][rows].contiguous()}
         if "nulls" in made:
             owners, places = made["null_rows"][rows].unique(return_inverse=True)
             nulls = made["nulls"][owners].contiguous()

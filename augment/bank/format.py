@@ -12,6 +12,8 @@ A bank is a folder::
                                   are the latents
     0000/chunk-0000.nulls.safetensors   what null-text inversion adds: ``nulls`` (g, steps, …)
                                   float16 and ``null_rows`` (n,), which of them is an image's
+    0000/chunk-0000.references.safetensors   of a backbone that takes references: ``references``
+                                  (n, …) float16, each image's own, which it is inverted with
     0000/chunk-0000.json          the chunk's commit record
     rejects.jsonl                 the rejected images, with the reason
 
@@ -57,7 +59,7 @@ from augment.sources.images import FITTING, preprocessing
 from augment.sources.source import Source
 
 CHUNK = 256
-KINDS = ("latents", "clean", "nulls")
+KINDS = ("latents", "clean", "nulls", "references")
 WRITTEN = "a file of a bank as it was written"
 ENLARGED = 1.5
 """By how much images may be enlarged without a warning."""

@@ -39,7 +39,16 @@ PIPELINES: dict[str, Callable[..., Backbone]] = {
 }
 """Backbones by the pipeline class that a checkpoint's index names."""
 
-PATHS = ("name_or_path", "config", "lora", "adapter", "tiny_vae")
+PATHS = (
+    "name_or_path",
+    "config",
+    "lora",
+    "adapter",
+    "tiny_vae",
+    "ip_adapter",
+    "image_encoder",
+    "reference",
+)
 """Keys of a recipe whose values may be paths."""
 
 

@@ -19,7 +19,15 @@ from tqdm import tqdm
 
 from augment.core.errors import UserError
 from augment.diffusion.checkpoints.tokens import TokenRows
-from augment.diffusion.conditions import ByLevel, Condition, Words, embed, stacked
+from augment.diffusion.conditions import (
+    ByLevel,
+    Condition,
+    Given,
+    Referred,
+    Words,
+    embed,
+    stacked,
+)
 from augment.diffusion.process import Pair, Process, split
 from augment.diffusion.usage import Usage
 
@@ -69,6 +77,36 @@ class Backbone(Protocol):
     def network(self, latent: Tensor, timestep: float, condition: Condition) -> Tensor:
         """Return the network's raw output, float32."""
         ...
+
+
+@runtime_checkable
+class Referring(Backbone, Protocol):
+    """A backbone that can be conditioned on references: vectors or tokens of images.
+
+    Its condition then has an entry ``reference``, which without images is that of the
+    unconditional model; and its fingerprint says under ``reference`` what makes them.
+    """
+
+    def refer(self, images: Float[Tensor, "n c h w"]) -> Float[Tensor, "n ..."]:
+        """Embed images in [0, 1], of the backbone's channels and resolution, as references."""
+        ...
+
+
+REFERENCE = "reference"
+"""Key of a backbone's fingerprint: what makes references, if it takes any."""
+
+
+def referred(
+    backbone: Backbone, words: Given, images: Float[Tensor, "n c h w"]
+) -> tuple[Given, Tensor | None]:
+    """Return words beside the references of images, and these; as they are without any.
+
+    References are rounded to float16, as a bank keeps them.
+    """
+    if REFERENCE not in backbone.fingerprint or not isinstance(backbone, Referring):
+        return words, None
+    references = backbone.refer(images).half()
+    return Referred(words, references.float()), references
 
 
 @runtime_checkable
@@ -180,11 +218,17 @@ def denoiser(
     check_interval(interval)
     condition = embed(backbone, prompts)
     away_from = list(negative or [""] * len(prompts))
-    own = all(isinstance(a, str) and a == b for a, b in zip(prompts, away_from, strict=True))
-    if guidance == 1 or own:
+    if guidance == 1 or all(_same(*pair) for pair in zip(prompts, away_from, strict=True)):
         return Denoiser(backbone, condition)
     both = stacked(embed(backbone, away_from), condition)
     return Denoiser(backbone, condition, both, guidance, interval)
+
+
+def _same(words: Words, other: Words) -> bool:
+    """Tell whether a prompt, and its reference if it has one, is the same as another."""
+    if isinstance(words, Referred):
+        return words.same(other)
+    return isinstance(words, str) and words == other
 
 
 def check_interval(interval: tuple[float, float]) -> None:

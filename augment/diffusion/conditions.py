@@ -5,7 +5,9 @@ All of these can be given to `augment.sample` for the images of a batch, and to 
 - one prompt for all, or a list with an entry for each image;
 - embeddings: a `Condition` as ``backbone.condition`` returns, or its tensor ``text`` alone, with a
   row for each image or one for all;
-- a `Schedule` of these: one while there is much noise, another one further down.
+- a `Schedule` of these: one while there is much noise, another one further down;
+- any of these beside references, `Referred`: vectors or tokens of images, which condition a network
+  as words do. An IP-Adapter (Ye et al., arXiv 2308.06721) makes such a network of Stable Diffusion.
 
 So what papers do with the words along the way is a value too. Prompts switched at a level (Smooth
 Diffusion, arXiv 2312.04410, eq. 15) are ``Schedule(((0.6, "a cat"), (0.0, "a dog")))``; Diff-II's
@@ -30,10 +32,11 @@ Condition = dict[str, Tensor]
 
 The entry ``text`` holds floats that the network is differentiable in, if it can take a prompt.
 Where prompts have embeddings of different lengths, zeros fill them up; see `unpadded`.
+The entry ``reference`` is that of no image, unless `Referred` replaces it.
 """
 
-Words = Union[str, Tensor, Condition, "Schedule"]
-"""A prompt, embeddings, or a schedule of these."""
+Words = Union[str, Tensor, Condition, "Schedule", "Referred"]
+"""A prompt, embeddings, or a schedule of these; or one of them beside a reference."""
 
 Given = Words | Sequence[Words] | None
 """What a caller gives for a batch: one for all or, in a list or in tensors, one for each image."""
@@ -83,6 +86,28 @@ class Schedule:
     def at(self, level: float) -> Given:
         """Return what holds at a level."""
         return next((words for bound, words in self.parts if level > bound), self.parts[-1][1])
+
+
+@dataclass(frozen=True, eq=False)
+class Referred:
+    """Prompts, embeddings or a schedule, beside references.
+
+    Args:
+        words: what it is without references.
+        references: as the backbone embeds images, a row for each image or one for all.
+    """
+
+    words: Given
+    references: Float[Tensor, "n ..."]
+
+    def same(self, other: object) -> bool:
+        """Tell whether another one is of the same prompt and the same references."""
+        return (
+            isinstance(other, Referred)
+            and isinstance(self.words, str)
+            and self.words == other.words
+            and torch.equal(self.references, other.references)
+        )
 
 
 def two_stages(prompts: Sequence[str], suffix: str, share: float) -> Schedule:
@@ -154,6 +179,11 @@ def rows_of(given: Given, count: int) -> list[Words]:
         bounds = [bound for bound, _ in given.parts]
         rows = zip(*split, strict=True)
         return [Schedule(tuple(zip(bounds, row, strict=True))) for row in rows]
+    if isinstance(given, Referred):
+        pairs = zip(
+            rows_of(given.words, count), _spread(given.references, count).split(1), strict=True
+        )
+        return [Referred(words, reference) for words, reference in pairs]
     if isinstance(given, Tensor):
         return list(_spread(given, count).split(1))
     if isinstance(given, dict):
@@ -182,9 +212,10 @@ def embed(backbone: _Embeds, rows: Sequence[Words]) -> ByLevel:
         rows: of `rows_of`.
 
     Raises:
-        UserError: a prompt that the model does not take, or embeddings of another shape.
+        UserError: a prompt or reference that the model does not take, or embeddings of another
+            shape.
     """
-    schedules = [row if isinstance(row, Schedule) else Schedule(((0.0, row),)) for row in rows]
+    schedules = list(map(_scheduled, rows))
     bounds = sorted({bound for known in schedules for bound, _ in known.parts} or {0.0})
     above = [torch.finfo(torch.float64).eps + bound for bound in bounds]
     parts = [_join(backbone, [known.at(level) for known in schedules]) for level in above]
@@ -201,13 +232,22 @@ def embed(backbone: _Embeds, rows: Sequence[Words]) -> ByLevel:
     return lambda level: part(max(sum(level > bound for bound in bounds) - 1, 0))
 
 
+def _scheduled(row: Given) -> Schedule:
+    """Return a row as a schedule, whose parts have its reference."""
+    if isinstance(row, Referred):
+        parts = _scheduled(row.words).parts
+        return Schedule(tuple((bound, Referred(part, row.references)) for bound, part in parts))
+    return row if isinstance(row, Schedule) else Schedule(((0.0, row),))
+
+
 def _join(
     backbone: _Embeds, words: Sequence[Given]
 ) -> tuple[Condition, dict[str, dict[int, Tensor]]]:
     """Return the condition of a batch's prompts, and by name the rows that embeddings replace."""
-    fixed = backbone.condition([word if isinstance(word, str) else "" for word in words])
+    plain = [word.words if isinstance(word, Referred) else word for word in words]
+    fixed = backbone.condition([word if isinstance(word, str) else "" for word in plain])
     replaced: dict[str, dict[int, Tensor]] = {}
-    for row, word in enumerate(words):
+    for row, (given, word) in enumerate(zip(words, plain, strict=True)):
         own: Condition = {}
         if isinstance(word, Tensor):
             own = {"text": word}
@@ -218,12 +258,19 @@ def _join(
                 f"expected embeddings named {', '.join(fixed)}, got {', '.join(own)}; take them "
                 "from the condition() of this backbone"
             )
+        if isinstance(given, Referred):
+            if "reference" not in fixed:
+                raise UserError(
+                    "expected a backbone that takes references, got one without; load it with "
+                    "ip_adapter or reference, or leave references out"
+                )
+            own = {**own, "reference": given.references}
         for key, value in own.items():
             if value.shape[1:] != fixed[key].shape[1:]:
                 raise UserError(
                     f"expected embeddings {key} of shape (N, "
                     f"{', '.join(map(str, fixed[key].shape[1:]))}), got {tuple(value.shape)}; take "
-                    "them from the condition() of this backbone"
+                    "them from this backbone"
                 )
             replaced.setdefault(key, {})[row] = value
     return fixed, replaced

@@ -14,7 +14,15 @@ from torch import Tensor
 from augment.core.errors import UserError
 from augment.core.files import sha256
 from augment.core.registry import make
-from augment.diffusion.backbone import Backbone, Denoiser, as_prompts, batched, denoiser
+from augment.diffusion.backbone import (
+    Backbone,
+    Denoiser,
+    as_prompts,
+    batched,
+    denoiser,
+    referred,
+)
+from augment.diffusion.conditions import rows_of
 from augment.diffusion.process import level_number
 from augment.diffusion.solver import check_steps
 from augment.inversion.ddim import DDIM, PublishedDDIM
@@ -140,6 +148,9 @@ def invert(
 ) -> Float[Tensor, "n C H W"]:
     """Invert images to latents.
 
+    Where the backbone takes references, each image is inverted with its own; sample it back with
+    ``Referred(prompts, backbone.refer(images))``.
+
     Args:
         backbone: the model.
         images: in [0, 1]; `augment.sources.images.prepare` fits their size and channels.
@@ -178,7 +189,11 @@ def inverted(
     batch_size: int = 64,
     seeds: Sequence[int] | None = None,
 ) -> dict[str, Tensor]:
-    """Invert images as `invert` does, and return all tensors that the inversion gives."""
+    """Invert images as `invert` does, and return all tensors that the inversion gives.
+
+    Where the backbone takes references, each image is inverted with its own, as it is sampled back
+    with it; the float16 ``references`` are returned too.
+    """
     if len(images) and not (images.min() >= 0 and images.max() <= 1):
         raise UserError(
             f"expected pixels in [0, 1], got {images.min():.3g} to {images.max():.3g}; "
@@ -193,9 +208,13 @@ def inverted(
     @torch.no_grad()
     def invert_rows(rows: slice, tick: Callable[[], Any]) -> dict[str, Tensor]:
         part = prepare(images[rows], backbone.channels, backbone.resolution).to(backbone.device)
-        negative = texts[rows] if run.negative == "prompt" else None
-        denoise = denoiser(backbone, texts[rows], scale, negative=negative)
-        return run(denoise, backbone.encode(part), tick, seeds[rows])
+        given, references = referred(backbone, texts[rows], part)
+        words = rows_of(given, len(part))
+        denoise = denoiser(
+            backbone, words, scale, negative=words if run.negative == "prompt" else None
+        )
+        found = run(denoise, backbone.encode(part), tick, seeds[rows])
+        return found if references is None else {**found, "references": references.cpu()}
 
     label = f"invert by {type(run).__name__}"
     parts = batched(invert_rows, backbone, len(images), batch_size, max(run.steps_made, 1), label)

@@ -5,8 +5,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from augment.centroid.rule import Rule
-from augment.core.errors import UserError
+from augment.core.errors import UserError, lookup
 from augment.plan.weights import concentrations
+
+REFERENCE_RULES = {name: Rule(name, "0") for name in ("lin", "nin")}
+"""Rules for references: the others know the norm of a latent, which a reference does not have."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +31,9 @@ class Mixing:
         contexts: file of contexts, a line each, such as 'on a beach'; or a metadata.jsonl, whose
             column text is read, or file.jsonl:COLUMN. Each image draws one, whatever its class, for
             its prompt: behind a comma, or where that has {context}.
+        reference_rule: how references of images are mixed, which a backbone with an IP-Adapter is
+            conditioned on: lin, their weighted mean, or nin, that at the weighted mean of their
+            norms. By default lin.
         translate: mix images of another class than the home class, drawn at random, under the home
             class's prompt (Diff-Mix); the label is level^translate of the home class, and theirs
             for the rest. In training alone, as labels are soft; 0.5 is Diff-Mix's.
@@ -45,9 +51,12 @@ class Mixing:
     level: float | str | tuple[float, ...] | None = None
     contexts: str | None = None
     translate: float | None = None
+    reference_rule: str | None = None
 
     def __post_init__(self) -> None:
         Rule.parse(self.rule)
+        if self.reference_rule is not None:
+            lookup(REFERENCE_RULES, self.reference_rule, "rule for references")
         if not 0 <= self.noise < 1:
             raise UserError(f"expected noise in [0, 1), got {self.noise}; 0 is none")
         if self.members is not None and self.members < 1:

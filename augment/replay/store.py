@@ -213,6 +213,8 @@ def layout_of(dataset: Any, sample: Sample, capacity: int) -> JsonObject:
             "prompts": synthesizer.prompts and synthesizer.texts,
         }
         layout |= {"fingerprint": synthesizer.bank.fingerprint}
+        if synthesizer.reference_rule:
+            layout |= {"reference_rule": synthesizer.reference_rule}
     if contexts := getattr(getattr(dataset, "planner", None), "contexts", ()):
         layout |= {"contexts": sha256(json.dumps(contexts).encode())}
     if (plan := getattr(dataset, "plan", None)) is not None:

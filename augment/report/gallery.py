@@ -129,8 +129,11 @@ class Gallery:
         draw, count = self.provenance.planner, len(names)
         plans = [draw(0, label + k * count, label) for label in labels for k in range(PLANS)]
         prompts = folder.manifest.prompts if folder else None
+        mixed = folder.manifest.reference_rule if folder else None
         for rule in self.rules:
-            made = Synthesizer(self.backbone, bank, Rule.parse(rule), sampling, prompts)
+            made = Synthesizer(
+                self.backbone, bank, Rule.parse(rule), sampling, prompts, reference_rule=mixed
+            )
             yield Work("rule", made, plans)
         if folder is None or folder.manifest.refine:  # these would take five times as long to make
             return
@@ -138,7 +141,9 @@ class Gallery:
         refused = [plan for some in found for plan in some]
         if refused:
             rule = Rule.parse(folder.manifest.rule or "")
-            made = Synthesizer(self.backbone, bank, rule, sampling, prompts, source=self.root)
+            made = Synthesizer(
+                self.backbone, bank, rule, sampling, prompts, source=self.root, reference_rule=mixed
+            )
             yield Work("refused", made, refused)
 
     def _scorers(self, synthesizer: Synthesizer) -> dict[str, Callable[..., Tensor]]:

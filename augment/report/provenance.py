@@ -45,6 +45,7 @@ def python(
     recipe: Mapping[str, Any] | None = None,
     prompts: Mapping[str, str] | None = None,
     refine: Mapping[str, Any] | None = None,
+    reference_rule: str | None = None,
 ) -> str:
     """Return the lines of Python that make an image again and save it as ``image.png``.
 
@@ -56,6 +57,7 @@ def python(
         recipe: arguments of `load_backbone`; by default those that the bank keeps.
         prompts: see `Synthesizer`.
         refine: settings of `SeedSelect`, if the centroid is refined.
+        reference_rule: see `Synthesizer`.
     """
     loaded = "**bank.recipe"
     if recipe is not None:
@@ -63,6 +65,7 @@ def python(
     options = [f"Rule.parse({rule!r})", _expression(Sampling(**asdict(sampling)))]
     options += [f"prompts={prompts!r}"] if prompts else []
     options += [f"refine=SeedSelect(**{refine!r})"] if refine else []
+    options += [f"reference_rule={reference_rule!r}"] if reference_rule else []
     body = f"""
 bank = LatentBank.open({str(bank.path.absolute())!r})
 backbone = load_backbone({loaded})
@@ -237,7 +240,9 @@ class Provenance:
             path = str(self.folder.path.absolute())
             drawn = f"open_shards({path!r}, complete=False).plan({row})"
         prompts = self.prompts(plan.class_name)
-        return python(self.bank, drawn, rule, self.sampling, prompts=prompts, refine=refine)
+        return python(
+            self.bank, drawn, rule, self.sampling, None, prompts, refine, mixing.reference_rule
+        )
 
 
 def _planner_of(bank: LatentBank, manifest: ShardManifest) -> Planner | None:

@@ -148,6 +148,7 @@ class ShardManifest(Record):
             level is there for a bank that has no latents at the noisiest.
         prompts: of classes that have others than the bank's.
         refine, filters: settings; a file or folder of a model is its SHA-256.
+        reference_rule: see `Mixing`; for a bank with references.
         nearest: digest of the features, if neighbours are mixed.
         contexts: digest of the contexts, if any are drawn.
         images: real images of each class: the beginning of the SHA-256 of each by its id; in older
@@ -187,6 +188,7 @@ class ShardManifest(Record):
     nearest: str | None = None
     level: Any = None
     contexts: str | None = None
+    reference_rule: str | None = None
     refine: dict[str, Any] | None = None
     filters: dict[str, dict[str, Any]] = field(default_factory=dict)
     by: str | None = None
@@ -239,7 +241,7 @@ class ShardManifest(Record):
     @property
     def mixing(self) -> Mixing:
         """What the images of a job were mixed of; nearest and contexts are left out."""
-        names = ("rule", "members", "noise", "seed")
+        names = ("rule", "members", "noise", "seed", "reference_rule")
         how: Any = {name: getattr(self, name) for name in names}
         how["level"] = None if self.level is None else tuple(self.level)
         return Mixing(

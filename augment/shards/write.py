@@ -156,6 +156,7 @@ class ShardJob:
             prompts,
             refine,
             settings.images,
+            reference_rule=settings.reference_rule,
         )
         output = _part_of(settings, Output)
         return cls(Path(settings.out), synthesizer, planner, counts, output, judges, where)
@@ -223,6 +224,7 @@ class ShardJob:
             # else left out, as folders of older versions have it
             **({} if nearest is None else {"nearest": nearest}),
             **({} if mixing.levels is None else {"level": mixing.levels}),
+            **_rule_of(made),
             **({"contexts": _contexts_digest(self.planner)} if self.planner.contexts else {}),
             **({"refine": contents(made.refine)} if made.refine else {}),
             "filters": {name: contents(f) for name, f in self.filters.items()},
@@ -411,10 +413,17 @@ class ShardJob:
 
 
 def how(synthesizer: Synthesizer, plan: Plan) -> JsonObject:
-    """Return the prompt and the guidance that a plan is sampled with, where there are."""
+    """Return the prompt, guidance and rule for references of a plan, where there are."""
     text, guidance = synthesizer.text(plan), synthesizer.resolved.guidance
     facts = {"prompt": text} if text else {}
+    facts |= _rule_of(synthesizer)
     return facts if guidance == 1 else {**facts, "guidance": guidance}
+
+
+def _rule_of(synthesizer: Synthesizer) -> dict[str, str]:
+    """Return the rule for references, where the bank has any."""
+    rule = synthesizer.reference_rule or "lin"
+    return {"reference_rule": rule} if synthesizer.bank.holds_references else {}
 
 
 def contents(judge: Filter | SeedSelect) -> JsonObject:

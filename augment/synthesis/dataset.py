@@ -72,7 +72,9 @@ class SyntheticDataset(Dataset[Sample]):
         bank = bank if isinstance(bank, LatentBank) else LatentBank.open(bank)
         backbone = backbone or load_backbone(**bank.recipe)
         rule = Rule.parse(mixing.rule)
-        self.synthesizer = Synthesizer(backbone, bank, rule, sampling, prompts)
+        self.synthesizer = Synthesizer(
+            backbone, bank, rule, sampling, prompts, reference_rule=mixing.reference_rule
+        )
         self.planner = planner_of(bank, mixing, classes)
         self.classes = bank.classes
         self.class_to_idx = {name: label for label, name in enumerate(self.classes)}

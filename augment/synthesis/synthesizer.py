@@ -24,14 +24,14 @@ from augment.centroid.rule import Rule
 from augment.core.errors import AugmentWarning, BiasWarning, ImageRejected, UserError, lookup
 from augment.core.rng import normal, rng
 from augment.diffusion.backbone import Backbone
-from augment.diffusion.conditions import Given, Schedule, Words, embed, mix, rows_of
+from augment.diffusion.conditions import Given, Referred, Schedule, Words, embed, mix, rows_of
 from augment.diffusion.process import level_number
 from augment.diffusion.sampling import ResolvedSampling, Sampling
 from augment.diffusion.solver import sample
 from augment.inversion import INVERTERS
 from augment.measure.bias import bias_warning
 from augment.measure.latents import ChannelMeans
-from augment.plan.mixing import Mixing
+from augment.plan.mixing import REFERENCE_RULES, Mixing
 from augment.plan.plan import Plan
 from augment.plan.planner import Planner
 from augment.sources import Source, place_of
@@ -70,9 +70,19 @@ def planner_of(bank: LatentBank, mixing: Mixing | None = None, classes: int = 1)
     mixing = mixing or Mixing()
     if mixing.levels != (levels := _levels(bank, mixing.levels)):
         mixing = replace(mixing, level=levels)
+    require_references(bank, mixing.reference_rule)
     features = None if mixing.nearest is None else bank.features(mixing.nearest)
     contexts = () if mixing.contexts is None else read_contexts(mixing.contexts)
     return Planner(bank.members, mixing, classes, features, contexts)
+
+
+def require_references(bank: LatentBank, rule: str | None) -> None:
+    """Refuse a rule for references where the bank has none."""
+    if rule is not None and not bank.holds_references:
+        raise UserError(
+            f"expected no rule for references with the bank {bank.path}, which has none, got "
+            f"{rule!r}; leave reference_rule out, or invert with a backbone that takes references"
+        )
 
 
 def _levels(bank: LatentBank, asked: tuple[float, ...] | None) -> tuple[float, ...] | None:
@@ -119,6 +129,7 @@ class Synthesizer:
             a data set; by default where they were.
         blend: sample a plan of several classes with the embeddings of its members' prompts, mixed
             by its weights, instead of the home class's prompt.
+        reference_rule: how a plan's references are mixed; see `Mixing`. By default ``lin``.
 
     Attributes:
         resolved: the sampling, with what it leaves to the bank.
@@ -136,6 +147,7 @@ class Synthesizer:
     refine: SeedSelect | None = None
     source: Source | str | Path | Any | None = None
     blend: bool = False
+    reference_rule: str | None = None
     resolved: ResolvedSampling = field(init=False)
     _goals: dict[str, Goal] = field(default_factory=dict, init=False, repr=False)
     _nulls: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict, init=False, repr=False)
@@ -148,6 +160,8 @@ class Synthesizer:
         self.resolved = resolve(self.bank, self.sampling)
         words = map(self.prompt, self.bank.classes)
         prompted = not all(isinstance(given, str) and not given for given in words)
+        prompted |= self.bank.holds_references
+        require_references(self.bank, self.reference_rule)
         if self.backbone.usage.template and not prompted:
             warn_once(
                 f"prompts of {self.bank.path}",
@@ -351,16 +365,32 @@ class Synthesizer:
         return tuple(torch.cat(part)[back] for part in zip(*parts, strict=True))
 
     def _conditions(self, plans: Sequence[Plan]) -> tuple[list[Words], Given]:
-        """Return the prompts of plans, and what is guided away from."""
+        """Return the prompts of plans, beside their references, and what is guided away from."""
+        references = [self.reference_of(plan) for plan in plans if self.bank.holds_references]
+
+        def beside(words: list[Words]) -> list[Words]:
+            pairs = zip(words, references, strict=True)
+            return [Referred(w, r[None]) for w, r in pairs] if references else words
+
         away_from = INVERTERS[self.bank.inversion["method"]].negative
         negative: Given = None
         if away_from == "prompt":
-            negative = [self.bank.prompt(plan.class_name) for plan in plans]
+            negative = beside([self.bank.prompt(plan.class_name) for plan in plans])
         elif self.has_nulls:
             nulls = torch.stack([self.null(plan) for plan in plans])
             levels = self.backbone.process.levels(self.bank.inversion["steps"])
             negative = Schedule.by_step(levels[: nulls.shape[1] + 1], nulls)
-        return [self._words(plan) for plan in plans], negative
+        return beside([self._words(plan) for plan in plans]), negative
+
+    def reference_of(self, plan: Plan) -> Float[Tensor, "..."]:
+        """Mix the references of a plan's members by its weights; fresh noise has none.
+
+        Raises:
+            UserError: the bank has none.
+        """
+        points, weights = self.bank.gather([plan], "references")
+        rule = REFERENCE_RULES[self.reference_rule or "lin"]
+        return rule(points.flatten(2)[:, :, None, None], weights).view(points.shape[2:])
 
     def _words(self, plan: Plan) -> Words:
         """Return what a plan is sampled with."""
@@ -480,13 +510,11 @@ class Synthesizer:
             UserError: a prompt that the backbone does not take, a rule that does not fit, a
                 file of the bank that is damaged, or, to refine, no network or real images.
         """
-        embed(self.backbone, rows_of([self._words(plan) for plan in plans], len(plans)))
+        embed(self.backbone, rows_of(self._conditions(plans)[0], len(plans)))
         if self.refine:
             self.refine.see(self.backbone)
             self.real(plans[0].class_name)
         self.mix(plans)
-        for plan in plans if self.has_nulls else ():
-            self.null(plan)
 
     def null(self, plan: Plan) -> Float[Tensor, "steps ..."]:
         """Mix the null-text embeddings of a plan's members by its weights.

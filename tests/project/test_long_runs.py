@@ -14,8 +14,12 @@ from conftest import paint
 from safetensors.torch import load_file, save, save_file
 from torch import nn
 
-from augment import UserError, load_backbone
+from augment import BankMismatch, Plan, Sampling, Synthesizer, UserError, load_backbone, sample
+from augment.bank.fill import fill_bank
+from augment.diffusion.backbones.resnet12 import normalised
+from augment.diffusion.conditions import Referred
 from augment.diffusion.process import Flow, VariancePreserving
+from augment.sources import Folder
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 STEPS = 7
@@ -126,12 +130,23 @@ def test_a_class_is_described_by_other_images_of_it(run):
     assert (mixed > 0).sum(1).unique().tolist() == [1, 2]
 
 
-def test_the_averaged_weights_are_a_flow_with_prompts_and_features(run):
+@pytest.fixture
+def described(run):
+    """Return the run's weights as a backbone that takes references, and its ResNet-12's file."""
+    from train_resnet12 import resnet12
+
     torch.nn.init.normal_(run.network.unet.conv_out.weight)
     torch.nn.init.normal_(run.network.feature.weight)
     run.average.load_state_dict(run.network.state_dict())
     run.train()
-    backbone = load_backbone(run.folder / "ema.safetensors", device="cpu")
+    file, config = run.folder / "weights.safetensors", {"width": 32, "classes": ["a", "b"]}
+    save_file(resnet12(3, 2, 32).state_dict(), file, {"config": json.dumps(config)})
+    weights = run.folder / "ema.safetensors"
+    return load_backbone(weights, device="cpu", reference=file), file
+
+
+def test_the_averaged_weights_are_a_flow_with_prompts_and_features(run, described):
+    backbone, file = described
     assert backbone.process == Flow()
     assert backbone.latent_shape == (12, 16, 16)
     assert backbone.prompts[:2] == ("", "aquatic_mammals") and "wolf" in backbone.prompts
@@ -139,25 +154,63 @@ def test_the_averaged_weights_are_a_flow_with_prompts_and_features(run):
     none = torch.zeros(2, run.average.feature.in_features)
     prompts = torch.tensor([backbone.prompts.index(name) for name in ("wolf", "fish")])
     times = torch.full((2,), 300.0)
-    features = torch.rand(2, none.shape[1])
+    features = torch.rand(2, none.shape[1], generator=torch.Generator().manual_seed(2))
+    features = nn.functional.normalize(features, dim=1)
     scaled = (features - run.data.mean) / run.data.deviation
+    bare = backbone.condition(["wolf", "fish"])
     with torch.no_grad():
-        for condition, more in (
-            (backbone.condition(["wolf", "fish"]), none),
-            (backbone.describe(["wolf", "fish"], features), scaled),
-        ):
+        for condition, more in ((bare, none), (bare | {"reference": features}, scaled)):
             answer = backbone.network(z, 300.0, condition)
             expected = run.average(z, times, prompts, more)
             assert (answer - expected).norm() < 0.02 * expected.norm()
-        plain = backbone.network(z, 300.0, backbone.condition(["wolf", "fish"]))
+        plain = backbone.network(z, 300.0, bare)
         assert (answer - plain).norm() > 0.1 * plain.norm(), "features change the answer"
-    again = load_backbone(backbone.save(run.folder / "again"), device="cpu")
-    texts = [net.describe([""] * 2, features)["text"] for net in (backbone, again)]
-    assert torch.equal(*texts)
-    with pytest.raises(UserError, match=r"expected 320 features .* got 3;"):
-        backbone.describe(["", ""], features[:, :3])
-    with pytest.raises(UserError, match="expected no features"):
-        load_backbone("tiny", device="cpu").describe(["", ""], features)
+        again = load_backbone(backbone.save(run.folder / "again"), device="cpu", reference=file)
+        assert torch.equal(again.network(z, 300.0, bare | {"reference": features}), answer)
+        without = load_backbone(run.folder / "ema.safetensors", device="cpu")
+        words = without.condition(["wolf", "fish"])
+        assert words.keys() == {"text"} and torch.equal(without.network(z, 300.0, words), plain)
+
+
+def test_a_bank_keeps_references_and_a_plan_mixes_them(run, described, tmp_path):
+    """As in training: the projection of the weighted mean of features of length 1."""
+    from train_resnet12 import load_network
+
+    backbone, file = described
+    source = Folder(paint(tmp_path / "photos", {"wolf": 3, "new": 3}, 32))
+    bank = fill_bank(tmp_path / "bank", backbone, source, {}, "noise", stored=())
+    trunk = load_network(file)[:-1]
+    images = torch.stack([source.load(i, 3, 32) for i in bank.members["new"]])
+    rows = nn.functional.normalize(trunk(normalised(images)), dim=1)
+    torch.testing.assert_close(bank.references("new"), rows, rtol=1e-3, atol=1e-4)
+    weights = (0.6, 0.3, 0.1)
+    label, members = bank.classes.index("new"), bank.members["new"]
+    plan = Plan(label, "new", members, weights, 0.0, 0, 0, 0, (), 1.0)
+    made = Synthesizer(backbone, bank, sampling=Sampling(steps=2, guidance=2.0))
+    given = Referred("", (torch.tensor(weights) @ bank.references("new"))[None])
+    latents, level = made.mix([plan]).centroids, made.level(plan)
+    expected = sample(backbone, latents, given, "fireflow", 2, 2.0, level=level)
+    torch.testing.assert_close(made.images([plan]), expected, rtol=0, atol=1e-5)
+    plain = sample(backbone, latents, "", "fireflow", 2, level=level)
+    assert (plain - expected).abs().max() > 1e-3
+    with pytest.raises(BankMismatch, match="made with reference = None, got"):
+        bank.check(load_backbone(run.folder / "ema.safetensors", device="cpu"))
+    bank.check(load_backbone(**bank.recipe, device="cpu"))
+
+
+def test_a_network_for_references_that_does_not_fit_is_refused(run, described):
+    from train_resnet12 import resnet12
+
+    _, file = described
+    weights = run.folder / "ema.safetensors"
+    with pytest.raises(UserError, match="expected weights that learned from features"):
+        load_backbone("tiny", device="cpu", reference=file)
+    with pytest.raises(UserError, match=r"ResNet-12 whose features .*ema\.safetensors: "):
+        load_backbone(weights, device="cpu", reference=weights)
+    config = json.dumps({"width": 4, "classes": ["a"]})
+    save_file(resnet12(3, 1, 4).state_dict(), file, {"config": config})
+    with pytest.raises(UserError, match="40 features instead of 320"):
+        load_backbone(weights, device="cpu", reference=file)
 
 
 def test_the_report_judges_the_samples_of_every_file(run, monkeypatch):
@@ -244,5 +297,5 @@ def test_the_features_of_a_trained_network_are_tried_on_episodes(
     torch.testing.assert_close(features["novel"].norm(dim=1), torch.ones(400))
     network = script.load_network(tmp_path / "run" / "weights.safetensors")
     images, _ = script.load_part(tmp_path / "images", "novel")
-    again = nn.functional.normalize(network[:-1](script.normalised(images)), dim=1)
+    again = nn.functional.normalize(network[:-1](normalised(images)), dim=1)
     torch.testing.assert_close(again, features["novel"], rtol=0, atol=1e-2)

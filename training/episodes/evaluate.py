@@ -184,7 +184,9 @@ class EpisodeSynthesizer:
         view = dataclasses.replace(self.bank, members=episode.supports)  # and no query
         plans = self.plans(task, episode)
         rule = Rule.parse(self.mixing.rule)
-        images = Synthesizer(self.backbone, view, rule, self.sampling).images(plans)
+        references = self.mixing.reference_rule
+        made = Synthesizer(self.backbone, view, rule, self.sampling, reference_rule=references)
+        images = made.images(plans)
         return images, torch.tensor([plan.label for plan in plans])
 
 

@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from augment.core.errors import UserError
+from augment.diffusion.backbones.resnet12 import trunk
 from augment.diffusion.checkpoints.hub import brief
 from augment.networks.lite0 import lite0_net
 from augment.networks.timm import find_timm, recipe
@@ -98,35 +99,12 @@ def resnet32(channels: int, num_classes: int) -> nn.Sequential:
     return network
 
 
-class Pooled(nn.Module):
-    """Three 3×3 convolutions beside a 1×1 one, and a maximum of 2×2."""
-
-    def __init__(self, narrow: int, wide: int) -> None:
-        super().__init__()
-        layers: list[nn.Module] = []
-        for size in (narrow, wide, wide):
-            conv = nn.Conv2d(size, wide, 3, padding=1, bias=False)
-            layers += [conv, nn.BatchNorm2d(wide), nn.LeakyReLU(0.1)]
-        self.residual = nn.Sequential(*layers[:-1])
-        self.shortcut = nn.Sequential(nn.Conv2d(narrow, wide, 1, bias=False), nn.BatchNorm2d(wide))
-
-    def forward(self, x: Images) -> Float[Tensor, "n wide h2 w2"]:
-        """Return the pooled sum of residual and shortcut."""
-        return F.max_pool2d(F.leaky_relu(self.residual(x) + self.shortcut(x), 0.1), 2)
-
-
 def resnet12(channels: int, num_classes: int, width: int = 64) -> nn.Sequential:
     """Build ResNet-12, the network of CIFAR-FS; Lee et al., arXiv 1904.03758: 12.4 M parameters.
 
     Four blocks, 1, 2.5, 5 and 10 times ``width`` wide, and mean pooling.
     """
-    widths = [channels, width, 5 * width // 2, 5 * width, 10 * width]
-    network = Chain(
-        *(Pooled(*pair) for pair in pairwise(widths)),
-        nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(),
-        nn.Linear(10 * width, num_classes),
-    )
+    network = Chain(*trunk(channels, width), nn.Linear(10 * width, num_classes))
     for module in network.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, 0.1, "fan_out", "leaky_relu")

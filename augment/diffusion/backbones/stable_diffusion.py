@@ -4,16 +4,37 @@ Rombach et al., *High-Resolution Image Synthesis with Latent Diffusion Models*, 
 Podell et al., *SDXL*, arXiv 2307.01952.
 """
 
+from pathlib import Path
+from typing import Any
+
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
-from augment.diffusion.backbone import Condition
+from augment.core.errors import UserError
+from augment.diffusion.backbone import REFERENCE, Condition
 from augment.diffusion.backbones.latent_diffusion import LatentDiffusion, check_length
+from augment.diffusion.checkpoints.checkpoint import Checkpoint
+from augment.diffusion.checkpoints.ip_adapter import ImageEncoder, IPAdapter
 from augment.diffusion.usage import PHOTO, Usage
 
 
 class StableDiffusion(LatentDiffusion):
-    """Stable Diffusion 1 and 2: a UNet and one CLIP text encoder."""
+    """Stable Diffusion 1 and 2: a UNet and one CLIP text encoder.
+
+    Args:
+        checkpoint, device, dtype: see `LatentDiffusion`.
+        ip_adapter: IP-Adapter that takes references: a ``.safetensors`` file, or
+            ``owner/name/path.safetensors`` of the hub.
+        ip_adapter_scale: factor of its attention.
+        image_encoder: folder of its CLIP image encoder, also of the hub; by default
+            ``image_encoder`` beside it.
+        options: see `LatentDiffusion`.
+
+    Raises:
+        UserError: see `augment.diffusion.checkpoints.ip_adapter.IPAdapter`; or a scale or encoder
+            without an IP-Adapter.
+    """
 
     name = "stable-diffusion"
     usage = Usage(PHOTO, 7.5)
@@ -21,15 +42,70 @@ class StableDiffusion(LatentDiffusion):
     plain = (*LatentDiffusion.plain, "addition_embed_type")
     absent = ("safety_checker", "feature_extractor", "image_encoder")
 
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | None = None,
+        *,
+        ip_adapter: str | Path | None = None,
+        ip_adapter_scale: float = 1.0,
+        image_encoder: str | Path | None = None,
+        **options: Any,
+    ) -> None:
+        self.ip_adapter: IPAdapter | None = None
+        self.embed_images: ImageEncoder | None = None
+        if ip_adapter:
+            hub = checkpoint.local_files_only
+            self.ip_adapter = IPAdapter.find(ip_adapter, image_encoder, ip_adapter_scale, hub)
+        elif image_encoder or ip_adapter_scale != 1:
+            raise UserError(
+                "expected ip_adapter beside image_encoder or ip_adapter_scale, got none; name it"
+            )
+        super().__init__(checkpoint, device, dtype, **options)
+        if self.ip_adapter:
+            self.fingerprint[REFERENCE] = self.ip_adapter.fingerprint
+
     def prepare(self, compile: bool) -> None:
-        """Set channels last and fuse projections; the compiler does the latter by itself."""
+        """Set channels last, and fuse projections where neither compiler nor IP-Adapter does."""
         nn.Module.to(self.net, memory_format=torch.channels_last)
-        if not compile:
+        if self.ip_adapter:
+            self.embed_images = self.ip_adapter.add_to(self.pipe, self.device, self.dtype)
+        elif not compile:
             self.net.fuse_qkv_projections()
         super().prepare(compile)
 
+    def refer(self, images: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n ..."]:
+        """Embed images as the IP-Adapter's references.
+
+        Raises:
+            UserError: the backbone has no IP-Adapter.
+        """
+        if self.embed_images is None:
+            raise UserError("expected a backbone with ip_adapter for references, got one without")
+        return self.embed_images(images)
+
+    def none_referred(self) -> Condition:
+        """Return the part of a prompt's condition that says that there is no reference."""
+        return {"reference": self.embed_images.none} if self.embed_images else {}
+
+    def added(self, condition: Condition) -> dict[str, Any]:
+        """Return the arguments of the UNet for references, if it takes any."""
+        if self.embed_images is None:
+            return {}
+        return {"image_embeds": [condition["reference"].to(self.dtype)[:, None]]}
+
     def trainable(self) -> nn.Module:
-        """Return the UNet, its fused projections apart again."""
+        """Return the UNet, its fused projections apart again.
+
+        Raises:
+            UserError: it has an IP-Adapter.
+        """
+        if self.ip_adapter:
+            raise UserError(
+                "expected a backbone without ip_adapter to train, got one with it; leave it out, "
+                "and give it beside what was trained"
+            )
         self.net.unfuse_qkv_projections()
         self.net.original_attn_processors = None
         for module in self.net.modules():
@@ -41,12 +117,13 @@ class StableDiffusion(LatentDiffusion):
         """Return the last layer as ``text`` (1, 77, width)."""
         check_length(prompt, self.pipe.tokenizer)
         text, _ = self.pipe.encode_prompt(prompt, self.device, 1, False)
-        return {"text": text}
+        return {"text": text, **self.none_referred()}
 
     def answer(self, latent: Tensor, times: Tensor, condition: Condition) -> Tensor:
         """Return the UNet's ε or v."""
         text = condition["text"].to(self.dtype)
-        return self.net(latent, times, text, return_dict=False)[0]
+        added = self.added(condition) or None
+        return self.net(latent, times, text, added_cond_kwargs=added, return_dict=False)[0]
 
 
 class StableDiffusionXL(StableDiffusion):
@@ -80,11 +157,12 @@ class StableDiffusionXL(StableDiffusion):
             text, pooled = torch.zeros_like(text), torch.zeros_like(pooled)
         size = float(self.resolution)
         time_ids = torch.tensor([[size, size, 0, 0, size, size]], device=self.device)
-        return {"text": text, "pooled": pooled, "time_ids": time_ids}
+        known = {"text": text, "pooled": pooled, "time_ids": time_ids}
+        return {**known, **self.none_referred()}
 
     def answer(self, latent: Tensor, times: Tensor, condition: Condition) -> Tensor:
         """Return the UNet's ε or v."""
         pooled, time_ids = condition["pooled"].to(self.dtype), condition["time_ids"]
-        added, text = {"text_embeds": pooled, "time_ids": time_ids}, condition["text"]
-        text = text.to(self.dtype)
+        added = {"text_embeds": pooled, "time_ids": time_ids, **self.added(condition)}
+        text = condition["text"].to(self.dtype)
         return self.net(latent, times, text, added_cond_kwargs=added, return_dict=False)[0]

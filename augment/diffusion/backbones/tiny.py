@@ -30,7 +30,8 @@ from torch import Tensor, nn
 
 from augment.core.errors import UserError
 from augment.core.files import write_bytes
-from augment.diffusion.backbone import Condition, Recipe, Timestep, as_times
+from augment.diffusion.backbone import REFERENCE, Condition, Recipe, Timestep, as_times
+from augment.diffusion.backbones.resnet12 import features_of, load_trunk
 from augment.diffusion.checkpoints.adapter import adapter_of
 from augment.diffusion.checkpoints.lora import find_lora, fuse_lora
 from augment.diffusion.checkpoints.tokens import TOKENS, TokenRows, read_tokens
@@ -84,13 +85,16 @@ class Tiny:
         lora: low-rank weights to add: a safetensors file, a folder, or ``owner/name``.
         lora_scale: factor of the low-rank weights.
         adapter: folder of ``latent-augment adapt``: low-rank weights, prompts, or both.
+        reference: safetensors file of ``scripts/train_resnet12.py``, which makes references of
+            images; for weights of ``scripts/train_tiny_cifar.py`` that learned from its features.
         compile: compile the network and its weights at the first `ROWS` latents: a minute or two
             of a CPU, less with a warm cache of inductor, for four fifths of the time a call.
             Gradients, and rows beyond a multiple of `ROWS`, use the plain network.
         local_files_only: take the LoRA from the hub's cache alone.
 
     Raises:
-        UserError: the weights file is missing or of another kind, or the LoRA of another model.
+        UserError: the weights file is missing or of another kind, or the LoRA or the reference
+            network of another model.
     """
 
     part = "unet"
@@ -106,6 +110,7 @@ class Tiny:
         lora: str | Path | None = None,
         lora_scale: float = 1.0,
         adapter: str | Path | None = None,
+        reference: str | Path | None = None,
         compile: bool = False,
         local_files_only: bool = False,
     ) -> None:
@@ -139,6 +144,7 @@ class Tiny:
         digest = hashlib.sha256(Path(weights).read_bytes()).hexdigest()
         self.fingerprint = {"name": "tiny", "weights": digest, "process": repr(self.process)}
         self.adapted_prompts = given.prompts if given else {}
+        self.trunk = self._load_trunk(Path(reference)) if reference else None
         if given:
             given.check(digest)
         if lora:
@@ -154,6 +160,17 @@ class Tiny:
         self.compiled = torch.compile(self.unet, **options) if compile else None
         self.recipe: Recipe = {}
 
+    def _load_trunk(self, path: Path) -> nn.Module:
+        """Load the network that makes references, and enter it in the fingerprint."""
+        if not self.feature:
+            raise UserError(
+                "expected weights that learned from features, which reference is for, got others; "
+                "leave reference out, or take those of scripts/train_tiny_cifar.py"
+            )
+        network = load_trunk(path, self.feature["feature.weight"].shape[1])
+        self.fingerprint[REFERENCE] = hashlib.sha256(path.read_bytes()).hexdigest()
+        return nn.Module.to(network, self.device)
+
     def encode(self, images: Float[Tensor, "n c 32 32"]) -> Float[Tensor, "n C 16 16"]:
         return haar(images.to(self.device) - self.white) * self.scale
 
@@ -168,7 +185,11 @@ class Tiny:
                     f"{prompt!r}; choose one of these or none"
                 )
         numbers = [self.prompts.index(prompt) for prompt in prompts]
-        return {"text": self.table(torch.tensor(numbers, dtype=torch.long, device=self.device))}
+        known = {"text": self.table(torch.tensor(numbers, dtype=torch.long, device=self.device))}
+        if self.trunk is not None:
+            width = self.feature["feature.weight"].shape[1]
+            known["reference"] = torch.zeros(len(prompts), width, device=self.device)
+        return known
 
     embedded = condition
 
@@ -206,30 +227,29 @@ class Tiny:
         self.table = table = TokenRows(nn.Embedding.from_pretrained(texts), added, first)
         return table
 
-    def describe(self, prompts: Sequence[str], features: Float[Tensor, "n f"]) -> Condition:
-        """Return the conditions of prompts and features of images of the class.
-
-        Args:
-            prompts: one a row; in training empty or a superclass.
-            features: of length 1, by the network that the weights' card names, or their means.
+    def refer(self, images: Float[Tensor, "n c 32 32"]) -> Float[Tensor, "n f"]:
+        """Embed images as references: features of length 1 of a ResNet-12.
 
         Raises:
-            UserError: the weights did not learn from features, or from others.
+            UserError: the backbone was loaded without one.
         """
-        weight = self.feature.get("feature.weight", torch.empty(0, 0)).to(features)
-        if features.shape[1] != weight.shape[1]:
-            raise UserError(
-                f"expected {weight.shape[1] or 'no'} features for these weights of the tiny "
-                f"backbone, got {features.shape[1]}; take the network of their card"
-            )
-        more = features @ weight.T + self.feature["feature.bias"].to(features)
-        return {"text": self.condition(prompts)["text"] + more.to(self.texts)}
+        if self.trunk is None:
+            raise UserError("expected the tiny backbone with reference=, its ResNet-12, got none")
+        return features_of(self.trunk, images.to(self.device))
+
+    def _project(self, references: Float[Tensor, "n f"]) -> Float[Tensor, "n width"]:
+        """Return what references add to a prompt's embedding: of zeros, which are none, nothing."""
+        weight, bias = (part.to(references) for part in self.feature.values())
+        return (references @ weight.T + bias) * (references != 0).any(1, keepdim=True)
 
     def network(
         self, latent: Float[Tensor, "n C 16 16"], timestep: Timestep, condition: Condition
     ) -> Float[Tensor, "n C 16 16"]:
         """Return the UNet's output, in the process's prediction."""
-        rows = latent.to(self.dtype), as_times(timestep, latent), condition["text"].to(self.dtype)
+        text = condition["text"]
+        if "reference" in condition:
+            text = text + self._project(condition["reference"]).to(text)
+        rows = latent.to(self.dtype), as_times(timestep, latent), text.to(self.dtype)
         if self.compiled is None or torch.is_grad_enabled():
             return self.unet(*rows, return_dict=False)[0].float()
         from torch._dynamo.exc import BackendCompilerFailed

@@ -244,13 +244,13 @@ class Checkpoint:
         """Compute the SHA-256 of the parts' configs and of some rows of each of their tensors."""
         total, files = hashlib.sha256(), [("", self.file)] if self.file else []
         for part in sorted(parts):
-            config = _essential(self.config(part))
+            config = essential(self.config(part))
             total.update(json.dumps([part, config], sort_keys=True).encode())
             if not self.file:
                 files += [(part, path) for path in self.weights(part)]
         for part, path in files:
             total.update(part.encode())
-            for piece in _samples(path):
+            for piece in samples_of(path):
                 total.update(piece)
         return total.hexdigest()
 
@@ -298,13 +298,13 @@ def _largest(value: object) -> float:
     return abs(value) if isinstance(value, int | float) else 0
 
 
-def _essential(config: Config) -> Config:
+def essential(config: Config) -> Config:
     """Return a part's config without the library that wrote it and its precision."""
     bookkeeping = ("architectures", "dtype", "torch_dtype", "transformers_version")
     return {k: v for k, v in config.items() if k not in bookkeeping and not k.startswith("_")}
 
 
-def _samples(path: Path) -> Iterator[bytes]:
+def samples_of(path: Path) -> Iterator[bytes]:
     """Read name, type and shape of each tensor of a safetensors file, and some of its rows.
 
     Small tensors come whole, others by `_ROWS` rows from the first to the last. Only these are read
