@@ -95,13 +95,12 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     strips = {"real": real, **images}
     number = min(len(real), 10)
-    sheet(
-        {name[:14]: list(part[:number]) for name, part in strips.items()}, [""] * number
-    ).save(args.out / "reconstruction.png")  # fmt: skip
+    lines = {name.removeprefix("guided "): list(part[:number]) for name, part in strips.items()}
+    sheet(lines, [""] * number).save(args.out / "reconstruction.png")
     bound, plain, null = (found["psnr"] for found in quality.values())
     found = {"sd-table2-null": {"": gain(null, plain)}, "sd-table2-plain": {"": gain(bound, null)}}
     title = (
-        f"images of {len(real)}, after JPEG {jpeg}, inverted and sampled back in {steps} steps at "
+        f"{len(real)} images after JPEG {jpeg}, inverted and sampled back in {steps} steps at "
         f"guidance {GUIDANCE}"
     )
     record(args, title, rows, found, reconstruction="Images, JPEG, guided DDIM, null-text")
