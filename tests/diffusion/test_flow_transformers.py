@@ -8,13 +8,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from checkpoints import PROMPT, flux, flux2, z_image
+from conftest import paint
 from safetensors.torch import save_file
 
-from augment import UserError, load_backbone, sample
-from augment.core.errors import AugmentWarning
+from augment import Plan, Synthesizer, UserError, fill_bank, load_backbone, sample
+from augment.core.errors import AugmentWarning, BankMismatch
 from augment.diffusion import Backbone
 from augment.diffusion.conditions import mix
 from augment.diffusion.usage import PHOTO, Usage
+from augment.sources import Folder
 
 MAKERS = {"z-image": z_image, "flux2-klein": flux2, "flux": flux}
 OPTIONS = {
@@ -145,6 +147,18 @@ def test_the_statistics_of_flux2_are_those_of_its_batch_norm(backbones):
     assert backbone.encode(images[:0]).shape == (0, *backbone.latent_shape) == (0, 4, 16, 16)
 
 
+@pytest.mark.filterwarnings("ignore:expected images of about 32")
+def test_a_bank_of_another_shift_is_refused(backbones, folders, tmp_path):
+    backbone, folder = backbones["flux2-klein"], folders["flux2-klein"]
+    photos = Folder(paint(tmp_path / "photos", {"owl": 2}))
+    bank = fill_bank(tmp_path / "bank", backbone, photos, None, "ddim", steps=2, stored=())
+    assert (bank.guidance, bank.prompt("owl")) == (4.0, "a photo of an owl")
+    images = Synthesizer(backbone, bank).images([Plan.equal(0, "owl", bank.members["owl"])])
+    assert images.shape == (1, 3, 32, 32) and images.std() > 0.05
+    with pytest.raises(BankMismatch, match="process"):
+        Synthesizer(load(folder, "flux2-klein", shift_steps=28), bank)
+
+
 def default(pipeline, name="guidance_scale"):
     return signature(getattr(diffusers, pipeline).__call__).parameters[name].default
 
@@ -195,5 +209,5 @@ def test_a_prompt_that_would_be_cut_off_is_refused(name, folders):
         backbone.condition([LONG + LONG])
     with pytest.raises(UserError, match="multiple of 4, got 34; this model's own is 1024"):
         load(folders[name], name, resolution=34)
-    with pytest.raises(UserError, match="'adapter'"):
-        load(folders[name], name, adapter="x")
+    with pytest.raises(UserError, match=f"CLIP alone for tokens, got {name}; leave"):
+        backbone.add_tokens({"<cat>": "cat"}, keep_norm=True)

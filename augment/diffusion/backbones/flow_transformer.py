@@ -15,6 +15,7 @@ from torch import Tensor
 
 from augment.core.errors import UserError
 from augment.diffusion.backbones.latent_diffusion import LatentDiffusion
+from augment.diffusion.checkpoints.tokens import TokenRows
 
 
 class FlowTransformer(LatentDiffusion):
@@ -24,7 +25,7 @@ class FlowTransformer(LatentDiffusion):
     half = torch.bfloat16
     cell = 2
     own_resolution = 1024
-    fixed = ("clean_end", "zero_terminal_snr", "adapter")
+    fixed = ("clean_end", "zero_terminal_snr")
     counted: tuple[str, ...] = ()
 
     @property
@@ -40,6 +41,13 @@ class FlowTransformer(LatentDiffusion):
         low, high = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
         first, last = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
         return first + (last - first) * (self.tokens - low) / (high - low)
+
+    def add_tokens(self, words: Mapping[str, str], keep_norm: bool) -> dict[str, TokenRows]:
+        """Refuse new tokens, which a language model would have to learn to read."""
+        raise UserError(
+            f"expected a backbone that reads prompts by CLIP alone for tokens, got {self.name}; "
+            "leave the tokens out"
+        )
 
 
 def packed(latent: Float[Tensor, "b c h w"]) -> Float[Tensor, "b n d"]:
