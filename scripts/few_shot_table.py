@@ -37,6 +37,7 @@ from augment import (
     load_backbone,
     sample,
 )
+from augment.centroid import Rule
 from augment.centroid.residuals import mix
 from augment.core.errors import BiasWarning
 from augment.core.files import write_json
@@ -45,6 +46,8 @@ from augment.report.evaluate import markdown
 from augment.sources import FewShot, Folder, Slice, Source
 from augment.sources.fashion import COARSE, write_fashion
 from augment.sources.images import save_image
+from augment.synthesis.refine import SeedSelect
+from augment.synthesis.synthesizer import Synthesizer
 from training.data.draws import SyntheticMix
 from training.data.module import ImageData
 from training.data.transforms import Augmentation
@@ -53,6 +56,7 @@ from training.models.classifier import Classifier
 from training.models.metrics import interval
 
 SHOTS, SEEDS, STEPS = (1, 2, 5, 10, 20), 5, 300
+REFINED_STEPS = 4  # of the solver that SeedSelect goes back through
 
 
 @dataclass(frozen=True)
@@ -61,13 +65,14 @@ class Row:
 
     Args:
         name: as printed.
-        kind: of the synthetic images: none, centroids, pixels or prompts.
+        kind: of the synthetic images: none, centroids, noises, pixels or prompts.
         mixing: how centroids are mixed; the seed is the run's.
         share: share of synthetic draws.
         per_class: synthetic images a class.
         augment: classical augmentation.
         cutmix, mixup: their α.
         times: factor of the number of shots.
+        refine: refines centroids or noises by the shots of their class.
     """
 
     name: str
@@ -79,6 +84,7 @@ class Row:
     cutmix: float = 0.0
     mixup: float = 0.0
     times: int = 1
+    refine: SeedSelect | None = None
 
 
 PLAIN = Augmentation(crop=None, flip=False)
@@ -118,11 +124,11 @@ class Images(list[tuple[Tensor, int]]):
         super().__init__(zip(images, self.targets, strict=True))
 
 
-class Bench:
+class FewShotBench:
     """A data set: where shots and tests come from, and the bank of all images to draw from."""
 
     def __init__(self, args: argparse.Namespace) -> None:
-        self.args, self.out = args, args.out / args.data
+        self.args, self.out, self.steps = args, args.out / args.data, STEPS
         grey = args.data == "fashion"
         name, lora = "tiny" if grey else args.backbone, {"lora": args.lora} if args.lora else {}
         self.backbone = load_backbone(name, device="cpu", **lora)
@@ -168,9 +174,12 @@ class Bench:
         begun = time.process_time()
         drawn = {image_id for ids in real.ids.values() for image_id in ids}
         bank = self.bank.subset(drawn.__contains__)
-        if row.kind == "centroids":
+        if row.refine:
+            images = self.refined(bank, row, row.per_class * len(self.names), seed)
+            made: Any = Images(images, len(self.names))
+        elif row.kind == "centroids":
             mixing = replace(row.mixing, seed=seed)
-            made: Any = SyntheticDataset(
+            made = SyntheticDataset(
                 bank, self.backbone, mixing, Sampling(solver="fast"), row.per_class, keep=True
             )
             made.__getitems__(range(len(made)))
@@ -180,6 +189,21 @@ class Bench:
             images = self.pixels(bank, real, count, seed) if pixels else self.prompted(count, seed)
             made = Images(images, len(self.names))
         return made, time.process_time() - begun
+
+    def refined(self, bank: LatentBank, row: Row, count: int, seed: int) -> Tensor:
+        """Refine noises or centroids by SeedSelect, and sample them by few steps of DDIM."""
+        assert row.refine
+        rule, how = Rule.parse(row.mixing.rule), Sampling(solver="ddim", steps=REFINED_STEPS)
+        synthesizer = Synthesizer(self.backbone, bank, rule, how, refine=row.refine)
+        planner = Planner(bank.members, replace(row.mixing, seed=seed))
+        plans = [planner(0, index) for index in range(count)]
+        if row.kind == "centroids":
+            return synthesizer.images(plans)
+        shape = self.backbone.latent_shape
+        noises = torch.stack([normal(rng(seed, "noise", 0, i), *shape) for i in range(count)])
+        goals = [synthesizer.goal(plan) for plan in plans]
+        found = row.refine(self.backbone, noises, goals, None, synthesizer.resolved)
+        return synthesizer.sample(found.latents, plans)
 
     def pixels(self, bank: LatentBank, real: Source, count: int, seed: int) -> Tensor:
         """Mix pixels by the plans that centroids follow."""
@@ -206,7 +230,7 @@ class Bench:
         """Return accuracy and CPU seconds of a training, which are read if it is done already."""
         name = "".join(c if c.isalnum() or c == "." else "-" for c in row.name)
         done = self.out / "runs" / f"{name}-{shots}-{seed}.json"
-        settings = json.loads(json.dumps({**asdict(row), "steps": STEPS}))
+        settings = json.loads(json.dumps({**asdict(row), "steps": self.steps}))
         if done.exists() and (found := json.loads(done.read_text()))["settings"] == settings:
             return found
         real = FewShot(self.pool, min(row.times * shots, *self.pool.counts), seed)
@@ -214,12 +238,12 @@ class Bench:
         torch.manual_seed(seed)
         data = ImageData(
             real, test=self.test, synthetic=fake, mix=SyntheticMix(row.share), augment=row.augment,
-            channels=self.channels, steps_per_epoch=STEPS, seed=seed,
+            channels=self.channels, steps_per_epoch=self.steps, seed=seed,
         )  # fmt: skip
         model = Classifier(
             data.counts, channels=self.channels, cutmix=row.cutmix, mixup=row.mixup, seed=seed
         )
-        trainer, begun = demo_trainer(STEPS), time.process_time()
+        trainer, begun = demo_trainer(self.steps), time.process_time()
         trainer.fit(model, data)
         spent = time.process_time() - begun
         accuracy = trainer.test(model, data, verbose=False)[0]["test/accuracy"]
@@ -233,7 +257,9 @@ def ci95(values: list[float]) -> str:
     return f"{100 * statistics.mean(values):.1f} ± {100 * interval(values):.1f}"
 
 
-def report(bench: Bench, rows: tuple[Row, ...], shots: list[int], found: dict[Any, Any]) -> None:
+def report(
+    bench: FewShotBench, rows: tuple[Row, ...], shots: list[int], found: dict[Any, Any]
+) -> None:
     """Print the tables and draw the plot."""
 
     def mean(name: str, n: int) -> float:
@@ -279,7 +305,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.tune:
         args.out = args.out / "tune"
-    bench, rows = Bench(args), TUNED if args.tune else ROWS
+    bench, rows = FewShotBench(args), TUNED if args.tune else ROWS
     rows = tuple(r for r in rows if not args.rows or r.name in (BASE, *args.rows))
     jobs = [(row, n, seed) for seed in range(SEEDS) for n in args.shots for row in rows]
     found = {}

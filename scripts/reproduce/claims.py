@@ -38,9 +38,10 @@ _INTRODUCTION = """The claims are data (`scripts/reproduce/works.py`), each with
 bounds that decide it. Brackets are 95 % intervals. A claim holds if all its intervals lie within
 the bounds, does not hold if one lies outside, and is within noise otherwise. Unless a command says
 otherwise, the backbone is `tiny` and images are of Fashion-MNIST's test split, which `tiny` never
-saw. The bounds are ours. Times are beside other work; torch was 2.14.1."""
+saw. The bounds are ours. Seconds without "of a core" are beside other work; torch was 2.14.1."""
 _T = TypeVar("_T")
-_BEGUN = time.perf_counter()
+_RESUMED: list[Path] = []
+"""Finished parts that this run has not made itself, so that its seconds are not those of all."""
 
 
 def options(description: str, name: str) -> argparse.ArgumentParser:
@@ -64,7 +65,9 @@ def sized(args: argparse.Namespace, toy: _T, quick: _T, full: _T) -> _T:
 
 def once(path: Path, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
     """Load tensors from a file, which is made first if it is missing."""
-    if not path.exists():
+    if path.exists():
+        _RESUMED.append(path)
+    else:
         made = {key: value.cpu().contiguous() for key, value in make().items()}
         write_bytes(path, save(made))
     return load_file(path)
@@ -86,12 +89,13 @@ def record(
         found: by claim the intervals that decide it, by name.
         figures: captions of PNG files in ``--out``, by their names without the suffix.
     """
-    script = Path(sys.argv[0]).stem
+    script, own = Path(sys.argv[0]).stem, Path(args.backbone).stem
+    name, model = (script, "") if own == "tiny" else (f"{script}-{own}", f"--backbone {own}")
     size = "--toy" if args.toy else "--quick" if args.quick else ""
     made = {
-        "command": f"python scripts/reproduce/{script}.py {size}".strip(),
+        "command": " ".join(f"python scripts/reproduce/{script}.py {size} {model}".split()),
         "backbone": args.backbone, "network": args.network, "machine": machine(),
-        "seconds": round(time.perf_counter() - _BEGUN), "title": title,
+        "core_seconds": None if _RESUMED else round(time.process_time()), "title": title,
         "rows": [{k: v if isinstance(v, str) else float(f"{v:.4g}") for k, v in row.items()
                   if v is not None} for row in rows],
         "claims": {key: {name: [float(f"{min(max(x, -1e9), 1e9):.4g}") for x in interval]
@@ -106,9 +110,9 @@ def record(
         print("\n".join(bullet(key, made["claims"])))
     if args.write:
         RECORDS.mkdir(exist_ok=True)
-        write_json(RECORDS / f"{script}.json", made)
-        for name in figures:
-            shutil.copy(args.out / f"{name}.png", ROOT / "docs" / f"{name}.png")
+        write_json(RECORDS / f"{name}.json", made)
+        for figure in figures:
+            shutil.copy(args.out / f"{figure}.png", ROOT / "docs" / f"{figure}.png")
         write_results()
 
 
@@ -145,10 +149,17 @@ def machine() -> str:
 
 
 def read_records() -> dict[str, dict[str, Any]]:
-    """Read the records of the last runs by script, in the order of the claims."""
+    """Read the records of the last runs by script, in the order of the claims.
+
+    Those of another backbone than `tiny` come first, so that `tiny` decides where both do.
+    """
     scripts = dict.fromkeys(claim.script for claim in CLAIMS.values())
-    paths = {name: RECORDS / f"{name}.json" for name in scripts}
-    return {name: json.loads(path.read_text()) for name, path in paths.items() if path.exists()}
+    paths = [
+        path
+        for name in scripts
+        for path in (*sorted(RECORDS.glob(f"{name}-*.json")), RECORDS / f"{name}.json")
+    ]
+    return {path.stem: json.loads(path.read_text()) for path in paths if path.exists()}
 
 
 def intervals(key: str, claims: Mapping[str, Any]) -> dict[str, Interval]:
@@ -192,10 +203,11 @@ def section() -> list[str]:
         lines += ["", f"### {title.split(',')[0]}", "", *textwrap.wrap(title, 98), ""]
         for key in (key for key, claim in CLAIMS.items() if claim.work == work):
             lines += bullet(key, found)
-        own = dict.fromkeys(claim.script for claim in CLAIMS.values() if claim.work == work)
-        for script in own:
-            if script in records and first_work(script) == work:
-                lines += ["", *table_of(records[script])]
+        own = [claim.script for claim in CLAIMS.values() if claim.work == work]
+        for script in dict.fromkeys(own):
+            for name in sorted(records):
+                if name.split("-")[0] == script and first_work(script) == work:
+                    lines += ["", *table_of(records[name])]
     return lines
 
 
@@ -206,10 +218,17 @@ def first_work(script: str) -> str:
 
 def table_of(record: Mapping[str, Any]) -> list[str]:
     """Return the lines of a record's table and figures."""
-    text = f"`{record['command']}`: {record['title']} ({record['machine']}; {record['seconds']} s.)"
+    text = f"`{record['command']}`: {record['title']} ({record['machine']}{spent(record)})"
     lines = [*textwrap.wrap(text, 98, break_on_hyphens=False), "", *markdown(record["rows"])]
     figures = [f"![{caption}](docs/{name}.png)" for name, caption in record["figures"].items()]
     return [*lines, *([""] if figures else []), *figures]
+
+
+def spent(record: Mapping[str, Any]) -> str:
+    """Say how long a run took, if it made all of its parts itself."""
+    if "seconds" in record:  # of the clock, beside other work
+        return f"; {record['seconds']} s."
+    return f"; {record['core_seconds']} s of a core." if record["core_seconds"] else "."
 
 
 def rewritten(text: str) -> str:

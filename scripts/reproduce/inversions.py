@@ -75,7 +75,7 @@ def main() -> None:
     backbone = load_backbone(args.backbone)
     source, reference = pictures(args, size)
     judge = open_judge(args, backbone, reference)
-    prompts, label = prompts_for(args, backbone, source), 5 % len(source.classes)
+    prompts, label = prompts_for(backbone, source), 5 % len(source.classes)
     ways: dict[str, tuple[str, int, float]] = {
         f"published DDIM, guidance {GUIDANCE}": ("published_ddim", null_steps, GUIDANCE),
         f"null-text, guidance {GUIDANCE}": ("null_text", null_steps, GUIDANCE),

@@ -30,7 +30,7 @@ def main() -> None:
     if args.captions:
         texts = args.captions.read_text("utf-8").split("\n")[:count]
     else:
-        words = list(dict.fromkeys(prompts_for(args, backbone, pictures(args, 1)[0]).values()))
+        words = list(dict.fromkeys(prompts_for(backbone, pictures(args, 1)[0]).values()))
         texts = [words[k % len(words)] for k in range(count)]
     rows = []
     for guidance in (7.5, 1.0):

@@ -32,9 +32,9 @@ def pictures(args: argparse.Namespace, count: int) -> tuple[Source, Source]:
     return Slice(source, last=count), Slice(source, count)
 
 
-def prompts_for(args: argparse.Namespace, backbone: Backbone, source: Source) -> dict[str, str]:
+def prompts_for(backbone: Backbone, source: Source) -> dict[str, str]:
     """Return the prompt of each class: those of ``tiny``'s training, or the family's template."""
-    if args.backbone == "tiny":
+    if backbone.fingerprint["name"] == "tiny":
         return {name: COARSE.get(name, "") for name in source.classes}
     return class_prompts(source.classes, backbone.usage.template or "a photo of a {name}")
 

@@ -160,7 +160,9 @@ def decide(noises: Tensor, made: dict[int, dict[str, Tensor]]) -> dict[str, dict
             for steps, parts in made.items()
         },
         "st-xT": {"": gain(hits[max(made)], hits[min(made)])},
-        "st-way": {name: mean(nearest(many, name)) for name in WAYS[:2]},
+        "st-way": {
+            f"{steps} steps": mean(nearest(parts, WAYS[0])) for steps, parts in made.items()
+        },
     }
 
 

@@ -5,11 +5,12 @@
 
 Samuel et al., *Generating images of rare concepts using pre-trained diffusion models*, arXiv
 2304.14530: after 30 steps at 0.1 noise becomes an image of the class. The same authors, arXiv
-2306.08687: a centroid takes 5 steps at 0.05. Measured are the loss, the cosine distance to the mean
-feature of the class, and whether the class is kept, by step. The judge is the network of the loss,
-though its means are over other images. So pixels judge too, without a network: the class of the
-nearest other image, and the distance to the nearest one of the own class. Variety is the mean
-distance of two images of a class in pixels, which one common goal reduces.
+2306.08687: a centroid takes 5 steps at 0.05, and so does a place on a path of NAO between two
+images of the class; here an inner place at random. Measured are the loss, the cosine distance to
+the mean feature of the class, and whether the class is kept, by step. The judge is the network of
+the loss, though its means are over other images. So pixels judge too, without a network: the class
+of the nearest other image, and the distance to the nearest one of the own class. Variety is the
+mean distance of two images of a class in pixels, which one common goal reduces.
 
 Loss and images are those of the best latent up to a step, which is the result. Memory is the peak
 of one step in a process of its own, less what was there before.
@@ -44,11 +45,13 @@ import augment.synthesis.refine
 from augment.bank.bank import LatentBank
 from augment.bank.fill import fill_bank
 from augment.centroid import Rule
+from augment.centroid.walks import walk
 from augment.core.rng import normal, rng
 from augment.diffusion import Backbone, load_backbone
 from augment.diffusion.sampling import ResolvedSampling, Sampling
 from augment.diffusion.solver import sample
 from augment.plan.mixing import Mixing
+from augment.plan.plan import Plan
 from augment.plan.planner import Planner
 from augment.sources import Source
 from augment.sources.images import sheet
@@ -59,22 +62,22 @@ STARTS = {
     "noise": (30, 0.1, (0, 2, 5, 10, 15, 20, 30)),
     "fade/chm": (5, 0.05, (0, 1, 2, 3, 5)),
     "nao/chm": (5, 0.05, (0, 1, 2, 3, 5)),
+    "nao path": (5, 0.05, (0, 1, 2, 3, 5)),
 }
 """Starting points: steps, learning rate, and the steps to measure at."""
 MEMBERS = 5
-MEMORY_STEPS = (4, 16)
-MEMORY_BATCH = 16
+PLACES = 11  # on a path, both ends included
+MEMORY_STEPS = (4, 12)
+MEMORY_BATCH = 8
 
 
 def refined(synthesizer: Synthesizer, start: str, each: int) -> dict[str, Tensor]:
     """Refine ``each`` latents a class; return losses, images by step, and seconds a latent."""
     steps, lr, looks = STARTS[start]
-    planner = Planner(synthesizer.bank.members, Mixing(alpha=1.0, members=MEMBERS))
+    mixing = Mixing(alpha=1.0, members=2 if start == "nao path" else MEMBERS)
+    planner = Planner(synthesizer.bank.members, mixing)
     plans = [planner(0, index) for index in range(each * len(synthesizer.bank.classes))]
-    latents = [
-        normal(rng(0, "noise", index), *synthesizer.backbone.latent_shape)
-        if start == "noise" else synthesizer.centroid(plan) for index, plan in enumerate(plans)
-    ]  # fmt: skip
+    latents = [begun(synthesizer, start, plan) for plan in plans]
     goals = [synthesizer.goal(plan) for plan in plans]
     refine = replace(synthesizer.refine, steps=steps, lr=lr)  # type: ignore[type-var]
     way = [torch.stack(latents)]
@@ -93,6 +96,16 @@ def refined(synthesizer: Synthesizer, start: str, each: int) -> dict[str, Tensor
         "losses": losses, "images": torch.stack(images, 1), "seconds": torch.tensor(spent),
         "tipped": (raw[:, -1] > raw[:, 0]).double(),
     }  # fmt: skip
+
+
+def begun(synthesizer: Synthesizer, start: str, plan: Plan) -> Tensor:
+    """Return the latent that a plan begins with: noise, a place on a path, or a centroid."""
+    if start == "noise":
+        return normal(rng(0, "noise", plan.index), *synthesizer.backbone.latent_shape)
+    if start == "nao path":
+        place = int(rng(0, "order", plan.index).integers(1, PLACES - 1))
+        return walk(*synthesizer.points(plan)[0], PLACES, "nao")[place]
+    return synthesizer.centroid(plan)
 
 
 def _latents(optimiser: torch.optim.Optimizer, *_: object) -> Tensor:
@@ -197,7 +210,7 @@ def draw(found: dict[str, dict[str, Tensor]], mega: dict[str, Tensor], path: Pat
 def main() -> None:
     """Refine, sample, measure, draw, judge."""
     args = options("SeedSelect: arXiv 2304.14530.", "seedselect").parse_args()
-    each, steps = sized(args, (2, 3), (2, 8), (4, 20))
+    each, steps = sized(args, (2, 3), (2, 5), (4, 20))
     backbone = load_backbone(args.backbone)
     source, reference = pictures(args, 8)
     judge, real = open_judge(args, backbone, reference), others(reference, backbone)
@@ -207,12 +220,12 @@ def main() -> None:
     )
     found, rows, strips = {}, [], {}
     for start in tqdm(STARTS, "starts"):
-        rule = "fade/chm" if start == "noise" else start
+        rule = start if "/" in start else "fade/chm"  # of no use without centroids
         synthesizer = Synthesizer(
             backbone, bank, Rule.parse(rule), refine=SeedSelect(network=args.network)
         )
         made = once(
-            args.out / f"{start.replace('/', '-')}-{tag}-{each}.safetensors",
+            args.out / f"{start.replace('/', '-').replace(' ', '-')}-{tag}-{each}.safetensors",
             lambda s=synthesizer, b=start: refined(s, b, each),
         )
         cell = found[start] = made | judged(made["images"], judge, real, len(bank.classes))
@@ -254,6 +267,9 @@ def decide(
         "ss-five": {
             name: gain(noise["losses"][:, -1], found[name]["losses"][:, -1])
             for name in list(found)[1:]
+        },
+        "ss-path": {
+            "": gain(found["nao path"]["losses"][:, -1], found["nao/chm"]["losses"][:, -1])
         },
         "ss-memory": {"": Interval(growth, growth, growth)},
     }

@@ -88,7 +88,7 @@ def main() -> None:
     judge = open_judge(args, backbone, reference)
     bank = fill_bank(args.out / f"bank-{pairs}", backbone, source)
     tag, rows, strips = backbone.fingerprint["weights"][:8], [], {}
-    prompts = prompts_for(args, backbone, source)
+    prompts = prompts_for(backbone, source)
     words = list(dict.fromkeys(prompts.values()))
     homes = torch.tensor([words.index(prompts[name]) for name in source.classes])
     goals = {text: judge.means[homes == k].mean(0) for k, text in enumerate(words)}

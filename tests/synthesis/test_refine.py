@@ -30,7 +30,7 @@ from augment.synthesis.refine import Goal, Recorder, SeedSelect, losses
 CPU = torch.device("cpu")
 DDIM = ResolvedSampling(solver="ddim", steps=3)
 NAMES = ("Trouser", "Sneaker", "Bag")
-CONFIG = Path(__file__).parents[2] / "configs" / "seedselect.yaml"
+CONFIGS = Path(__file__).parents[2] / "configs"
 
 
 @pytest.fixture(scope="module")
@@ -299,15 +299,25 @@ def test_faults_of_the_command(monkeypatch, capsys, bank, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_the_config_runs(monkeypatch, capsys, bank, tmp_path):
-    text = CONFIG.read_text()
+@pytest.mark.parametrize(
+    ("name", "less"),
+    [
+        ("seedselect", ("--per-class", 1)),
+        ("seedselect_imagenet_lt", ("--fill-to", 5, "--refine.network", "fashion")),
+    ],
+)
+def test_the_config_runs(monkeypatch, capsys, bank, tmp_path, name, less):
+    config = CONFIGS / f"{name}.yaml"
+    text = config.read_text()
     assert text.startswith("# expected: ")
     given = yaml.safe_load(text)
-    assert SeedSelect(**given["refine"]) == SeedSelect(5, 0.05, "fashion")
+    assert SeedSelect(**given["refine"] | {"network": "fashion", "weights": ""}) == SeedSelect(
+        5, 0.05, "fashion"
+    )
     shutil.copytree(bank.path, tmp_path / given["bank"])
     monkeypatch.chdir(tmp_path)
-    less = ("--per-class", 1, "--steps", 3, "--refine.steps", 1)
-    code, _, message = call(monkeypatch, capsys, "synthesize", "--config", CONFIG, *less)
+    less = (*less, "--steps", 3, "--refine.steps", 1, "--refine.weights", "")
+    code, _, message = call(monkeypatch, capsys, "synthesize", "--config", config, *less)
     assert code == 0, message
     shards = open_shards(given["out"])
     settings = json.loads((tmp_path / given["out"] / "synthesis.json").read_text())
