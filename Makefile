@@ -1,6 +1,6 @@
 PY := .venv/bin/python
 REPRODUCTIONS := paths offset istd independent degeneracy sheets seeds walks texts relations inversions \
-	interpolation reconstruction seedselect smooth_diffusion levels adapt
+	interpolation reconstruction norms shots seedselect smooth_diffusion levels adapt
 # the packages whose __all__ is public; their other modules are not
 PUBLIC := augment augment.centroid augment.diffusion augment.explore augment.inversion \
 	augment.measure augment.networks augment.report augment.sources augment.synthesis.filters \

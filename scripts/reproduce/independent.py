@@ -12,7 +12,8 @@ mean feature of the samples of their prompt. The bias is the largest |channel me
 The inversion is the published one, and ours, which asks the network at the level it has.
 
 Fig. 5 is the same with a flow, which leaves nothing of the clean latent at the noisiest level. Such
-a model was trained on pure noise, so centroids of as many noises are what to compare with.
+a model was trained on pure noise, so centroids of as many noises are what to compare with, and
+the published inversion is the only other stage.
 ``scripts/train_tiny.py --flow`` trains one.
 """
 
@@ -78,8 +79,9 @@ def main() -> None:
     )["i"]
     network = feature_network(args.network, "", backbone.device)
     means = unit(unit(network(images)).unflatten(0, (len(prompts), each)).mean(1))
-    rows, far, shown = [], {}, {}
-    for name in tqdm(STAGES, "stages"):
+    flow, rows, far, shown = backbone.process.alpha_sigma(1)[0] == 0, [], {}, {}
+    stages = list(STAGES)[: 2 if flow else None]
+    for name in tqdm(stages, "stages"):
         latents = once(
             args.out / f"{tag}-{name.replace(' ', '-').replace(',', '')}.safetensors",
             lambda name=name: stage(backbone, noises, images, texts, name, steps),
@@ -97,15 +99,16 @@ def main() -> None:
                 row[f"bias, N = {count}"] = f"{bias:.3f}"
                 shown[name, rule, count] = made[::draws]
             rows.append(row)
-    figure = Figure(figsize=(1.1 * len(counts) * len(RULES) + 2, 5), layout="constrained")
+    figure = Figure(
+        figsize=(1.1 * len(counts) * len(RULES) + 2, 1 + len(stages)), layout="constrained"
+    )
     columns = [(rule, count) for rule in RULES for count in counts]
-    for line, name in zip(figure.subplots(len(STAGES), len(columns)), STAGES, strict=True):
+    for line, name in zip(figure.subplots(len(stages), len(columns)), stages, strict=True):
         for axes, (rule, count) in zip(line, columns, strict=True):
             show(axes, shown[name, rule, count][0], f"{rule}, N = {count}")
         line[0].set_ylabel(name.replace(", ", "\n"), fontsize=7)
     args.out.mkdir(parents=True, exist_ok=True)
-    flow, last = backbone.process.alpha_sigma(1)[0] == 0, counts[-1]
-    drawn = "independent_flow" if flow else "independent"
+    last, drawn = counts[-1], "independent_flow" if flow else "independent"
     figure.savefig(args.out / f"{drawn}.png", dpi=110)
     name = "inverted, published DDIM"
     other = ("noise", "fix/0", last) if flow else (name, "fix/chm", last)

@@ -7,8 +7,9 @@ Staniszewski et al., *There and Back Again*, arXiv 2410.23530. Noises are sample
 samples inverted in as many steps by the published DDIM inversion, by ours, and by `forward_start`.
 Table 1: the 10 largest correlations of 8×8 patches. Assignment by L2: whether the noise nearest to
 a sample is its own (x⁰ → x^T), and the sample nearest to a noise (x^T → x⁰), of rows as they are,
-less the mean of their set, and by cosine of these. Trajectory: at which share of its steps sampling
-is nearest to the inverted latent, and how near it comes to the segment from noise to latent.
+less the mean of their set, of fewer samples, and by cosine of these. Trajectory: at which share of
+its steps sampling is nearest to the inverted latent, and how near it comes to the segment from
+noise to latent.
 """
 
 from itertools import pairwise
@@ -32,6 +33,7 @@ from augment.networks import unit
 from augment.sources import Source
 
 BATCH = 64
+FEW = 64  # samples of an assignment, beside all
 
 
 def last_mean(backbone: Backbone, source: Source) -> Tensor:
@@ -79,6 +81,9 @@ def row(noises: Tensor, made: dict[str, Tensor], steps: int) -> dict[str, Any]:
         for centred in (False, True):
             key = f"{name}{', centred' if centred else ''}, %"
             found[key] = 100 * assignment(*pair, centred).double().mean().item()
+        groups = zip(*(x.split(min(FEW, len(x))) for x in pair), strict=True)
+        few = torch.cat([assignment(*some, centred=True) for some in groups])
+        found[f"{name}, centred, of {FEW}, %"] = 100 * few.double().mean().item()
         rows = [unit((x - x.mean(0)).flatten(1)) for x in pair]
         found[f"{name}, cosine, %"] = 100 * assignment(*rows).double().mean().item()
     found["nearest at, %"] = 100 * nearest(made, "published DDIM").mean().item()

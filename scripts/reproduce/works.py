@@ -312,8 +312,11 @@ CLAIMS = {
         "relations", "ST", "assignment",
         "of a sample, the nearest noise by L2 is its own, at any number of steps (≈ 100 %)",
         "share of centred samples", above=0.8,
-        note="Each set less its mean: `tiny`'s samples are not centred, and raw L2 pairs few. "
-        "Their norms differ, so L2 favours short noises: by cosine nearly all find their own.",
+        note="Each set less its mean: `tiny`'s samples are not centred, and raw L2 pairs few. In "
+        "its 1024 dimensions the squared norms of noises scatter by 42, and twice the product of a "
+        "sample and its own noise is 117. So among many noises a shorter one is nearer: at 10 "
+        "steps, L2 finds 73 % of 32, 61 % of 64 and 29 % of 320. By cosine nearly all find their "
+        "own.",
     ),
     "st-xT": Claim(
         "relations", "ST", "assignment",

@@ -285,6 +285,32 @@ def test_stable_diffusion_trains_and_loads(rank, folder, images, tmp_path):
         train(fresh(), images, tmp_path, rank=rank)
 
 
+def test_a_lora_changes_another_checkpoint_of_the_family_by_the_same_weights(
+    folder, images, tmp_path
+):
+    prompts = {"Bag": "a bag", "Coat": "a coat"}
+    place = train(load_backbone(folder, device="cpu"), images, tmp_path, prompts, rank=2)
+    other = stable_diffusion(tmp_path / "other", seed=7)
+    pairs = [
+        (load_backbone(path, "cpu"), load_backbone(path, "cpu", lora=place))
+        for path in (folder, other)
+    ]
+    plain, smooth = (
+        [dict(b.unet.named_parameters()) for b in side] for side in zip(*pairs, strict=True)
+    )
+    moved = {name for name in plain[0] if not torch.equal(plain[0][name], smooth[0][name])}
+    assert moved and all(".to_" in name for name in moved)
+    for name in plain[0]:
+        own, others = (
+            after[name] - before[name] for before, after in zip(plain, smooth, strict=True)
+        )
+        torch.testing.assert_close(own, others, rtol=0, atol=1e-6)
+        assert name not in moved or not torch.equal(plain[0][name], plain[1][name])
+    latents, condition = draw(2, 4, 16, 16).float(), pairs[1][0].condition([PROMPT, ""])
+    before, after = (backbone.network(latents, 700, condition) for backbone in pairs[1])
+    assert after.isfinite().all() and (before - after).abs().max() > 1e-3
+
+
 def test_a_flow_transformer_trains_and_loads(images, tmp_path):
     folder = sd3(tmp_path / "sd3")
     trained, plain = load_backbone(folder, device="cpu"), load_backbone(folder, device="cpu")
