@@ -90,10 +90,9 @@ def record(
         figures: captions of PNG files in ``--out``, by their names without the suffix.
     """
     script, own = Path(sys.argv[0]).stem, Path(args.backbone).stem
-    name, model = (script, "") if own == "tiny" else (f"{script}-{own}", f"--backbone {own}")
-    size = "--toy" if args.toy else "--quick" if args.quick else ""
+    name = script if own == "tiny" else f"{script}-{own}"
     made = {
-        "command": " ".join(f"python scripts/reproduce/{script}.py {size} {model}".split()),
+        "command": command(sys.argv),
         "backbone": args.backbone, "network": args.network, "machine": machine(),
         "core_seconds": None if _RESUMED else round(time.process_time()), "title": title,
         "rows": [{k: v if isinstance(v, str) else float(f"{v:.4g}") for k, v in row.items()
@@ -114,6 +113,20 @@ def record(
         for figure in figures:
             shutil.copy(args.out / f"{figure}.png", ROOT / "docs" / f"{figure}.png")
         write_results()
+
+
+def command(argv: Sequence[str]) -> str:
+    """Return the command of a run, without folders and what does not change its figures.
+
+    >>> command(["a/walks.py", "--quick", "--write", "--out", "b", "--backbone", "c/d.safetensors"])
+    'python scripts/reproduce/walks.py --quick --backbone d.safetensors'
+    """
+    words = [Path(word).name for word in argv]
+    if "--out" in words:
+        at = words.index("--out")
+        del words[at : at + 2]
+    kept = [word for word in words[1:] if word != "--write"]
+    return " ".join(["python", f"scripts/reproduce/{words[0]}", *kept])
 
 
 def claim(claimed: str, here: str, verdict: bool | None) -> dict[str, str]:
@@ -198,7 +211,8 @@ def section() -> list[str]:
         for work in WORKS
     ]
     lines += [*markdown(rows), ""]
-    lines += textwrap.wrap(_INTRODUCTION, 98)
+    seconds = sum(r.get("seconds") or r.get("core_seconds") or 0 for r in records.values())
+    lines += textwrap.wrap(f"{_INTRODUCTION} All runs below took {seconds / 60:.0f} minutes.", 98)
     for work, title in WORKS.items():
         lines += ["", f"### {title.split(',')[0]}", "", *textwrap.wrap(title, 98), ""]
         for key in (key for key, claim in CLAIMS.items() if claim.work == work):

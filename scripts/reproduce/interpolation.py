@@ -71,7 +71,7 @@ def main() -> None:
     classes, each, null_steps, inner = sized(args, (1, 2, 2, 1), (4, 1, 10, 10), (10, 5, 50, 10))
     backbone = load_backbone(args.backbone)
     source, _ = pictures(args, 2 * each)
-    prompts = prompts_for(args, backbone, source)
+    prompts = prompts_for(backbone, source)
     form = backbone.channels, backbone.resolution
     names = source.classes[:classes]
     images = [torch.stack([source.load(i, *form) for i in source.ids[name]]) for name in names]

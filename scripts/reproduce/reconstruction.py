@@ -75,7 +75,7 @@ def main() -> None:
     each, steps = sized(args, (1, 2), (1, 10), (50, 50))
     backbone = load_backbone(args.backbone)
     source, _ = pictures(args, each)
-    prompts = prompts_for(args, backbone, source)
+    prompts = prompts_for(backbone, source)
     texts = [prompts[source.classes[label]] for _, label in source.samples]
     real, lpips = load_all(source, backbone), lpips_for(backbone)
     compressed, jpeg = after_jpeg(real)

@@ -88,7 +88,7 @@ def main() -> None:
     whole, reference = pictures(args, counts[-1])
     names = args.classes or whole.classes[:5]
     source = Some(whole, names, counts[-1], above)
-    prompts = prompts_for(args, backbone, source)
+    prompts = prompts_for(backbone, source)
     guidance = backbone.usage.guidance if backbone.usage.guidance != 1 else 7.5
     stem = f"{backbone.fingerprint['weights'][:8]}-{counts[-1]}-{steps}-{'-'.join(names)}"[:120]
     bank = fill_bank(

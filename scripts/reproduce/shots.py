@@ -27,14 +27,19 @@ from torch import Tensor
 from tqdm import tqdm
 
 from augment import Mixing
-from augment.sources import FewShot, Source
+from augment.sources import FewShot, Slice, Source
 from augment.synthesis.refine import SeedSelect
 
 MIXING = Mixing(rule="nao/0")
 
 
 class Bench(FewShotBench):
-    """The bench of the few-shot table, which keeps its synthetic images."""
+    """The bench of the few-shot table, of a part of its images; keeps the synthetic ones."""
+
+    def fashion(self) -> tuple[Source, Source]:
+        """See the parent."""
+        pool, test = super().fashion()
+        return Slice(pool, last=self.args.pool), test
 
     def images(self, row: Row, shots: int, seed: int) -> Tensor:
         """Return the synthetic images of a run, of the classes in turn."""
@@ -72,9 +77,9 @@ def bins(judge: FeatureJudge, images: Tensor, count: int) -> tuple[float, float]
 def main() -> None:
     """Synthesise, train, measure, judge."""
     args = options("Few shots and diversity: arXiv 2306.08687.", "shots").parse_args()
-    shots, seeds, each, refined, clusters, steps = sized(
-        args, ((2,), 2, 1, 1, 3, 2), ((2, 5), 3, 10, 2, 20, 150),
-        ((1, 2, 5, 10, 20), 5, 30, 10, 50, 300),
+    args.pool, shots, seeds, each, refined, clusters, steps = sized(
+        args, (2, (2,), 2, 1, 1, 3, 2), (8, (2, 5), 3, 10, 2, 20, 150),
+        (32, (1, 2, 5, 10, 20), 5, 30, 10, 50, 300),
     )  # fmt: skip
     tail = shots[-1] if args.quick else shots[len(shots) // 2]
     noise = Row("SeedSelect", "noises", MIXING, per_class=refined, refine=SeedSelect(30, 0.1))

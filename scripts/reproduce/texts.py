@@ -49,7 +49,7 @@ def main() -> None:
     each, steps = sized(args, (1, 2), (3, 10), (40, 30))
     backbone = load_backbone(args.backbone)
     source, reference = pictures(args, 1)
-    words = args.prompts or list(dict.fromkeys(prompts_for(args, backbone, source).values()))[:4]
+    words = args.prompts or list(dict.fromkeys(prompts_for(backbone, source).values()))[:4]
     judge = open_judge(args, backbone, reference)
     how = {"solver": "fireflow", "steps": steps, "guidance": GUIDANCE}
     ends = [pair for pair in combinations(words, 2) for _ in range(each)]

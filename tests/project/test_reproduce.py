@@ -1,5 +1,6 @@
 """Reproductions: every script at a toy size, the rule of a claim, and RESULTS.md as written."""
 
+import argparse
 import json
 import math
 import runpy
@@ -7,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = ROOT / "scripts" / "reproduce"
@@ -17,14 +19,28 @@ from works import CLAIMS, WORKS, Claim, Interval, exact  # noqa: E402
 
 HEAVY = (
     *("smooth_diffusion", "seedselect", "inversions", "walks", "seeds", "independent", "istd"),
-    *("interpolation", "reconstruction", "sheets", "texts"),
+    *("interpolation", "reconstruction", "sheets", "texts", "shots", "training_map"),
 )  # ten seconds of one core or more, each
 
 
-def reproduce(monkeypatch, name, out):
-    monkeypatch.setattr(sys, "argv", [f"{name}.py", "--toy", "--out", str(out)])
+FLOW = {"independent": {"fig5"}, "training_map": {"st-tuning"}}
+"""Claims that a flow decides, by script."""
+
+
+def reproduce(monkeypatch, name, out, *more):
+    argv = [f"{name}.py", "--toy", "--out", str(out), *more]
+    monkeypatch.setattr(sys, "argv", argv)
     runpy.run_path(str(SCRIPTS / f"{name}.py"), run_name="__main__")
     return json.loads((out / "record.json").read_text())
+
+
+def check(monkeypatch, name, out, expected, *more):
+    record = reproduce(monkeypatch, name, out, *more)
+    assert all(record["claims"].get(key) for key in expected)
+    for figure in record["figures"]:
+        assert (out / f"{figure}.png").exists()
+    again = reproduce(monkeypatch, name, out, *more)
+    assert again["claims"] == record["claims"]
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -33,17 +49,29 @@ def reproduce(monkeypatch, name, out):
     [
         pytest.param(name, marks=[pytest.mark.slow] * (name in HEAVY))
         for name in dict.fromkeys(claim.script for claim in CLAIMS.values())
+        if name != "training_map"
     ],
 )
 def test_every_script_runs_at_a_toy_size_and_decides_its_claims(monkeypatch, tmp_path, name):
-    record = reproduce(monkeypatch, name, tmp_path)
     own = {key for key, claim in CLAIMS.items() if claim.script == name and claim.measured}
-    assert own - set(record["claims"]) <= {"sd-table3", "sd-table4"}
-    assert all(record["claims"][key] for key in own & set(record["claims"]))
-    for figure in record["figures"]:
-        assert (tmp_path / f"{figure}.png").exists()
-    again = reproduce(monkeypatch, name, tmp_path)
-    assert again["claims"] == record["claims"]
+    check(monkeypatch, name, tmp_path, own - FLOW.get(name, set()))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_a_flow_decides_figure_5_and_its_training_the_map(monkeypatch, tmp_path):
+    import train_tiny
+
+    clean = torch.randn(8, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    data = train_tiny.Data(clean, torch.ones(8).long(), train_tiny.PROMPTS, 1.0, 1.0, mirror=False)
+    args = argparse.Namespace(
+        **{"run": tmp_path, "out": tmp_path / "flow.safetensors", "start": None, "keep": True},
+        **{"zero_snr": False, "flow": True, "bf16": False},
+        **{"steps": 3, "batch": 8, "lr": 1e-3, "seed": 0},
+    )
+    train_tiny.Run(args, data).train()
+    for name, expected in FLOW.items():
+        check(monkeypatch, name, tmp_path / name, expected, "--backbone", str(args.out))
 
 
 def test_what_needs_no_sampling_holds(monkeypatch, tmp_path):
