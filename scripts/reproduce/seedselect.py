@@ -77,7 +77,7 @@ def refined(synthesizer: Synthesizer, start: str, each: int) -> dict[str, Tensor
     mixing = Mixing(alpha=1.0, members=2 if start == "nao path" else MEMBERS)
     planner = Planner(synthesizer.bank.members, mixing)
     plans = [planner(0, index) for index in range(each * len(synthesizer.bank.classes))]
-    latents = [begun(synthesizer, start, plan) for plan in plans]
+    latents = [start_of(synthesizer, start, plan) for plan in plans]
     goals = [synthesizer.goal(plan) for plan in plans]
     refine = replace(synthesizer.refine, steps=steps, lr=lr)  # type: ignore[type-var]
     way = [torch.stack(latents)]
@@ -98,7 +98,7 @@ def refined(synthesizer: Synthesizer, start: str, each: int) -> dict[str, Tensor
     }  # fmt: skip
 
 
-def begun(synthesizer: Synthesizer, start: str, plan: Plan) -> Tensor:
+def start_of(synthesizer: Synthesizer, start: str, plan: Plan) -> Tensor:
     """Return the latent that a plan begins with: noise, a place on a path, or a centroid."""
     if start == "noise":
         return normal(rng(0, "noise", plan.index), *synthesizer.backbone.latent_shape)

@@ -296,7 +296,7 @@ def test_a_lora_changes_another_checkpoint_of_the_family_by_the_same_weights(
         for path in (folder, other)
     ]
     plain, smooth = (
-        [dict(b.unet.named_parameters()) for b in side] for side in zip(*pairs, strict=True)
+        [dict(b.net.named_parameters()) for b in side] for side in zip(*pairs, strict=True)
     )
     moved = {name for name in plain[0] if not torch.equal(plain[0][name], smooth[0][name])}
     assert moved and all(".to_" in name for name in moved)
