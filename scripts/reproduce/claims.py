@@ -93,7 +93,7 @@ def record(
     name = script if own == "tiny" else f"{script}-{own}"
     made = {
         "command": command(sys.argv),
-        "backbone": args.backbone, "network": args.network, "machine": machine(),
+        "backbone": own, "network": args.network, "machine": machine(),
         "core_seconds": None if _RESUMED else round(time.process_time()), "title": title,
         "rows": [{k: v if isinstance(v, str) else float(f"{v:.4g}") for k, v in row.items()
                   if v is not None} for row in rows],

@@ -74,8 +74,8 @@ def main() -> None:
         {
             "step": step, "of the training, %": 100 * int(step) / total,
             "distance": str(mean((made.flatten(1) - goal).norm(dim=1) / apart)),
-            "own, %": str(share(own[step])),
-            "class, %": str(share(classes[step] == classes[str(total)])),
+            "own": str(share(own[step])),
+            "class": str(share(classes[step] == classes[str(total)])),
             "FID": judge.fid(judge.network(made)),
         }
         for step, made in images.items()
