@@ -212,7 +212,7 @@ def section() -> list[str]:
     ]
     lines += [*markdown(rows), ""]
     seconds = sum(r.get("seconds") or r.get("core_seconds") or 0 for r in records.values())
-    lines += textwrap.wrap(f"{_INTRODUCTION} All runs below took {seconds / 60:.0f} minutes.", 98)
+    lines += textwrap.wrap(f"{_INTRODUCTION} Added up: {seconds / 60:.0f} minutes.", 98)
     for work, title in WORKS.items():
         lines += ["", f"### {title.split(',')[0]}", "", *textwrap.wrap(title, 98), ""]
         for key in (key for key, claim in CLAIMS.items() if claim.work == work):

@@ -38,7 +38,7 @@ def draw(images: dict[str, Tensor], path: Path) -> None:
         for axes, image in zip(line, made, strict=False):
             show(axes, image)
         line[0].set_ylabel(step, fontsize=8)
-    figure.savefig(path, dpi=90)
+    figure.savefig(path, dpi=60)
 
 
 def main() -> None:

@@ -84,6 +84,10 @@ class Claim:
         return f"{self.measured}: {' and '.join(bounds)}"
 
 
+_FLOW = (
+    "the model is a flow that `train_tiny.py --flow` made of `tiny` in 512 steps of 32 images, not "
+    "in the package"
+)
 _SD35 = "it is about Stable Diffusion 3.5, and no flow model is embedded"
 _TRAINING = (
     "runs of 150 steps of 16 images have not converged, where the paper trains 30 000 steps of 96"
@@ -131,10 +135,9 @@ CLAIMS = {
         "independent", "LK", "Fig. 5",
         "a flow model without terminal signal degenerates too, so the schedule is not the only "
         "source",
-        "class distance of FIX centroids of the most members, less that of as many noises",
+        "class distance of FIX centroids of the most members, less that of as many noises; "
+        f"{_FLOW}",
         above=0,
-        note="The flow is not in the package: `train_tiny.py --flow`, 512 steps of 32 images from "
-        "`tiny`'s weights.",
     ),
     "fig6-0": Claim(
         "offset", "LK", "Fig. 6, §4.4", "at t = 0 an offset changes only where it was added",
@@ -333,8 +336,7 @@ CLAIMS = {
     "st-tuning": Claim(
         "training_map", "ST", "training", "the map from noise to sample is settled early in "
         "training", "share of noises whose sample after a quarter of the steps is nearest to "
-        "their own last one, of all last samples", above=0.8,
-        note="The training made a flow of `tiny`, which was trained before.",
+        f"their own last one, of all last samples; {_FLOW}", above=0.8,
     ),
     # Samuel et al.
     "na-norm": Claim(
@@ -344,6 +346,8 @@ CLAIMS = {
     "na-models": Claim(
         "norms", "NA", "next check", "inverted images have the likeliest norm in several models",
         "mean norm over √(D − 1), published DDIM", above=0.95, below=1.05,
+        note="The exact network of `gaussian` has no other norm, so it is the inversion that "
+        "shortens latents; `forward_start` does not.",
     ),
     "na-kept": Claim(
         "seeds", "NA", "Table 1", "NAO's centroid keeps the class better than the others",
