@@ -6,7 +6,7 @@ that neither batch, accumulation, ranks nor an interruption change what is drawn
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
 import pytorch_lightning as pl
 from torch import Tensor
@@ -22,13 +22,17 @@ _LEVELS = 1000  # of a process that names no number of trained ones
 
 
 class Batch(TypedDict):
-    """A batch of `NoisedImages`: pixels, prompts, levels (n,), noises ε; directions Δ if any."""
+    """A batch of `NoisedImages`: pixels, prompts, levels (n,), noises ε; directions Δ if any.
+
+    With prior preservation, ``prior`` is a batch of its images.
+    """
 
     image: Tensor
     prompt: list[str]
     level: Tensor
     noise: Tensor
     direction: Tensor
+    prior: NotRequired["Batch"]
 
 
 class NoisedImages(Dataset[dict[str, object]]):
@@ -42,6 +46,10 @@ class NoisedImages(Dataset[dict[str, object]]):
         seed: of all draws.
         directions: whether to draw them.
         flip: whether half of the images are mirrored.
+        purpose: of the random draws, a key of `augment.core.rng.PURPOSES`.
+
+    Attributes:
+        prior: images of which one goes with each of these; by default none.
     """
 
     def __init__(
@@ -53,14 +61,17 @@ class NoisedImages(Dataset[dict[str, object]]):
         seed: int,
         directions: bool = True,
         flip: bool = False,
+        purpose: str = "step",
     ) -> None:
+        self.prior: NoisedImages | None = None
+        self.purpose = purpose
         self.directions, self.flip = directions, flip
         self.source, self.prompts, self.drop, self.seed = source, prompts, drop, seed
         self.form, self.shape = (backbone.channels, backbone.resolution), backbone.latent_shape
         self.levels: int = getattr(backbone.process, "train_steps", _LEVELS)
 
     def __getitem__(self, number: int) -> dict[str, object]:
-        generator = rng(self.seed, "step", number)
+        generator = rng(self.seed, self.purpose, number)
         row = int(generator.integers(len(self.prompts)))
         dropped = generator.random() < self.drop
         level = float(generator.integers(1, self.levels, endpoint=True)) / self.levels
@@ -75,7 +86,8 @@ class NoisedImages(Dataset[dict[str, object]]):
             item["direction"] = direction / direction.norm()
         image = self.source.load(self.source.samples[row][0], *self.form)
         mirror = self.flip and generator.random() < 0.5
-        return item | {"image": image.flip(-1) if mirror else image}
+        item["image"] = image.flip(-1) if mirror else image
+        return item | ({"prior": self.prior[number]} if self.prior else {})
 
 
 class NumberSampler(Sampler[list[int]]):

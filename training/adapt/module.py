@@ -81,6 +81,7 @@ class Adaptation(pl.LightningModule):
         words: word that each new token begins as, by token.
         total: number of optimiser steps, for the schedule.
         seed: of the low-rank weights' first values.
+        prior_weight: λ of a batch's prior images, if it has any; see `training.adapt.prior`.
 
     Raises:
         UserError: a backbone that cannot be trained or is not in float32, a layer that is not
@@ -102,8 +103,10 @@ class Adaptation(pl.LightningModule):
         words: Mapping[str, str] | None = None,
         total: int = 0,
         seed: int = 0,
+        prior_weight: float = 0.0,
     ) -> None:
         super().__init__()
+        self.prior_weight = prior_weight
         self.backbone = check_trainable(backbone, recipe.rank)
         self.recipe, self.words, self.total = recipe, [*(words or {})], total
         self.network = self.backbone.trainable()
@@ -148,18 +151,31 @@ class Adaptation(pl.LightningModule):
         return backbone.condition(prompts)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Return the loss of a batch."""
+        """Return the loss of a batch, and λ times that of its prior images."""
+        loss = self.loss(batch, *self._inputs(batch))
+        if "prior" in batch:
+            prior = self._rows(batch["prior"], *self._inputs(batch["prior"])).mean()
+            self.log("prior", prior, prog_bar=True, sync_dist=True)
+            loss = loss + self.prior_weight * prior
+        return loss
+
+    def _inputs(self, batch: Batch) -> tuple[Tensor, Network]:
+        """Return the clean latents of a batch, and the network with its conditions."""
         with torch.no_grad():
             clean = self.backbone.encode(batch["image"])
         condition = self.condition(batch["prompt"])
-        return self.loss(batch, clean, partial(self.backbone.network, condition=condition))
+        return clean, partial(self.backbone.network, condition=condition)
+
+    def _rows(self, batch: Batch, clean: Tensor, network: Network) -> Float[Tensor, " n"]:
+        """Return the loss of each row."""
+        levels, process = batch["level"].tolist(), self.backbone.process
+        return denoising_loss(process, network, clean, batch["noise"], levels)
 
     def loss(self, batch: Batch, clean: Tensor, network: Network) -> Tensor:
         """Return the loss of a batch by its clean latents, and log it."""
-        levels = batch["level"].tolist()
-        rows = denoising_loss(self.backbone.process, network, clean, batch["noise"], levels)
-        self.log("loss", rows.mean(), prog_bar=True, sync_dist=True)
-        return rows.mean()
+        loss = self._rows(batch, clean, network).mean()
+        self.log("loss", loss, prog_bar=True, sync_dist=True)
+        return loss
 
     def configure_optimizers(self) -> Any:
         """Make AdamW of what is trained, tokens with their own rate."""

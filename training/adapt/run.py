@@ -42,6 +42,7 @@ from augment.sources.prompts import class_name, class_prompts, nfc
 from training import lightning
 from training.adapt.data import NoisedData, NoisedImages
 from training.adapt.module import PROJECTIONS, Adaptation
+from training.adapt.prior import PRIOR, Prior
 from training.adapt.recipe import Recipe
 from training.adapt.settings import AdaptSettings, RunSettings
 from training.data.identity import check_run
@@ -77,7 +78,7 @@ def adapt_backbone(settings: AdaptSettings, backbone: Backbone | None = None) ->
         for name, token in tokens.items()
     }
     total = recipe.total(len(classes), len(s.source), s.devices)
-    module = Adaptation(backbone, recipe, targets, words, total, s.seed)
+    module = Adaptation(backbone, recipe, targets, words, total, s.seed, s.prior_weight)
     given = s.check_classes(s.prompts, "prompts")
     usual = (backbone.usage.template or PHOTO) if reads else "{name}" if tokens else ""
     template = s.prompt or usual
@@ -91,22 +92,22 @@ def adapt_backbone(settings: AdaptSettings, backbone: Backbone | None = None) ->
         **asdict(recipe),
         **{"total": total, "targets": targets, "seed": s.seed},
         **{"precision": s.precision, "devices": s.devices},
+        **({"prior": {"prompt": s.prior.prompt, "weight": s.prior.weight}} if s.prior else {}),
     }
     network: Any = module.network
     if s.checkpointing:
         network.enable_gradient_checkpointing()
 
-    def write(digests: dict[str, str]) -> Path:
+    def write(digests: set[str]) -> Path:
         if state := module.adapters():
             write_bytes(out / LORA, serialized(state, module.metadata()))
         for name, rows in module.vectors().items():
             write_bytes(out / TOKENS[name], save(rows, {"format": "pt"}))
-        images = sorted({digest for digest in digests.values() if digest})
-        write_json(out / ADAPTER, record_of(weights, prompts, images))
+        write_json(out / ADAPTER, record_of(weights, prompts, sorted(digests)))
         return out
 
     sheets = [Sheets(out, s.sheets, prompts or {"": ""}, s.seed)] if s.sheets else []
-    place = fit(module, s, recipe, texts, record, write, sheets)
+    place = fit(module, s, recipe, texts, record, write, sheets, s.prior)
     if s.checkpointing:
         network.disable_gradient_checkpointing()
     return place
@@ -163,8 +164,9 @@ def fit(
     recipe: Recipe,
     texts: list[str],
     record: dict[str, Any],
-    write: Callable[[dict[str, str]], Path],
+    write: Callable[[set[str]], Path],
     callbacks: Sequence[pl.Callback] = (),
+    prior: Prior | None = None,
 ) -> Path:
     """Train a module, or resume its run; return what it has written.
 
@@ -176,22 +178,27 @@ def fit(
         record: what a resumed run must have in common with the one before.
         write: what writes the result, by the digests of the images.
         callbacks: more to do in training.
+        prior: what must not be forgotten.
     """
     s, out, backbone, source = settings, Path(settings.out), module.backbone, settings.source
-    for text in dict.fromkeys(texts):
+    for text in dict.fromkeys([*texts, *([prior.prompt] if prior else [])]):
         backbone.condition([text])  # a bad one is refused now, not after a thousand steps
     last = out / "checkpoints" / "last.ckpt"
-    images = NoisedImages(
-        source, texts, backbone, recipe.drop, s.seed, module.directions, recipe.flip
-    )
-    data = NoisedData(images, recipe.batch_size, s.workers)
     lock = locked(out) if lightning.is_first_rank() else nullcontext()
     with lock as held, warnings.catch_warnings(), lightning.interruptible():
-        digests: dict[str, str] = {}
         if held:
-            lightning.remove_partial(held, out, last.parent)
-            digests = check_run(out, source, last.exists(), "training")
+            lightning.remove_partial(held, out, last.parent, out / PRIOR)
         remember(out / "run.json", record, "--out", last.exists())
+        images = NoisedImages(
+            source, texts, backbone, recipe.drop, s.seed, module.directions, recipe.flip
+        )
+        sources = {"training": source}
+        if prior:
+            sources[PRIOR] = same = prior.source(backbone, out, s.seed)
+            texts = [prior.prompt] * len(same)
+            images.prior = NoisedImages(same, texts, backbone, 0.0, s.seed, purpose=PRIOR)
+        digests = check_run(out, last.exists(), **sources) if held else {}
+        data = NoisedData(images, recipe.batch_size, s.workers)
         lightning.silence_lightning()
         # there is no dropout to turn on, and the backbone is used in this mode
         warnings.filterwarnings("ignore", ".*in eval mode at the start of training.*")
@@ -208,7 +215,10 @@ def fit(
         trainer.save_checkpoint(last, weights_only=False)
         module.to(backbone.device)
         module.freeze_backbone()
-        return write(digests) if trainer.is_global_zero else out
+        if prior and not prior.given:
+            digests.pop(PRIOR, None)  # the model knew these before
+        real = {digest for part in digests.values() for digest in part.values() if digest}
+        return write(real) if trainer.is_global_zero else out
 
 
 def _make_trainer(

@@ -15,6 +15,7 @@ from augment.shards.dataset import open_images
 from augment.sources import Source, as_source
 from augment.sources.captions import BESIDE, captions_of, read_captions
 from augment.sources.prompts import by_class
+from training.adapt.prior import Prior
 from training.adapt.recipe import PRESETS, Recipe
 from training.checks import at_least
 
@@ -109,6 +110,11 @@ class AdaptSettings(RunSettings):
         token_lr: learning rate of tokens. By default 1e-3.
         drop: share of the images that are trained without their prompt, in [0, 1]. By default 0.1.
         flip: whether half of the images are mirrored.
+        prior_prompt: what must not be forgotten, such as 'a photo of a bird': images of it are
+            trained beside yours (prior preservation, as in DreamBooth). By default nothing.
+        prior_images: number of them, which the unadapted model makes in OUT/prior; or a folder
+            of images.
+        prior_weight: weight of their loss, beside 1 for that of yours.
         checkpointing: compute activations twice, for less memory.
         sheets: steps between two sheets of samples, samples/STEP.png; 0 makes none.
         seed: seed of all random draws.
@@ -135,6 +141,9 @@ class AdaptSettings(RunSettings):
     token_lr: float | None = None
     drop: float | None = None
     flip: bool | None = None
+    prior_prompt: str = ""
+    prior_images: int | str = 100
+    prior_weight: float = 1.0
     checkpointing: bool = False
     sheets: int = 0
 
@@ -142,6 +151,23 @@ class AdaptSettings(RunSettings):
         super().__post_init__()
         at_least(0, sheets=self.sheets)
         assert self.recipe  # which refuses wrong numbers
+        prior = Prior(self.prior_prompt, self.prior_weight, self.prior_images)
+        if prior != Prior("") and not self.prior_prompt:
+            raise UserError(
+                "expected prior_prompt with prior_images or prior_weight, got none; say what the "
+                "images are of, such as 'a photo of a bird'"
+            )
+        if self.prior_prompt and not (self.recipe.rank or self.recipe.text_rank):
+            raise UserError(
+                f"expected low-rank weights with prior_prompt {self.prior_prompt!r}, got rank 0: "
+                "tokens change no other prompt; leave it out"
+            )
+
+    @property
+    def prior(self) -> Prior | None:
+        """What must not be forgotten, if anything."""
+        given = Prior(self.prior_prompt, self.prior_weight, self.prior_images)
+        return given if self.prior_prompt else None
 
     @cached_property
     def recipe(self) -> Recipe:

@@ -134,21 +134,20 @@ class RunImages:
             write_json(self.path, {"parts": parts, "files": self.files})
 
 
-def check_run(root: Path, source: Source, begun: bool, name: str) -> dict[str, str]:
-    """Refuse other images than a run began with; return the digests of the images by id.
+def check_run(root: Path, begun: bool, **sources: Source) -> dict[str, dict[str, str]]:
+    """Refuse other images than a run began with; return the digests of each source's by id.
 
     Args:
         root: the folder of the run, where digests are kept.
-        source: all images of the run.
         begun: whether the run has done anything yet.
-        name: what the images are for, such as training.
+        sources: all images of the run by what they are for, such as training.
 
     Raises:
         UserError: the images differ.
     """
     run = RunImages(root / IMAGES)
-    digests = digests_of(source, run.files)
-    parts = {name: content_digest(source, digests)}
+    digests = {name: digests_of(source, run.files) for name, source in sources.items()}
+    parts = {name: content_digest(source, digests[name]) for name, source in sources.items()}
     if begun:
         run.check(parts)
     run.write(parts)

@@ -365,7 +365,7 @@ def run_episodes(settings: EpisodeSettings) -> None:
         remember(root / "settings.json", record, "--out", begun)
         used, asked = Selection(source), {i for task in frozen.tasks for i in task.images}
         used.ids = {name: [i for i in ids if i in asked] for name, ids in source.ids.items()}
-        digests = check_run(root, used, begun, "episode")
+        digests = check_run(root, begun, episode=used)["episode"]
         if bank:
             _check_supports(bank, digests)
         rows = _read_rows(root / _RESULTS)

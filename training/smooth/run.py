@@ -42,7 +42,7 @@ def smooth_backbone(settings: SmoothSettings, backbone: Backbone | None = None) 
         **{"accumulate": s.accumulate, "devices": s.devices},
     }
 
-    def write(_: dict[str, str]) -> Path:
+    def write(_: set[str]) -> Path:
         if not s.rank:
             return module.backbone.save(out)
         write_bytes(out / LORA, save(module.adapters(), module.metadata()))
