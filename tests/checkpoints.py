@@ -191,6 +191,9 @@ def dit(folder: Path, seed: int = 0, **scheduler: Any) -> Path:
         sample_size=LATENT, in_channels=4, out_channels=8, num_layers=2, num_attention_heads=4,
         attention_head_dim=8, num_embeds_ada_norm=1000, norm_elementwise_affine=False,
     )  # fmt: skip
+    first, *others = (b.norm1.emb.class_embedder for b in transformer.transformer_blocks)
+    for other in others:  # as in the weights of the paper
+        other.embedding_table.weight.data.copy_(first.embedding_table.weight)
     labels = {0: "tench, Tinca tinca", 1: "goldfish, Carassius auratus", 2: "great white shark"}
     pipe = DiTPipeline(
         transformer=transformer,

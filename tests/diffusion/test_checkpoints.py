@@ -250,6 +250,28 @@ def test_a_strangers_lora_is_not_downloaded_with_a_backbone_that_is_named(hub, t
     }
 
 
+def test_an_adapter_of_the_hub_is_downloaded_once(hub, folder, tmp_path):
+    (tmp_path / "made").mkdir()
+    row = torch.randn(32, generator=torch.Generator().manual_seed(0))
+    save_file({"<toy>": row}, tmp_path / "made" / "learned_embeds.safetensors")
+    (tmp_path / "made" / "big.bin").write_bytes(b"not asked for")
+    hub.repositories["me/adapter"] = tmp_path / "made"
+    with pytest.raises(UserError, match="not on this machine"):
+        load(folder, adapter="me/adapter", local_files_only=True)
+    assert hub.asked == []
+    ours, local = load(folder, adapter="me/adapter"), load(folder, adapter=tmp_path / "made")
+    assert ours.fingerprint == local.fingerprint and "tokens" in ours.fingerprint
+    assert not any(path.endswith("big.bin") for path in hub.asked)
+    hub.asked.clear()
+    recipe = local_recipe(ours.recipe)
+    assert recipe["adapter"] == "me/adapter" and recipe["local_files_only"]
+    assert load_backbone(**recipe, device="cpu").fingerprint == local.fingerprint
+    assert load("tiny", local_files_only=True).fingerprint and hub.asked == []
+    assert "got neither" in said(folder, adapter="me/empty")
+    assert "does not have" in said(folder, adapter="me/gone")
+    assert "licence" in said("tiny", adapter="me/gated")
+
+
 @pytest.mark.parametrize(
     ("name", "words"),
     [
@@ -330,7 +352,7 @@ def test_what_is_not_there_or_does_not_fit_is_refused(folder, tmp_path):
     names = said(folder, colour="red")
     assert "'colour'" in names and "lora_scale" in names and "spacing" in names
     assert "'t5'" in said(folder, t5=True)
-    assert "'lora'" in said(dit(tmp_path / "dit"), lora="x")
+    assert "'resolution'" in said(dit(tmp_path / "dit"), resolution=64)
     assert "'resolution'" in said("tiny", resolution=64)
     assert "sd35-large" in said("sd42") and list(BACKBONES) == ["tiny", *HUB]
 

@@ -8,7 +8,7 @@ import sys
 import diffusers
 import pytest
 import torch
-from checkpoints import sd3, sdxl, stable_diffusion
+from checkpoints import dit, sd3, sdxl, stable_diffusion
 from conftest import call, paint
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -278,6 +278,44 @@ def test_a_flow_model_learns_tokens_and_text_encoders_too(images, tmp_path):
     ours, theirs, plain = answers([fresh(folder, adapter=place), trained, fresh(folder)], prompts)
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
     assert (ours - plain).abs().max() > 1e-3
+
+
+def test_a_class_conditional_model_learns_a_row_a_class(images, tmp_path):
+    folder = dit(tmp_path / "dit")
+    trained, plain = fresh(folder), fresh(folder)
+    place = adapt(images, tmp_path / "run", trained, words={"Bag": "goldfish"})
+    again = fresh(folder, adapter=place)
+    assert again.adapted_prompts == {"Bag": "<bag>", "Ankle boot": "<ankle-boot>"}
+    prompts = ["<bag>", "<ankle-boot>", "goldfish", ""]
+    ours, theirs = answers([again, trained], prompts)
+    before = answers([plain], ["1", "", "1", ""])[0]
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+    assert ((ours - before).flatten(1).abs().amax(1) > 1e-4).all()
+    table = plain.net.transformer_blocks[1].norm1.emb.class_embedder.embedding_table.weight
+    for token, row in load_file(place / "learned_embeds.safetensors").items():
+        moved = (row - table[{"<bag>": 1, "<ankle-boot>": 1000}[token]]).abs().max()
+        assert 0 < moved < 0.2  # four steps of 1e-2 from where it began
+    kept = torch.load(place / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    assert all(".lora_" in name or name.endswith(".rows") for name in kept)
+
+
+def test_rows_of_a_class_conditional_model_alone_change_no_other_class(images, tmp_path):
+    folder = dit(tmp_path / "dit")
+    trained = fresh(folder)
+    adapt(images, tmp_path / "run", trained, rank=0)
+    old, new = ["goldfish", "7", ""], ["<bag>", "<ankle-boot>"]
+    assert torch.equal(*answers([trained, fresh(folder)], old))
+    begun = answers([fresh(folder)], ["", ""])[0]
+    assert (answers([trained], new)[0] - begun).abs().max() > 1e-4
+    apart = fresh(folder)
+    apart.net.transformer_blocks[1].norm1.emb.class_embedder.embedding_table.weight.data += 1
+    with pytest.raises(UserError, match=r"share a table of classes.*adapt it with tokens false"):
+        adapt(images, tmp_path / "apart", apart)
+    prompts = {"Bag": "1", "Ankle boot": "2"}
+    place = adapt(images, tmp_path / "apart", apart, tokens=False, prompts=prompts, steps=1)
+    assert not (place / "learned_embeds.safetensors").exists()
+    with pytest.raises(UserError, match="text_rank 0 for dit"):
+        adapt(images, tmp_path / "other", fresh(folder), text_rank=2)
 
 
 def test_low_rank_weights_alone_change_and_what_is_frozen_keeps_its_bits(folder, images, tmp_path):

@@ -103,7 +103,8 @@ def adapt_backbone(settings: AdaptSettings, backbone: Backbone | None = None) ->
             write_bytes(out / LORA, serialized(state, module.metadata()))
         for name, rows in module.vectors().items():
             write_bytes(out / TOKENS[name], save(rows, {"format": "pt"}))
-        write_json(out / ADAPTER, record_of(weights, prompts, sorted(digests)))
+        named = [token for token in words if any(token in text for text in prompts.values())]
+        write_json(out / ADAPTER, record_of(weights, prompts, sorted(digests), named))
         return out
 
     sheets = [Sheets(out, s.sheets, prompts or {"": ""}, s.seed)] if s.sheets else []
@@ -181,7 +182,8 @@ def fit(
         prior: what must not be forgotten.
     """
     s, out, backbone, source = settings, Path(settings.out), module.backbone, settings.source
-    for text in dict.fromkeys([*texts, *([prior.prompt] if prior else [])]):
+    given = [*texts, prior.prompt] if prior else texts
+    for text in dict.fromkeys(given):
         backbone.condition([text])  # a bad one is refused now, not after a thousand steps
     last = out / "checkpoints" / "last.ckpt"
     lock = locked(out) if lightning.is_first_rank() else nullcontext()

@@ -24,6 +24,7 @@ from augment.diffusion.checkpoints.tokens import (
     TOKENS,
     TokenRows,
     append_tokens,
+    expanded,
     load_tokens,
     start_rows,
     tokenizer_of,
@@ -47,7 +48,8 @@ class LatentDiffusion:
         spacing, clean_end, zero_terminal_snr: see `read_process`.
         lora: low-rank weights to add: a safetensors file, a folder, or ``owner/name``.
         lora_scale: factor of the low-rank weights.
-        adapter: folder of ``latent-augment adapt``: low-rank weights, tokens, or both.
+        adapter: folder of ``latent-augment adapt`` or of diffusers' training scripts, or
+            ``owner/name``: low-rank weights, tokens, or both; or a file of tokens.
         tiny_vae: folder or repository of an ``AutoencoderTiny`` to decode with: faster, less exact.
         compile: compile the network's repeated blocks, each kind and shape once.
 
@@ -102,7 +104,7 @@ class LatentDiffusion:
         tiny_vae: str | Path | None = None,
         compile: bool = False,
     ) -> None:
-        given, lora = adapter_of(adapter, lora)
+        given, lora = adapter_of(adapter, lora, checkpoint.local_files_only)
         require("transformers", "accelerate", *(["peft"] if lora else []))
         self.device = torch.device(device)
         self.dtype = dtype or (self.half if self.device.type == "cuda" else torch.float32)
@@ -124,10 +126,10 @@ class LatentDiffusion:
         adapted = given.fingerprint() if given else {}
         if given:
             given.check(weights)
-            load_tokens(self.pipe, given.folder)
+            self.load_tokens(given.vectors())
         if lora:
             file = find_lora(lora, checkpoint.local_files_only)
-            adapted = add_lora(self.pipe, file, lora_scale) | adapted
+            adapted = self.add_lora(file, lora_scale) | adapted
         for name in parts:
             # not diffusers' own ``to``, which warns of half precision that nobody asked for
             module = getattr(self.pipe, name).eval().requires_grad_(False)
@@ -180,6 +182,14 @@ class LatentDiffusion:
                     f"expected a model_max_length of {name} in {source}, got {length!r}; "
                     "download it again"
                 )
+
+    def load_tokens(self, found: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Add tokens that were trained before, by text encoder."""
+        load_tokens(self.pipe, found)
+
+    def add_lora(self, path: Path, scale: float) -> dict[str, str]:
+        """Add low-rank weights; return the entry in the fingerprint."""
+        return add_lora(self.pipe, path, scale)
 
     def family_usage(self) -> Usage:
         """Return what models of this family are used with."""
@@ -327,12 +337,13 @@ def check_length(
         limit: maximum number of tokens; the tokenizer's by default.
         cure: for the error.
     """
-    limit = limit or tokenizer.model_max_length
+    limit, given = limit or tokenizer.model_max_length, prompt
+    prompt = expanded(prompt, tokenizer)
     special = tokenizer.num_special_tokens_to_add()
     count = len(tokenizer(prompt, verbose=False).input_ids) - special
     if count > limit - special:
         raise UserError(
-            f"expected a prompt of at most {limit - special} tokens, got {count} in {prompt!r}; "
+            f"expected a prompt of at most {limit - special} tokens, got {count} in {given!r}; "
             f"{cure}"
         )
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from augment.diffusion.backbone import Condition
 from augment.diffusion.backbones.latent_diffusion import LatentDiffusion, check_length
 from augment.diffusion.checkpoints.checkpoint import Checkpoint
+from augment.diffusion.checkpoints.tokens import expanded
 from augment.diffusion.usage import PHOTO, Usage
 
 T5 = "text_encoder_3"
@@ -74,9 +75,9 @@ class StableDiffusion3(LatentDiffusion):
             cure = "shorten it or raise max_sequence_length"
             check_length(prompt, self.pipe.tokenizer_3, self.rows, cure)
         text, _, pooled, _ = self.pipe.encode_prompt(
+            expanded(prompt, self.pipe.tokenizer),  # which this pipeline leaves to us
+            expanded(prompt, self.pipe.tokenizer_2),
             prompt,
-            None,
-            None,
             device=self.device,
             do_classifier_free_guidance=False,
             max_sequence_length=self.rows,

@@ -34,7 +34,7 @@ from augment.diffusion.backbone import REFERENCE, Condition, Recipe, Timestep, a
 from augment.diffusion.backbones.resnet12 import features_of, load_trunk
 from augment.diffusion.checkpoints.adapter import adapter_of
 from augment.diffusion.checkpoints.lora import find_lora, fuse_lora
-from augment.diffusion.checkpoints.tokens import TOKENS, TokenRows, read_tokens
+from augment.diffusion.checkpoints.tokens import TokenRows, check_vectors, only_tokens
 from augment.diffusion.process import Flow, Process, VariancePreserving
 from augment.diffusion.usage import Usage
 
@@ -84,13 +84,14 @@ class Tiny:
         dtype: precision of the network; latents and solver stay in float32.
         lora: low-rank weights to add: a safetensors file, a folder, or ``owner/name``.
         lora_scale: factor of the low-rank weights.
-        adapter: folder of ``latent-augment adapt``: low-rank weights, prompts, or both.
+        adapter: folder of ``latent-augment adapt``, or ``owner/name``: low-rank weights, prompts,
+            or both.
         reference: safetensors file of ``scripts/train_resnet12.py``, which makes references of
             images; for weights of ``scripts/train_tiny_cifar.py`` that learned from its features.
         compile: compile the network and its weights at the first `ROWS` latents: a minute or two
             of a CPU, less with a warm cache of inductor, for four fifths of the time a call.
             Gradients, and rows beyond a multiple of `ROWS`, use the plain network.
-        local_files_only: take the LoRA from the hub's cache alone.
+        local_files_only: take LoRA and adapter from the hub's cache alone.
 
     Raises:
         UserError: the weights file is missing or of another kind, or the LoRA or the reference
@@ -115,7 +116,7 @@ class Tiny:
         local_files_only: bool = False,
     ) -> None:
         self.device, self.dtype = torch.device(device), dtype
-        given, lora = adapter_of(adapter, lora)
+        given, lora = adapter_of(adapter, lora, local_files_only)
         try:
             with safe_open(weights, framework="pt") as file:
                 self.config = config = json.loads(file.metadata()["config"])
@@ -151,8 +152,8 @@ class Tiny:
             self.fingerprint |= fuse_lora(self.unet, find_lora(lora, local_files_only), lora_scale)
         if given:
             self.fingerprint |= given.fingerprint()
-            if (path := given.folder / TOKENS["text_encoder"]).exists():
-                self._append(read_tokens(path)).requires_grad_(False)
+            if rows := only_tokens(given.vectors(), "tiny"):
+                self._append(rows).requires_grad_(False)
         # not diffusers' own ``to``, which warns of half precision that nobody asked for
         nn.Module.to(self.unet, self.device, dtype).eval().requires_grad_(False)
         # its weights are laid out for the CPU, and the steps between products fused
@@ -216,12 +217,7 @@ class Tiny:
     def _append(self, rows: Mapping[str, Tensor]) -> TokenRows:
         """Add prompts behind those of the weights."""
         texts, first = self.texts, len(self.prompts)
-        for prompt, row in rows.items():
-            if prompt in self.prompts or row.shape != texts.shape[1:] or not row.isfinite().all():
-                raise UserError(
-                    f"expected new prompts of {texts.shape[1]} finite numbers, got {prompt!r} of "
-                    f"{tuple(row.shape)}; take the weights that they were trained on"
-                )
+        check_vectors(rows, texts.shape[1], self.prompts)
         self.prompts += tuple(rows)
         added = torch.stack([*rows.values()]).to(texts)
         self.table = table = TokenRows(nn.Embedding.from_pretrained(texts), added, first)

@@ -11,7 +11,14 @@ from safetensors import SafetensorError, safe_open
 
 from augment.core.errors import UserError
 from augment.diffusion.checkpoints.checkpoint import Checkpoint, read_index
-from augment.diffusion.checkpoints.hub import HUB, INDEX, brief, explained, local_folder
+from augment.diffusion.checkpoints.hub import (
+    HUB,
+    INDEX,
+    REPOSITORY,
+    brief,
+    explained,
+    local_folder,
+)
 
 _PARTS = {"sdxl": "conditioner.embedders.1.", "sd15": "cond_stage_model.transformer."}
 """Prefixes of the text encoders' tensors, by model."""
@@ -54,7 +61,7 @@ def find_checkpoint(
         )
     if Path(source).is_dir():
         return Checkpoint(source, _kind_of(Path(source) / INDEX), Path(source), None, *hub)
-    match = re.fullmatch(r"(\w[\w.-]*/[\w.-]+)(?:/(\w[\w.-]*))?", source)
+    match = re.fullmatch(rf"({REPOSITORY})(?:/(\w[\w.-]*))?", source)
     if not match:
         raise UserError(
             f"expected a backbone out of tiny, {', '.join(HUB)}, a pipeline folder, a .safetensors "

@@ -29,6 +29,8 @@ HUB = {
 holds as safetensors what the makers publish as a pickle."""
 
 INDEX = "model_index.json"
+REPOSITORY = r"\w[\w.-]*/[\w.-]+"
+"""Pattern of the name of a repository, owner/name."""
 
 
 def require(*packages: str) -> None:

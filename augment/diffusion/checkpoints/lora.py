@@ -15,7 +15,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from augment.core.errors import UserError
-from augment.diffusion.checkpoints.hub import brief, damaged, explained, quiet
+from augment.diffusion.checkpoints.hub import REPOSITORY, brief, damaged, explained, quiet
 
 LORA = "pytorch_lora_weights.safetensors"
 _DIRECTIONS = {"down": "lora_A", "up": "lora_B"}
@@ -37,7 +37,7 @@ def find_lora(source: str | Path, local_files_only: bool = False) -> Path:
     path = Path(source)
     if path.is_dir():
         path /= LORA
-    elif path.suffix != ".safetensors" and re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
+    elif path.suffix != ".safetensors" and re.fullmatch(REPOSITORY, str(source)):
         from huggingface_hub import hf_hub_download
 
         with explained(str(source)):
@@ -189,9 +189,10 @@ def add_lora(pipe: Any, path: Path, scale: float) -> dict[str, str]:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     lora, changed = _read_lora(path, scale), 0
+    state = {_as_in(pipe, key): value for key, value in lora.state.items()}
     with quiet():
         try:
-            pipe.load_lora_weights(lora.state, adapter_name="lora")
+            pipe.load_lora_weights(state, adapter_name="lora")
         except Exception as error:  # of any type, since files may be hostile
             raise lora.misfit(brief(error)) from None
         networks = [part for part in pipe.components.values() if isinstance(part, nn.Module)]
@@ -207,6 +208,19 @@ def add_lora(pipe: Any, path: Path, scale: float) -> dict[str, str]:
     return lora.finish(changed)
 
 
+def _as_in(pipe: Any, key: str) -> str:
+    """Rename the key of a text encoder's layer to the place that it has in a pipeline.
+
+    Since transformers 5.6 a CLIPTextModel has no part ``text_model`` any more, while
+    CLIPTextModelWithProjection has; files of either layout are about.
+    """
+    part, _, layer = key.partition(".")
+    if not re.fullmatch(r"text_encoder(_2)?", part):
+        return key
+    wrapped = hasattr(getattr(pipe, part, None), "text_model")
+    return f"{part}.{'text_model.' if wrapped else ''}{layer.removeprefix('text_model.')}"
+
+
 def fuse_lora(network: nn.Module, path: Path, scale: float) -> dict[str, str]:
     """Add low-rank weights to the linear layers of a network outside a pipeline; see `add_lora`."""
     lora, changed = _read_lora(path, scale), 0
@@ -216,7 +230,7 @@ def fuse_lora(network: nn.Module, path: Path, scale: float) -> dict[str, str]:
     for layer, pair in lora.pairs.items():
         try:
             down, up = (lora.state[key].float() for key in pair)
-            weight = network.get_parameter(f"{layer.removeprefix('unet.')}.weight")
+            weight = network.get_parameter(f"{re.sub('^(unet|transformer)[.]', '', layer)}.weight")
             product = up @ down
         except (AttributeError, RuntimeError) as error:
             raise lora.misfit(brief(error)) from None

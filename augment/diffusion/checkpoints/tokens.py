@@ -2,11 +2,12 @@
 
 A folder keeps them as diffusers does: ``learned_embeds.safetensors`` has a vector by token, and
 ``learned_embeds_2.safetensors`` has those of the second text encoder. A token of several vectors
-becomes ``<name> <name>_1 …``, which diffusers' pipelines put into a prompt by themselves.
+becomes ``<name> <name>_1 …``, which diffusers' pipelines put into a prompt by themselves. A file of
+one token that has no name in it is called as the file, as in Automatic1111's web UI.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,9 @@ TOKENS = {
     "text_encoder_2": "learned_embeds_2.safetensors",
 }
 """Files of a folder by the text encoder that their tokens are of."""
+
+_NAMELESS = {"clip_l": "text_encoder", "clip_g": "text_encoder_2", "emb_params": "text_encoder"}
+"""Text encoders by the keys of a file of one token: SDXL's and Automatic1111's layouts."""
 
 
 class TokenRows(nn.Module):
@@ -104,26 +108,37 @@ def start_rows(
     return torch.stack(rows), norm
 
 
+def check_vectors(rows: Mapping[str, Tensor], width: int, known: Collection[str]) -> None:
+    """Refuse a token that is there already, or a vector of another model.
+
+    Args:
+        rows: vectors by new token.
+        width: numbers of a vector.
+        known: tokens that are there.
+    """
+    for token, row in rows.items():
+        if token in known:
+            raise UserError(
+                f"expected new tokens, got {token!r}, which is in the vocabulary; rename it"
+            )
+        if row.shape != (width,) or not row.isfinite().all():
+            raise UserError(
+                f"expected {width} finite numbers for token {token!r}, got {tuple(row.shape)}; "
+                "take the model that it was trained on"
+            )
+
+
 def append_tokens(
     encoder: Any, tokenizer: Any, rows: Mapping[str, Tensor], norm: float | None = None
 ) -> TokenRows:
     """Add tokens to a tokenizer and their vectors to its text encoder, changed in place.
 
     Raises:
-        UserError: a token that is there already, or a vector of another model.
+        UserError: see `check_vectors`.
     """
     table: nn.Embedding = encoder.get_input_embeddings()
-    vocabulary, first = tokenizer.get_vocab(), len(tokenizer)
-    for token, row in rows.items():
-        if token in vocabulary:
-            raise UserError(
-                f"expected new tokens, got {token!r}, which is in the vocabulary; rename it"
-            )
-        if row.shape != table.weight.shape[1:] or not row.isfinite().all():
-            raise UserError(
-                f"expected {table.weight.shape[1]} finite numbers for token {token!r}, got "
-                f"{tuple(row.shape)}; take the model that it was trained on"
-            )
+    check_vectors(rows, table.weight.shape[1], tokenizer.get_vocab())
+    first = len(tokenizer)
     tokenizer.add_tokens([*rows])
     stacked = torch.stack([*rows.values()]).to(table.weight)
     made = TokenRows(table, stacked, first, norm)
@@ -131,35 +146,85 @@ def append_tokens(
     return made
 
 
-def read_tokens(path: Path) -> dict[str, Float[Tensor, " width"]]:
-    """Read vectors by token; one of several vectors becomes as many tokens."""
-    with damaged(path):
-        state = load_file(path)
-    rows: dict[str, Tensor] = {}
-    for token, vectors in state.items():
-        parts = vectors.float().reshape(-1, vectors.shape[-1]) if vectors.ndim else vectors[None]
-        rows |= {f"{token}_{k}" if k else token: part for k, part in enumerate(parts)}
-    if not rows:
-        raise UserError(f"expected vectors by token in {path}, got none; adapt again")
-    return rows
+def token_files(place: Path) -> dict[str, Path]:
+    """Return the files of tokens in a folder by text encoder, or a file as the first one's."""
+    if place.is_file():
+        return {"text_encoder": place}
+    return {name: place / file for name, file in TOKENS.items() if (place / file).exists()}
 
 
-def load_tokens(pipe: Any, folder: Path) -> None:
-    """Add the tokens of a folder to a pipeline's tokenizers and text encoders.
+def read_tokens(place: Path) -> dict[str, dict[str, Float[Tensor, " width"]]]:
+    """Read vectors by text encoder and token; one of several vectors becomes as many tokens.
+
+    Args:
+        place: a folder with the files of `TOKENS`, or a file. A token without a name
+            (`_NAMELESS`) is called as its file.
+
+    Raises:
+        UserError: a damaged file, or one of something else.
+    """
+    found: dict[str, dict[str, Tensor]] = {}
+    for name, path in token_files(place).items():
+        with damaged(path):
+            state = load_file(path)
+        for key, vectors in state.items():
+            if "lora" in key or not 1 <= vectors.ndim <= 2:
+                raise UserError(
+                    f"expected vectors by token in {path}, got {key}; give low-rank weights as "
+                    "lora, in place of adapter"
+                )
+            token, rows = (path.stem if key in _NAMELESS else key), vectors.float()
+            parts = rows.reshape(-1, rows.shape[-1])
+            own = found.setdefault(_NAMELESS.get(key, name), {})
+            own |= {f"{token}_{k}" if k else token: part for k, part in enumerate(parts)}
+        if not state:
+            raise UserError(f"expected vectors by token in {path}, got none; adapt again")
+    return found
+
+
+def load_tokens(pipe: Any, found: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """Add the tokens of `read_tokens` to a pipeline's tokenizers and text encoders.
 
     Raises:
         UserError: they are of another model.
     """
-    for name, file in TOKENS.items():
-        if not (folder / file).exists():
-            continue
+    for name, rows in found.items():
         encoder = getattr(pipe, name, None)
         if encoder is None:
             raise UserError(
-                f"expected tokens for this model, got {folder / file}, and it has no {name}; take "
-                "the model that it was trained on"
+                f"expected tokens for this model, got {min(rows)!r} for {name}, which it does not "
+                "have; take the model that they were trained on"
             )
-        append_tokens(encoder, getattr(pipe, tokenizer_of(name)), read_tokens(folder / file))
+        append_tokens(encoder, getattr(pipe, tokenizer_of(name)), rows)
+
+
+def only_tokens(
+    found: Mapping[str, Mapping[str, Tensor]], model: str
+) -> Mapping[str, Float[Tensor, " width"]]:
+    """Return the tokens of `read_tokens` for a model that looks its prompts up; empty for none.
+
+    Raises:
+        UserError: some are of a second text encoder.
+    """
+    if other := found.keys() - {"text_encoder"}:
+        raise UserError(
+            f"expected tokens of {model}, got some of {min(other)}, which it does not have; take "
+            "the model that they were trained on"
+        )
+    return found.get("text_encoder", {})
+
+
+def expanded(prompt: str, tokenizer: Any) -> str:
+    """Return a prompt with all vectors of its tokens, as diffusers expands it.
+
+    >>> from types import SimpleNamespace
+    >>> tokens = {"<owl>": 1, "<owl>_1": 2}
+    >>> expanded("an <owl>", SimpleNamespace(added_tokens_encoder=tokens, tokenize=str.split))
+    'an <owl> <owl>_1'
+    """
+    from diffusers.loaders import TextualInversionLoaderMixin
+
+    return str(TextualInversionLoaderMixin().maybe_convert_prompt(prompt, tokenizer))
 
 
 def tokenizer_of(encoder: str) -> str:
