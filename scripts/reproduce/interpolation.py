@@ -97,7 +97,8 @@ def main() -> None:
             "ends, PSNR": ci95(psnr), "detail": ci95(details[name]),
             "RMS from mixed pixels": ci95(off),
         })  # fmt: skip
-        strips[name.split(",")[0] if way[0].steps != 200 else "ANID, 200"] = list(made[-1])
+        label = name.removesuffix(" steps") if name in (FEW, MANY) else name.split(",")[0]
+        strips[label.removesuffix(" (VAE)")] = list(made[-1])
     args.out.mkdir(parents=True, exist_ok=True)
     heads = [f"{k / (STOPS - 1):.1f}" for k in range(STOPS)]
     sheet(strips, heads).save(args.out / "interpolation.png")
