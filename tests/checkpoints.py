@@ -7,6 +7,7 @@ autoencoder, network, scheduler file, model_index.json.
 import hashlib
 import json
 import math
+import re
 import string
 import threading
 from collections.abc import Iterator
@@ -498,6 +499,9 @@ class Desk(BaseHTTPRequestHandler):
         """Say nothing."""
 
     def do_GET(self) -> None:
+        if re.match("/api/(?!models/)", self.path):  # the client's own, at most once a day
+            self.reply(404, b"")
+            return
         path = self.path.split("?")[0].strip("/").removeprefix("api/models/")
         owner, name, *rest = path.split("/")
         found = self.server.repositories.get(f"{owner}/{name}", (404, "RepoNotFound"))
