@@ -36,6 +36,7 @@ from torch import Tensor, nn
 from torchvision.utils import save_image
 from train_resnet12 import HELD_OUT, load_network
 
+from augment.core.errors import UserError
 from augment.core.files import sha256, write_bytes
 from augment.core.rng import normal, rng
 from augment.diffusion import load_backbone
@@ -118,6 +119,29 @@ class Run(DenoiserRun):
         torch.manual_seed(args.seed)
         self.data, self.device = data, data.clean.device
         super().__init__(args, Network().to(self.device))
+        if args.start and not self.step:
+            self.begin(load_file(args.start, device=str(self.device)))
+
+    def begin(self, weights: dict[str, Tensor]) -> None:
+        """Begin with the weights of an ``ema.safetensors``, as `write` made it."""
+        own, data = {k: v.float() for k, v in weights.items()}, self.data
+        state = {"texts.weight": own.pop("class_embedding.weight")}
+        if "feature.weight" in own:  # the standardisation of features is in it
+            weight, bias = own.pop("feature.weight"), own.pop("feature.bias")
+            state["feature.bias"] = bias + weight @ data.mean
+            state["feature.weight"] = weight * data.deviation
+        state |= {f"unet.{key}": value for key, value in own.items()}
+        wanted, given = (
+            {k: v.shape for k, v in part.items() if not k.startswith("feature")}
+            for part in (self.network.state_dict(), state)
+        )
+        if given != wanted:
+            raise UserError(
+                f"expected weights of this script, got {self.args.start} with other tensors; give "
+                "the ema.safetensors of a run"
+            )
+        self.network.load_state_dict(state, strict=False)
+        self.average.load_state_dict(self.network.state_dict())
 
     def rate(self) -> float:
         """Warm up over 500 steps, decay as 1/√step from 20 000 on, cool in the last tenth."""
@@ -232,6 +256,7 @@ def main() -> None:
     parser.add_argument("images", type=Path, help="CIFAR-100's training images in class folders")
     parser.add_argument("--run", type=Path, default=Path("runs/tiny-cifar"))
     parser.add_argument("--features", type=Path, help="file that train_resnet12.py wrote")
+    parser.add_argument("--start", type=Path, help="ema.safetensors to begin with; a new --run")
     parser.add_argument("--device", default="cpu", help="cuda takes bfloat16")
     parser.add_argument("--report", type=Path, help="do not train; judge by this ResNet-12")
     parser.add_argument("--per-class", type=int, default=10, help="samples of the report")

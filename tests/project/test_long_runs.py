@@ -115,6 +115,7 @@ def run(scripts, tmp_path, monkeypatch):
     args = argparse.Namespace(
         **{"run": tmp_path, "features": tmp_path / "features.safetensors", "steps": 2, "batch": 16},
         **{"lr": 1e-3, "seed": 0, "images": tmp_path, "per_class": 1},
+        start=None,
     )
     return script.Run(args, script.Data(tmp_path, args.features, "cpu"))
 
@@ -170,6 +171,26 @@ def test_the_averaged_weights_are_a_flow_with_prompts_and_features(run, describe
         without = load_backbone(run.folder / "ema.safetensors", device="cpu")
         words = without.condition(["wolf", "fish"])
         assert words.keys() == {"text"} and torch.equal(without.network(z, 300.0, words), plain)
+
+
+def test_a_run_may_begin_with_the_weights_of_another(run, described):
+    import train_tiny_cifar as script
+
+    args = argparse.Namespace(**vars(run.args) | {"start": run.folder / "ema.safetensors"})
+    args.run = run.folder / "next"
+    args.run.mkdir()
+    other = script.Run(args, run.data)
+    z = torch.randn(2, 12, 16, 16, generator=torch.Generator().manual_seed(1))
+    inputs = z, torch.full((2,), 300.0), torch.tensor([1, 30]), run.data.features[:2]
+    with torch.no_grad():
+        expected, answer = run.average(*inputs), other.network(*inputs)
+        assert (answer - expected).norm() < 0.02 * expected.norm()
+        assert torch.equal(other.average(*inputs), answer)
+    save_file({"class_embedding.weight": torch.zeros(85, 4)}, args.start)
+    args.run = run.folder / "other"
+    args.run.mkdir()
+    with pytest.raises(UserError, match="with other tensors; give the ema"):
+        script.Run(args, run.data)
 
 
 def test_a_bank_keeps_references_and_a_plan_mixes_them(run, described, tmp_path):

@@ -1,0 +1,472 @@
+"""Which synthetic images help where the backbone knows *other* classes? CIFAR-FS, few shots.
+
+    python scripts/test_bed.py CIFAR100 --weights ema.safetensors --trunk weights.safetensors
+    python scripts/test_bed.py CIFAR100 … --part validation      # where settings are chosen
+    python scripts/test_bed.py CIFAR100 … --quick
+
+``CIFAR100`` holds CIFAR-100's training images in class folders. The backbone is `tiny-cifar`
+(``scripts/train_tiny_cifar.py``) and the trunk a ResNet-12 (``scripts/train_resnet12.py``); both
+saw the 64 base classes alone. The 20 novel classes are learned at once. Shots are drawn from the
+first 100 images of each class; the others are tested on. Draws of more shots hold those of fewer.
+
+A row is a way of augmenting; all rows of a learner train for as many steps. Learners: *scratch*, a
+narrow ResNet-12 from nothing; *head*, a logistic head on the trunk's features; *lite0*,
+EfficientNet-Lite0 fine-tuned, which saw ImageNet and so the novel classes. Gains are over the
+strongest plain augmentation, paired by draw. Each row's synthetic images are judged too: the
+accuracy of the learner *scratch* on them alone, whether an oracle on the trunk's features (of all
+images that are not tested on) gives them their class, their coverage of the tested images, their
+diversity, and their distance to the nearest shot. Finished runs stay in ``--out``: the same
+command resumes.
+"""
+
+import argparse
+import json
+import statistics
+import warnings
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import torch
+from cifar_fs import PARTS, classes_of
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision.utils import save_image
+from tqdm import tqdm
+from train_resnet12 import load_network, normalised
+
+from augment import LatentBank, Mixing, Sampling, SyntheticDataset, fill_bank, load_backbone
+from augment.core.errors import AugmentWarning
+from augment.core.files import read_json, remember, sha256, write_bytes, write_json
+from augment.diffusion import Backbone
+from augment.measure.features import class_distance, diversity, nearest_distance, precision_recall
+from augment.networks import in_batches, unit
+from augment.report.evaluate import markdown
+from augment.sources import FewShot, Folder, Slice, Source
+from training.adapt.run import adapt_backbone
+from training.adapt.settings import AdaptSettings
+from training.data.draws import SyntheticMix
+from training.data.module import ImageData
+from training.data.transforms import Augmentation
+from training.demo import demo_trainer
+from training.models.classifier import Classifier
+from training.models.heads import Logistic
+from training.models.metrics import interval
+
+POOL, SHOTS, SEEDS = 100, (1, 2, 5, 10), 8
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way of augmenting.
+
+    Args:
+        name: as printed.
+        mixing: how synthetic images are mixed; None is for none. The seed is the draw's.
+        inversion: of the bank that they are mixed from; ``noise`` keeps clean latents.
+        references: whether the backbone is conditioned on the shots' features too.
+        adapted: whether the backbone is adapted to the shots first.
+        guidance: of the sampling.
+        kept: share of the images that is kept, those nearest to their class's mean feature.
+        share: of synthetic draws.
+        per_class: number of synthetic images of a class.
+        times: factor of the number of shots.
+        real: further real images of a class, in place of synthetic ones.
+        plain: whether it has the strongest plain augmentation; otherwise shift and mirror.
+    """
+
+    name: str
+    mixing: Mixing | None = None
+    inversion: str = "noise"
+    references: bool = False
+    adapted: bool = False
+    guidance: float = 1.0
+    kept: float = 1.0
+    share: float = 0.5
+    per_class: int = 20
+    times: int = 1
+    real: int = 0
+    plain: bool = True
+
+    @property
+    def recipe(self) -> str:
+        """Return the settings that decide the synthetic images, as JSON."""
+        others = {"name": "", "share": 0, "plain": 0, "times": 1, "real": 0}
+        return json.dumps(asdict(self) | others, sort_keys=True)
+
+
+BASE, TWICE = "RandAugment + mixup", "twice the shots"
+_FRESH, _LONE = Mixing(level=1.0), Mixing(level=0.5, members=1)
+_AT = Mixing(level=0.7, rule="fade/chm")
+ROWS = (
+    Row("shift + mirror", plain=False),
+    Row(BASE),
+    Row("samples by superclass", _FRESH, guidance=2.0),
+    Row("single images, level 0.5", _LONE),
+    Row("centroids", Mixing(), "forward_start"),
+    Row("samples by references", _FRESH, references=True),
+    Row("single images by references, level 0.7", replace(_LONE, level=0.7), references=True),
+    Row("centroids by references", Mixing(), "forward_start", references=True),
+    Row("centroids by references, level 0.7", _AT, references=True),
+    Row("  kept half", _AT, references=True, kept=0.5),
+    Row("adapted samples", _FRESH, adapted=True),
+    Row("adapted single images, level 0.7", replace(_LONE, level=0.7), adapted=True),
+    Row("adapted centroids", Mixing(), "forward_start", adapted=True),
+    Row("as many more real images", real=20),
+    Row(TWICE, times=2),
+)
+
+
+@dataclass(frozen=True)
+class Learner:
+    """A classifier, and how it learns.
+
+    Args:
+        name: as printed.
+        network, options, pretrained: of `training.models.classifier.Classifier`; no network is a
+            head on the trunk's features.
+        resolution: pixels.
+        steps, batch, lr: of the training.
+        augment, mixup: the strongest plain augmentation.
+    """
+
+    name: str
+    network: str = ""
+    options: tuple[tuple[str, int], ...] = ()
+    pretrained: bool = False
+    resolution: int = 32
+    steps: int = 300
+    batch: int = 32
+    lr: float = 2e-3
+    augment: Augmentation = Augmentation(randaugment=2)  # noqa: RUF009
+    mixup: float = 1.0
+
+
+LEARNERS = (
+    Learner("scratch", "resnet12", (("width", 16),)),
+    Learner("head"),
+    Learner("lite0", "lite0", (), True, 64, 60, 32, 5e-4, mixup=0.2),
+)
+
+
+class Images(Dataset[tuple[Tensor, int]]):
+    """Synthetic images in memory, of the classes in turn."""
+
+    def __init__(self, images: Tensor, classes: int) -> None:
+        self.images, self.classes = images, classes
+        self.targets = [index % classes for index in range(len(images))]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.images[index].float() / 255, self.targets[index]
+
+
+class Bed:
+    """The classes of a part, their images, banks and judges."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args, self.out = args, args.out / args.part
+        root = Folder(args.images)
+        root.ids = {name: root.ids[name] for name in classes_of(args.part)}
+        self.pool, self.test = Slice(root, 0, POOL), Slice(root, POOL)
+        self.classes, self.words = list(root.ids), classes_of(args.part)
+        self.network = load_network(args.trunk)
+        self.trunk = self.network[:-1]
+        self.backbones: dict[bool, Backbone] = {}
+        files = {key: sha256(getattr(args, key).read_bytes()) for key in ("weights", "trunk")}
+        remember(self.out / "settings.json", files, "--out")
+        warnings.simplefilter("ignore", AugmentWarning)
+
+    def load(self, references: bool) -> Backbone:
+        """Return the backbone, with or without references."""
+        if references not in self.backbones:
+            more = {"reference": self.args.trunk} if references else {}
+            self.backbones[references] = load_backbone(self.args.weights, "cpu", **more)
+        return self.backbones[references]
+
+    def embed(self, images: Tensor) -> Tensor:
+        """Return the trunk's features of images in [0, 1], of length 1."""
+        return unit(in_batches(lambda x: self.trunk(normalised(x)), images))
+
+    def pixels(self, source: Source) -> Tensor:
+        """Load all images of a source, class after class."""
+        return torch.stack([source.load(i, 3, 32) for i, _ in source.samples])
+
+    @cached_property
+    def tested(self) -> Tensor:
+        """The features of the tested images, class after class."""
+        return self._stored("tested", self.test)
+
+    @cached_property
+    def oracle(self) -> Tensor:
+        """A head fitted to all images that are not tested on."""
+        features = self._stored("pool", self.pool)
+        labels = torch.tensor([label for _, label in self.pool.samples])
+        return Logistic(10.0).fit(features, labels, torch.ones(len(labels)))
+
+    def _stored(self, name: str, source: Source) -> Tensor:
+        path = self.out / f"{name}.safetensors"
+        if not path.exists():
+            write_bytes(path, save({"features": self.embed(self.pixels(source)).float()}))
+        with safe_open(path, "pt") as file:
+            return file.get_tensor("features").double()
+
+    def bank(self, row: Row, real: Source, backbone: Backbone, where: Path) -> LatentBank:
+        """Return the bank of a draw: of all shots of the part, or of an adapted backbone's own."""
+        prompts = None if row.adapted else self.words
+        if row.adapted:
+            return fill_bank(where, backbone, real, prompts, row.inversion, stored=())
+        name = f"{row.inversion}{'-references' * row.references}"
+        bank = fill_bank(
+            self.out / "banks" / name, backbone, self.pool, prompts, row.inversion, stored=()
+        )
+        drawn = {image_id for ids in real.ids.values() for image_id in ids}
+        return bank.subset(drawn.__contains__)
+
+    def synthetic(self, row: Row, shots: int, seed: int) -> Tensor:
+        """Return the images of a row (n, 3, 32, 32) in 8 bits, of the classes in turn."""
+        settings = row.recipe
+        folder = self.out / "samples" / f"{sha256(settings.encode())[:12]}-{shots}-{seed}"
+        path = folder / "images.safetensors"
+        if path.exists():
+            with safe_open(path, "pt") as file:
+                return file.get_tensor("images")
+        assert row.mixing
+        real, backbone = FewShot(self.pool, shots, seed), self.load(row.references)
+        if row.adapted:
+            out = self.out / "adapted" / f"{shots}-{seed}"
+            own = AdaptSettings(
+                images=real, out=str(out), backbone=str(self.args.weights), tokens=True,
+                steps=self.args.adapt_steps, batch_size=16, seed=seed, sheets=0, words=self.words,
+            )  # fmt: skip
+            adapt_backbone(own)
+            backbone = load_backbone(self.args.weights, "cpu", adapter=out)
+        bank = self.bank(row, real, backbone, folder / "bank")
+        count = round(row.per_class / row.kept)
+        data = SyntheticDataset(
+            bank, backbone, replace(row.mixing, seed=seed),
+            Sampling(solver="fast", steps=self.args.solver_steps, guidance=row.guidance), count,
+        )  # fmt: skip
+        images = torch.stack([x for x, _ in data.__getitems__(range(len(data)))])
+        if row.kept < 1:
+            images = self.nearest(images, real, row.per_class)
+        found = (255 * images).round().to(torch.uint8)
+        folder.mkdir(parents=True, exist_ok=True)
+        classes = len(self.classes)
+        save_image(images[: 8 * classes], folder / "sheet.png", nrow=classes, padding=1)
+        write_json(folder / "row.json", json.loads(settings))
+        write_bytes(path, save({"images": found}))
+        return found
+
+    def nearest(self, images: Tensor, real: Source, per_class: int) -> Tensor:
+        """Keep the images of each class that are nearest to the mean feature of its shots."""
+        classes = len(self.classes)
+        means = unit(self.embed(self.pixels(real)).unflatten(0, (classes, -1)).mean(1))
+        scores = (self.embed(images).unflatten(0, (-1, classes)) * means).sum(2)
+        best = scores.argsort(0, descending=True)[:per_class]
+        rows = best * classes + torch.arange(classes)
+        return images[rows.flatten()]
+
+    def judge(self, row: Row, learner: Learner, shots: int, seed: int) -> dict[str, float]:
+        """Measure a row's synthetic images; see the module."""
+        images = self.synthetic(row, shots, seed)
+        labels = torch.arange(len(images)) % len(self.classes)
+        features = self.embed(images.float() / 255)
+        answer = (features @ self.oracle[:, :-1].T + self.oracle[:, -1]).argmax(1)
+        real = FewShot(self.pool, shots, seed)
+        truth = torch.tensor([label for _, label in self.test.samples])
+        cover = precision_recall(self.tested, features)
+        near = nearest_distance(features, self.embed(self.pixels(real)))
+        alone = self.learn(replace(row, share=1.0), learner, shots, seed)
+        own = [diversity(features[labels == label]) for label in labels.unique().tolist()]
+        return {
+            "alone": alone,
+            "class kept": (answer == labels).double().mean().item(),
+            "coverage": cover["coverage"].mean().item(),
+            "diversity": statistics.mean(own),
+            "class distance": class_distance(features, labels, self.tested, truth).mean().item(),
+            "nearest shot": near.mean().item(),
+        }
+
+    def learn(self, row: Row, learner: Learner, shots: int, seed: int) -> float:
+        """Train a learner on a row's images, and return its accuracy."""
+        count = row.times * shots + row.real
+        real = FewShot(self.pool, min(count, POOL), seed)
+        images = self.synthetic(row, shots, seed) if row.mixing else None
+        if not learner.network:
+            return self.head(row, real, images)
+        fake = None if images is None else Images(images, len(self.classes))
+        torch.manual_seed(seed)
+        data = ImageData(
+            real, test=self.test, synthetic=fake, mix=SyntheticMix(row.share),
+            augment=learner.augment if row.plain else Augmentation(), channels=3,
+            resolution=learner.resolution, batch_size=learner.batch,
+            steps_per_epoch=learner.steps, seed=seed,
+        )  # fmt: skip
+        model = Classifier(
+            data.counts, network=learner.network, network_options=dict(learner.options) or None,
+            channels=3, resolution=learner.resolution, pretrained=learner.pretrained,
+            mixup=learner.mixup if row.plain else 0.0, lr=learner.lr, seed=seed,
+        )  # fmt: skip
+        trainer = demo_trainer(learner.steps)
+        trainer.fit(model, data)
+        return trainer.test(model, data, verbose=False)[0]["test/accuracy"]
+
+    def head(self, row: Row, real: Source, images: Tensor | None) -> float:
+        """Fit a head to features of real images, their mirror images and synthetic ones."""
+        pixels = self.pixels(real)
+        shots = torch.tensor([label for _, label in real.samples])
+        parts, labels = [self.embed(pixels), self.embed(pixels.flip(-1))], [shots, shots]
+        weights = [torch.full((len(shots),), 0.5)] * 2
+        if images is not None:
+            parts.append(self.embed(images.float() / 255))
+            labels.append(torch.arange(len(images)) % len(self.classes))
+            total = len(shots) * row.share / (1 - row.share)
+            weights.append(torch.full((len(images),), total / len(images)))
+        truth = torch.tensor([label for _, label in self.test.samples])
+        known = torch.cat(parts), torch.cat(labels), torch.cat(weights)
+        answer = Logistic()(*known, self.tested)
+        return (answer == truth).double().mean().item()
+
+    def run(self, row: Row, learner: Learner, shots: int, seed: int) -> dict[str, float]:
+        """Return what a row is worth to a learner, which is read if it was measured before."""
+        name = "".join(c if c.isalnum() or c == "." else "-" for c in row.name.strip())
+        done = self.out / "runs" / f"{learner.name}-{name}-{shots}-{seed}.json"
+        settings = json.loads(json.dumps([asdict(row), asdict(learner), self.args.solver_steps]))
+        if done.exists() and (found := read_json(done, "a run"))["settings"] == settings:
+            return found["found"]
+        found = {"accuracy": self.learn(row, learner, shots, seed)}
+        if row.mixing and learner is LEARNERS[0]:
+            found |= self.judge(row, learner, shots, seed)
+        write_json(done, {"found": found, "settings": settings})
+        return found
+
+
+class Table:
+    """The rows of a learner, by draw."""
+
+    def __init__(self, bed: Bed, learner: Learner, rows: list[Row], shots: list[int]) -> None:
+        self.learner, self.rows, self.shots = learner, rows, shots
+        self.seeds = range(bed.args.seeds)
+        jobs = [(row, n, seed) for seed in self.seeds for n in shots for row in rows]
+        self.found = {
+            (row.name, n, seed): bed.run(row, learner, n, seed)
+            for row, n, seed in tqdm(jobs, learner.name, unit="run", mininterval=5)
+        }
+
+    def values(self, name: str, shots: int, key: str = "accuracy") -> list[float]:
+        """Return a row's measure in %, by draw."""
+        return [100 * self.found[name, shots, seed].get(key, float("nan")) for seed in self.seeds]
+
+    def gains(self, name: str, shots: int, part: float = 0.0) -> list[float]:
+        """Return a row's gains over the baseline, less a part of what twice the shots gain."""
+        base = self.values(BASE, shots)
+        twice = self.values(TWICE, shots) if part else base
+        rows = zip(self.values(name, shots), base, twice, strict=True)
+        return [value - b - part * (t - b) for value, b, t in rows]
+
+    def records(self) -> list[dict[str, str]]:
+        """Return accuracy and gain of each row by shots, ± 95 %."""
+        records = []
+        for row in self.rows:
+            cells = {self.learner.name: row.name}
+            for n in self.shots:
+                gain = "" if row.name == BASE else f" ({ci95(self.gains(row.name, n), True)})"
+                cells[f"{n} shots"] = ci95(self.values(row.name, n)) + gain
+            records.append(cells)
+        return records
+
+    def rungs(self) -> list[dict[str, str]]:
+        """Return the synthetic row that gains most, and how far above each rung it is."""
+        records, made = [], [row.name for row in self.rows if row.mixing]
+        for n in self.shots:
+            if made and TWICE in (row.name for row in self.rows):
+                best = max(made, key=lambda name: statistics.mean(self.gains(name, n)))
+                parts = {"0": 0.0, "half of twice the shots": 0.5, "0.9 of it": 0.9}
+                margins = {
+                    f"above {k}": ci95(self.gains(best, n, v), True) for k, v in parts.items()
+                }
+                records.append({"shots": f"{n}", "best row": best.strip(), **margins})
+        return records
+
+    def causes(self, shots: int) -> list[dict[str, str]]:
+        """Return what the synthetic images of each row are like."""
+        keys = ("alone", "class kept", "coverage", "diversity", "class distance", "nearest shot")
+        made = [row.name for row in self.rows if row.mixing]
+        return [
+            {f"{shots} shots": name}
+            | {key: f"{statistics.mean(self.values(name, shots, key)):.0f}" for key in keys}
+            for name in made
+        ]
+
+    def draw(self, path: Path) -> None:
+        """Plot gains against shots."""
+        figure, axes = plt.subplots(figsize=(7, 4.5))
+        for index, row in enumerate(self.rows):
+            gains = [self.gains(row.name, n) for n in self.shots]
+            places = [k + 0.02 * index for k in range(len(self.shots))]
+            style = "k--" if row.name == TWICE else "k-" if row.name == BASE else "-"
+            means, halves = map(statistics.mean, gains), map(interval, gains)
+            axes.errorbar(
+                places,
+                list(means),
+                list(halves),
+                fmt=style,
+                label=row.name.strip(),
+                lw=1,
+                capsize=2,
+            )
+        axes.set_xticks(range(len(self.shots)), [str(n) for n in self.shots])
+        axes.set(xlabel="real images a class", ylabel=f"gain over {BASE}, points")
+        axes.legend(fontsize=6, loc="center left", bbox_to_anchor=(1, 0.5))
+        figure.tight_layout()
+        figure.savefig(path, dpi=110)
+        plt.close(figure)
+
+
+def ci95(values: list[float], sign: bool = False) -> str:
+    """Format mean and 95 % interval."""
+    return f"{statistics.mean(values):{'+' if sign else ''}.1f} ± {interval(values):.1f}"
+
+
+def main() -> None:
+    """Measure, print the tables, and draw the plots."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("images", type=Path, help="CIFAR-100's training images in class folders")
+    parser.add_argument("--weights", type=Path, required=True, help="of train_tiny_cifar.py")
+    parser.add_argument("--trunk", type=Path, required=True, help="weights of train_resnet12.py")
+    parser.add_argument("--part", choices=PARTS[1:], default="novel")
+    parser.add_argument("--shots", type=int, nargs="+", default=list(SHOTS))
+    parser.add_argument("--seeds", type=int, default=SEEDS)
+    parser.add_argument("--learners", nargs="+", default=[x.name for x in LEARNERS])
+    parser.add_argument("--rows", nargs="+", help="names; the baseline is always there")
+    parser.add_argument("--solver-steps", type=int, default=8)
+    parser.add_argument("--adapt-steps", type=int, default=300)
+    parser.add_argument("--quick", action="store_true", help="two draws, few rows, no lite0")
+    parser.add_argument("--out", type=Path, default=Path("runs/test-bed"))
+    args = parser.parse_args()
+    if args.quick:
+        args.seeds, args.shots, args.learners = 2, [1, 5], ["scratch", "head"]
+        args.rows = args.rows or ["samples by references", "centroids by references", TWICE]
+    rows = [row for row in ROWS if not args.rows or row.name.strip() in (BASE, *args.rows)]
+    bed = Bed(args)
+    for learner in LEARNERS:
+        if learner.name not in args.learners:
+            continue
+        table = Table(bed, learner, rows, args.shots)
+        parts = [table.records(), table.rungs()]
+        if learner is LEARNERS[0]:
+            parts.append(table.causes(5 if 5 in args.shots else args.shots[0]))
+        text = "\n\n".join("\n".join(markdown(part)) for part in parts if part)
+        print(f"\n{text}\n")
+        (bed.out / f"{learner.name}.md").write_text(text + "\n")
+        table.draw(bed.out / f"{learner.name}.png")
+
+
+if __name__ == "__main__":
+    main()
