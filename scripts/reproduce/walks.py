@@ -151,8 +151,8 @@ def pans(
     """Slide over several noises of each prompt: how far images move against the window, images."""
     sets = noises[: JOINED * len(words)].unflatten(0, (len(words), JOINED))
     windows = [slide(latents, count) for latents in sets]
-    columns = torch.arange(JOINED * noises.shape[-1]).view(JOINED, 1, 1, -1)
-    places = slide(columns, count)[:, 0, 0, 0].tolist()
+    columns = torch.arange(JOINED * noises.shape[-1]).to(noises).view(JOINED, 1, 1, -1)
+    places = slide(columns, count)[:, 0, 0, 0].long().tolist()
     texts = [text for text in words for _ in range(count)]
     made = once(path, lambda: {"images": sample(backbone, torch.cat(windows), texts, **HOW)})
     images = made["images"].unflatten(0, (len(words), count))
