@@ -67,8 +67,8 @@ STARTS = {
 """Starting points: steps, learning rate, and the steps to measure at."""
 MEMBERS = 5
 PLACES = 11  # on a path, both ends included
-MEMORY_STEPS = (4, 12)
-MEMORY_BATCH = 8
+MEMORY_STEPS = (4, 16)
+MEMORY_BATCH = 16
 
 
 def refined(synthesizer: Synthesizer, start: str, each: int) -> dict[str, Tensor]:
@@ -236,7 +236,7 @@ def main() -> None:
                 "from": start, "step": at, "loss": ci95(cell["losses"][:, at]),
                 "distance": ci95(take("distance")), "class kept, %": ci95(take("kept"), 100),
                 "by pixels, %": ci95(take("pixels"), 100), "nearest real": ci95(take("near")),
-                "variety": ci95(take("variety")),
+                "variety": ci95(take("variety")) if each > 1 else "",
                 "s a sample": f"{cell['seconds'].item():.2g}" if at else "",
             })  # fmt: skip
         strips |= {

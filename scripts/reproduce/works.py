@@ -397,6 +397,8 @@ CLAIMS = {
     "ss-memory": Claim(
         "seedselect", "NA", "SeedSelect", "memory hardly grows with the solver's steps",
         "growth with layers recomputed over that without", below=0.1,
+        note="Resident memory of one step of 16 latents: 93 MB by 4 solver steps and 175 by 16, "
+        "where without recomputing it is 232 and 838. An earlier run had 89 and 136.",
     ),
 }  # fmt: skip
 """Claims by key; a record of a run names them by it."""
