@@ -24,6 +24,7 @@ import matplotlib.pyplot as plt
 import torch
 from fashion_mnist import CLASSES, load_split
 from torch import Tensor
+from torch.utils.data import Dataset
 from tqdm import tqdm
 from train_tiny import VEHICLES
 
@@ -116,12 +117,20 @@ TUNED = (
 )
 
 
-class Images(list[tuple[Tensor, int]]):
+class Images(Dataset[tuple[Tensor, int]]):
     """Images in memory, of the classes in turn."""
 
     def __init__(self, images: Tensor, classes: int) -> None:
+        self.images = images
         self.targets = [index % classes for index in range(len(images))]
-        super().__init__(zip(images, self.targets, strict=True))
+
+    def __len__(self) -> int:
+        """Return the number of images."""
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        """Return an image and its label."""
+        return self.images[index], self.targets[index]
 
 
 class FewShotBench:

@@ -40,8 +40,8 @@ the bounds, does not hold if one lies outside, and is within noise otherwise. Un
 otherwise, the backbone is `tiny` and images are of Fashion-MNIST's test split, which `tiny` never
 saw. The bounds are ours. Seconds without "of a core" are beside other work; torch was 2.14.1."""
 _T = TypeVar("_T")
-_RESUMED: list[Path] = []
-"""Finished parts that this run has not made itself, so that its seconds are not those of all."""
+_MADE: dict[Path, bool] = {}
+"""Whether this run has made a finished part itself; otherwise its seconds are not those of all."""
 
 
 def options(description: str, name: str) -> argparse.ArgumentParser:
@@ -65,9 +65,8 @@ def sized(args: argparse.Namespace, toy: _T, quick: _T, full: _T) -> _T:
 
 def once(path: Path, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
     """Load tensors from a file, which is made first if it is missing."""
-    if path.exists():
-        _RESUMED.append(path)
-    else:
+    _MADE.setdefault(path, not path.exists())
+    if not path.exists():
         made = {key: value.cpu().contiguous() for key, value in make().items()}
         write_bytes(path, save(made))
     return load_file(path)
@@ -94,7 +93,8 @@ def record(
     made = {
         "command": command(sys.argv),
         "backbone": own, "network": args.network, "machine": machine(),
-        "core_seconds": None if _RESUMED else round(time.process_time()), "title": title,
+        "core_seconds": round(time.process_time()) if all(_MADE.values()) else None,
+        "title": title,
         "rows": [{k: v if isinstance(v, str) else float(f"{v:.4g}") for k, v in row.items()
                   if v is not None} for row in rows],
         "claims": {key: {name: [float(f"{min(max(x, -1e9), 1e9):.4g}") for x in interval]

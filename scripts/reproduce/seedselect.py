@@ -210,7 +210,7 @@ def draw(found: dict[str, dict[str, Tensor]], mega: dict[str, Tensor], path: Pat
 def main() -> None:
     """Refine, sample, measure, draw, judge."""
     args = options("SeedSelect: arXiv 2304.14530.", "seedselect").parse_args()
-    each, steps = sized(args, (2, 3), (1, 5), (4, 20))
+    each, steps = sized(args, (1, 3), (1, 5), (4, 20))
     backbone = load_backbone(args.backbone)
     source, reference = pictures(args, 8)
     judge, real = open_judge(args, backbone, reference), others(reference, backbone)

@@ -12,7 +12,8 @@ centroids stand beside them, by number of shots.
 
 FID, NDB and entropy are of the synthetic images of all seeds. NDB (Richardson & Weiss, arXiv
 1805.12462) is the share of clusters of the test images' features that hold significantly more or
-fewer of the synthetic images, at 5 %; entropy is that of the shares, over the most it can be.
+fewer of the synthetic images, at 5 %; so few images differ in few clusters. Entropy is that of the
+shares, over the most it can be.
 """
 
 import math
@@ -77,13 +78,19 @@ def bins(judge: FeatureJudge, images: Tensor, count: int) -> tuple[float, float]
 def main() -> None:
     """Synthesise, train, measure, judge."""
     args = options("Few shots and diversity: arXiv 2306.08687.", "shots").parse_args()
-    args.pool, shots, seeds, each, refined, clusters, steps = sized(
-        args, (2, (2,), 2, 1, 1, 3, 2), (8, (2, 5), 3, 10, 2, 20, 150),
-        (32, (1, 2, 5, 10, 20), 5, 30, 10, 50, 300),
+    args.pool, shots, seeds, each, refined, clusters, steps, refining = sized(
+        args, (2, (2,), 2, 1, 1, 3, 2, 1), (8, (2, 5), 3, 10, 2, 20, 150, 30),
+        (32, (1, 2, 5, 10, 20), 5, 30, 10, 50, 300, 30),
     )  # fmt: skip
     tail = shots[-1] if args.quick else shots[len(shots) // 2]
-    noise = Row("SeedSelect", "noises", MIXING, per_class=refined, refine=SeedSelect(30, 0.1))
-    nao = Row("nao/0, SeedSelect", "centroids", MIXING, per_class=refined, refine=SeedSelect())
+    noise = Row("SeedSelect", "noises", MIXING, per_class=refined, refine=SeedSelect(refining, 0.1))
+    nao = Row(
+        "nao/0, SeedSelect",
+        "centroids",
+        MIXING,
+        per_class=refined,
+        refine=SeedSelect(min(refining, 5)),
+    )
     rows = [(Row(BASE), tail), (noise, tail), (nao, tail)]
     rows += [(Row("centroids nao/0", "centroids", MIXING, per_class=each), n) for n in shots]
     args.data, args.tune, args.lora = "fashion", False, None
