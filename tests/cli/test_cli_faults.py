@@ -175,7 +175,6 @@ FAULTS = {
     "out is a file": Fault(SYNTHESIZE, ("made",), put_a_file_in_the_way),
     "unknown option": Fault(f"{INVERT} --hat 3", ("--hat",)),
     "unknown command": Fault("hat", ("hat", "invert")),
-    "no command": Fault("", ("invert",)),
     "missing option": Fault("invert --images images", ("bank",)),
     "not a number": Fault(f"{INVERT} --steps many", ("steps", "many")),
     "one seed for an interval": Fault("demo --out made --seeds 1", ("2 seeds",)),
