@@ -27,9 +27,6 @@ FLOW = {"independent": {"fig5"}, "training_map": {"st-tuning"}}
 """Claims that a flow decides, by script."""
 
 
-SKIPPED = [pytest.mark.skip(reason="minutes of a core: python scripts/reproduce/walks.py --toy")]
-
-
 def reproduce(monkeypatch, name, out, *more):
     argv = [f"{name}.py", "--toy", "--out", str(out), *more]
     monkeypatch.setattr(sys, "argv", argv)
@@ -50,9 +47,7 @@ def check(monkeypatch, name, out, expected, *more):
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(
-            name, marks=SKIPPED if name == "walks" else [pytest.mark.slow] * (name in HEAVY)
-        )
+        pytest.param(name, marks=[pytest.mark.slow] * (name in HEAVY))
         for name in dict.fromkeys(claim.script for claim in CLAIMS.values())
         if name != "training_map"
     ],
