@@ -136,7 +136,7 @@ class DenoiserRun(LongRun):
         self.args, self.network = args, network
         self.average = copy.deepcopy(network).requires_grad_(False)
         self.optimizer = torch.optim.AdamW(
-            network.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=1e-2
+            network.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=1e-2, fused=True
         )
         parts = {"network": network, "average": self.average, "optimizer": self.optimizer}
         super().__init__(args.run, args.steps, args.batch, **parts)

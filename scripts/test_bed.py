@@ -15,8 +15,8 @@ EfficientNet-Lite0 fine-tuned, which saw ImageNet and so the novel classes. Gain
 strongest plain augmentation, paired by draw. Each row's synthetic images are judged too: the
 accuracy of the learner *scratch* on them alone, whether an oracle on the trunk's features (of all
 images that are not tested on) gives them their class, their coverage of the tested images, their
-diversity, and their distance to the nearest shot. Finished runs stay in ``--out``: the same
-command resumes.
+diversity, and their distance to the nearest shot, all in %. Finished runs stay in ``--out``: the
+same command resumes.
 """
 
 import argparse
@@ -24,7 +24,7 @@ import json
 import statistics
 import warnings
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -36,12 +36,13 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.utils import save_image
 from tqdm import tqdm
-from train_resnet12 import load_network, normalised
+from train_tiny_cifar import FEATURES
 
 from augment import LatentBank, Mixing, Sampling, SyntheticDataset, fill_bank, load_backbone
 from augment.core.errors import AugmentWarning
 from augment.core.files import read_json, remember, sha256, write_bytes, write_json
 from augment.diffusion import Backbone
+from augment.diffusion.backbones.resnet12 import features_of, load_trunk
 from augment.measure.features import class_distance, diversity, nearest_distance, precision_recall
 from augment.networks import in_batches, unit
 from augment.report.evaluate import markdown
@@ -155,9 +156,9 @@ LEARNERS = (
 class Images(Dataset[tuple[Tensor, int]]):
     """Synthetic images in memory, of the classes in turn."""
 
-    def __init__(self, images: Tensor, classes: int) -> None:
+    def __init__(self, images: Tensor, classes: list[str]) -> None:
         self.images, self.classes = images, classes
-        self.targets = [index % classes for index in range(len(images))]
+        self.targets = [index % len(classes) for index in range(len(images))]
 
     def __len__(self) -> int:
         return len(self.images)
@@ -175,11 +176,11 @@ class Bed:
         root.ids = {name: root.ids[name] for name in classes_of(args.part)}
         self.pool, self.test = Slice(root, 0, POOL), Slice(root, POOL)
         self.classes, self.words = list(root.ids), classes_of(args.part)
-        self.network = load_network(args.trunk)
-        self.trunk = self.network[:-1]
+        self.trunk = load_trunk(args.trunk, FEATURES)
         self.backbones: dict[bool, Backbone] = {}
         files = {key: sha256(getattr(args, key).read_bytes()) for key in ("weights", "trunk")}
-        remember(self.out / "settings.json", files, "--out")
+        steps = {"solver_steps": args.solver_steps, "adapt_steps": args.adapt_steps}
+        remember(self.out / "settings.json", {**files, **steps}, "--out")
         warnings.simplefilter("ignore", AugmentWarning)
 
     def load(self, references: bool) -> Backbone:
@@ -191,7 +192,7 @@ class Bed:
 
     def embed(self, images: Tensor) -> Tensor:
         """Return the trunk's features of images in [0, 1], of length 1."""
-        return unit(in_batches(lambda x: self.trunk(normalised(x)), images))
+        return in_batches(partial(features_of, self.trunk), images)
 
     def pixels(self, source: Source) -> Tensor:
         """Load all images of a source, class after class."""
@@ -300,7 +301,7 @@ class Bed:
         images = self.synthetic(row, shots, seed) if row.mixing else None
         if not learner.network:
             return self.head(row, real, images)
-        fake = None if images is None else Images(images, len(self.classes))
+        fake = None if images is None else Images(images, self.classes)
         torch.manual_seed(seed)
         data = ImageData(
             real, test=self.test, synthetic=fake, mix=SyntheticMix(row.share),
@@ -337,7 +338,7 @@ class Bed:
         """Return what a row is worth to a learner, which is read if it was measured before."""
         name = "".join(c if c.isalnum() or c == "." else "-" for c in row.name.strip())
         done = self.out / "runs" / f"{learner.name}-{name}-{shots}-{seed}.json"
-        settings = json.loads(json.dumps([asdict(row), asdict(learner), self.args.solver_steps]))
+        settings = json.loads(json.dumps([asdict(row), asdict(learner)]))
         if done.exists() and (found := read_json(done, "a run"))["settings"] == settings:
             return found["found"]
         found = {"accuracy": self.learn(row, learner, shots, seed)}

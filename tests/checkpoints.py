@@ -143,6 +143,21 @@ def sdxl(folder: Path, seed: int = 0, zeros: bool = True, **scheduler: Any) -> P
     return save(pipe, folder, scheduler)
 
 
+def check_batches(
+    backbone: Any, prompts: list[str], latents: torch.Tensor
+) -> tuple[Any, torch.Tensor]:
+    """Check that a prompt has the same rows and answer in every batch; return both of all."""
+    mixed = backbone.condition(prompts)
+    together = backbone.network(latents, 500.5, mixed)
+    for row, prompt in enumerate(prompts):
+        single = backbone.condition([prompt])
+        assert all(torch.equal(mixed[key][row : row + 1], single[key]) for key in mixed)
+        alone = backbone.network(latents[row : row + 1], 500.5, single)
+        torch.testing.assert_close(together[row : row + 1], alone, rtol=0, atol=1e-5)
+    assert together.dtype == torch.float32
+    return mixed, together
+
+
 def sd3(folder: Path, seed: int = 0, t5: bool = True, **scheduler: Any) -> Path:
     """Write SD 3.5: two CLIPs and T5, a transformer with normalised queries and keys."""
     from diffusers import (

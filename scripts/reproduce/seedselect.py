@@ -220,7 +220,7 @@ def main() -> None:
     )
     found, rows, strips = {}, [], {}
     for start in tqdm(STARTS, "starts"):
-        rule = start if "/" in start else "fade/chm"  # of no use without centroids
+        rule = start if "/" in start else "fade/chm"  # noise and paths have no centroid
         synthesizer = Synthesizer(
             backbone, bank, Rule.parse(rule), refine=SeedSelect(network=args.network)
         )

@@ -8,8 +8,8 @@ Landolsi & Kahl, *Addressing degeneracies in latent interpolation for diffusion 
 channel-mean split; Fig. 8 and 12, fix/0, fix/chm and nin/chm over N; Fig. 9, N = 12 in five
 classes, fix/0 above nin/chm; §7, morphing of many images: `augment.centroid.tour`. Images are
 inverted by published DDIM with the prompt of their class, and centroids sampled with it at the
-guidance of the backbone's family, or at 7.5 if that is none. The table has one centroid a cell, so
-no interval.
+guidance of the backbone's family, or at 7.5 if the family has none. The table has one centroid a
+cell, so no interval.
 """
 
 from typing import Any

@@ -7,7 +7,7 @@ import diffusers
 import pytest
 import torch
 import torch.nn.functional as F
-from checkpoints import PROMPT, flux, flux2, z_image
+from checkpoints import PROMPT, check_batches, flux, flux2, z_image
 from conftest import paint
 from safetensors.torch import save_file
 
@@ -84,14 +84,9 @@ def test_a_family_samples_what_diffusers_samples(name, folders, backbones):
 @pytest.mark.parametrize("name", MAKERS)
 def test_a_prompt_has_the_same_rows_and_answer_in_every_batch(name, backbones):
     backbone, prompts = backbones[name], [PROMPT, "", LONG]
-    latents, mixed = noise(backbone, 3), backbone.condition(prompts)
-    together = backbone.network(latents, 500.5, mixed)
-    for row, prompt in enumerate(prompts):
-        single = backbone.condition([prompt])
-        assert all(torch.equal(mixed[key][row : row + 1], single[key]) for key in mixed)
-        alone = backbone.network(latents[row : row + 1], 500.5, single)
-        torch.testing.assert_close(together[row : row + 1], alone, rtol=0, atol=1e-5)
-    assert together.dtype == torch.float32 and together.std() > 0.01
+    latents = noise(backbone, 3)
+    mixed, together = check_batches(backbone, prompts, latents)
+    assert together.std() > 0.01
     first = mix(mixed, torch.tensor([[1.0, 0.0, 0.0], [0.5, 0.0, 0.5]]))
     blended = backbone.network(latents[:1].expand(2, -1, -1, -1), 500.5, first)
     torch.testing.assert_close(blended[:1], together[:1], rtol=0, atol=1e-5)

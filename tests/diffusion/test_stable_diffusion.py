@@ -6,7 +6,7 @@ import warnings
 import diffusers
 import pytest
 import torch
-from checkpoints import PROMPT, dit, sd3, sdxl, stable_diffusion
+from checkpoints import PROMPT, check_batches, dit, sd3, sdxl, stable_diffusion
 from safetensors.torch import load_file, save_file
 
 from augment import UserError, invert, load_backbone, sample
@@ -142,15 +142,10 @@ def test_conditions_are_diffusers_own(backbones):
 def test_a_prompt_has_the_same_rows_and_answer_in_every_batch(name, backbones):
     backbone = backbones[name]
     prompts = ["1", "", "goldfish"] if name == "dit" else [PROMPT, "", "a dog"]
-    latents, mixed = noise(backbone, 3), backbone.condition(prompts)
-    together = backbone.network(latents, 500.5, mixed)
-    for row, prompt in enumerate(prompts):
-        single = backbone.condition([prompt])
-        assert all(torch.equal(mixed[key][row : row + 1], single[key]) for key in mixed)
-        alone = backbone.network(latents[row : row + 1], 500.5, single)
-        torch.testing.assert_close(together[row : row + 1], alone, rtol=0, atol=1e-5)
-    assert together.dtype == torch.float32
-    assert not torch.allclose(together[:1], backbone.network(latents[:1], 500, single))
+    latents = noise(backbone, 3)
+    mixed, together = check_batches(backbone, prompts, latents)
+    last = backbone.condition(prompts[-1:])
+    assert not torch.allclose(together[:1], backbone.network(latents[:1], 500, last))
     assert {key: value.shape[0] for key, value in backbone.condition([]).items()} == dict.fromkeys(
         mixed, 0
     )

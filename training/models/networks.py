@@ -141,9 +141,9 @@ NETWORKS: dict[str, Callable[..., nn.Module]] = {
     "resnet32": resnet32,
     "resnet12": resnet12,
     "resnet10": resnet10,
-    "lite0": lambda channels, classes: _from_timm(
-        "tf_efficientnet_lite0", channels, classes
-    ),  # pretrained: of the extra [features]
+    "lite0": lambda channels, num_classes: _from_timm(
+        "tf_efficientnet_lite0", channels, num_classes
+    ),
 }
 """Our networks by name, made of channels and number of classes."""
 

@@ -24,8 +24,8 @@ class Flux(FlowTransformer):
 
     Args:
         checkpoint, device, dtype: see `LatentDiffusion`.
-        embedded_guidance: scale of guidance that the network is told, in inversion and sampling;
-            ``guidance`` itself is on top of it, and 1, none, is usual.
+        embedded_guidance: guidance scale that is an input of the network, in inversion and
+            sampling; ``guidance`` itself is on top of it, and 1, none, is usual.
         max_sequence_length: rows of the condition for T5; the network also sees those that a
             prompt does not fill.
         options: see `LatentDiffusion`.
@@ -73,11 +73,11 @@ class Flux(FlowTransformer):
     def answer(self, latent: Tensor, times: Tensor, condition: Condition) -> Tensor:
         """Return the transformer's velocity."""
         text, side = condition["text"].to(self.dtype), latent.shape[-1] // 2
-        told = torch.full_like(times, self.embedded_guidance)
+        scale = torch.full_like(times, self.embedded_guidance)
         tokens = self.net(
             hidden_states=packed(latent),
             timestep=times / 1000,
-            guidance=told if self.net.config.guidance_embeds else None,
+            guidance=scale if self.net.config.guidance_embeds else None,
             pooled_projections=condition["pooled"].to(self.dtype),
             encoder_hidden_states=text,
             txt_ids=text.new_zeros(text.shape[1], 3),

@@ -5,7 +5,7 @@ checkpoint's scheduler file, and the solvers are this package's own.
 """
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +121,7 @@ class LatentDiffusion:
         self._check_parts(checkpoint.source)
         self.recipe: Recipe = {}
         self._cache: dict[str, Condition] = {}
+        self._cached = 0  # bytes
         weights = checkpoint.digest(parts)
         self.adapted_prompts = given.prompts if given else {}
         adapted = given.fingerprint() if given else {}
@@ -273,8 +274,9 @@ class LatentDiffusion:
             with torch.inference_mode(False), torch.no_grad():
                 row = self.embed(prompt)
             self._cache[prompt] = row
-            while len(self._cache) > 1 and _bytes_of(self._cache.values()) > _MAX_CACHED:
-                del self._cache[next(iter(self._cache))]
+            self._cached += _bytes_of(row)
+            while len(self._cache) > 1 and self._cached > _MAX_CACHED:
+                self._cached -= _bytes_of(self._cache.pop(next(iter(self._cache))))
         return self._cache[prompt]
 
     def embed(self, prompt: str) -> Condition:
@@ -348,8 +350,8 @@ def check_length(
         )
 
 
-def _bytes_of(conditions: Iterable[Condition]) -> int:
-    return sum(tensor.nbytes for condition in conditions for tensor in condition.values())
+def _bytes_of(condition: Condition) -> int:
+    return sum(tensor.nbytes for tensor in condition.values())
 
 
 def _compile_blocks(network: nn.Module, names: Sequence[str]) -> None:

@@ -1,8 +1,8 @@
 """The class-conditional SiT of ImageNet, of which diffusers has the blocks but no class.
 
 Ma et al., *SiT: Exploring Flow and Diffusion-based Generative Models with Scalable Interpolant
-Transformers*, arXiv 2401.08740, on the linear path with a velocity. Its network is DiT's, and is
-told the share of the image, 1 − σ, in place of a timestep; its velocity leads to the image, and
+Transformers*, arXiv 2401.08740, on the linear path with a velocity. Its network is DiT's, and
+takes the share of the image, 1 − σ, in place of a timestep; its velocity leads to the image, and
 ours to the noise. The names of its layers are those of ``models.py`` in
 github.com/willisma/SiT, at commit a87098c, which the published weights have, and which the
 checkpoints for diffusers keep.

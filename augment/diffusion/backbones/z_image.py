@@ -1,10 +1,10 @@
 """Z-Image through diffusers: a single-stream transformer of rectified flow, and Qwen3's embeddings.
 
 Z-Image Team, *Z-Image: An Efficient Image Generation Foundation Model with Single-Stream Diffusion
-Transformer*, arXiv 2511.22699. Its latents are those of FLUX.1's autoencoder. The network is told
-the share of the image, 1 − σ, in place of a timestep; its velocity leads to the image, and ours to
-the noise. Prompts keep their own lengths: their embeddings are filled up with zeros, which the
-network does not see.
+Transformer*, arXiv 2511.22699. Its latents are those of FLUX.1's autoencoder. The network
+takes the share of the image, 1 − σ, in place of a timestep; its velocity leads to the image, and
+ours to the noise. Prompts keep their own lengths: their embeddings are filled up with zeros, which
+the network does not see.
 """
 
 from typing import Any
