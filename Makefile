@@ -4,7 +4,7 @@ REPRODUCTIONS := paths offset istd independent degeneracy sheets seeds walks tex
 # the packages whose __all__ is public; their other modules are not
 PUBLIC := augment augment.centroid augment.diffusion augment.explore augment.inversion \
 	augment.measure augment.networks augment.report augment.sources augment.synthesis.filters \
-	training.data.module training.models.classifier
+	augment.training.data.module augment.training.models.classifier
 
 .PHONY: demo test test-slow lint bench reproduce docs wheel
 demo: .venv/demo

@@ -27,9 +27,9 @@ if TYPE_CHECKING:  # the types of options, which jsonargparse imports when it sh
     from augment.shards.write import ShardJob
     from augment.sources import Source
 if TYPE_CHECKING is True:  # jsonargparse passes this by: training imports Lightning, for seconds
-    import training.adapt.settings
-    import training.episodes.evaluate
-    import training.smooth.settings
+    import augment.training.adapt.settings
+    import augment.training.episodes.evaluate
+    import augment.training.smooth.settings
 
 Record = dict[str, Any]
 """What a command did, as JSON."""
@@ -95,7 +95,7 @@ def summarize_shards(job: "ShardJob") -> Record:
 
 def train(args: list[str]) -> dict[str, float] | None:
     """Train a classifier with Lightning: train fit --config YAML; see train --help."""
-    from training.cli import main
+    from augment.training.cli import main
 
     return main(args).measured
 
@@ -120,26 +120,26 @@ def sweep(
         given: settings that replace the configuration's, as YAML such as
             '{trainer.max_epochs: 10}'.
     """
-    from training.sweep import sweep
+    from augment.training.sweep import sweep
 
     sweep(recipe, out, seeds, vary, given)
 
 
-def episodes(settings: "training.episodes.evaluate.EpisodeSettings") -> None:
+def episodes(settings: "augment.training.episodes.evaluate.EpisodeSettings") -> None:
     """Evaluate N-way K-shot episodes, with and without synthetic images of their supports."""
-    from training.episodes.evaluate import run_episodes
+    from augment.training.episodes.evaluate import run_episodes
 
     run_episodes(settings)
 
 
-def adapt(settings: "training.adapt.settings.AdaptSettings") -> Record:
+def adapt(settings: "augment.training.adapt.settings.AdaptSettings") -> Record:
     """Fit a backbone to the classes of images, by low-rank weights and tokens.
 
     Examples:
         latent-augment adapt photos --out runs/adapted
         latent-augment adapt photos --out runs/adapted --backbone sd15 --preset datadream
     """
-    from training.adapt.run import adapt_backbone
+    from augment.training.adapt.run import adapt_backbone
 
     place = adapt_backbone(settings)
     options = {**(settings.backbone_options or {}), "adapter": str(place)}
@@ -149,13 +149,13 @@ def adapt(settings: "training.adapt.settings.AdaptSettings") -> Record:
     return {"written": str(place), "options": advice}
 
 
-def smooth(settings: "training.smooth.settings.SmoothSettings") -> Record:
+def smooth(settings: "augment.training.smooth.settings.SmoothSettings") -> Record:
     """Train a backbone so that equal steps of noise are equal steps of image (Smooth Diffusion).
 
     Examples:
         latent-augment smooth --config configs/smooth_tiny.yaml
     """
-    from training.smooth.run import smooth_backbone
+    from augment.training.smooth.run import smooth_backbone
 
     place = smooth_backbone(settings)
     option, value = "--backbone", str(place)
@@ -179,7 +179,7 @@ def demo(out: str | None = None, full: bool = False, seeds: int | None = None) -
         latent-augment demo
         latent-augment demo --full
     """
-    from training.demo import run_demo
+    from augment.training.demo import run_demo
 
     run_demo(out, full, seeds)
 

@@ -15,7 +15,7 @@ import yaml
 from augment.core.errors import UserError
 
 MODULES = (
-    *("augment", "training", "torch.nn", "torch.optim", "torch.utils.data"),
+    *("augment", "torch.nn", "torch.optim", "torch.utils.data"),
     *("torchvision.datasets", "torchvision.transforms", "timm.data", "timm.layers"),
     *("pytorch_lightning.callbacks", "pytorch_lightning.loggers"),
 )
@@ -24,7 +24,12 @@ MODULES = (
 DENIED = (
     *("augment.cli", "augment.commands", "augment.core.files", "augment.explore"),
     *("augment.jobs.ray", "augment.replay.store", "augment.shards.dataset.Reader"),
-    *("training.cli", "training.demo", "training.lightning", "training.sweep"),
+    *(
+        "augment.training.cli",
+        "augment.training.demo",
+        "augment.training.lightning",
+        "augment.training.sweep",
+    ),
     *("torch.utils.data.datapipes", "timm.data.readers"),
 )
 """Parts of `MODULES` whose classes start processes, or open files to write."""

@@ -24,8 +24,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from augment.report.evaluate import markdown
-from training.adapt.module import PROJECTIONS
-from training.models.finetune import ends_in
+from augment.training.adapt.module import PROJECTIONS
+from augment.training.models.finetune import ends_in
 
 MODELS: dict[str, tuple[dict[str, Any], int, float]] = {
     "SD 1.5, 512²": (SD15, 512, 83.7e6 + 123.1e6),

@@ -49,12 +49,12 @@ from augment.sources.fashion import COARSE, write_fashion
 from augment.sources.images import save_image
 from augment.synthesis.refine import SeedSelect
 from augment.synthesis.synthesizer import Synthesizer
-from training.data.draws import SyntheticMix
-from training.data.module import ImageData
-from training.data.transforms import Augmentation
-from training.demo import demo_trainer
-from training.models.classifier import Classifier
-from training.models.metrics import interval
+from augment.training.data.draws import SyntheticMix
+from augment.training.data.module import ImageData
+from augment.training.data.transforms import Augmentation
+from augment.training.demo import demo_trainer
+from augment.training.models.classifier import Classifier
+from augment.training.models.metrics import interval
 
 SHOTS, SEEDS, STEPS = (1, 2, 5, 10, 20), 5, 300
 REFINED_STEPS = 4  # of the solver that SeedSelect goes back through

@@ -47,15 +47,15 @@ from augment.measure.features import class_distance, diversity, nearest_distance
 from augment.networks import in_batches, unit
 from augment.report.evaluate import markdown
 from augment.sources import FewShot, Folder, Slice, Source
-from training.adapt.run import adapt_backbone
-from training.adapt.settings import AdaptSettings
-from training.data.draws import SyntheticMix
-from training.data.module import ImageData
-from training.data.transforms import Augmentation
-from training.demo import demo_trainer
-from training.models.classifier import Classifier
-from training.models.heads import Logistic
-from training.models.metrics import interval
+from augment.training.adapt.run import adapt_backbone
+from augment.training.adapt.settings import AdaptSettings
+from augment.training.data.draws import SyntheticMix
+from augment.training.data.module import ImageData
+from augment.training.data.transforms import Augmentation
+from augment.training.demo import demo_trainer
+from augment.training.models.classifier import Classifier
+from augment.training.models.heads import Logistic
+from augment.training.models.metrics import interval
 
 POOL, SHOTS, SEEDS = 100, (1, 2, 5, 10), 8
 
@@ -127,8 +127,8 @@ class Learner:
 
     Args:
         name: as printed.
-        network, options, pretrained: of `training.models.classifier.Classifier`; no network is a
-            head on the trunk's features.
+        network, options, pretrained: of `augment.training.models.classifier.Classifier`; no network
+            is a head on the trunk's features.
         resolution: pixels.
         steps, batch, lr: of the training.
         augment, mixup: the strongest plain augmentation.

@@ -30,11 +30,11 @@ from augment.core.files import write_bytes
 from augment.diffusion.backbones.resnet12 import normalised
 from augment.networks import in_batches, unit
 from augment.sources import Folder
-from training.episodes.evaluate import TaskEvaluator
-from training.episodes.protocol import Episodes
-from training.models.heads import HEADS
-from training.models.metrics import normal_interval
-from training.models.networks import resnet12
+from augment.training.episodes.evaluate import TaskEvaluator
+from augment.training.episodes.protocol import Episodes
+from augment.training.models.heads import HEADS
+from augment.training.models.metrics import normal_interval
+from augment.training.models.networks import resnet12
 
 HELD_OUT, SHIFT = 50, 4
 

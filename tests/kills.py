@@ -29,8 +29,8 @@ import yaml
 from conftest import paint
 from tqdm import tqdm
 
-import training.adapt.run
-import training.sweep
+import augment.training.adapt.run
+import augment.training.sweep
 from augment import cli
 
 SIGNALS = {signal.SIGKILL: -9, signal.SIGTERM: 143, signal.SIGINT: 130}
@@ -107,7 +107,7 @@ def main() -> None:
     job, count, root = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
     torch.set_num_threads(1)
     tqdm.set_lock(threading.RLock())  # not one that forks share
-    training.adapt.run.SAVE_STEPS = 10
+    augment.training.adapt.run.SAVE_STEPS = 10
     root.mkdir(parents=True, exist_ok=True)
     os.chdir(root)
     for seed, name in enumerate(("images", "test")):

@@ -15,10 +15,10 @@ from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from augment.core.errors import UserError
 from augment.core.files import JsonObject, locked, remember, write_json, write_table
 from augment.networks.timm import check_names, read_weights
-from training import lightning
-from training.data.identity import IMAGES
-from training.data.module import ImageData, ReuseLogger
-from training.models.classifier import Classifier, agreed
+from augment.training import lightning
+from augment.training.data.identity import IMAGES
+from augment.training.data.module import ImageData, ReuseLogger
+from augment.training.models.classifier import Classifier, agreed
 
 _MAY_CHANGE = (
     *("accelerator", "logger", "log_every_n_steps", "default_root_dir", "profiler", "barebones"),

@@ -31,13 +31,13 @@ from augment.sources import Folder
 from augment.sources.fashion import few_shots, write_fashion
 from augment.sources.images import save_image, sheet
 from augment.synthesis.synthesizer import Synthesizer
-from training.checks import expect
-from training.data.draws import SyntheticMix
-from training.data.module import ImageData
-from training.data.transforms import Augmentation
-from training.lightning import silence_lightning
-from training.models.classifier import Classifier
-from training.models.metrics import interval
+from augment.training.checks import expect
+from augment.training.data.draws import SyntheticMix
+from augment.training.data.module import ImageData
+from augment.training.data.transforms import Augmentation
+from augment.training.lightning import silence_lightning
+from augment.training.models.classifier import Classifier
+from augment.training.models.metrics import interval
 
 SHOTS = 5
 _SHEET_RULES = ("lin/0", "fix/0", "nin/0", "vp/0", "fix/chm", "nin/chm", "fade/chm")

@@ -20,11 +20,11 @@ from augment.cli import main
 from augment.config import allowed, quote_names
 from augment.core.errors import UserError
 from augment.core.files import JsonObject, locked, read_json, remember, write_table
-from training.checks import expect
-from training.data.identity import IMAGES
-from training.data.module import ImageData
-from training.lightning import remove_partial
-from training.models.metrics import interval
+from augment.training.checks import expect
+from augment.training.data.identity import IMAGES
+from augment.training.data.module import ImageData
+from augment.training.lightning import remove_partial
+from augment.training.models.metrics import interval
 
 
 class _Loader(yaml.SafeLoader):
@@ -116,7 +116,7 @@ def check_finished(config: Config, folder: Path) -> None:
 def _run_child(args: list[str], log: Path) -> int:
     """Run a command in a process that does not outlive this one; return its exit code."""
     names = [word for name in allowed for word in ("--allow", name)]
-    command = [sys.executable, "-m", "training.sweep", *names, *args]
+    command = [sys.executable, "-m", "augment.training.sweep", *names, *args]
     with (
         log.open("w") as file,
         subprocess.Popen(

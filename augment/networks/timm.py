@@ -17,7 +17,7 @@ from augment.core.errors import UserError
 from augment.diffusion.checkpoints.hub import brief, explained
 from augment.networks.frozen import in_batches, normalise
 
-_TRAINED = "training.episodes.features"
+_TRAINED = "augment.training.episodes.features"
 """The module that opens checkpoints of `Classifier`; by name, since it lies layers above."""
 
 SOURCE_PREFIXES = ("hf-hub:", "hf_hub:", "local-dir:")
@@ -34,9 +34,9 @@ class Weights:
     Args:
         state: state dict of the network.
         mean_std: (2, channels), mean and deviation of the pixels; None if the file has none.
-        settings: hyperparameters of a `training.models.classifier.Classifier`; empty for other
-            files.
-        own: whether a `training.models.classifier.Classifier` wrote them.
+        settings: hyperparameters of a `augment.training.models.classifier.Classifier`; empty for
+            other files.
+        own: whether a `augment.training.models.classifier.Classifier` wrote them.
         record: everything in the file.
     """
 
@@ -106,10 +106,10 @@ def timm_network(
     """Load a network of timm as a function of images in [0, 1]: logits, or features without a head.
 
     Images are brought to the size, mean and standard deviation of timm's configuration of the
-    network. Weights of a `training.models.classifier.Classifier` have their own mean and deviation;
-    a whole checkpoint (``.ckpt``) has channels and resolution too, and may be of any network. A
-    bare state dict of it, whose names begin with ``network.``, keeps the images' size, and has mean
-    0.5 and deviation 0.25 if it has no ``mean_std``.
+    network. Weights of a `augment.training.models.classifier.Classifier` have their own mean and
+    deviation; a whole checkpoint (``.ckpt``) has channels and resolution too, and may be of any
+    network. A bare state dict of it, whose names begin with ``network.``, keeps the images' size,
+    and has mean 0.5 and deviation 0.25 if it has no ``mean_std``.
 
     Args:
         name: such as ``resnet50``, ``convnext_tiny.fb_in1k``, ``hf-hub:USER/MODEL`` or

@@ -31,11 +31,11 @@ from augment.bank.fill import fill_bank
 from augment.replay.pool import ReplayPool
 from augment.sources import Folder
 from augment.sources.fashion import few_shots, write_fashion
+from augment.training.data.module import ImageData
+from augment.training.lightning import silence_lightning
+from augment.training.models.classifier import Classifier
+from augment.training.models.networks import small_cnn
 from benchmarks.paired import Comparison
-from training.data.module import ImageData
-from training.lightning import silence_lightning
-from training.models.classifier import Classifier
-from training.models.networks import small_cnn
 
 BATCH, SHARE = 64, 0.25
 

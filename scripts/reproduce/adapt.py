@@ -29,8 +29,8 @@ from augment.diffusion.solver import sample
 from augment.measure.features import diversity
 from augment.sources import Folder, Slice, Source
 from augment.sources.fashion import COARSE, write_fashion
-from training.adapt.run import adapt_backbone
-from training.adapt.settings import AdaptSettings
+from augment.training.adapt.run import adapt_backbone
+from augment.training.adapt.settings import AdaptSettings
 
 SHOTS = (1, 5, 20)
 KINDS = {"prompts": 0, "prompts and LoRA": 16}

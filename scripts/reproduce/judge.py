@@ -18,7 +18,7 @@ from augment.report.evaluate import embed
 from augment.sources import Folder, Slice, Source
 from augment.sources.fashion import COARSE, write_fashion
 from augment.sources.prompts import class_prompts
-from training.models.metrics import student_t
+from augment.training.models.metrics import student_t
 
 
 def pictures(args: argparse.Namespace, count: int) -> tuple[Source, Source]:

@@ -33,10 +33,10 @@ from augment.plan.mixing import Mixing
 from augment.sources import FewShot, Source
 from augment.sources.images import sheet
 from augment.synthesis.synthesizer import Synthesizer, planner_of
-from training.data.draws import SyntheticMix
-from training.data.module import ImageData
-from training.demo import demo_trainer
-from training.models.classifier import Classifier
+from augment.training.data.draws import SyntheticMix
+from augment.training.data.module import ImageData
+from augment.training.demo import demo_trainer
+from augment.training.models.classifier import Classifier
 
 LEVELS = (0.3, 0.5, 0.7, 1.0)
 WAYS = ("fade/chm", "noise")

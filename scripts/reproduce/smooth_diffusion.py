@@ -41,8 +41,8 @@ from augment.sources import Folder, Items, Source
 from augment.sources.fashion import COARSE
 from augment.sources.prompts import class_prompts
 from augment.synthesis.synthesizer import Synthesizer
-from training.smooth.run import smooth_backbone
-from training.smooth.settings import SmoothSettings
+from augment.training.smooth.run import smooth_backbone
+from augment.training.smooth.settings import SmoothSettings
 
 RUNS: dict[str, tuple[float, int]] = {
     **{f"λ {weight:g}": (weight, 8) for weight in (0.0, 0.1, 1.0, 10.0, 100.0)},

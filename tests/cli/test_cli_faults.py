@@ -227,7 +227,7 @@ def test_the_full_demo_has_a_folder_of_its_own(run, place, monkeypatch):
     def stop(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("training.demo.write_fashion", stop)
+    monkeypatch.setattr("augment.training.demo.write_fashion", stop)
     for line, folder in (("demo", "runs/demo"), ("demo --full", "runs/demo-full")):
         code, _, err = run(line)
         assert code == 130, err

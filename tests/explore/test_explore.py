@@ -31,7 +31,7 @@ from augment.explore import Choice, Explorer, server, widgets
 from augment.explore.export import export
 from augment.explore.session import MAX_MEMBERS, reweighted, toggled
 from augment.sources import Folder
-from training.data.identity import check_apart, origins
+from augment.training.data.identity import check_apart, origins
 
 COUNTS = {"Bag": 6, "Coat": 2, "<b>${1}": 1}
 

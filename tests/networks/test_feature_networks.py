@@ -20,7 +20,7 @@ from augment.sources.fashion import CLASSES, write_fashion
 from augment.sources.images import prepare
 from augment.synthesis.filters import make_filter
 from augment.synthesis.filters.reference import Reference
-from training.models import finetune
+from augment.training.models import finetune
 
 CPU = torch.device("cpu")
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")

@@ -115,7 +115,7 @@ def run(scripts, tmp_path, monkeypatch):
     args = argparse.Namespace(
         **{"run": tmp_path, "features": tmp_path / "features.safetensors", "steps": 2, "batch": 16},
         **{"lr": 1e-3, "seed": 0, "images": tmp_path, "per_class": 1},
-        start=None,
+        **{"start": None, "bf16": False},
     )
     return script.Run(args, script.Data(tmp_path, args.features, "cpu"))
 

@@ -24,8 +24,8 @@ from augment.sources import Folder, Items, ListFile, Slice, Source, decoding, im
 from augment.sources.decoding import open_image
 from augment.sources.images import decode_image, fit, prepare, to_channels
 from augment.synthesis.filters.degenerate import statistics
-from training.data.module import ImageData
-from training.data.transforms import Augmentation, evaluation
+from augment.training.data.module import ImageData
+from augment.training.data.transforms import Augmentation, evaluation
 
 COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255), "odd": (17, 99, 200)}
 

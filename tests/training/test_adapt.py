@@ -20,12 +20,12 @@ from augment.diffusion.process import PREDICTIONS, Flow, VariancePreserving
 from augment.shards.format import read_settings
 from augment.shards.write import write_shards
 from augment.sources import Folder
-from training.adapt.data import NoisedImages
-from training.adapt.module import Adaptation, denoising_loss
-from training.adapt.recipe import PRESETS
-from training.adapt.run import adapt_backbone
-from training.adapt.settings import AdaptSettings
-from training.data.identity import check_apart, digests_of, origins
+from augment.training.adapt.data import NoisedImages
+from augment.training.adapt.module import Adaptation, denoising_loss
+from augment.training.adapt.recipe import PRESETS
+from augment.training.adapt.run import adapt_backbone
+from augment.training.adapt.settings import AdaptSettings
+from augment.training.data.identity import check_apart, digests_of, origins
 
 PROCESSES = {
     "epsilon": VariancePreserving("epsilon"),
@@ -185,7 +185,7 @@ def test_a_run_that_was_cut_short_ends_with_the_same_bits(schedule, images, tmp_
             raise Cut
         return step(module, batch, number)
 
-    monkeypatch.setattr("training.adapt.run.SAVE_STEPS", 1)
+    monkeypatch.setattr("augment.training.adapt.run.SAVE_STEPS", 1)
     monkeypatch.setattr(Adaptation, "training_step", cut)
     with pytest.raises(Cut):
         adapt(images, tmp_path / "cut", **given)

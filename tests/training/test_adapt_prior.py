@@ -17,11 +17,11 @@ from augment.diffusion.backbones.stable_diffusion import StableDiffusion
 from augment.diffusion.usage import PHOTO, Usage
 from augment.sources import Folder
 from augment.sources.images import to_pil
-from training.adapt.data import NoisedImages
-from training.adapt.module import Adaptation
-from training.adapt.recipe import Recipe
-from training.adapt.run import adapt_backbone
-from training.adapt.settings import AdaptSettings
+from augment.training.adapt.data import NoisedImages
+from augment.training.adapt.module import Adaptation
+from augment.training.adapt.recipe import Recipe
+from augment.training.adapt.run import adapt_backbone
+from augment.training.adapt.settings import AdaptSettings
 
 LORA = "pytorch_lora_weights.safetensors"
 COUNTS = {"Bag": 3, "Ankle boot": 2}
@@ -37,7 +37,7 @@ def images(tmp_path_factory):
 def quick(monkeypatch):
     """Two solver steps for an image, of which two are made together."""
     monkeypatch.setattr(StableDiffusion, "usage", Usage(PHOTO, 2.0, 2))
-    monkeypatch.setattr("training.adapt.prior._TOGETHER", 2)
+    monkeypatch.setattr("augment.training.adapt.prior._TOGETHER", 2)
 
 
 @pytest.fixture(scope="module")
@@ -119,10 +119,10 @@ def test_a_run_that_was_cut_short_ends_with_the_same_bits(folder, images, tmp_pa
         if path.name == "00002.png":
             raise Cut
 
-    monkeypatch.setattr("training.adapt.run.SAVE_STEPS", 1)
+    monkeypatch.setattr("augment.training.adapt.run.SAVE_STEPS", 1)
     monkeypatch.setattr(Adaptation, "training_step", cut_step)
     with monkeypatch.context() as patch:
-        patch.setattr("training.adapt.prior.write_bytes", cut_write)
+        patch.setattr("augment.training.adapt.prior.write_bytes", cut_write)
         with pytest.raises(Cut):
             adapt(images, place, **given)
     assert not seen and len(list((place / "prior").glob("*.png"))) == 3

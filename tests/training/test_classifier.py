@@ -9,11 +9,11 @@ from augment import Sampling, SyntheticDataset, UserError, fill_bank, write_shar
 from augment.core.errors import AugmentWarning
 from augment.shards.export import export_folder
 from augment.sources import FewShot, Folder
-from training.data.module import ImageData
-from training.models.classifier import Classifier
-from training.models.finetune import AuxiliaryBatchNorm
-from training.models.losses import class_weights
-from training.sweep import seeded
+from augment.training.data.module import ImageData
+from augment.training.models.classifier import Classifier
+from augment.training.models.finetune import AuxiliaryBatchNorm
+from augment.training.models.losses import class_weights
+from augment.training.sweep import seeded
 
 COUNTS = [50, 10, 2]
 

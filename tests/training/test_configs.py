@@ -14,7 +14,7 @@ from PIL import Image
 from augment import fill_bank
 from augment.cli import main
 from augment.sources import Folder
-from training.sweep import assign
+from augment.training.sweep import assign
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 OTHERS = ("episodes", "seedselect", "smooth")

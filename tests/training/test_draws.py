@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from augment import UserError
-from training.data.draws import SAMPLERS, MixedBatchSampler, SyntheticMix
+from augment.training.data.draws import SAMPLERS, MixedBatchSampler, SyntheticMix
 
 COUNTS = (40, 25, 10, 5)
 REAL = [label for label, count in enumerate(COUNTS) for _ in range(count)]

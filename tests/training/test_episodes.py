@@ -12,21 +12,21 @@ import torch.nn.functional as F
 from conftest import call, paint
 from safetensors.torch import save_file
 
-import training.episodes.evaluate as module
+import augment.training.episodes.evaluate as module
 from augment import Mixing, Sampling, UserError
 from augment.bank.fill import fill_bank
 from augment.core.errors import AugmentWarning
 from augment.core.registry import make
 from augment.networks import feature_network
 from augment.sources import Folder
-from training.episodes.evaluate import (
+from augment.training.episodes.evaluate import (
     EpisodeSettings,
     EpisodeSynthesizer,
     TaskEvaluator,
     run_episodes,
 )
-from training.episodes.protocol import Episodes
-from training.models.heads import HEADS
+from augment.training.episodes.protocol import Episodes
+from augment.training.models.heads import HEADS
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("episodes_*.yaml"))
 NOVEL = dict.fromkeys(("ant", "bee", "cat", "dog", "elk", "fox"), 9)
@@ -285,7 +285,7 @@ def test_a_config_runs(config, given, bank, monkeypatch, capsys):
 
 
 def test_a_checkpoint_of_ours_gives_features(tmp_path):
-    classifier = pytest.importorskip("training.models.classifier")
+    classifier = pytest.importorskip("augment.training.models.classifier")
     model = classifier.Classifier([3, 4], channels=1).eval()
     record = {"state_dict": model.state_dict(), "hyper_parameters": dict(model.hparams)}
     torch.save(record, tmp_path / "last.ckpt")

@@ -16,10 +16,10 @@ from augment.bank.fill import fill_bank
 from augment.core.errors import AugmentWarning
 from augment.shards.write import write_shards
 from augment.sources import Folder
-from training.data.draws import SyntheticMix
-from training.data.identity import digests_of
-from training.data.module import ImageData
-from training.sweep import check_finished
+from augment.training.data.draws import SyntheticMix
+from augment.training.data.identity import digests_of
+from augment.training.data.module import ImageData
+from augment.training.sweep import check_finished
 
 TRAIN = (
     "train fit --data.train real --data.test test --data.channels 1 --data.batch_size 4 "

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from augment import UserError
 from augment.core.registry import make
-from training.models.losses import LDAM, LOSSES, class_weights, cost, log_others, smooth
+from augment.training.models.losses import LDAM, LOSSES, class_weights, cost, log_others, smooth
 
 COUNTS = [500, 60, 7, 1]
 

@@ -12,7 +12,7 @@ from torchmetrics.classification import (
 )
 
 from augment import UserError
-from training.models.metrics import (
+from augment.training.models.metrics import (
     LongTailMetrics,
     interval,
     normal_interval,

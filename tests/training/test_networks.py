@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from augment import UserError
-from training.models.finetune import (
+from augment.training.models.finetune import (
     AuxiliaryBatchNorm,
     CosineHead,
     ScaledHead,
@@ -25,7 +25,7 @@ from training.models.finetune import (
     train_mode,
     with_auxiliary_norms,
 )
-from training.models.networks import NETWORKS, build_network
+from augment.training.models.networks import NETWORKS, build_network
 
 VIT = "test_vit"
 TIMM = ("test_resnet", "test_efficientnet", VIT)

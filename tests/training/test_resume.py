@@ -14,10 +14,10 @@ from augment import ReplayPool, Sampling, SyntheticDataset, UserError, cli
 from augment.bank.fill import fill_bank
 from augment.shards.write import write_shards
 from augment.sources import Folder
-from training import lightning
-from training.data.draws import SyntheticMix
-from training.data.module import ImageData
-from training.models.classifier import Classifier
+from augment.training import lightning
+from augment.training.data.draws import SyntheticMix
+from augment.training.data.module import ImageData
+from augment.training.models.classifier import Classifier
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Checkpoint directory:UserWarning"),
@@ -170,7 +170,9 @@ def test_a_training_that_ended_within_an_epoch_may_be_made_longer(root, tmp_path
 
 def test_a_training_that_ends_early_is_an_error(root, tmp_path, monkeypatch, capsys):
     """Whatever makes Lightning stop before the last step, the result is not taken for whole."""
-    monkeypatch.setattr("training.models.classifier.prepare_resume", lambda checkpoint: None)
+    monkeypatch.setattr(
+        "augment.training.models.classifier.prepare_resume", lambda checkpoint: None
+    )
     step = Classifier.training_step
 
     def stopping(self, batch, batch_idx):

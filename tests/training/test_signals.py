@@ -18,10 +18,10 @@ from augment.bank.fill import InversionJob
 from augment.core.errors import UserError
 from augment.core.files import locked
 from augment.shards.write import ShardJob
-from training.episodes.evaluate import TaskEvaluator
-from training.models.classifier import Classifier
-from training.smooth.regulariser import SmoothDiffusion
-from training.sweep import assign
+from augment.training.episodes.evaluate import TaskEvaluator
+from augment.training.models.classifier import Classifier
+from augment.training.smooth.regulariser import SmoothDiffusion
+from augment.training.sweep import assign
 
 TRAIN = (
     "train fit --data.train images --data.test test --data.channels 1 --data.batch_size 4 "

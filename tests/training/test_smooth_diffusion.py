@@ -19,11 +19,11 @@ from augment.diffusion.process import GOALS, PREDICTIONS, Flow, VariancePreservi
 from augment.shards.dataset import open_images
 from augment.sources import Folder, as_source
 from augment.sources.captions import read_captions
-from training.adapt.data import NoisedImages, NumberSampler
-from training.adapt.module import PROJECTIONS
-from training.smooth.regulariser import SmoothDiffusion, measured
-from training.smooth.run import smooth_backbone
-from training.smooth.settings import SmoothSettings
+from augment.training.adapt.data import NoisedImages, NumberSampler
+from augment.training.adapt.module import PROJECTIONS
+from augment.training.smooth.regulariser import SmoothDiffusion, measured
+from augment.training.smooth.run import smooth_backbone
+from augment.training.smooth.settings import SmoothSettings
 
 PROCESSES = {
     "epsilon": VariancePreserving("epsilon"),
@@ -218,7 +218,7 @@ def test_a_run_that_was_cut_short_ends_with_the_same_bits(whole, images, tmp_pat
             raise Cut
         return step(module, batch, number)
 
-    monkeypatch.setattr("training.adapt.run.SAVE_STEPS", 1)
+    monkeypatch.setattr("augment.training.adapt.run.SAVE_STEPS", 1)
     monkeypatch.setattr(SmoothDiffusion, "training_step", cut)
     with pytest.raises(Cut):
         train(fresh(), images, tmp_path, {"Bag": "bag"})

@@ -17,12 +17,12 @@ from augment.shards.export import export_folder
 from augment.shards.format import ShardManifest
 from augment.shards.write import write_shards
 from augment.sources import FewShot, Folder
-from training.data.draws import SyntheticMix
-from training.data.module import ImageData, ReuseLogger
-from training.data.transforms import Augmentation, evaluation
-from training.demo import BASE, ROWS, TWICE, demo_trainer, summarise
-from training.models.classifier import Classifier
-from training.models.metrics import interval
+from augment.training.data.draws import SyntheticMix
+from augment.training.data.module import ImageData, ReuseLogger
+from augment.training.data.transforms import Augmentation, evaluation
+from augment.training.demo import BASE, ROWS, TWICE, demo_trainer, summarise
+from augment.training.models.classifier import Classifier
+from augment.training.models.metrics import interval
 
 
 @pytest.fixture(scope="module")

@@ -15,13 +15,13 @@ from PIL import Image
 from augment import UserError, cli
 from augment.core.rng import rng
 from augment.sources.images import to_pil
-from training import demo
-from training.data.draws import SyntheticMix
-from training.data.module import ImageData
-from training.data.transforms import Augmentation
-from training.models.classifier import Classifier
-from training.models.metrics import interval
-from training.models.networks import build_network
+from augment.training import demo
+from augment.training.data.draws import SyntheticMix
+from augment.training.data.module import ImageData
+from augment.training.data.transforms import Augmentation
+from augment.training.models.classifier import Classifier
+from augment.training.models.metrics import interval
+from augment.training.models.networks import build_network
 
 PLAIN = Augmentation(crop=None, flip=False)
 COUNTS = {"ant": 5, "bee": 4, "cat": 3}

@@ -19,10 +19,10 @@ from augment.networks import feature_network, timm_network, usual_form
 from augment.sources.decoding import open_image
 from augment.synthesis.filters import make_filter
 from augment.synthesis.filters.reference import Reference
-from training.data.module import ImageData
-from training.demo import demo_trainer
-from training.models.classifier import Classifier
-from training.models.networks import build_network
+from augment.training.data.module import ImageData
+from augment.training.demo import demo_trainer
+from augment.training.models.classifier import Classifier
+from augment.training.models.networks import build_network
 
 CPU = torch.device("cpu")
 QUICK = (

@@ -15,8 +15,8 @@ from torch.utils.data import Dataset, Sampler
 from augment.core.rng import normal, rng
 from augment.diffusion.backbone import Trainable
 from augment.sources import Source
-from training.data.module import Batches
-from training.lightning import batches_done
+from augment.training.data.module import Batches
+from augment.training.lightning import batches_done
 
 _LEVELS = 1000  # of a process that names no number of trained ones
 

@@ -2,8 +2,8 @@ r"""Training of a backbone on images with prompts: low-rank weights, class token
 
 The loss is the mean squared error of the network's own answer (ε, v or velocity) at
 :math:`z_u = \alpha z_0 + \sigma\varepsilon`, with the level u uniform: the trained ones of a
-variance-preserving process, 1/1000, …, 1 before the shift of a flow. `training.smooth.regulariser`
-adds a second term.
+variance-preserving process, 1/1000, …, 1 before the shift of a flow.
+`augment.training.smooth.regulariser` adds a second term.
 """
 
 import json
@@ -24,10 +24,10 @@ from augment.diffusion.checkpoints.lora import METADATA, inject_adapters
 from augment.diffusion.checkpoints.tokens import TokenRows
 from augment.diffusion.conditions import Condition
 from augment.diffusion.process import GOALS, Process
-from training.adapt.data import Batch
-from training.adapt.recipe import Recipe
-from training.lightning import Checkpoint
-from training.models.finetune import ends_in
+from augment.training.adapt.data import Batch
+from augment.training.adapt.recipe import Recipe
+from augment.training.lightning import Checkpoint
+from augment.training.models.finetune import ends_in
 
 PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
 """Names that diffusers gives the four projections of an attention layer."""
@@ -81,7 +81,8 @@ class Adaptation(pl.LightningModule):
         words: word that each new token begins as, by token.
         total: number of optimiser steps, for the schedule.
         seed: of the low-rank weights' first values.
-        prior_weight: λ of a batch's prior images, if it has any; see `training.adapt.prior`.
+        prior_weight: λ of a batch's prior images, if it has any; see
+            `augment.training.adapt.prior`.
 
     Raises:
         UserError: a backbone that cannot be trained or is not in float32, a layer that is not

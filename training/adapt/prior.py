@@ -6,8 +6,8 @@ images that the unadapted model made of a prompt such as *a photo of a bird*:
 
 .. math:: L = L_\text{own} + \lambda\,L_\text{prior},
 
-both the mean squared error of `training.adapt.module.denoising_loss`, each with levels and noise
-of its own.
+both the mean squared error of `augment.training.adapt.module.denoising_loss`, each with levels and
+noise of its own.
 """
 
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ from augment.diffusion.solver import sample
 from augment.shards.dataset import encode
 from augment.sources import Source
 from augment.sources.images import SUFFIXES
-from training.checks import at_least
+from augment.training.checks import at_least
 
 PRIOR = "prior"
 """Folder of a run with the images that were made for it."""

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from training.checks import at_least, expect
+from augment.training.checks import at_least, expect
 
 
 @dataclass(frozen=True)

@@ -39,13 +39,13 @@ from augment.diffusion.solver import sample
 from augment.diffusion.usage import PHOTO
 from augment.sources.images import sheet
 from augment.sources.prompts import class_name, class_prompts, nfc
-from training import lightning
-from training.adapt.data import NoisedData, NoisedImages
-from training.adapt.module import PROJECTIONS, Adaptation
-from training.adapt.prior import PRIOR, Prior
-from training.adapt.recipe import Recipe
-from training.adapt.settings import AdaptSettings, RunSettings
-from training.data.identity import check_run
+from augment.training import lightning
+from augment.training.adapt.data import NoisedData, NoisedImages
+from augment.training.adapt.module import PROJECTIONS, Adaptation
+from augment.training.adapt.prior import PRIOR, Prior
+from augment.training.adapt.recipe import Recipe
+from augment.training.adapt.settings import AdaptSettings, RunSettings
+from augment.training.data.identity import check_run
 
 SAVE_STEPS = 200  # between two checkpoints
 _SHOWN, _SHEET_STEPS = 8, 10  # classes of a sheet, and solver steps of its images

@@ -15,9 +15,9 @@ from augment.shards.dataset import open_images
 from augment.sources import Source, as_source
 from augment.sources.captions import BESIDE, captions_of, read_captions
 from augment.sources.prompts import by_class
-from training.adapt.prior import Prior
-from training.adapt.recipe import PRESETS, Recipe
-from training.checks import at_least
+from augment.training.adapt.prior import Prior
+from augment.training.adapt.recipe import PRESETS, Recipe
+from augment.training.checks import at_least
 
 
 def _captions(source: Source, where: str) -> dict[str, str]:

@@ -15,7 +15,7 @@ from torch.utils.data import Sampler
 from augment.core.errors import UserError, lookup
 from augment.core.rng import rng
 from augment.plan.planner import budget
-from training.checks import at_least, expect
+from augment.training.checks import at_least, expect
 
 SAMPLERS: dict[str, tuple[float, ...]] = {
     "instance": (1.0,),

@@ -23,12 +23,12 @@ from augment.sources.prompts import nfc
 from augment.sources.source import warn_of_copies
 from augment.sources.subsets import Selection
 from augment.synthesis.dataset import SyntheticDataset, fetch
-from training.checks import at_least, expect
-from training.data import identity
-from training.data.draws import Draw, MixedBatchSampler, SyntheticMix
-from training.data.identity import FileDigests, Images
-from training.data.transforms import Augmentation, evaluation
-from training.lightning import batches_done
+from augment.training.checks import at_least, expect
+from augment.training.data import identity
+from augment.training.data.draws import Draw, MixedBatchSampler, SyntheticMix
+from augment.training.data.identity import FileDigests, Images
+from augment.training.data.transforms import Augmentation, evaluation
+from augment.training.lightning import batches_done
 
 __all__ = ["ImageData"]
 
@@ -153,7 +153,8 @@ class ImageData(pl.LightningDataModule):
         synthetic: shards, as ``latent-augment synthesize`` writes them, or an image folder; or a
             `augment.SyntheticDataset`, an `augment.ReplayPool`, any map-style dataset.
         mix: how synthetic images are mixed in.
-        sampler: instance, square_root, class or progressive; see `training.data.draws.SAMPLERS`.
+        sampler: instance, square_root, class or progressive; see
+            `augment.training.data.draws.SAMPLERS`.
         augment: classical augmentation of all training images.
         crop: of the images to evaluate, the share of the shorter side; 0.875 is ImageNet's usual;
             by default that of a checkpoint, or 1.
@@ -170,7 +171,7 @@ class ImageData(pl.LightningDataModule):
     Attributes:
         counts: how many *real* training images there are of each class; empty without any.
         classes: their names, in label order.
-        draws: see `training.data.draws.MixedBatchSampler`.
+        draws: see `augment.training.data.draws.MixedBatchSampler`.
 
     Raises:
         UserError: images that cannot be found, classes that differ, or a validation or test image

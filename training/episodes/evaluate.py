@@ -46,12 +46,12 @@ from augment.sources import Source, as_source
 from augment.sources.images import prepare
 from augment.sources.subsets import Selection
 from augment.synthesis.synthesizer import Synthesizer
-from training.checks import at_least, expect
-from training.data.identity import check_run
-from training.episodes.features import Network, embed, finite
-from training.episodes.protocol import OTHER, Episode, Episodes
-from training.models.heads import HEADS, Head
-from training.models.metrics import normal_interval
+from augment.training.checks import at_least, expect
+from augment.training.data.identity import check_run
+from augment.training.episodes.features import Network, embed, finite
+from augment.training.episodes.protocol import OTHER, Episode, Episodes
+from augment.training.models.heads import HEADS, Head
+from augment.training.models.metrics import normal_interval
 
 _RESULTS, _FEATURES = "results.csv", "features.safetensors"
 _MADE_BY = (

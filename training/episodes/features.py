@@ -35,8 +35,8 @@ def frozen_classifier(name: str, path: str, classes: int, device: torch.device) 
     Raises:
         UserError: it cannot be read, or is of another network or number of classes.
     """
-    from training.models.classifier import Classifier, agreed
-    from training.models.finetune import features
+    from augment.training.models.classifier import Classifier, agreed
+    from augment.training.models.finetune import features
 
     model = Classifier.load_from_checkpoint(path)
     hp = model.hp

@@ -11,7 +11,7 @@ from augment.core.files import read_json, sha256, write_json
 from augment.core.rng import rng
 from augment.core.schema import build
 from augment.sources import Source
-from training.checks import at_least
+from augment.training.checks import at_least
 
 OTHER = "remove the file to draw them anew, or name another"
 

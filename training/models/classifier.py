@@ -29,12 +29,12 @@ from augment.networks.timm import (
     read_weights,
     recipe,
 )
-from training.checks import at_least, expect
-from training.lightning import Checkpoint, batches_done, prepare_resume
-from training.models import finetune
-from training.models.losses import LOSSES, class_weights, cost, smooth
-from training.models.metrics import LongTailMetrics, write_tables
-from training.models.networks import build_network, usual_resolution
+from augment.training.checks import at_least, expect
+from augment.training.lightning import Checkpoint, batches_done, prepare_resume
+from augment.training.models import finetune
+from augment.training.models.losses import LOSSES, class_weights, cost, smooth
+from augment.training.models.metrics import LongTailMetrics, write_tables
+from augment.training.models.networks import build_network, usual_resolution
 
 __all__ = ["Classifier"]
 
@@ -58,8 +58,8 @@ class Classifier(pl.LightningModule):
         counts: number of *real* training images of each class: what losses take for the prior, and
             what many, medium and few are counted by.
         class_names: for the tables; by default the labels.
-        network: see `training.models.networks.build_network`; by default that of ``start``, or
-            small_cnn.
+        network: see `augment.training.models.networks.build_network`; by default that of ``start``,
+            or small_cnn.
         channels: of the images; by default those of ``start``, or 3.
         resolution: pixels of the images; by default those of ``start``, or the network's usual ones
             (timm's configuration; 32 for our small networks).
@@ -69,8 +69,9 @@ class Classifier(pl.LightningModule):
             (``hf-hub:USER/MODEL``, ``local-dir:FOLDER``); a head of other classes is passed over.
         tune: ``all`` weights; a new ``head`` on the frozen rest; one ``scale`` a class of the head
             there is; or ``lora``, adapters of low rank and a new head.
-        rank, targets: of the adapters; see `training.models.finetune.add_lora`.
-        loss, loss_options: see `training.models.losses`; ``ldam`` gives the network a cosine head.
+        rank, targets: of the adapters; see `augment.training.models.finetune.add_lora`.
+        loss, loss_options: see `augment.training.models.losses`; ``ldam`` gives the network a
+            cosine head.
         smoothing: of the labels.
         reweight_from: epoch from which the costs are weighted by class (deferred re-weighting).
         real_weight: λ of λ·loss(real) + (1 − λ)·loss(synthetic), the means over a batch's parts
@@ -263,7 +264,8 @@ class Classifier(pl.LightningModule):
             classes: names of the classes of the images, in label order.
             channels: of the images.
             resolution: of the images, in pixels.
-            crop: share of the shorter side to evaluate; see `training.data.module.ImageData`.
+            crop: share of the shorter side to evaluate; see
+                `augment.training.data.module.ImageData`.
 
         Raises:
             UserError: the data contradict the classifier.

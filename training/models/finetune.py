@@ -17,8 +17,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from augment.core.errors import UserError, lookup
 from augment.diffusion.checkpoints.lora import inject_adapters
-from training.checks import at_least
-from training.models.networks import Images
+from augment.training.checks import at_least
+from augment.training.models.networks import Images
 
 TUNES = ("all", "head", "lora")
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from augment.core.errors import lookup
 from augment.networks import unit
-from training.checks import expect
+from augment.training.checks import expect
 
 Head = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """Features (n, f), labels (n,), weights (n,), features (m, f) of queries → labels of these (m,).

@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int, Real
 from torch import Tensor
 
-from training.checks import at_least, expect
+from augment.training.checks import at_least, expect
 
 Logits = Float[Tensor, "n k"]
 Counts = Real[Tensor, "k"]
@@ -123,7 +123,7 @@ class LDAM:
               = \mathrm{softplus}\bigl(\log \textstyle\sum_{j≠k} e^{s z_j} - s(z_k - Δ_k)\bigr)
 
     with Δ_k = C / n_k^¼, C such that the largest margin is ``max_margin``. The logits are cosines
-    (`training.models.finetune.CosineHead`); confidences are softmax(s·z).
+    (`augment.training.models.finetune.CosineHead`); confidences are softmax(s·z).
 
     Args:
         max_margin: margin of the rarest class, at least 0.

@@ -16,7 +16,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from augment.core.files import write_table
-from training.checks import expect
+from augment.training.checks import expect
 
 _MANY, _FEW = 100, 20
 _BINS = 15

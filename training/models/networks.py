@@ -19,7 +19,7 @@ from augment.diffusion.backbones.resnet12 import trunk
 from augment.diffusion.checkpoints.hub import brief
 from augment.networks.lite0 import lite0_net
 from augment.networks.timm import find_timm, recipe
-from training.checks import expect
+from augment.training.checks import expect
 
 Images = Float[Tensor, "n c h w"]
 

@@ -31,10 +31,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from augment.diffusion.backbone import Backbone
 from augment.diffusion.process import GOALS, PREDICTIONS, Process
-from training.adapt.data import Batch
-from training.adapt.module import PROJECTIONS, Adaptation, Network, amounts
-from training.adapt.recipe import Recipe
-from training.checks import at_least
+from augment.training.adapt.data import Batch
+from augment.training.adapt.module import PROJECTIONS, Adaptation, Network, amounts
+from augment.training.adapt.recipe import Recipe
+from augment.training.checks import at_least
 
 _RATE = 0.01  # of the running mean a
 

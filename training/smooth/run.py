@@ -1,4 +1,4 @@
-"""A run of Smooth Diffusion: `training.adapt.run`, with the regulariser."""
+"""A run of Smooth Diffusion: `augment.training.adapt.run`, with the regulariser."""
 
 from pathlib import Path
 
@@ -8,10 +8,10 @@ from augment.core.files import check_folder, write_bytes
 from augment.diffusion import Backbone
 from augment.diffusion.checkpoints.lora import LORA
 from augment.sources.prompts import prompts_of
-from training.adapt.module import PROJECTIONS
-from training.adapt.run import digest_of, fit
-from training.smooth.regulariser import SmoothDiffusion
-from training.smooth.settings import SmoothSettings
+from augment.training.adapt.module import PROJECTIONS
+from augment.training.adapt.run import digest_of, fit
+from augment.training.smooth.regulariser import SmoothDiffusion
+from augment.training.smooth.settings import SmoothSettings
 
 
 def smooth_backbone(settings: SmoothSettings, backbone: Backbone | None = None) -> Path:

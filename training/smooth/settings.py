@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from training.adapt.recipe import Recipe
-from training.adapt.settings import RunSettings
+from augment.training.adapt.recipe import Recipe
+from augment.training.adapt.settings import RunSettings
 
 
 @dataclass(frozen=True, kw_only=True)
