@@ -74,6 +74,7 @@ class Row:
         guidance: of the sampling.
         kept: share of the images that is kept, those nearest to their class's mean feature.
         share: of synthetic draws.
+        real_only: the last sixths of the training that have none.
         per_class: number of synthetic images of a class.
         times: factor of the number of shots.
         real: further real images of a class, in place of synthetic ones.
@@ -88,6 +89,7 @@ class Row:
     guidance: float = 1.0
     kept: float = 1.0
     share: float = 0.5
+    real_only: int = 0
     per_class: int = 20
     times: int = 1
     real: int = 0
@@ -96,7 +98,7 @@ class Row:
     @property
     def recipe(self) -> str:
         """Return the settings that decide the synthetic images, as JSON."""
-        others = {"name": "", "share": 0, "plain": 0, "times": 1, "real": 0}
+        others = dict.fromkeys(("name", "share", "real_only", "plain", "times", "real"))
         return json.dumps(asdict(self) | others, sort_keys=True)
 
 
@@ -306,10 +308,10 @@ class Bed:
         fake = None if images is None else Images(images, self.classes)
         torch.manual_seed(seed)
         data = ImageData(
-            real, test=self.test, synthetic=fake, mix=SyntheticMix(row.share),
+            real, test=self.test, synthetic=fake, mix=SyntheticMix(row.share, real_only=row.real_only),
             augment=learner.augment if row.plain else Augmentation(), channels=3,
             resolution=learner.resolution, batch_size=learner.batch,
-            steps_per_epoch=learner.steps, seed=seed,
+            steps_per_epoch=-(-learner.steps // 6), seed=seed,
         )  # fmt: skip
         model = Classifier(
             data.counts, network=learner.network, network_options=dict(learner.options) or None,

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -217,6 +218,42 @@ def test_a_bank_keeps_references_and_a_plan_mixes_them(run, described, tmp_path)
     with pytest.raises(BankMismatch, match="made with reference = None, got"):
         bank.check(load_backbone(run.folder / "ema.safetensors", device="cpu"))
     bank.check(load_backbone(**bank.recipe, device="cpu"))
+
+
+def test_the_test_bed_prints_gains_and_what_synthetic_images_are_like(
+    run, described, tmp_path, monkeypatch, capsys
+):
+    import test_bed as bed
+
+    short = [replace(learner, steps=2) for learner in bed.LEARNERS[:2]]
+    fresh = bed.Row("fresh", bed.Mixing(level=1.0), references=True, guidance=2.0, per_class=2)
+    rows = [bed.Row(bed.BASE), fresh, replace(fresh, name="half", kept=0.5, share=0.3)]
+    monkeypatch.setattr(bed, "LEARNERS", short)
+    monkeypatch.setattr(bed, "ROWS", [*rows, bed.Row(bed.TWICE, times=2)])
+    monkeypatch.setattr(bed, "POOL", 4)
+    monkeypatch.setattr(bed, "TESTED", 2)
+    photos = paint(tmp_path / "photos", dict.fromkeys(bed.classes_of("novel"), 6), 32)
+    options = ["--shots", "2", "--seeds", "2", "--solver-steps", "1"]
+    weights = ["--weights", run.folder / "ema.safetensors", "--trunk", described[1]]
+    words = [photos, *weights, *options, "--out", tmp_path / "bed"]
+    monkeypatch.setattr(sys, "argv", ["test_bed.py", *map(str, words)])
+    bed.main()
+    printed = capsys.readouterr().out
+    assert printed.count("| twice the shots ") == 2 and "above half of twice" in printed
+    causes = next(
+        line for line in printed.splitlines() if line.startswith("| fresh") and "±" not in line
+    )
+    assert len(causes.split("|")) == 9
+    made = sorted((tmp_path / "bed").rglob("runs/*.json"))
+    assert len(made) == 2 * 4 * 2
+    before = {path: path.stat().st_mtime_ns for path in made}
+    bed.main()
+    assert capsys.readouterr().out == printed
+    assert {path: path.stat().st_mtime_ns for path in made} == before, "finished runs are read"
+    words[words.index("--solver-steps") + 1] = "2"
+    monkeypatch.setattr(sys, "argv", ["test_bed.py", *map(str, words)])
+    with pytest.raises(UserError, match="solver_steps"):
+        bed.main()
 
 
 def test_a_network_for_references_that_does_not_fit_is_refused(run, described):
