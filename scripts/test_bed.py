@@ -308,7 +308,8 @@ class Bed:
         fake = None if images is None else Images(images, self.classes)
         torch.manual_seed(seed)
         data = ImageData(
-            real, test=self.test, synthetic=fake, mix=SyntheticMix(row.share, real_only=row.real_only),
+            real, test=self.test, synthetic=fake,
+            mix=SyntheticMix(row.share, real_only=row.real_only),
             augment=learner.augment if row.plain else Augmentation(), channels=3,
             resolution=learner.resolution, batch_size=learner.batch,
             steps_per_epoch=-(-learner.steps // 6), seed=seed,
