@@ -36,7 +36,9 @@ docs: .venv/dev
 	$(PY) scripts/make_notebook.py
 
 wheel: .venv/dev
-	$(PY) -m build --wheel
+	rm -rf dist
+	$(PY) -m build
+	$(PY) -m twine check --strict dist/*
 
 .venv/bin/python:
 	python3 -m venv .venv

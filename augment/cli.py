@@ -23,7 +23,7 @@ from typing import Any, NoReturn
 
 from augment import __version__
 from augment.commands import COMMANDS
-from augment.config import guard_imports, keep_names, refused, take_allowed
+from augment.config import find_configs, guard_imports, keep_names, refused, take_allowed
 from augment.core.errors import AugmentWarning, Terminated, UserError
 
 OVERVIEW = """usage: latent-augment [--quiet | --json] COMMAND [OPTIONS]
@@ -38,7 +38,8 @@ For a start, images in photos/CLASS/*.jpg:
   latent-augment train fit --data.train photos --data.test photos-test \\
       --data.synthetic mine/synthetic --trainer.max_epochs 20
 
-  COMMAND --help    list the options with examples; --config FILE reads options from YAML
+  COMMAND --help    list the options with examples
+  --config FILE     read options from YAML, or from one that comes with the package, by its name
   --allow MODULE    let a --config file name classes of MODULE; see docs/training.md
   --quiet           print warnings and errors only
   --json            print the result as one line of JSON
@@ -91,7 +92,7 @@ def run(args: list[str]) -> Any:
             f"expected a command, {', '.join(COMMANDS)}, got {name}; see latent-augment --help"
         )
     guard_imports()
-    args, command = keep_names(args), COMMANDS[name]
+    args, command = keep_names(find_configs(args)), COMMANDS[name]
     if name == "train":  # Lightning parses the rest
         return command(args)
     settings = command.__annotations__.get("settings")  # where its class is, as text
@@ -122,7 +123,11 @@ def parse(
     summary, examples = documented(command)
     prog = f"latent-augment {command.__name__}"
     parser = ArgumentParser(prog=prog, description=summary, exit_on_error=False)
-    parser.add_argument("--config", action=ActionConfigFile, help="YAML file of options.")
+    parser.add_argument(
+        "--config",
+        action=ActionConfigFile,
+        help="YAML file of options, or the name of one that comes with the package.",
+    )
     add: Any = parser.add_class_arguments if isclass(target) else parser.add_function_arguments
     own = vars(target).get("__annotations__", options).keys()
     for others in (options.keys() - own, own):  # what a class inherits follows

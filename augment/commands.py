@@ -110,7 +110,8 @@ def sweep(
     """Train and test with several seeds and values of settings; print means and 95 % intervals.
 
     Args:
-        recipe: configuration of latent-augment train, in which everything that draws gets the
+        recipe: configuration of latent-augment train, a file or a name that comes with the
+            package, in which everything that draws gets the
             run's seed: so FewShot draws other images.
         out: folder for the runs and the tables runs.csv and summary.csv; finished runs are not
             repeated, and an interrupted one is resumed.
@@ -153,7 +154,7 @@ def smooth(settings: "augment.training.smooth.settings.SmoothSettings") -> Recor
     """Train a backbone so that equal steps of noise are equal steps of image (Smooth Diffusion).
 
     Examples:
-        latent-augment smooth --config configs/smooth_tiny.yaml
+        latent-augment smooth --config smooth_tiny
     """
     from augment.training.smooth.run import smooth_backbone
 

@@ -1,4 +1,4 @@
-"""What a configuration may name, and that names in it are text.
+"""Where a configuration is, what it may name, and that names in it are text.
 
 A YAML file can name any class that an option takes (``class_path``), with its arguments, and any
 function; so whoever wrote the file would decide what runs here. Therefore a file may name classes
@@ -8,6 +8,7 @@ of the modules in `MODULES` and of those that the user passes with ``--allow``, 
 
 import inspect
 import re
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -44,6 +45,9 @@ CALLABLES = (
 TEXTS = ("prompts", "classes", "class_names")
 """Options whose values hold class names or texts, and never numbers."""
 
+CONFIGS = Path(__file__).parent / "configs"
+"""The configurations that come with the package."""
+
 allowed: list[str] = []
 """Modules that the user named with ``--allow``."""
 
@@ -69,6 +73,42 @@ def take_allowed(args: list[str]) -> list[str]:
             )
         allowed.append(value)
     return remaining
+
+
+def find_config(name: str) -> str:
+    """Return the path of a configuration: a file, or one of `CONFIGS` by its name without suffix.
+
+    Anything but a bare name, such as a path or YAML, is returned unchanged.
+
+    Raises:
+        UserError: there is neither a file nor a configuration of that name.
+
+    >>> Path(find_config("demo")).name
+    'demo.yaml'
+    """
+    if not re.fullmatch(r"[\w-]+", name) or Path(name).is_file():
+        return name
+    shipped = {path.stem: path for path in CONFIGS.glob("*.yaml")}
+    if name not in shipped:
+        raise UserError(
+            f"expected a configuration, a file or one of {', '.join(sorted(shipped))}, got {name}; "
+            "correct the name or give the path of a file"
+        )
+    return str(shipped[name])
+
+
+def find_configs(args: list[str]) -> list[str]:
+    """Return a command's arguments with the path of every ``--config``; see `find_config`."""
+    found, last = [], ""
+    for argument in args:
+        option, equals, value = argument.partition("=")
+        if equals and option == "--config":
+            argument = f"{option}={find_config(value)}"
+        elif last in ("--config", "-c"):
+            argument = find_config(argument)
+        found.append(argument)
+        last = argument
+    return found
 
 
 def guard_imports() -> None:

@@ -17,7 +17,7 @@ from jsonargparse import ArgumentParser
 from tqdm import tqdm
 
 from augment.cli import main
-from augment.config import allowed, quote_names
+from augment.config import allowed, find_config, quote_names
 from augment.core.errors import UserError
 from augment.core.files import JsonObject, locked, read_json, remember, write_table
 from augment.training.checks import expect
@@ -51,7 +51,7 @@ def sweep(
     """Train and test with several seeds, and print intervals; see `augment.commands.sweep`."""
     expect(seeds >= 2, "at least 2 seeds for an interval", seeds)
     try:
-        base = yaml.load(quote_names(Path(recipe).read_text()), _Loader)
+        base = yaml.load(quote_names(Path(find_config(recipe)).read_text()), _Loader)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())[:120]
         raise UserError(f"expected a configuration at {recipe}, got {reason}; correct it") from None
@@ -114,13 +114,21 @@ def check_finished(config: Config, folder: Path) -> None:
 
 
 def _run_child(args: list[str], log: Path) -> int:
-    """Run a command in a process that does not outlive this one; return its exit code."""
+    """Run a command in a process that does not outlive this one; return its exit code.
+
+    Neither that process nor those that it starts import modules of the current folder.
+    """
     names = [word for name in allowed for word in ("--allow", name)]
     command = [sys.executable, "-m", "augment.training.sweep", *names, *args]
     with (
         log.open("w") as file,
         subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=file, stderr=file, start_new_session=True
+            command,
+            env={**os.environ, "PYTHONSAFEPATH": "1"},
+            stdin=subprocess.PIPE,
+            stdout=file,
+            stderr=file,
+            start_new_session=True,
         ) as child,
     ):
         return child.wait()

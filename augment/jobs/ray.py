@@ -15,7 +15,7 @@ import textwrap
 import warnings
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import chdir, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,9 @@ from augment.core.errors import AugmentWarning, UserError
 
 MAX_DEATHS = 3
 """Actors that may die of a unit before the job fails."""
+
+PACKAGES = Path(__file__).parents[2]
+"""The folder that this package is imported from."""
 
 POLL_S = 5.0
 """Seconds after which the driver looks for new nodes if no unit was finished."""
@@ -70,12 +73,13 @@ def _connected() -> Iterator[Any]:
         address = os.environ.get("RAY_ADDRESS") or "local"
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         try:
-            ray.init(
-                address=address,
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-            )
+            with chdir(PACKAGES):  # Ray puts the current folder on its workers' path
+                ray.init(
+                    address=address,
+                    include_dashboard=False,
+                    log_to_driver=False,
+                    logging_level=logging.ERROR,
+                )
         except ConnectionError as error:
             raise UserError(
                 f"expected a Ray cluster at {address}, got {error}; start it with ray start, or "

@@ -1,4 +1,4 @@
-"""What a configuration from somebody else may do: name data sets and networks, run nothing."""
+"""A configuration by its name, and what one from somebody else may do: run nothing."""
 
 import sys
 from pathlib import Path
@@ -6,6 +6,9 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import call, paint
+
+from augment.config import CONFIGS, find_config
+from augment.training.sweep import _run_child
 
 CANARY = "touch canary; echo a command ran"
 PIPE = "torch.utils.data.datapipes.map"
@@ -133,3 +136,37 @@ def test_a_sweep_hands_on_what_is_allowed(place, monkeypatch, capsys):
     assert code == 2 and "mine_to_sweep.transform; only if you trust" in output
     assert call(monkeypatch, capsys, *words, "--allow=mine_to_sweep")[0] == 0
     assert "mine_to_sweep" not in sys.modules
+
+
+@pytest.mark.parametrize("words", [("--config", "smooth_tiny"), ("--config=smooth_tiny",)])
+def test_a_configuration_of_the_package_is_found_by_its_name(words, place, monkeypatch, capsys):
+    code, _, output = call(monkeypatch, capsys, "smooth", *words, "--images", "none", "--steps=1")
+    assert code == 2 and "got none, which is not there" in output, "its folder is of the file"
+    _, output, _ = call(monkeypatch, capsys, "train", "fit", "-c", "demo", "--print_config")
+    asked = yaml.safe_load((CONFIGS / "demo.yaml").read_text())["model"]["network"]
+    assert yaml.safe_load(output)["model"]["network"] == asked
+
+
+def test_a_file_goes_before_a_configuration_of_its_name(place):
+    assert Path(find_config("demo")) == CONFIGS / "demo.yaml"
+    Path("demo").write_text("model: {}")
+    assert find_config("demo") == "demo"
+    assert find_config("other/demo.yaml") == "other/demo.yaml"
+
+
+@pytest.mark.parametrize("words", ["synthesize --config", "train fit --config", "sweep --out x"])
+def test_an_unknown_configuration_lists_those_of_the_package(words, place, monkeypatch, capsys):
+    code, _, output = call(monkeypatch, capsys, *words.split(), *(
+        ["--recipe", "few_shot_fusion"] if "sweep" in words else ["few_shot_fusion"]
+    ))  # fmt: skip
+    assert code == 2 and output.count("\n") == 1 and "Traceback" not in output
+    assert "few_shot_dafusion" in output and "got few_shot_fusion" in output
+    assert all(path.stem in output for path in CONFIGS.glob("*.yaml"))
+
+
+def test_a_sweep_imports_nothing_of_the_current_folder(place):
+    for name in ("augment", "training", "torch"):
+        (place / name).mkdir()
+        (place / name / "__init__.py").write_text("raise SystemExit('imported by accident')")
+    assert _run_child(["--version"], place / "log.txt") == 0
+    assert (place / "log.txt").read_text().startswith("latent-augment ")

@@ -1,9 +1,10 @@
-"""The demo, from a wheel that is installed alone, in a folder of its own."""
+"""The demo and a stranger's first hour, by a wheel that is installed alone, in empty folders."""
 
 import json
 import os
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -20,17 +21,43 @@ def run(*args: str, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder that holds nothing but the unpacked wheel."""
+    """Return a folder that holds nothing but the unpacked wheel of the source distribution."""
     folder = tmp_path_factory.mktemp("wheel")
-    built = run(sys.executable, "-m", "build", "--wheel", "-o", str(folder), cwd=ROOT)
+    built = run(sys.executable, "-m", "build", "-o", str(folder), cwd=ROOT)
     assert built.returncode == 0, built.stderr
     wheel = next(folder.glob("*.whl"))
-    checked = run(sys.executable, "-m", "twine", "check", "--strict", str(wheel), cwd=folder)
+    made = [str(wheel), str(next(folder.glob("*.tar.gz")))]
+    checked = run(sys.executable, "-m", "twine", "check", "--strict", *made, cwd=folder)
     assert checked.returncode == 0, checked.stdout + checked.stderr
     pip = (sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target")
     done = run(*pip, str(folder / "site"), str(wheel), cwd=folder)
     assert done.returncode == 0, done.stderr
     return folder / "site"
+
+
+def test_the_wheel_has_every_file_of_the_package(site: Path) -> None:
+    files = {
+        str(Path(folder, name).relative_to(ROOT))
+        for folder, _, names in os.walk(ROOT / "augment", followlinks=True)
+        for name in names
+        if "__pycache__" not in folder
+    }
+    with zipfile.ZipFile(next(site.parent.glob("*.whl"))) as wheel:
+        packed = {name for name in wheel.namelist() if ".dist-info/" not in name}
+    assert packed == files
+    assert {"augment/training/sweep.py", "augment/configs/demo.yaml"} <= packed
+
+
+def test_the_first_hour_of_a_stranger(site: Path, tmp_path: Path) -> None:
+    """Odd photographs, the commands of README, and the loops of the docs, run by the wheel."""
+    script = ROOT / "tests" / "slow" / "first_hour.sh"
+    pages = [ROOT / "README.md", *ROOT.glob("docs/your-loop.md")]
+    done = run(
+        *("bash", str(script), str(site), *map(str, pages)), cwd=tmp_path, PYTHON=sys.executable
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    assert "Traceback" not in done.stderr
+    assert (tmp_path / "mine" / "run" / "test.json").exists()
 
 
 def test_the_demo_of_the_wheel_prints_its_table_and_resumes(site: Path, tmp_path: Path) -> None:
