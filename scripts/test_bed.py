@@ -1,12 +1,12 @@
 """Which synthetic images help where the backbone knows *other* classes? CIFAR-FS, few shots.
 
-    python scripts/test_bed.py CIFAR100 --weights ema.safetensors --trunk weights.safetensors
-    python scripts/test_bed.py CIFAR100 … --part validation      # where settings are chosen
-    python scripts/test_bed.py CIFAR100 … --quick
+    python scripts/test_bed.py CIFAR100
+    python scripts/test_bed.py CIFAR100 --part validation      # where settings are chosen
+    python scripts/test_bed.py CIFAR100 --quick
 
 ``CIFAR100`` holds CIFAR-100's training images in class folders. The backbone is `tiny-cifar`
-(``scripts/train_tiny_cifar.py``) and the trunk a ResNet-12 (``scripts/train_resnet12.py``); both
-saw the 64 base classes alone. The 20 novel classes are learned at once. Shots are drawn from the
+(``scripts/train_tiny_cifar.py``) and the trunk a ResNet-12 (``scripts/train_resnet12.py``), both of
+``scripts/weights``; they saw the 64 base classes alone. The 20 novel classes are learned at once. Shots are drawn from the
 first 100 images of each class; the 200 after them are tested on. Draws of more shots hold those of
 fewer.
 
@@ -58,6 +58,7 @@ from augment.training.models.classifier import Classifier
 from augment.training.models.heads import Logistic
 from augment.training.models.metrics import interval
 
+WEIGHTS = Path(__file__).parent / "weights"
 POOL, TESTED, SHOTS, SEEDS = 100, 200, (1, 2, 5, 10), 8
 
 
@@ -447,8 +448,8 @@ def main() -> None:
     """Measure, print the tables, and draw the plots."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("images", type=Path, help="CIFAR-100's training images in class folders")
-    parser.add_argument("--weights", type=Path, required=True, help="of train_tiny_cifar.py")
-    parser.add_argument("--trunk", type=Path, required=True, help="weights of train_resnet12.py")
+    parser.add_argument("--weights", type=Path, default=WEIGHTS / "tiny_cifar.safetensors")
+    parser.add_argument("--trunk", type=Path, default=WEIGHTS / "resnet12.safetensors")
     parser.add_argument("--part", choices=PARTS[1:], default="novel")
     parser.add_argument("--shots", type=int, nargs="+", default=list(SHOTS))
     parser.add_argument("--seeds", type=int, default=SEEDS)
