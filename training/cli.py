@@ -31,6 +31,12 @@ _FORM = ("channels", "resolution")
 """Settings of the images that belong to the weights."""
 
 
+def _rank(title: str) -> int:
+    """Return the place of a group of options in the help: general ones, the data, … the trainer."""
+    places = {"positional": 0, "options": 0, "Real": 1, "Customize": 3}  # by the first word
+    return next((places[word] for word in title.split()[:1] if word in places), 2)
+
+
 class TrainCLI(LightningCLI):
     """`fit`, which resumes where it was interrupted and ends with a test; and what uses weights.
 
@@ -58,6 +64,8 @@ class TrainCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Link the model to the data, and all random generators to one seed."""
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.usage = "latent-augment train COMMAND [OPTIONS]"  # all names fill two screens
+        parser._action_groups.sort(key=lambda group: _rank(group.title or ""))
         parser.set_defaults(
             {
                 "trainer.default_root_dir": "runs/train",

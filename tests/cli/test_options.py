@@ -73,5 +73,15 @@ def test_every_option_is_still_there(command, monkeypatch, capsys):
     assert code == 0 and {"help", "config", *OPTIONS[command].split()} - shown == set()
 
 
+def test_every_option_of_ours_has_a_line_of_help(monkeypatch, capsys):
+    _, out, _ = call(monkeypatch, capsys, "train", "fit", "--help")
+    entries = re.findall(r"^  --((?:data|model)[\w.]*)(.*(?:\n {8,}.*)*)", out, re.MULTILINE)
+    assert len(entries) > 50
+    bare = [name for name, text in entries if re.match(r"\S*(, --\S+)?( \S+){0,3}\s*\(type", text)]
+    assert bare == []
+    order = [out.index(f"  --{name} ") for name in ("print_config", "data", "model", "trainer")]
+    assert order == sorted(order) and len(out.split("Runs the")[0]) < 200
+
+
 def test_the_list_has_every_command():
     assert {command.split()[0] for command in OPTIONS} == set(COMMANDS)

@@ -158,8 +158,9 @@ class ImageData(pl.LightningDataModule):
         augment: classical augmentation of all training images.
         crop: of the images to evaluate, the share of the shorter side; 0.875 is ImageNet's usual;
             by default that of a checkpoint, or 1.
-        channels, resolution: the format of the images; by default those of the classifier: of its
+        channels: 1 or 3 colours of the images; by default those of the classifier: of its
             checkpoint, or its network's usual ones.
+        resolution: pixels of the images; by default likewise.
         batch_size: images a step, of each rank.
         steps_per_epoch: steps an epoch; by default one pass through the images.
         workers: processes that load images; 0 where a backbone on a GPU makes them.

@@ -58,8 +58,8 @@ class Classifier(pl.LightningModule):
         counts: number of *real* training images of each class: what losses take for the prior, and
             what many, medium and few are counted by.
         class_names: for the tables; by default the labels.
-        network: see `augment.training.models.networks.build_network`; by default that of ``start``,
-            or small_cnn.
+        network: small_cnn, resnet10, resnet12, resnet32, lite0 or any of timm; by default that of
+            ``start``, or small_cnn.
         channels: of the images; by default those of ``start``, or 3.
         resolution: pixels of the images; by default those of ``start``, or the network's usual ones
             (timm's configuration; 32 for our small networks).
@@ -69,19 +69,23 @@ class Classifier(pl.LightningModule):
             (``hf-hub:USER/MODEL``, ``local-dir:FOLDER``); a head of other classes is passed over.
         tune: ``all`` weights; a new ``head`` on the frozen rest; one ``scale`` a class of the head
             there is; or ``lora``, adapters of low rank and a new head.
-        rank, targets: of the adapters; see `augment.training.models.finetune.add_lora`.
-        loss, loss_options: see `augment.training.models.losses`; ``ldam`` gives the network a
-            cosine head.
+        rank: of the adapters of ``lora``.
+        targets: layers that get adapters; see `augment.training.models.finetune.add_lora`.
+        loss: cross_entropy, balanced_softmax, logit_adjustment, ldam (which has a cosine head),
+            class_balanced or focal; see `augment.training.models.losses`.
+        loss_options: of the loss, by name.
         smoothing: of the labels.
         reweight_from: epoch from which the costs are weighted by class (deferred re-weighting).
         real_weight: λ of λ·loss(real) + (1 − λ)·loss(synthetic), the means over a batch's parts
             (DataDream, arXiv 2407.10910); a part that a batch lacks counts as zero. By default all
             images weigh the same.
         auxiliary_norms: synthetic images have batch norms of their own.
-        mixup, cutmix: α of mixup (arXiv 1710.09412) and CutMix (arXiv 1905.04899), each taken for
-            half of the batches if both are given.
+        mixup: α of mixup (arXiv 1710.09412); 0 is none.
+        cutmix: α of CutMix (arXiv 1905.04899); with mixup each is taken for half of the batches.
         optimizer: sgd, adam or adamw.
-        lr, weight_decay, momentum: of the optimiser.
+        lr: learning rate after the warm-up; it then falls along a cosine.
+        weight_decay: of the optimiser.
+        momentum: of sgd.
         reference_batch: the images a step, of all ranks, that ``lr`` is meant for: it is scaled in
             proportion; by default it is taken as it is.
         warm_up: steps over which the rate rises.
