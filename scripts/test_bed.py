@@ -6,9 +6,9 @@
 
 ``CIFAR100`` holds CIFAR-100's training images in class folders. The backbone is `tiny-cifar`
 (``scripts/train_tiny_cifar.py``) and the trunk a ResNet-12 (``scripts/train_resnet12.py``), both of
-``scripts/weights``; they saw the 64 base classes alone. The 20 novel classes are learned at once. Shots are drawn from the
-first 100 images of each class; the 200 after them are tested on. Draws of more shots hold those of
-fewer.
+``scripts/weights``; they saw the 64 base classes alone. The 20 novel classes are learned at once.
+Shots are drawn from the first 100 images of each class; the 200 after them are tested on. Draws of
+more shots hold those of fewer.
 
 A row is a way of augmenting; all rows of a learner train for as many steps. Learners: *scratch*, a
 narrow ResNet-12 from nothing; *head*, a logistic head on the trunk's features; *lite0*,
@@ -112,11 +112,11 @@ ROWS = (
     Row("samples by superclass", _FRESH, guidance=2.0),
     Row("single images, level 0.5", _LONE),
     Row("centroids", Mixing(), "forward_start"),
-    Row("samples by references", _FRESH, references=True),
-    Row("single images by references, level 0.7", replace(_LONE, level=0.7), references=True),
-    Row("centroids by references", Mixing(), "forward_start", references=True),
-    Row("centroids by references, level 0.7", _AT, references=True),
-    Row("  kept half", _AT, references=True, kept=0.5),
+    Row("samples by references", _FRESH, references=True, guidance=4.0),
+    Row("  the best quarter", _FRESH, references=True, guidance=4.0, kept=0.25),
+    Row("single images by references, level 0.5", _LONE, references=True, guidance=2.0),
+    Row("centroids by references", Mixing(), "forward_start", references=True, guidance=2.0),
+    Row("centroids by references, level 0.7", _AT, references=True, guidance=2.0),
     Row("adapted samples", _FRESH, adapted=True),
     Row("adapted single images, level 0.7", replace(_LONE, level=0.7), adapted=True),
     Row("adapted centroids", Mixing(), "forward_start", adapted=True),
