@@ -109,10 +109,12 @@ def sweep(
 ) -> None:
     """Train and test with several seeds and values of settings; print means and 95 % intervals.
 
+    The table has each combination's gain over the first one, paired by seed.
+
     Args:
         recipe: configuration of latent-augment train, a file or a name that comes with the
-            package, in which everything that draws gets the
-            run's seed: so FewShot draws other images.
+            package, in which everything that draws gets the run's seed: so FewShot draws other
+            images.
         out: folder for the runs and the tables runs.csv and summary.csv; finished runs are not
             repeated, and an interrupted one is resumed.
         seeds: number of seeds: 0, 1, and so on.

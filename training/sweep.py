@@ -37,6 +37,8 @@ _Loader.add_implicit_resolver("tag:yaml.org,2002:float", _SCIENTIFIC, list("-+.0
 _SEEDED = {"FewShot": "seed", "LongTail": "seed", "SyntheticDataset": "mixing.seed"}
 """The argument for the seed of each class that draws random numbers of its own."""
 
+_ACCURACY, _GAIN = "test/accuracy", "test/gain"
+
 Config = JsonObject
 """Settings by name, nested; or by dotted name."""
 
@@ -171,13 +173,21 @@ def assign(config: Config, key: str, value: object) -> None:
 
 
 def _summarise(rows: list[Config], names: list[str]) -> Iterator[Config]:
-    """Yield mean and interval over seeds of every measure, for each combination of values."""
+    """Yield mean and interval over seeds of every measure, for each combination of values.
+
+    From the second combination on, also of the gain in accuracy over the first one, by seed.
+    """
+    first: list[Config] = []
     for _, group in itertools.groupby(rows, key=lambda row: [row[name] for name in names]):
         runs = list(group)
         summary: Config = {**{name: runs[0][name] for name in names}, "seeds": len(runs)}
-        for key in (key for key in runs[0] if key.startswith("test/")):
-            values = [run[key] for run in runs]
+        measures = {key: [run[key] for run in runs] for key in runs[0] if key.startswith("test/")}
+        if first:
+            pairs = zip(runs, first, strict=True)
+            measures[_GAIN] = [run[_ACCURACY] - other[_ACCURACY] for run, other in pairs]
+        for key, values in measures.items():
             summary[key], summary[f"{key} ±"] = statistics.mean(values), interval(values)
+        first = first or runs
         yield summary
 
 
@@ -188,13 +198,19 @@ def _write(path: Path, rows: list[Config]) -> None:
 
 
 def _print_table(summary: list[Config], names: list[str]) -> None:
-    measures = [key for key in summary[0] if key.startswith("test/") and not key.endswith("±")]
+    measures = [key for key in summary[-1] if key.startswith("test/") and not key.endswith("±")]
     print("| " + " | ".join([*(n.split(".")[-1] for n in names), *measures]) + " |")
     print("|---" * (len(names) + len(measures)) + "|")
     for row in summary:
-        cells = [f"{100 * row[key]:.1f} ± {100 * row[f'{key} ±']:.1f}" for key in measures]
+        cells = [
+            f"{100 * row[key]:{'+' * (key == _GAIN)}.1f} ± {100 * row[f'{key} ±']:.1f}"
+            if key in row
+            else ""
+            for key in measures
+        ]
         print("| " + " | ".join([*(str(row[name]) for name in names), *cells]) + " |")
-    print(f"\n{summary[0]['seeds']} seeds, %, ± 95 % (Student's t)")
+    paired = "; gains are over the first row, paired by seed" if len(summary) > 1 else ""
+    print(f"\n{summary[0]['seeds']} seeds, %, ± 95 % (Student's t){paired}")
 
 
 if __name__ == "__main__":

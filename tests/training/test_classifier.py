@@ -9,6 +9,7 @@ from augment import Sampling, SyntheticDataset, UserError, fill_bank, write_shar
 from augment.core.errors import AugmentWarning
 from augment.shards.export import export_folder
 from augment.sources import FewShot, Folder
+from augment.training import sweep
 from augment.training.data.module import ImageData
 from augment.training.models.classifier import Classifier
 from augment.training.models.finetune import AuxiliaryBatchNorm
@@ -126,6 +127,22 @@ def test_ranks_evaluate_each_image_once_in_equal_numbers_of_batches(tmp_path, co
     assert len({len(loader) for loader in loaders}) == 1
     rows = [row for loader in loaders for batch in loader.batch_sampler for row in batch]
     assert sorted(rows) == list(range(count))
+
+
+def test_a_sweep_tells_gains_over_its_first_row_by_seed(capsys):
+    accuracies = {0.0: (0.5, 0.7), 0.25: (0.6, 0.84)}
+    rows = [
+        {"share": share, "seed": seed, "test/accuracy": value, "test/tail": 0.1}
+        for share, values in accuracies.items()
+        for seed, value in enumerate(values)
+    ]
+    plain, mixed = sweep._summarise(rows, ["share"])
+    assert "test/gain" not in plain and mixed["test/gain"] == pytest.approx(0.12)
+    assert mixed["test/gain ±"] == pytest.approx(12.7062 * 0.02, rel=1e-3)  # t of one degree
+    sweep._print_table([plain, mixed], ["share"])
+    printed = capsys.readouterr().out
+    assert "| 0.25 | 72.0 ± " in printed and "| +12.0 ± 25.4 |" in printed
+    assert "over the first row" in printed
 
 
 def test_a_sweep_sets_every_seed():
