@@ -217,9 +217,14 @@ class LatentBank:
         What is computed there equals what a CPU computes but for the last bits.
 
         Raises:
-            UserError: they do not fit.
+            UserError: they do not fit, or rules could not be computed there.
         """
         device = torch.device(device)
+        if device.type == "mps":
+            raise UserError(
+                "expected a device with float64, which rules need, got mps; leave the bank on "
+                "disk, and centroids are mixed on the CPU"
+            )
         kinds = ("latents",) if self.level is None else ("latents", "clean")
         chunks = [(c, kind) for own in self.chunks.values() for c in filled(own) for kind in kinds]
         size = sum(chunk.files[kind].bytes for chunk, kind in chunks)

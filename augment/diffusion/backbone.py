@@ -241,8 +241,10 @@ def check_interval(interval: tuple[float, float]) -> None:
 
 def as_times(timestep: Timestep, latent: Tensor) -> Float[Tensor, " n"]:
     """Return one timestep a row, as a tensor: diffusers would round a number to an integer."""
-    times = torch.as_tensor(timestep, dtype=torch.float32, device=latent.device)
-    return times.expand(len(latent))
+    if isinstance(timestep, Tensor):
+        return timestep.to(latent.device, torch.float32).expand(len(latent))
+    # filled on the device: a copy from the host would wait for all that a GPU has to do
+    return torch.full((len(latent),), timestep, dtype=torch.float32, device=latent.device)
 
 
 def as_prompts(prompts: str | Sequence[str] | None, count: int) -> list[str]:
@@ -328,8 +330,11 @@ def attempt(
     """
     try:
         return run(rows, tick)
-    except torch.OutOfMemoryError:
-        pass
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    except RuntimeError as error:
+        # MPS has no type of its own for it
+        if not isinstance(error, torch.OutOfMemoryError) and "MPS backend out of" not in str(error):
+            raise
+    for backend in (torch.cuda, torch.mps):
+        if backend.is_available():
+            backend.empty_cache()
     return None

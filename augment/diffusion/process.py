@@ -212,6 +212,11 @@ class VariancePreserving(_Brief):
         return torch.cat([torch.ones(1, dtype=torch.float64), kept])
 
     @cached_property
+    def kept(self) -> list[float]:
+        """ᾱ as numbers, so that no solver asks a tensor."""
+        return self.alphas_cumprod.tolist()
+
+    @cached_property
     def angles(self) -> list[float]:
         """Compute atan(σ/α) at each level, ascending from 0."""
         return [math.acos(min(root, 1.0)) for root in self.alphas_cumprod.sqrt().tolist()]
@@ -238,7 +243,7 @@ class VariancePreserving(_Brief):
     def alpha_sigma(self, level: float) -> tuple[float, float]:
         number = level * self.train_steps
         if abs(number - round(number)) < 1e-6:
-            alpha2 = self.alphas_cumprod[round(number)].item()
+            alpha2 = self.kept[round(number)]
             return alpha2**0.5, (1 - alpha2) ** 0.5
         angle = self._angle(level)
         return math.cos(angle), math.sin(angle)

@@ -1,9 +1,13 @@
 """Finding checkpoints, telling them apart, and what is said when there is none."""
 
 import json
+import logging
 import os
 import shutil
 import sys
+import warnings
+from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 import torch
@@ -298,6 +302,35 @@ def test_what_is_not_in_the_cache_is_said_to_be_missing(hub, tmp_path):
     path = header(tmp_path / "m.safetensors", HEADERS["sd15"])
     assert "could not be reached" in said(path, config="me/model", local_files_only=True)
     assert hub.asked == []
+
+
+@pytest.mark.parametrize("lost", [f"unet/{WEIGHTS}", "text_encoder/model.safetensors"])
+def test_a_cache_that_lacks_files_is_said_to(lost, hub):
+    load("me/model")
+    hub.asked.clear()
+    (path,) = Path(constants.HF_HUB_CACHE).glob(f"*/snapshots/*/{lost}")
+    path.unlink()
+    message = said("me/model", local_files_only=True)
+    assert "of which files are missing on this machine" in message and hub.asked == []
+    assert load("me/model").fingerprint  # which fetches it again
+
+
+def test_no_deprecated_name_is_used(folder, tmp_path, monkeypatch, caplog):
+    """Whatever diffusers and transformers warn of or log on the way is heard here."""
+    for module in ("checkpoint", "codec", "lora", "tokens"):
+        place = f"augment.diffusion.checkpoints.{module}.quiet"
+        monkeypatch.setattr(place, nullcontext, raising=False)
+    for name in ("diffusers", "transformers"):
+        monkeypatch.setattr(logging.getLogger(name), "propagate", True)
+    path = single_file(folder, tmp_path / "m.safetensors")
+    with warnings.catch_warnings(), caplog.at_level(logging.WARNING):
+        warnings.simplefilter("error", DeprecationWarning)
+        warnings.simplefilter("error", FutureWarning)
+        for backbone in (load(folder), load(path, config=str(folder)), load(sd3(tmp_path / "3"))):
+            latents = torch.zeros(1, *backbone.latent_shape)
+            sample(backbone, latents, PROMPT, "ddim", 1, 2.0)
+            backbone.save(tmp_path / backbone.fingerprint["name"])
+    assert [text for text in caplog.messages if "deprecat" in text.lower()] == []
 
 
 @pytest.mark.slow  # the hub's client tries again for half a minute

@@ -39,6 +39,11 @@ class DiT(LatentDiffusion):
     fixed = ("resolution", "zero_terminal_snr")
     added: tuple[str, ...] = ()
 
+    def pipeline_options(
+        self, latents: Tensor, steps: int, guidance: float
+    ) -> dict[str, Any] | None:
+        """Return None: the pipeline draws its own latents."""
+
     def embed(self, prompt: str) -> Condition:
         """Return ``labels`` (1,)."""
         return {"labels": torch.tensor([self._label(prompt)], device=self.device)}

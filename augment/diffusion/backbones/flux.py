@@ -61,6 +61,15 @@ class Flux(FlowTransformer):
         shifted = self.pipe.scheduler.config.get("use_dynamic_shifting")
         return "" if shifted or self.net.config.guidance_embeds else "its levels without a shift"
 
+    def pipeline_options(
+        self, latents: Tensor, steps: int, guidance: float
+    ) -> dict[str, Any] | None:
+        """Return the options of the pipeline, whose own guidance scale is the network's input."""
+        given: dict[str, Any] = {"latents": packed(latents).to(self.dtype)}
+        given |= {"guidance_scale": self.embedded_guidance, "true_cfg_scale": guidance}
+        given |= {"negative_prompt": [""] * len(latents)} if guidance != 1 else {}
+        return {**given, "max_sequence_length": self.rows}
+
     def embed(self, prompt: str) -> Condition:
         """Return T5's ``text`` (1, max_sequence_length, width) and CLIP's ``pooled`` (1, width)."""
         cure = "shorten it or raise max_sequence_length"

@@ -75,6 +75,13 @@ class Flux2Klein(FlowTransformer):
             return many
         return many + (few - many) * (200 - self.shift_steps) / 190
 
+    def pipeline_options(
+        self, latents: Tensor, steps: int, guidance: float
+    ) -> dict[str, Any] | None:
+        """Return the options of the pipeline, whose levels are ours at `shift_steps` steps."""
+        given = {"latents": F.pixel_unshuffle(latents, 2).to(self.dtype)}
+        return {**given, "guidance_scale": guidance, "max_sequence_length": self.rows}
+
     def embed(self, prompt: str) -> Condition:
         """Return ``text`` (1, max_sequence_length, width): three of Qwen3's layers side by side."""
         check_chat(prompt, self.pipe.tokenizer, self.rows, enable_thinking=False)

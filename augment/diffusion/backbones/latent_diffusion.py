@@ -4,6 +4,7 @@ Only the parts are diffusers'; the process (`augment.diffusion.process`) is read
 checkpoint's scheduler file, and the solvers are this package's own.
 """
 
+import copy
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,7 +19,7 @@ from augment.diffusion.backbone import Condition, Recipe, Timestep, as_times
 from augment.diffusion.checkpoints.adapter import adapter_of
 from augment.diffusion.checkpoints.checkpoint import MAX_NUMBER, Checkpoint, read_process
 from augment.diffusion.checkpoints.codec import Codec, load_tiny
-from augment.diffusion.checkpoints.hub import damaged, require
+from augment.diffusion.checkpoints.hub import damaged, quiet, require
 from augment.diffusion.checkpoints.lora import add_lora, find_lora
 from augment.diffusion.checkpoints.tokens import (
     TOKENS,
@@ -29,6 +30,7 @@ from augment.diffusion.checkpoints.tokens import (
     start_rows,
     tokenizer_of,
 )
+from augment.diffusion.process import VariancePreserving
 from augment.diffusion.usage import FEW_STEPS, Usage, few_step_sign
 
 _MAX_CACHED = 2**30
@@ -295,6 +297,59 @@ class LatentDiffusion:
     def answer(self, latent: Tensor, times: Float[Tensor, " n"], condition: Condition) -> Tensor:
         """Call the network."""
         raise NotImplementedError
+
+    def sample_by_diffusers(
+        self, latents: Float[Tensor, "n c h w"], prompts: Sequence[str], steps: int, guidance: float
+    ) -> Float[Tensor, "n 3 H W"] | None:
+        """Sample and decode with diffusers' own pipeline and scheduler, to compare with ours.
+
+        The steps are of first order, at the process's noise levels. The network is ours, with its
+        fused layers; latents have its precision, where ours have float32.
+
+        Returns:
+            float32 images in [0, 1], or None if the pipeline cannot begin at given latents.
+        """
+        options = self.pipeline_options(latents.to(self.device), steps, guidance)
+        if options is None:
+            return None
+        pipe, own = self.pipe, (self.pipe.scheduler, self.pipe.vae)
+        pipe.set_progress_bar_config(disable=True)
+        with torch.no_grad(), quiet():
+            try:
+                pipe.scheduler = self._first_order()
+                # the pipeline decides itself whether it decodes in float32
+                pipe.vae = nn.Module.to(copy.deepcopy(own[1]), self.dtype)
+                images = pipe(
+                    prompt=list(prompts), num_inference_steps=steps, height=self.resolution,
+                    width=self.resolution, output_type="pt", **options,
+                ).images  # fmt: skip
+            finally:
+                pipe.scheduler, pipe.vae = own
+        return images.float()
+
+    def _first_order(self) -> Any:
+        """Return diffusers' scheduler that walks the process's noise levels by first order."""
+        from diffusers import DDIMScheduler
+
+        process, scheduler = self.process, self.pipe.scheduler
+        if not isinstance(process, VariancePreserving):
+            return scheduler
+        return DDIMScheduler.from_config(
+            scheduler.config, timestep_spacing=process.spacing, set_alpha_to_one=process.clean_end,
+            rescale_betas_zero_snr=process.zero_terminal_snr, clip_sample=False,
+        )  # fmt: skip
+
+    def pipeline_options(
+        self, latents: Float[Tensor, "n c h w"], steps: int, guidance: float
+    ) -> dict[str, Any] | None:
+        """Return the options of diffusers' pipeline for latents; None if it takes none.
+
+        Args:
+            latents: at the noisiest level, float32.
+            steps: solver steps.
+            guidance: scale of classifier-free guidance.
+        """
+        return {"latents": latents.to(self.dtype), "guidance_scale": guidance}
 
     def trainable(self) -> nn.Module:
         """Return the network with its layers as the checkpoint has them, to be trained further."""

@@ -75,6 +75,12 @@ class StableDiffusion(LatentDiffusion):
             self.net.fuse_qkv_projections()
         super().prepare(compile)
 
+    def pipeline_options(
+        self, latents: Tensor, steps: int, guidance: float
+    ) -> dict[str, Any] | None:
+        """Return the options of the pipeline; None with an IP-Adapter."""
+        return None if self.ip_adapter else super().pipeline_options(latents, steps, guidance)
+
     def refer(self, images: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n ..."]:
         """Embed images as the IP-Adapter's references.
 

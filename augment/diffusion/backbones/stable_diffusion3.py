@@ -14,6 +14,7 @@ from augment.diffusion.backbone import Condition
 from augment.diffusion.backbones.latent_diffusion import LatentDiffusion, check_length
 from augment.diffusion.checkpoints.checkpoint import Checkpoint
 from augment.diffusion.checkpoints.tokens import expanded
+from augment.diffusion.process import Flow
 from augment.diffusion.usage import PHOTO, Usage
 
 T5 = "text_encoder_3"
@@ -66,6 +67,15 @@ class StableDiffusion3(LatentDiffusion):
         """Return what it is used with; 3.5, whose queries are normalised, with less guidance."""
         newer = self.net.config.get("qk_norm")
         return Usage(PHOTO, 4.5, 28) if newer else self.usage
+
+    def pipeline_options(
+        self, latents: Tensor, steps: int, guidance: float
+    ) -> dict[str, Any] | None:
+        """Return the options of the pipeline; its own grid of noise levels is ``linspace``."""
+        given: dict[str, Any] = {"latents": latents.to(self.dtype), "guidance_scale": guidance}
+        if isinstance(self.process, Flow) and self.process.spacing == "trailing":
+            given["sigmas"] = [1 - step / steps for step in range(steps)]
+        return {**given, "max_sequence_length": self.rows}
 
     def embed(self, prompt: str) -> Condition:
         """Return ``text`` (1, 77 + max_sequence_length, width) and ``pooled`` (1, width)."""

@@ -10,6 +10,7 @@ the network does not see.
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from augment.diffusion.backbone import Condition
@@ -48,7 +49,15 @@ class ZImage(FlowTransformer):
         **options: Any,
     ) -> None:
         self.rows = max_sequence_length
+        self._lengths: tuple[Tensor, list[int]] | None = None
         super().__init__(checkpoint, device, dtype, **options)
+
+    def pipeline_options(
+        self, latents: Tensor, steps: int, guidance: float
+    ) -> dict[str, Any] | None:
+        """Return the options of the pipeline, which keeps latents in float32."""
+        given = {"latents": latents, "guidance_scale": guidance - 1}
+        return {**given, "max_sequence_length": self.rows}
 
     def embed(self, prompt: str) -> Condition:
         """Return ``text`` (1, max_sequence_length, width), of the last layer but one."""
@@ -58,9 +67,16 @@ class ZImage(FlowTransformer):
         )
         return {"text": padded(rows, self.rows)}
 
+    def _prompts(self, text: Float[Tensor, "b n width"]) -> list[Float[Tensor, "length width"]]:
+        """Return the embeddings of each prompt; their lengths are asked once, not every step."""
+        if self._lengths is None or self._lengths[0] is not text:
+            self._lengths = text, [len(rows) for rows in unpadded(text)]
+        pairs = zip(text.to(self.dtype), self._lengths[1], strict=True)
+        return [rows[:length] for rows, length in pairs]
+
     def answer(self, latent: Tensor, times: Tensor, condition: Condition) -> Tensor:
         """Return the transformer's velocity, from the image to the noise."""
         frames = list(latent.unsqueeze(2))
-        text = unpadded(condition["text"].to(self.dtype))
+        text = self._prompts(condition["text"])
         velocities = self.net(frames, 1 - times / 1000, text, return_dict=False)[0]
         return -torch.stack(velocities).squeeze(2)

@@ -62,9 +62,11 @@ def explained(source: str) -> Iterator[None]:
         problem = "which has no such revision; leave it out or look it up on the repository's page"
     except errors.RepositoryNotFoundError:
         problem = "which the hub does not have or does not show; check its name and your login"
-    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, ConnectionError):
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, ConnectionError) as error:
+        lacking = type(error).__name__ == "IncompleteSnapshotError"  # of huggingface_hub 2
         problem = (
-            "which is not on this machine, and the hub could not be reached, or was not to be; "
+            f"{'of which files are missing' if lacking else 'which is not'} on this machine, and "
+            "the hub could not be reached, or was not to be; "
             "download it once where there is a network, give a folder, or name what a bank names "
             "with --backbone to download it"
         )
