@@ -210,6 +210,8 @@ def main() -> None:
         if "--json" in typed:
             print(json.dumps(record))
         sys.stdout.flush()
+        if isinstance(record, dict) and record.get("as_expected") is False:
+            sys.exit(2)
     except BrokenPipeError:
         if not unread(sys.stdout.fileno()):  # it was a pipe between processes
             raise

@@ -21,6 +21,7 @@ from augment.core.errors import UserError
 
 if TYPE_CHECKING:  # the types of options, which jsonargparse imports when it shows or parses them
     import augment.bank.fill
+    import augment.report.check
     import augment.shards.format
     import augment.synthesis.between
     from augment.jobs.job import Job
@@ -304,6 +305,19 @@ def report(
     return {"report": out}
 
 
+def check(settings: "augment.report.check.CheckSettings") -> Record:
+    """Check that a model works here as it should, and how fast; three pictures are included.
+
+    Examples:
+        latent-augment check
+        latent-augment check --backbone sd15 --out centroids.png
+        latent-augment --json check --backbone sdxl > check.json
+    """
+    from augment.report.check import run_check
+
+    return run_check(settings, lambda line: print(line, flush=True))
+
+
 def inspect(path: str) -> Record:
     """Describe what a bank or a folder of shards holds.
 
@@ -481,7 +495,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     command.__name__: command
     for command in (
         *(invert, synthesize, train, sweep, episodes, adapt, smooth, demo, evaluate, report),
-        *(inspect, verify, merge, split, export, walk, explore),
+        *(check, inspect, verify, merge, split, export, walk, explore),
     )
 }
 """The commands by name, in the order of ``latent-augment --help``."""

@@ -25,6 +25,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from augment.report.check import matmul_rate
 from benchmarks.backbone_configs import MODELS, build, operations
 from benchmarks.paired import Comparison, synchronize
 from benchmarks.pipelines import Bench, Run
@@ -54,22 +55,6 @@ def arguments(parser: argparse._ArgumentGroup) -> None:
 def allocated(device: str) -> int:
     """Return the bytes of tensors on the GPU; 0 without one."""
     return torch.cuda.memory_allocated() if device.startswith("cuda") else 0
-
-
-def matmul_rate(device: str) -> float:
-    """Measure TFLOP/s of square matrix products of random numbers, the best of five runs."""
-    cuda = device.startswith("cuda")
-    size, count, dtype = (8192, 20, torch.bfloat16) if cuda else (1024, 4, torch.float32)
-    left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    best = float("inf")
-    for _ in range(5):
-        synchronize(device)
-        start = time.perf_counter()
-        for _ in range(count):
-            left @ right
-        synchronize(device)
-        best = min(best, (time.perf_counter() - start) / count)
-    return 2 * size**3 / best / 1e12
 
 
 def psnr(found: Tensor, reference: Tensor) -> float:
@@ -158,7 +143,8 @@ def of_model(
 def suite(args: argparse.Namespace) -> Iterator[Comparison]:
     """Compare one model after another."""
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    rate = matmul_rate(args.device)
+    cuda = args.device.startswith("cuda")
+    rate = matmul_rate(torch.device(args.device), torch.bfloat16 if cuda else torch.float32)
     for name in args.models:
         with tempfile.TemporaryDirectory() as folder:
             yield from of_model(name, args, rate, Path(folder))

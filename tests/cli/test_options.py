@@ -52,6 +52,7 @@ OPTIONS = {
         path real.help real network weights channels resolution bootstrap backbone out device
     """,
     "report": "bank shards out rules classes images.help images pool backbone device",
+    "check": "backbone images.help images steps batch_size out device dtype backbone_options",
     "inspect": "path",
     "verify": "path images.help images discard repair",
     "merge": "banks out",

@@ -78,7 +78,9 @@ class Flux2Klein(FlowTransformer):
     def pipeline_options(
         self, latents: Tensor, steps: int, guidance: float
     ) -> dict[str, Any] | None:
-        """Return the options of the pipeline, whose levels are ours at `shift_steps` steps."""
+        """Return the options of the pipeline; None if its levels, by the steps, are not ours."""
+        if steps != self.shift_steps:
+            return None
         given = {"latents": F.pixel_unshuffle(latents, 2).to(self.dtype)}
         return {**given, "guidance_scale": guidance, "max_sequence_length": self.rows}
 
