@@ -113,6 +113,7 @@ ROWS = (
     Row("single images, level 0.5", _LONE),
     Row("centroids", Mixing(), "forward_start"),
     Row("samples by references", _FRESH, references=True, guidance=4.0),
+    Row("  at guidance 2", _FRESH, references=True, guidance=2.0),
     Row("  the best quarter", _FRESH, references=True, guidance=4.0, kept=0.25),
     Row("single images by references, level 0.5", _LONE, references=True, guidance=2.0),
     Row("centroids by references", Mixing(), "forward_start", references=True, guidance=2.0),
