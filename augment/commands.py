@@ -553,7 +553,7 @@ def summarize_bank(path: Path) -> Record:
     worst = max(bank.classes, key=bank.largest_mean)
     health = bank.health(worst)
     print(f"\nclass {worst}, whose channel means are largest:")
-    print("\n".join(map(str, findings([health], bank.inverted_by, bank.holds_noise))))
+    print("\n".join(map(str, findings([health], *bank.made_by))))
     place, out = shlex.quote(str(path)), shlex.quote(str(path.with_name("synthetic")))
     print(f"\nnext: latent-augment synthesize {place} --out {out}")
     return {

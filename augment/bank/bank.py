@@ -50,7 +50,7 @@ _CURES = {"nulls": "with null_text", "references": "with a backbone that takes r
 """How a bank gets what the settings of its inversion alone do not give it."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class LatentBank:
     """Inverted latents by class.
 
@@ -115,6 +115,12 @@ class LatentBank:
                 )
         return cls(path, manifest, chunks, Members(packed))
 
+    def __repr__(self) -> str:
+        count = sum(len(ids) for ids in self.members.values())
+        shape = "×".join(map(str, self.manifest.latent_shape))
+        many = f"{count} latents of {len(self.members)} classes"
+        return f"LatentBank({str(self.path)!r}, {many}, {shape})"
+
     @property
     def classes(self) -> list[str]:
         """Class names in label order."""
@@ -155,6 +161,13 @@ class LatentBank:
         """The inversion in words, such as ``ddim in 50 steps``."""
         below = "" if self.level is None else f" up to level {self.level:.3g}"
         return f"{self.inversion['method']} in {self.inversion['steps']} steps{below}"
+
+    @property
+    def made_by(self) -> tuple[str, bool, str]:
+        """What `augment.measure.health.findings` asks of a bank: inversion, noise, backbone."""
+        recipe = self.manifest.recipe
+        plain = [*recipe] == ["name_or_path"]  # and no LoRA or the like
+        return self.inverted_by, self.holds_noise, recipe["name_or_path"] if plain else ""
 
     @property
     def level(self) -> float | None:

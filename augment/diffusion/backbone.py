@@ -5,7 +5,9 @@ the synthesis need is derived from them here. Networks may run in low precision;
 and come out in float32.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -266,6 +268,19 @@ LIMITS: WeakKeyDictionary[Backbone, dict[str, int]] = WeakKeyDictionary()
 """Batch sizes that fit into memory by backbone and job, once one did not."""
 
 
+_silent = ContextVar("_silent", default=False)
+
+
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """Show no progress bars meanwhile, as within a user's own loop."""
+    token = _silent.set(True)
+    try:
+        yield
+    finally:
+        _silent.reset(token)
+
+
 def batched(
     run: Callable[[slice, Callable[[], Any]], T],
     backbone: Backbone,
@@ -297,7 +312,9 @@ def batched(
     limits = LIMITS.setdefault(backbone, {})
     parts: list[T] = []
     start = 0
-    with tqdm(total=count, desc=label, unit="image", unit_scale=True, delay=2, leave=False) as bar:
+    form: Any = {"unit": "image", "unit_scale": True, "delay": 2, "leave": False}
+    form |= {"disable": True} if _silent.get() else {}  # else the environment says
+    with tqdm(total=count, desc=label, **form) as bar:
         while start < count or not parts:
             size = min(limits.get(label, batch_size), batch_size, max(count - start, 1))
             rows = slice(start, start + size)

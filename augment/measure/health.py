@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from augment.centroid.prior import nominal_norm
+from augment.diffusion.usage import KNOWN
 from augment.measure.bias import BIAS_THRESHOLD, predicted_bias
 from augment.measure.latents import LatentStatistics, latent_statistics, norm_law
 from augment.measure.reconstruction import psnr
@@ -22,6 +23,7 @@ from augment.measure.reconstruction import psnr
 NORM_TOLERANCE = 0.02  # of a mean norm over √D
 CORRELATION_THRESHOLD = 0.05  # of neighbouring pixels; latents of DDIM have 0.1 and more
 MIN_PSNR = 20.0  # dB of images sampled back; every inversion here is well above
+MAX_LOSS = 3.0  # dB below images that the model was trained on, of which each is within 1.2
 
 
 @dataclass(frozen=True)
@@ -115,18 +117,20 @@ class Finding(NamedTuple):
 
 
 def findings(
-    classes: Sequence[ClassHealth], inversion: str, of_noise: bool = True
+    classes: Sequence[ClassHealth], inversion: str, of_noise: bool = True, backbone: str = ""
 ) -> list[Finding]:
-    """Return all findings on classes, warnings first.
+    """Return all findings on classes, warnings first, and of these whether the model knows them.
 
     Args:
         classes: at least one class.
         inversion: how they were inverted, such as ``ddim in 50 steps``.
         of_noise: whether latents are at the noisiest level, where they should be white noise.
+        backbone: name of the model.
     """
-    norms, found = [norm for c in classes for norm in c.norms], []
+    norms = [norm for c in classes for norm in c.norms]
+    found = model_findings([c.psnr for c in classes if c.psnr is not None], inversion, backbone)
     if of_noise:
-        found = [_bias_finding(classes)]
+        found.append(_bias_finding(classes))
         found.append(norm_finding(fmean(norms), len(norms), classes[0].statistics.dim))
         found += _correlation_finding(classes)
     known = {c.name: c.psnr for c in classes if c.psnr is not None}
@@ -142,6 +146,30 @@ def findings(
         )
         found.append(Finding("warning", "Single images", text))
     return sorted(found, key=lambda finding: finding.level == "good")
+
+
+def model_findings(psnr: Sequence[float], inversion: str, backbone: str) -> list[Finding]:
+    """Say whether an embedded model knows the images, by how well they come back.
+
+    Args:
+        psnr: PSNR of the images sampled back, in dB, of each class.
+        inversion: see `findings`.
+        backbone: name of the model; of others than `KNOWN` nothing is said.
+    """
+    known = KNOWN.get(backbone)
+    usual = known and known.psnr.get(inversion)
+    if known is None or usual is None or not psnr:
+        return []
+    mean = fmean(psnr)
+    numbers = f"they come back at {mean:.1f} dB (PSNR), {known.images} at {usual:.1f} dB"
+    if mean >= usual - MAX_LOSS:
+        return [Finding("good", "Model", f"{backbone} knows images like these: {numbers}.")]
+    text = (
+        f"{backbone} DOES NOT KNOW THESE IMAGES: {numbers}. It draws {known.images} and nothing "
+        "else, so synthetic images will be grey blobs. Use it to try the commands; for photographs "
+        "invert with --backbone sd15 or another of docs/backbones.md."
+    )
+    return [Finding("warning", "Model", text)]
 
 
 def _bias_finding(classes: Sequence[ClassHealth]) -> Finding:

@@ -27,7 +27,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
@@ -35,12 +34,13 @@ from augment.core.errors import AugmentWarning, UserError
 from augment.core.files import JsonObject
 from augment.plan.plan import Plan
 from augment.replay.store import CONTROL, Record, Store, layout_of, named, nameless
+from augment.sources.kinds import Transforms
 from augment.synthesis.dataset import Sample, fetch
 
 USER_ERROR = 2  # the generator's exit code, as the command line's
 
 
-class ReplayPool(Dataset[Sample]):
+class ReplayPool(Transforms, Dataset[Sample]):
     """The latest ``capacity`` images of a dataset that a generator process walks through.
 
     Item i is the image in slot i at the time, modulo the number of filled slots; no draw waits for
@@ -70,6 +70,7 @@ class ReplayPool(Dataset[Sample]):
         stall_s: seconds without a new image before a warning, or an error during the warm-up.
         threads: of torch in the generator.
         transform, target_transform: applied to image and label at every draw.
+        as_: kind of image: ``float``, ``uint8`` or ``pil``, as for `SyntheticDataset`.
 
     Raises:
         UserError: a parameter is out of its range, the dataset cannot be pickled or makes no
@@ -85,9 +86,11 @@ class ReplayPool(Dataset[Sample]):
         batch_size: int | None = None,
         stall_s: float = 300.0,
         threads: int = 1,
-        transform: Callable[[Tensor], Any] | None = None,
+        transform: Callable[[Any], Any] | None = None,
         target_transform: Callable[[Any], Any] | None = None,
+        as_: str = "float",
     ) -> None:
+        self._set(as_, transform, target_transform)
         numbers = {"warm_up": warm_up, "batch_size": batch_size, "stall_s": stall_s}
         for name, number in {**numbers, "threads": threads}.items():
             if number is not None and not number > 0:
@@ -102,7 +105,6 @@ class ReplayPool(Dataset[Sample]):
                 "function of a module that makes the dataset instead"
             ) from None
         self.dataset, self.stall_s = dataset, stall_s
-        self.transform, self.target_transform = transform, target_transform
         self.store = store = Store(*(named(Path(path)) if path else nameless()))
         store.control["ready"], store.control["ended"], store.control["error"] = 0, 0, b""
         store.control["before"] = store.control["made"]
@@ -222,9 +224,7 @@ class ReplayPool(Dataset[Sample]):
         """Draw the items of a batch."""
         records = [self.record(index) for index in indices]
         self.store.count_draws(len(records))
-        transform = self.transform or (lambda image: image)
-        target = self.target_transform or (lambda label: label)
-        return [(transform(record.image), target(record.label)) for record in records]
+        return [self._give(record.image, record.label) for record in records]
 
     def close(self) -> None:
         """Release the images and, in the process that made the pool, end the generator."""

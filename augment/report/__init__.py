@@ -89,7 +89,7 @@ def write_report(
         "name": escape("/".join(bank.path.parts[-2:])),  # most banks are called bank
         "path": escape(f"{bank.path} · {date.today()} · latent-augment {__version__}"),
         "summary": escape(facts.summary(bank, health)),
-        "findings": page.finding_items(findings(health, bank.inverted_by, bank.holds_noise)),
+        "findings": page.finding_items(findings(health, *bank.made_by)),
         "facts": page.facts_list(numbers),
         "norms": norm_plot(health),
         "bias": bias_plot(bank, health),

@@ -161,7 +161,7 @@ def evaluate_bank(
         mean = sum(values) / len(values)
         overall.append({"measure": title, "mean": mean, "least": min(values), "most": max(values)})
     title = f"bank {bank.path}: {sum(c.statistics.count for c in health)} latents"
-    found = findings(health, bank.inverted_by, bank.holds_noise)
+    found = findings(health, *bank.made_by)
     return Evaluation(title, overall, rows, lambda figure: _draw_bank(figure, health), found)
 
 

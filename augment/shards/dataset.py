@@ -37,7 +37,7 @@ import torch
 from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset
 
 from augment.core.errors import AugmentWarning, Damaged, UserError, lookup
 from augment.core.files import JsonObject, replacing
@@ -61,6 +61,7 @@ from augment.shards.format import (
 from augment.sources import Source, as_source
 from augment.sources.decoding import check_scans
 from augment.sources.images import to_pil
+from augment.sources.kinds import Transforms
 
 BLOCK = 512  # a tar is made of these
 EMPTY = tarfile.TarInfo().tobuf(tarfile.USTAR_FORMAT)  # of a file without name or content
@@ -234,7 +235,7 @@ class Reader(io.FileIO):
         self.close()
 
 
-class Shards(Dataset[tuple[Any, Any]]):
+class Shards(Transforms, Dataset[tuple[Any, Any]]):
     """The images of a folder of shards, in the order of shards and keys; see `open_shards`.
 
     It may be pickled, forked, and shared by threads. It keeps the place of each image (40 bytes)
@@ -247,12 +248,13 @@ class Shards(Dataset[tuple[Any, Any]]):
         tables: Iterable[np.ndarray],
         classes: list[str],
         extension: str,
-        transform: Callable[[Tensor], Any] | None = None,
+        transform: Callable[[Any], Any] | None = None,
         target_transform: Callable[[int], Any] | None = None,
+        as_: str = "float",
     ) -> None:
+        self._set(as_, transform, target_transform)
         self.paths, self.classes, self.extension = paths, classes, extension
         self.class_to_idx = {name: label for label, name in enumerate(classes)}
-        self.transform, self.target_transform = transform, target_transform
         rows, self.starts = bytearray(), [0]
         for part in tables:  # one at a time: ten million rows are not there twice
             rows += part.tobytes()
@@ -275,7 +277,14 @@ class Shards(Dataset[tuple[Any, Any]]):
         labels = np.arange(len(self.classes)).astype(object)
         return labels[self.rows[:, 1]].tolist()  # one integer object a class
 
-    def __getitem__(self, index: int) -> tuple[Any, Any]:
+    def __repr__(self) -> str:
+        many = f"{len(self)} images of {len(self.classes)} classes"
+        return f"Shards({many}, {len(self.paths)} shards, as_={self.as_!r})"
+
+    def __getitem__(self, index: Any) -> Any:
+        """Return an item, (image, label); or, for a slice, a dataset of its items."""
+        if isinstance(index, slice):
+            return Subset(self, range(len(self))[index])
         return self.item((index, self.read(index)))
 
     def item(self, source: tuple[int, bytes]) -> tuple[Any, Any]:
@@ -283,9 +292,7 @@ class Shards(Dataset[tuple[Any, Any]]):
         path, (key, label, *_) = self._place(source[0])
         with expecting(f"image {key} in {path}"):
             image = decode(source[1], self.extension)
-        transform = self.transform or (lambda image: image)
-        target = self.target_transform or (lambda label: label)
-        return transform(image), target(label)
+        return self._give(image, label)
 
     def read(self, index: int) -> bytes:
         """Return the file of an image, as it was encoded.
@@ -372,17 +379,20 @@ class Shards(Dataset[tuple[Any, Any]]):
 
 def open_shards(
     folder: str | Path,
-    transform: Callable[[Tensor], Any] | None = None,
+    transform: Callable[[Any], Any] | None = None,
     target_transform: Callable[[int], Any] | None = None,
     complete: bool = True,
+    as_: str = "float",
 ) -> Shards:
     """Open a folder of shards as a map-style dataset of (image, label).
 
     Args:
         folder: what ``latent-augment synthesize`` wrote to.
-        transform: applied to the image, float32 (1 | 3, H, W) in [0, 1].
+        transform: applied to the image.
         target_transform: applied to the label.
         complete: refuse a folder that is not finished; else open the shards that are.
+        as_: kind of image: ``float``, a float32 tensor (1 | 3, H, W) in [0, 1]; ``uint8``, a
+            tensor; or ``pil``, PIL's RGB.
 
     Raises:
         UserError: it is none, or not complete, or a shard is not as its record says.
@@ -402,7 +412,8 @@ def open_shards(
         )
     classes = settings.classes
     tables = (read_table(path, len(classes))[1] for path in paths)
-    shards = Shards(paths, tables, classes, settings.extension, transform, target_transform)
+    form = settings.extension, transform, target_transform, as_
+    shards = Shards(paths, tables, classes, *form)
     if (shards.rows[:, 4] == UNCHECKED).any():
         warnings.warn(
             f"expected the digest of every image in {folder}, got shards that an older version "

@@ -129,6 +129,7 @@ class Source(Dataset[tuple[Any, Any]]):
             ImageRejected: there are more, or a class is left without any image.
         """
         check_share(max_rejects)
+        name = f"{name} " if name else ""
 
         def reason(image_id: str) -> str:
             try:
@@ -141,7 +142,7 @@ class Source(Dataset[tuple[Any, Any]]):
         workers = (os.cpu_count() or 1) if self.threads else 1
         with (
             ThreadPoolExecutor(workers) as pool,
-            tqdm(ids, f"look at {name} images", delay=2) as bar,
+            tqdm(ids, f"look at {name}images", delay=2) as bar,
         ):
             for first in range(0, len(ids), _LOOK):
                 part = ids[first : first + _LOOK]
@@ -150,9 +151,9 @@ class Source(Dataset[tuple[Any, Any]]):
         if not out:
             return self
         first = next(iter(out.values()))
-        refuse_rejects(len(out), len(ids), max_rejects, f"{name} images", first)
+        refuse_rejects(len(out), len(ids), max_rejects, f"{name}images", first)
         warnings.warn(
-            f"expected {len(ids)} readable {name} images, got {len(out)} that cannot be read and "
+            f"expected {len(ids)} readable {name}images, got {len(out)} that cannot be read and "
             f"are left out, such as {first}",
             AugmentWarning,
             stacklevel=2,
@@ -163,7 +164,7 @@ class Source(Dataset[tuple[Any, Any]]):
         for class_name, members in self.ids.items():
             if members and not kept.ids[class_name]:
                 raise ImageRejected(
-                    f"expected a readable {name} image of class {shown(class_name)}, got none, "
+                    f"expected a readable {name}image of class {shown(class_name)}, got none, "
                     f"such as {out[members[0]]}; repair one, or remove the class"
                 )
         return kept

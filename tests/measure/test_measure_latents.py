@@ -303,3 +303,16 @@ def test_a_small_bias_may_double():
 
 def test_white_latents_are_no_reason_to_warn():
     assert warning_of(white(64), "fix/0") is None
+
+
+def test_the_first_finding_says_whether_the_model_knows_the_images():
+    def of(mse, backbone="tiny", inversion="forward_start in 25 steps"):
+        health = ClassHealth.of("cup", white(), torch.full((len(white()),), mse))
+        return findings([health], inversion, True, backbone)
+
+    first = of(0.0081)[0]
+    assert first.level == "warning" and "tiny DOES NOT KNOW THESE IMAGES" in first.text
+    assert "20.9 dB (PSNR), grey clothes of 32×32 pixels at 27.7 dB" in first.text
+    assert any("tiny knows images like these" in text for _, _, text in of(0.0018))
+    for others in (of(0.0081, "sd15"), of(0.0081, inversion="ddim in 50 steps")):
+        assert all(topic != "Model" for _, topic, _ in others)
