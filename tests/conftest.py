@@ -75,6 +75,28 @@ def amend(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
     write(path, record)
 
 
+class Cut(Exception):
+    """What ends a training early."""
+
+
+def cut_short(monkeypatch: pytest.MonkeyPatch, module: type, at: int) -> list[int]:
+    """Raise `Cut` at a batch of a module that adapts a backbone; return the batches that it gets.
+
+    There is a checkpoint after each step.
+    """
+    step, seen = module.training_step, []
+
+    def training_step(self: Any, batch: Any, number: int) -> Any:
+        seen.append(number)
+        if len(seen) == at:
+            raise Cut
+        return step(self, batch, number)
+
+    monkeypatch.setattr("augment.training.adapt.run.SAVE_STEPS", 1)
+    monkeypatch.setattr(module, "training_step", training_step)
+    return seen
+
+
 def snapshot(root: Path) -> dict[str, bytes]:
     """Return every file below a folder with its bytes, and every empty folder."""
     return {

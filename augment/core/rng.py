@@ -14,6 +14,7 @@ from torch import Tensor
 PURPOSES = {
     **{"plan": 0, "noise": 1, "mix": 2, "order": 3, "forward": 4},
     **{"episode": 5, "augment": 6, "step": 7, "level": 8, "context": 9, "prior": 10},
+    **{"heads": 11},
 }
 """The independent streams of one sample."""
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from augment.core.errors import UserError
+from augment.diffusion.checkpoints.heads import ImageHeads
 from augment.diffusion.checkpoints.tokens import TokenRows
 from augment.diffusion.conditions import (
     ByLevel,
@@ -86,7 +87,7 @@ class Referring(Backbone, Protocol):
     """A backbone that can be conditioned on references: vectors or tokens of images.
 
     Its condition then has an entry ``reference``, which without images is that of the
-    unconditional model; and its fingerprint says under ``reference`` what makes them.
+    unconditional model, or ``heads``; and its fingerprint says under ``reference`` what makes them.
     """
 
     def refer(self, images: Float[Tensor, "n c h w"]) -> Float[Tensor, "n ..."]:
@@ -140,9 +141,11 @@ class Adaptable(Trainable, Protocol):
 
     Attributes:
         adapted_prompts: by class, those that it was adapted with; empty if it was not.
+        heads: low-rank weights by image, if it has any.
     """
 
     adapted_prompts: dict[str, str]
+    heads: ImageHeads | None
 
     def encoders(self) -> dict[str, nn.Module]:
         """Return the text encoders that can be trained, by diffusers' names."""

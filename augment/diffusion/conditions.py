@@ -33,7 +33,11 @@ Condition = dict[str, Tensor]
 The entry ``text`` holds floats that the network is differentiable in, if it can take a prompt.
 Where prompts have embeddings of different lengths, zeros fill them up; see `unpadded`.
 The entry ``reference`` is that of no image, unless `Referred` replaces it.
+The entry ``heads`` has weights of image heads; see `augment.diffusion.checkpoints.heads`.
 """
+
+HEADS = "heads"
+"""The entry of a condition whose references are weights of image heads."""
 
 Words = Union[str, Tensor, Condition, "Schedule", "Referred"]
 """A prompt, embeddings, or a schedule of these; or one of them beside a reference."""
@@ -259,12 +263,16 @@ def _join(
                 "from the condition() of this backbone"
             )
         if isinstance(given, Referred):
-            if "reference" not in fixed:
+            entry = HEADS if HEADS in fixed else "reference"
+            if entry not in fixed:
                 raise UserError(
                     "expected a backbone that takes references, got one without; load it with "
                     "ip_adapter or reference, or leave references out"
                 )
-            own = {**own, "reference": given.references}
+            value, none = given.references, own.get(entry, fixed[entry][row : row + 1])
+            if entry == HEADS and value.shape[1:] == none.shape[1:]:
+                value = value.to(none) + (1 - value.to(none).sum(1, keepdim=True)) * none
+            own = {**own, entry: value}
         for key, value in own.items():
             if value.shape[1:] != fixed[key].shape[1:]:
                 raise UserError(
@@ -277,13 +285,18 @@ def _join(
 
 
 def stacked(first: ByLevel, second: ByLevel) -> ByLevel:
-    """Return the conditions of two batches in one, the first's rows first."""
+    """Return the conditions of two batches in one, the first's rows first.
+
+    Image heads are part of the network, not of its words: those of the second hold for both.
+    """
     last: list[tuple[Condition, Condition, Condition]] = []
 
     def both(level: float) -> Condition:
         one, other = first(level), second(level)
         if not last or last[0][0] is not one or last[0][1] is not other:
-            last[:] = [(one, other, {key: torch.cat([one[key], other[key]]) for key in one})]
+            first_rows = {**one, HEADS: other[HEADS]} if HEADS in other else one
+            rows = {key: torch.cat([first_rows[key], other[key]]) for key in one}
+            last[:] = [(one, other, rows)]
         return last[0][2]
 
     return both

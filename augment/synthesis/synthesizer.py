@@ -23,7 +23,8 @@ from augment.bank.format import read_original
 from augment.centroid.rule import Rule
 from augment.core.errors import AugmentWarning, BiasWarning, ImageRejected, UserError, lookup
 from augment.core.rng import normal, rng
-from augment.diffusion.backbone import Backbone
+from augment.diffusion.backbone import REFERENCE, Backbone
+from augment.diffusion.checkpoints.heads import IMAGE_HEADS
 from augment.diffusion.conditions import Given, Referred, Schedule, Words, embed, mix, rows_of
 from augment.diffusion.process import level_number
 from augment.diffusion.sampling import ResolvedSampling, Sampling
@@ -77,7 +78,13 @@ def planner_of(bank: LatentBank, mixing: Mixing | None = None, classes: int = 1)
 
 
 def require_references(bank: LatentBank, rule: str | None) -> None:
-    """Refuse a rule for references where the bank has none."""
+    """Refuse a rule for references where the bank has none, or weights of image heads."""
+    made_by = bank.manifest.fingerprint.backbone.get(REFERENCE, "")
+    if rule not in (None, "lin") and made_by.startswith(IMAGE_HEADS):
+        raise UserError(
+            f"expected reference_rule lin for the bank {bank.path}, whose references are weights "
+            f"of image heads, got {rule!r}; leave it out"
+        )
     if rule is not None and not bank.holds_references:
         raise UserError(
             f"expected no rule for references with the bank {bank.path}, which has none, got "

@@ -4,8 +4,9 @@
     python scripts/reproduce/adapt.py              # 1500 steps a run, an hour
 
 At 1, 5 and 20 images a class ``latent-augment adapt`` trains a prompt a class, or that and low-rank
-weights; then images are made from fresh noise by the prompt of each class, guided. The noise has
-the channel means of noised training images, without which ``tiny`` makes them too bright. Before
+weights; then images are made from fresh noise by the prompt of each class, guided. At 5 images also
+with a head an image, mixed for each new one by weights uniform on the simplex. The noise has the
+channel means of noised training images, without which ``tiny`` makes them too bright. Before
 adaptation a class has its coarse word (T-shirt, coat and dress are all *top*). A frozen classifier
 judges: is the class kept, how far are the images from real ones (FID), how different are two images
 of a class (1 − cosine of features). Interrupt it at any time: the same command resumes.
@@ -25,6 +26,7 @@ from tqdm import tqdm
 
 from augment.core.rng import normal, rng
 from augment.diffusion import Backbone, load_backbone
+from augment.diffusion.conditions import HEADS, Given, Referred
 from augment.diffusion.solver import sample
 from augment.measure.features import diversity
 from augment.sources import Folder, Slice, Source
@@ -33,21 +35,39 @@ from augment.training.adapt.run import adapt_backbone
 from augment.training.adapt.settings import AdaptSettings
 
 SHOTS = (1, 5, 20)
-KINDS = {"prompts": 0, "prompts and LoRA": 16}
-"""Rank of the low-rank weights by what is trained."""
+KINDS = {
+    "prompts": (0, False),
+    "prompts and LoRA": (16, False),
+    "prompts and image heads": (16, True),
+}
+"""Rank of the low-rank weights by what is trained, and whether each image has a head."""
+
+HEADS_SHOTS = 5
+"""Image heads are trained at this number of images alone."""
 
 GUIDANCE, STEPS = 2.0, 10
 
 
 def made(backbone: Backbone, prompts: list[str], mean: Tensor, each: int) -> Tensor:
-    """Return ``each`` images of every prompt, class by class."""
+    """Return ``each`` images of every prompt, class by class, by mixtures of its image heads."""
     texts = [prompt for prompt in prompts for _ in range(each)]
+    heads = backbone.condition(texts).get(HEADS)
     shape = backbone.latent_shape
     noises = torch.stack([normal(rng(0, "noise", k), *shape) for k in range(len(texts))])
+
+    def words(first: int, last: int) -> Given:
+        some = texts[first:last]
+        if heads is None:
+            return some
+        drawn = torch.stack([torch.from_numpy(rng(0, "plan", k).exponential(size=heads.shape[1]))
+                             for k in range(first, last)])  # fmt: skip
+        drawn = drawn * heads[first:last]
+        return Referred(some, (drawn / drawn.sum(1, keepdim=True)).float())
+
     parts = tqdm([*zip(noises.split(100), range(0, len(texts), 100), strict=True)], "samples")
     return torch.cat(
         [
-            sample(backbone, n + mean, texts[i : i + len(n)], "fireflow", STEPS, GUIDANCE)
+            sample(backbone, n + mean, words(i, i + len(n)), "fireflow", STEPS, GUIDANCE)
             for n, i in parts
         ]
     )
@@ -59,13 +79,15 @@ def mean_of(backbone: Backbone, source: Source) -> Tensor:
     return alpha * backbone.encode(load_all(source, backbone)).mean((0, 2, 3)).view(-1, 1, 1)
 
 
-def adapted(args: argparse.Namespace, source: Source, name: str, rank: int) -> dict[str, Tensor]:
+def adapted(
+    args: argparse.Namespace, source: Source, name: str, rank: int, heads: bool = False
+) -> dict[str, Tensor]:
     """Adapt, or resume; return the seconds that it took, and the last losses."""
     begun = time.perf_counter()
     out = args.out / f"{'quick' if args.quick else 'full'}-{name}"
     settings = AdaptSettings(
         images=source, out=str(out), words=COARSE, rank=rank, steps=300 if args.quick else 1500,
-        batch_size=16, lr=1e-3, token_lr=1e-2, device="cpu",
+        batch_size=16, lr=1e-3, head_lr=1e-2, token_lr=1e-2, image_heads=heads, device="cpu",
     )  # fmt: skip
     adapt_backbone(settings, load_backbone(args.backbone, "cpu", torch.float32))
     lines = [line.split(",") for line in (out / "metrics.csv").read_text().splitlines()]
@@ -108,10 +130,12 @@ def main() -> None:
     add("coarse words", "before", backbone, words, mean, {"seconds": "", "loss": ""})
     for shots in SHOTS:
         source = Slice(pool, last=shots)
-        for kind, rank in KINDS.items():
-            name = f"{shots}-{rank}"
+        for kind, (rank, heads) in KINDS.items():
+            if heads and shots != HEADS_SHOTS:
+                continue
+            name = f"{shots}-{'heads' if heads else rank}"
             path = args.out / f"{'quick' if args.quick else 'full'}-{name}-run.safetensors"
-            run = once(path, lambda s=source, n=name, r=rank: adapted(args, s, n, r))
+            run = once(path, lambda s=source, n=name, r=rank, h=heads: adapted(args, s, n, r, h))
             place = path.with_name(path.name.removesuffix("-run.safetensors"))
             own = load_backbone(args.backbone, "cpu", torch.float32, adapter=place)
             prompts = [f"<{c.lower().replace(' ', '-').replace('/', '-')}>" for c in pool.classes]
@@ -121,7 +145,7 @@ def main() -> None:
             mean = mean_of(backbone, source)
             add(f"{shots} shots: {kind}", name, own, prompts, mean, facts)
     draw(sheets, each, args.out / "adapt.png")
-    both, alone = ([f"{shots} shots: {kind}" for shots in SHOTS] for kind in reversed(KINDS))
+    alone, both = ([f"{shots} shots: {kind}" for shots in SHOTS] for kind in list(KINDS)[:2])
     before = kept["coarse words"]
     with_lora, without = (torch.stack([kept[name] for name in names]) for names in (both, alone))
     gains = zip(both, with_lora - before, strict=True)

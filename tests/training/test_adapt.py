@@ -9,7 +9,7 @@ import diffusers
 import pytest
 import torch
 from checkpoints import dit, sd3, sdxl, stable_diffusion
-from conftest import call, paint
+from conftest import Cut, call, cut_short, paint
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -171,22 +171,10 @@ def test_images_of_the_adaptation_are_not_tested_on(adapted, images, tmp_path):
 
 @pytest.mark.parametrize("schedule", ["plain", "datadream"])
 def test_a_run_that_was_cut_short_ends_with_the_same_bits(schedule, images, tmp_path, monkeypatch):
-    class Cut(Exception):
-        pass
-
     given = {"preset": schedule, "text_rank": 0, "tokens": True} if schedule != "plain" else {}
     given |= {"per": "run", "flip": True}
     whole = adapt(images, tmp_path / "whole", **given)
-    step, seen = Adaptation.training_step, []
-
-    def cut(module, batch, number):
-        seen.append(number)
-        if len(seen) == 6:
-            raise Cut
-        return step(module, batch, number)
-
-    monkeypatch.setattr("augment.training.adapt.run.SAVE_STEPS", 1)
-    monkeypatch.setattr(Adaptation, "training_step", cut)
+    seen = cut_short(monkeypatch, Adaptation, 6)
     with pytest.raises(Cut):
         adapt(images, tmp_path / "cut", **given)
     assert not (tmp_path / "cut" / "adapter.json").exists()

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import stable_diffusion
-from conftest import paint
+from conftest import Cut, cut_short, paint
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -99,28 +99,17 @@ def test_the_unadapted_model_makes_the_images(folder, images, tmp_path):
 
 
 def test_a_run_that_was_cut_short_ends_with_the_same_bits(folder, images, tmp_path, monkeypatch):
-    class Cut(Exception):
-        pass
-
     own = {"backbone": folder, "steps": 4, "tokens": True, "words": dict.fromkeys(COUNTS, "cat")}
     given = {**own, "prior_prompt": "a cat", "prior_images": 5, "prior_weight": 0.5}
     whole, place = adapt(images, tmp_path / "whole", **given), tmp_path / "cut"
     plain = adapt(images, tmp_path / "plain", **own)
-    step, seen = Adaptation.training_step, []
-
-    def cut_step(module, batch, number):
-        seen.append(number)
-        if len(seen) == 3:
-            raise Cut
-        return step(module, batch, number)
 
     def cut_write(path, content):
         write_bytes(path, content)
         if path.name == "00002.png":
             raise Cut
 
-    monkeypatch.setattr("augment.training.adapt.run.SAVE_STEPS", 1)
-    monkeypatch.setattr(Adaptation, "training_step", cut_step)
+    seen = cut_short(monkeypatch, Adaptation, 3)
     with monkeypatch.context() as patch:
         patch.setattr("augment.training.adapt.prior.write_bytes", cut_write)
         with pytest.raises(Cut):

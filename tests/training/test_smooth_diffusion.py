@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 from checkpoints import PROMPT, sd3, stable_diffusion
-from conftest import call, paint
+from conftest import Cut, call, cut_short, paint
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -207,19 +207,7 @@ def test_a_run_leaves_a_lora_that_loads(whole, images):
 
 
 def test_a_run_that_was_cut_short_ends_with_the_same_bits(whole, images, tmp_path, monkeypatch):
-    class Cut(Exception):
-        pass
-
-    step, seen = SmoothDiffusion.training_step, []
-
-    def cut(module, batch, number):
-        seen.append(number)
-        if len(seen) == 6:
-            raise Cut
-        return step(module, batch, number)
-
-    monkeypatch.setattr("augment.training.adapt.run.SAVE_STEPS", 1)
-    monkeypatch.setattr(SmoothDiffusion, "training_step", cut)
+    seen = cut_short(monkeypatch, SmoothDiffusion, 6)
     with pytest.raises(Cut):
         train(fresh(), images, tmp_path, {"Bag": "bag"})
     before = checkpoint(tmp_path)

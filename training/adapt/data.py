@@ -22,11 +22,14 @@ _LEVELS = 1000  # of a process that names no number of trained ones
 
 
 class Batch(TypedDict):
-    """A batch of `NoisedImages`: pixels, prompts, levels (n,), noises ε; directions Δ if any.
+    """A batch of `NoisedImages`: rows of the source, pixels, prompts, levels (n,), noises ε.
+
+    There are directions Δ if a loss needs them.
 
     With prior preservation, ``prior`` is a batch of its images.
     """
 
+    row: Tensor
     image: Tensor
     prompt: list[str]
     level: Tensor
@@ -77,6 +80,7 @@ class NoisedImages(Dataset[dict[str, object]]):
         level = float(generator.integers(1, self.levels, endpoint=True)) / self.levels
         noise = normal(generator, *self.shape)
         item: dict[str, object] = {
+            "row": row,
             "prompt": "" if dropped else self.prompts[row],
             "level": level,
             "noise": noise,

@@ -14,15 +14,17 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from augment.core.errors import UserError
 from augment.diffusion import known_options
-from augment.diffusion.backbone import Adaptable, Backbone, Trainable
+from augment.diffusion.backbone import REFERENCE, Adaptable, Backbone, Trainable
+from augment.diffusion.checkpoints.heads import ImageHeads
 from augment.diffusion.checkpoints.lora import METADATA, inject_adapters
 from augment.diffusion.checkpoints.tokens import TokenRows
-from augment.diffusion.conditions import Condition
+from augment.diffusion.conditions import HEADS, Condition
 from augment.diffusion.process import GOALS, Process
 from augment.training.adapt.data import Batch
 from augment.training.adapt.recipe import Recipe
@@ -83,6 +85,8 @@ class Adaptation(pl.LightningModule):
         seed: of the low-rank weights' first values.
         prior_weight: λ of a batch's prior images, if it has any; see
             `augment.training.adapt.prior`.
+        known: of the images that get a head, `augment.diffusion.checkpoints.heads.thumbnails`
+            and the prompts of their classes.
 
     Raises:
         UserError: a backbone that cannot be trained or is not in float32, a layer that is not
@@ -105,6 +109,7 @@ class Adaptation(pl.LightningModule):
         total: int = 0,
         seed: int = 0,
         prior_weight: float = 0.0,
+        known: tuple[Float[Tensor, "n d"], Sequence[str]] | None = None,
     ) -> None:
         super().__init__()
         self.prior_weight = prior_weight
@@ -123,7 +128,10 @@ class Adaptation(pl.LightningModule):
                     f"encoder, got {recipe.text_rank}"
                 )
         self.encoders = nn.ModuleDict(encoders)
-        if recipe.rank:
+        self.heads: ImageHeads | None = None
+        if known:
+            self.heads = self._add_heads(targets, known, seed)
+        elif recipe.rank:
             _add_adapters(self.network, recipe.rank, targets, seed)
         for number, encoder in enumerate(self.encoders.values(), 1):
             _add_adapters(encoder, recipe.text_rank, TEXT_PROJECTIONS, seed + number)
@@ -138,10 +146,25 @@ class Adaptation(pl.LightningModule):
         backbone = self.backbone
         if not isinstance(backbone, Adaptable) or "adapter" not in known_options(type(backbone)):
             raise UserError(
-                f"expected a backbone with words to learn for {option}, got "
+                f"expected a backbone that can be adapted for {option}, got "
                 f"{backbone.fingerprint['name']}; leave it out"
             )
         return backbone
+
+    def _add_heads(
+        self, targets: Sequence[str], known: tuple[Tensor, Sequence[str]], seed: int
+    ) -> ImageHeads:
+        """Add low-rank weights to the network with a head for each image."""
+        backbone = self._adaptable("image_heads")
+        if REFERENCE in backbone.fingerprint:
+            raise UserError(
+                f"expected {backbone.fingerprint['name']} without references for image_heads, "
+                "which are references, got it with some; load it without"
+            )
+        layers = _layers(self.network, targets)
+        heads = ImageHeads.begin(self.network, layers, self.recipe.rank, *known, seed)
+        backbone.heads = heads.to(backbone.device)
+        return heads
 
     def condition(self, prompts: Sequence[str]) -> Condition:
         """Return the conditions of prompts, differentiable if any word or text encoder learns."""
@@ -165,6 +188,8 @@ class Adaptation(pl.LightningModule):
         with torch.no_grad():
             clean = self.backbone.encode(batch["image"])
         condition = self.condition(batch["prompt"])
+        if self.heads is not None:
+            condition[HEADS] = F.one_hot(batch["row"], len(self.heads.prompts)).float()
         return clean, partial(self.backbone.network, condition=condition)
 
     def _rows(self, batch: Batch, clean: Tensor, network: Network) -> Float[Tensor, " n"]:
@@ -179,17 +204,17 @@ class Adaptation(pl.LightningModule):
         return loss
 
     def configure_optimizers(self) -> Any:
-        """Make AdamW of what is trained, tokens with their own rate."""
-        tokens = {id(rows) for rows in self.tables.parameters() if rows.requires_grad}
+        """Make AdamW of what is trained, tokens and heads with their own rates."""
         tuned = [p for p in self.parameters() if p.requires_grad]
         if not tuned:
             raise UserError("expected something to train, got rank 0, no tokens; choose one")
-        rates = ((self.recipe.lr, False), (self.recipe.token_lr, True))
-        groups = [
-            {"params": own, "lr": rate}
-            for rate, new in rates
-            if (own := [p for p in tuned if (id(p) in tokens) == new])
-        ]
+        tokens = [rows for rows in self.tables.parameters() if rows.requires_grad]
+        ups = [*self.heads.up] if self.heads is not None else []
+        others = {id(p) for p in (*tokens, *ups)}
+        rest = [p for p in tuned if id(p) not in others]
+        r = self.recipe
+        rates = ((rest, r.lr), (ups, r.head_lr), (tokens, r.token_lr))
+        groups = [{"params": own, "lr": rate} for own, rate in rates if own]
         decay = self.recipe.weight_decay
         optimizer = torch.optim.AdamW(groups, lr=self.recipe.lr, weight_decay=decay)
         if self.recipe.schedule == "constant" and not self.recipe.warm_up:
@@ -207,8 +232,7 @@ class Adaptation(pl.LightningModule):
 
     def freeze_backbone(self) -> None:
         """Leave nothing that is differentiated."""
-        for part in (self.network, self.encoders, self.tables):
-            part.requires_grad_(False)
+        self.requires_grad_(False)
 
     def adapters(self) -> dict[str, Tensor]:
         """Return the low-rank weights by diffusers' names, which `load_backbone` takes as lora."""
@@ -235,7 +259,8 @@ class Adaptation(pl.LightningModule):
 
     def _tuned(self) -> dict[str, nn.Module]:
         """Return the networks with low-rank weights by diffusers' names."""
-        own = {self.backbone.part: self.network} if self.recipe.rank else {}
+        lora = self.recipe.rank and self.heads is None
+        own = {self.backbone.part: self.network} if lora else {}
         return own | dict(self.encoders.items())
 
     def vectors(self) -> dict[str, dict[str, Tensor]]:
@@ -255,7 +280,8 @@ def check_trainable(backbone: Backbone, rank: int) -> Trainable:
     name = backbone.fingerprint["name"]
     if not isinstance(backbone, Trainable):
         raise UserError(f"expected a backbone with a network to train, got {name}; take another")
-    if {"lora", "tokens"} & backbone.fingerprint.keys():
+    adapted = {"lora", "tokens"} & backbone.fingerprint.keys()
+    if adapted or getattr(backbone, "heads", None) is not None:
         raise UserError(
             f"expected {name} without a LoRA or tokens, beside which new ones could not be loaded, "
             "got some; leave them out"
@@ -273,6 +299,18 @@ def check_trainable(backbone: Backbone, rank: int) -> Trainable:
 
 def _add_adapters(network: nn.Module, rank: int, targets: Sequence[str], seed: int) -> None:
     """Freeze a network but for low-rank adapters, which at first change nothing."""
+    _layers(network, targets)
+    with torch.random.fork_rng(devices=[]):  # peft draws from the global generator
+        torch.random.default_generator.manual_seed(seed)
+        inject_adapters(network, rank, targets)
+
+
+def _layers(network: nn.Module, targets: Sequence[str]) -> list[str]:
+    """Return the names of the linear layers that end in one of the targets.
+
+    Raises:
+        UserError: a target has none.
+    """
     for target in targets:
         if not any(isinstance(module, nn.Linear) for _, module in ends_in(network, target)):
             linear = [n for n, module in network.named_modules() if isinstance(module, nn.Linear)]
@@ -281,6 +319,6 @@ def _add_adapters(network: nn.Module, rank: int, targets: Sequence[str], seed: i
                 f"expected targets out of the linear layers of {type(network).__name__}, such as "
                 f"{', '.join(sorted(ends))}, got {target!r}; correct it"
             )
-    with torch.random.fork_rng(devices=[]):  # peft draws from the global generator
-        torch.random.default_generator.manual_seed(seed)
-        inject_adapters(network, rank, targets)
+    ends = tuple(f".{target}" for target in targets)
+    named = network.named_modules()
+    return [n for n, part in named if f".{n}".endswith(ends) and isinstance(part, nn.Linear)]

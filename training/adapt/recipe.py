@@ -13,6 +13,7 @@ class Recipe:
 
     Attributes:
         rank: of the low-rank weights of the network; 0 leaves it as it is.
+        image_heads: whether each image has a B of its own in the network's low-rank weights B·A.
         text_rank: of those of the text encoders; 0 leaves them as they are.
         tokens: whether each class gets a token; by default only where there is no text encoder.
         start: word that every token begins as; by default the class's name.
@@ -23,6 +24,7 @@ class Recipe:
         batch_size: images a batch, on each device.
         accumulate: batches a step.
         lr: learning rate of the low-rank weights.
+        head_lr: that of B where each image has one.
         token_lr: learning rate of the tokens.
         schedule: constant, or cosine, which ends at 0.
         warm_up: steps in which the rate rises to its own.
@@ -35,6 +37,7 @@ class Recipe:
     """
 
     rank: int = 16
+    image_heads: bool = False
     text_rank: int = 0
     tokens: bool | None = None
     start: str = ""
@@ -44,6 +47,7 @@ class Recipe:
     batch_size: int = 4
     accumulate: int = 1
     lr: float = 1e-4
+    head_lr: float = 1e-3
     token_lr: float = 1e-3
     schedule: Literal["constant", "cosine"] = "constant"
     warm_up: int = 0
@@ -57,7 +61,10 @@ class Recipe:
         at_least(0, rank=self.rank, text_rank=self.text_rank, warm_up=self.warm_up)
         at_least(0, weight_decay=self.weight_decay)
         expect(self.lr > 0, "lr > 0", self.lr)
+        expect(self.head_lr > 0, "head_lr > 0", self.head_lr)
         expect(self.token_lr > 0, "token_lr > 0", self.token_lr)
+        rank = "rank ≥ 1 for image_heads"
+        expect(self.rank > 0 or not self.image_heads, rank, self.rank)
         expect(0 <= self.drop <= 1, "drop in [0, 1]", self.drop)
 
     def total(self, classes: int, images: int, devices: int) -> int:

@@ -18,6 +18,7 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import ModelCheckpoint
 from safetensors.torch import save
+from torch import Tensor
 
 from augment.core.errors import UserError
 from augment.core.files import (
@@ -33,10 +34,12 @@ from augment.core.rng import normal, rng
 from augment.diffusion import Backbone
 from augment.diffusion.backbone import Adaptable
 from augment.diffusion.checkpoints.adapter import ADAPTER, record_of
+from augment.diffusion.checkpoints.heads import HEADS_FILE, thumbnails
 from augment.diffusion.checkpoints.lora import LORA, serialized
 from augment.diffusion.checkpoints.tokens import TOKENS, class_tokens
 from augment.diffusion.solver import sample
 from augment.diffusion.usage import PHOTO
+from augment.sources import Source
 from augment.sources.images import sheet
 from augment.sources.prompts import class_name, class_prompts, nfc
 from augment.training import lightning
@@ -78,7 +81,6 @@ def adapt_backbone(settings: AdaptSettings, backbone: Backbone | None = None) ->
         for name, token in tokens.items()
     }
     total = recipe.total(len(classes), len(s.source), s.devices)
-    module = Adaptation(backbone, recipe, targets, words, total, s.seed, s.prior_weight)
     given = s.check_classes(s.prompts, "prompts")
     usual = (backbone.usage.template or PHOTO) if reads else "{name}" if tokens else ""
     template = s.prompt or usual
@@ -86,10 +88,15 @@ def adapt_backbone(settings: AdaptSettings, backbone: Backbone | None = None) ->
     called = {name: tokens[name] for name in rest if tokens}
     prompts = given | (class_prompts(rest, template, called) if template else {})
     texts = s.texts(prompts)
+    known = (_known(s.source, backbone), s.class_texts(prompts)) if recipe.image_heads else None
+    module = Adaptation(backbone, recipe, targets, words, total, s.seed, s.prior_weight, known)
+    how = asdict(recipe)
+    for name in () if recipe.image_heads else ("image_heads", "head_lr"):
+        del how[name]  # runs of older versions do not have them
     record = {
         "backbone": before,
         "data": {"images": len(texts), "prompts": digest_of(texts), "words": words},
-        **asdict(recipe),
+        **how,
         **{"total": total, "targets": targets, "seed": s.seed},
         **{"precision": s.precision, "devices": s.devices},
         **({"prior": {"prompt": s.prior.prompt, "weight": s.prior.weight}} if s.prior else {}),
@@ -101,6 +108,9 @@ def adapt_backbone(settings: AdaptSettings, backbone: Backbone | None = None) ->
     def write(digests: set[str]) -> Path:
         if state := module.adapters():
             write_bytes(out / LORA, serialized(state, module.metadata()))
+        if module.heads is not None:
+            heads = serialized(module.heads.state(), module.heads.metadata())
+            write_bytes(out / HEADS_FILE, heads)
         for name, rows in module.vectors().items():
             write_bytes(out / TOKENS[name], save(rows, {"format": "pt"}))
         named = [token for token in words if any(token in text for text in prompts.values())]
@@ -112,6 +122,13 @@ def adapt_backbone(settings: AdaptSettings, backbone: Backbone | None = None) ->
     if s.checkpointing:
         network.disable_gradient_checkpointing()
     return place
+
+
+def _known(source: Source, backbone: Backbone) -> Tensor:
+    """Return what the images of a source are known by, in its order."""
+    form = backbone.channels, backbone.resolution
+    rows = [thumbnails(source.load(image_id, *form)[None]) for image_id, _ in source.samples]
+    return torch.cat(rows)
 
 
 class Sheets(pl.Callback):

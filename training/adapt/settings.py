@@ -70,10 +70,14 @@ class RunSettings:
 
     def texts(self, prompts: Mapping[str, str]) -> list[str]:
         """Return the caption of each image, or else the prompt of its class."""
-        source = self.source
-        captions = (self.captions and _captions(source, self.captions)) or {}
-        classes = [prompts.get(name, "") for name in source.classes]
-        return [captions.get(image_id, classes[label]) for image_id, label in source.samples]
+        captions = (self.captions and _captions(self.source, self.captions)) or {}
+        pairs = zip(self.source.samples, self.class_texts(prompts), strict=True)
+        return [captions.get(image_id, text) for (image_id, _), text in pairs]
+
+    def class_texts(self, prompts: Mapping[str, str]) -> list[str]:
+        """Return the prompt of each image's class."""
+        classes = [prompts.get(name, "") for name in self.source.classes]
+        return [classes[label] for _, label in self.source.samples]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,6 +102,8 @@ class AdaptSettings(RunSettings):
         words: word that a class's token begins as, as YAML such as '{Coat: top}'; by default the
             class's name.
         rank: rank of the low-rank weights of the network; 0 leaves it as it is. By default 16.
+        image_heads: whether each image gets a B of its own in the network's low-rank weights
+            B·A, which synthesis mixes by the weights of a plan (ChimeraLoRA).
         text_rank: rank of those of the text encoders. By default 0, which leaves them as they are.
         tokens: whether each class gets a token; by default only where there is no text encoder.
         targets: endings of the names of layers that get low-rank weights; by default the
@@ -107,6 +113,7 @@ class AdaptSettings(RunSettings):
         batch_size: images a batch, on each device. By default 4.
         accumulate: batches a step. By default 1.
         lr: learning rate of low-rank weights. By default 1e-4.
+        head_lr: learning rate of B with image_heads, where lr is that of A. By default 1e-3.
         token_lr: learning rate of tokens. By default 1e-3.
         drop: share of the images that are trained without their prompt, in [0, 1]. By default 0.1.
         flip: whether half of the images are mirrored.
@@ -131,6 +138,7 @@ class AdaptSettings(RunSettings):
     preset: str = ""
     words: dict[str, str] | None = None
     rank: int | None = None
+    image_heads: bool | None = None
     text_rank: int | None = None
     tokens: bool | None = None
     steps: int | None = None
@@ -138,6 +146,7 @@ class AdaptSettings(RunSettings):
     batch_size: int | None = None
     accumulate: int | None = None
     lr: float | None = None
+    head_lr: float | None = None
     token_lr: float | None = None
     drop: float | None = None
     flip: bool | None = None
@@ -156,6 +165,11 @@ class AdaptSettings(RunSettings):
             raise UserError(
                 "expected prior_prompt with prior_images or prior_weight, got none; say what the "
                 "images are of, such as 'a photo of a bird'"
+            )
+        if self.prior_prompt and self.recipe.image_heads:
+            raise UserError(
+                "expected no prior_prompt with image_heads, whose weights are of your images "
+                f"alone, got {self.prior_prompt!r}; leave one out"
             )
         if self.prior_prompt and not (self.recipe.rank or self.recipe.text_rank):
             raise UserError(

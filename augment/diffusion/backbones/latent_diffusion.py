@@ -19,6 +19,7 @@ from augment.diffusion.backbone import Condition, Recipe, Timestep, as_times
 from augment.diffusion.checkpoints.adapter import adapter_of
 from augment.diffusion.checkpoints.checkpoint import MAX_NUMBER, Checkpoint, read_process
 from augment.diffusion.checkpoints.codec import Codec, load_tiny
+from augment.diffusion.checkpoints.heads import ImageHeads, refuse_beside_heads
 from augment.diffusion.checkpoints.hub import damaged, quiet, require
 from augment.diffusion.checkpoints.lora import add_lora, find_lora
 from augment.diffusion.checkpoints.tokens import (
@@ -30,6 +31,7 @@ from augment.diffusion.checkpoints.tokens import (
     start_rows,
     tokenizer_of,
 )
+from augment.diffusion.conditions import HEADS
 from augment.diffusion.process import VariancePreserving
 from augment.diffusion.usage import FEW_STEPS, Usage, few_step_sign
 
@@ -137,6 +139,11 @@ class LatentDiffusion:
             # not diffusers' own ``to``, which warns of half precision that nobody asked for
             module = getattr(self.pipe, name).eval().requires_grad_(False)
             nn.Module.to(module, self.device, self.dtype)
+        self.heads: ImageHeads | None = None
+        if given and given.heads:
+            refuse_beside_heads(compile=compile, ip_adapter=getattr(self, "ip_adapter", None))
+            heads = ImageHeads.load(self.net, given.heads)
+            self.heads = nn.Module.to(heads, self.device, self.dtype)
         tiny = load_tiny(tiny_vae, checkpoint.local_files_only)
         self.codec = Codec(self.pipe.vae, self.device, self.vae_dtype(), tiny)
         self._set_size(resolution)
@@ -268,7 +275,12 @@ class LatentDiffusion:
         """
         rows = [self._row(prompt) for prompt in prompts or [""]]
         rows = {key: torch.cat([row[key] for row in rows]) for key in rows[0]}
-        return rows if prompts else {key: value[:0] for key, value in rows.items()}
+        found = rows if prompts else {key: value[:0] for key, value in rows.items()}
+        return self._with_heads(found, prompts)
+
+    def _with_heads(self, rows: Condition, prompts: Sequence[str]) -> Condition:
+        """Add the weights of the image heads of prompts, if there are any."""
+        return rows if self.heads is None else {**rows, HEADS: self.heads.of(prompts)}
 
     def _row(self, prompt: str) -> Condition:
         if prompt not in self._cache:
@@ -292,6 +304,8 @@ class LatentDiffusion:
         if not len(latent):  # diffusers' attention cannot reshape nothing
             return torch.zeros_like(latent)
         times = as_times(timestep, latent)
+        if self.heads is not None:
+            self.heads.weights = condition[HEADS]
         return self.answer(latent.to(self.dtype), times, condition).float()
 
     def answer(self, latent: Tensor, times: Float[Tensor, " n"], condition: Condition) -> Tensor:
@@ -375,7 +389,20 @@ class LatentDiffusion:
         """Embed prompts as `condition` does, differentiably in what text encoders learn."""
         self._cache.clear()  # of vectors that are about to change
         rows = [self.embed(prompt) for prompt in prompts]
-        return {key: torch.cat([row[key] for row in rows]) for key in rows[0]}
+        found = {key: torch.cat([row[key] for row in rows]) for key in rows[0]}
+        return self._with_heads(found, prompts)
+
+    def refer(self, images: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n ..."]:
+        """Return the image heads of images as references.
+
+        Raises:
+            UserError: the backbone has none.
+        """
+        if self.heads is None:
+            raise UserError(
+                "expected a backbone with ip_adapter or image heads for references, got one without"
+            )
+        return self.heads.refer(images)
 
     def save(self, folder: Path) -> Path:
         """Write the pipeline below a folder; return the path for `load_backbone`."""

@@ -67,11 +67,11 @@ class StableDiffusion(LatentDiffusion):
             self.fingerprint[REFERENCE] = self.ip_adapter.fingerprint
 
     def prepare(self, compile: bool) -> None:
-        """Set channels last, and fuse projections where neither compiler nor IP-Adapter does."""
+        """Set channels last, and fuse projections where nothing else needs them apart."""
         nn.Module.to(self.net, memory_format=torch.channels_last)
         if self.ip_adapter:
             self.embed_images = self.ip_adapter.add_to(self.pipe, self.device, self.dtype)
-        elif not compile:
+        elif not compile and self.heads is None:
             self.net.fuse_qkv_projections()
         super().prepare(compile)
 
@@ -82,14 +82,12 @@ class StableDiffusion(LatentDiffusion):
         return None if self.ip_adapter else super().pipeline_options(latents, steps, guidance)
 
     def refer(self, images: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n ..."]:
-        """Embed images as the IP-Adapter's references.
+        """Embed images as the IP-Adapter's references, or return their image heads.
 
         Raises:
-            UserError: the backbone has no IP-Adapter.
+            UserError: the backbone has neither.
         """
-        if self.embed_images is None:
-            raise UserError("expected a backbone with ip_adapter for references, got one without")
-        return self.embed_images(images)
+        return self.embed_images(images) if self.embed_images else super().refer(images)
 
     def none_referred(self) -> Condition:
         """Return the part of a prompt's condition that says that there is no reference."""

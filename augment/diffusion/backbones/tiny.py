@@ -33,8 +33,10 @@ from augment.core.files import write_bytes
 from augment.diffusion.backbone import REFERENCE, Condition, Recipe, Timestep, as_times
 from augment.diffusion.backbones.resnet12 import features_of, load_trunk
 from augment.diffusion.checkpoints.adapter import adapter_of
+from augment.diffusion.checkpoints.heads import ImageHeads, refuse_beside_heads
 from augment.diffusion.checkpoints.lora import find_lora, fuse_lora
 from augment.diffusion.checkpoints.tokens import TokenRows, check_vectors, only_tokens
+from augment.diffusion.conditions import HEADS
 from augment.diffusion.process import Flow, Process, VariancePreserving
 from augment.diffusion.usage import Usage
 
@@ -154,6 +156,11 @@ class Tiny:
             self.fingerprint |= given.fingerprint()
             if rows := only_tokens(given.vectors(), "tiny"):
                 self._append(rows).requires_grad_(False)
+        self.heads: ImageHeads | None = None
+        if given and given.heads:
+            refuse_beside_heads(compile=compile, reference=reference)
+            heads = ImageHeads.load(self.unet, given.heads)
+            self.heads = nn.Module.to(heads, self.device, dtype)
         # not diffusers' own ``to``, which warns of half precision that nobody asked for
         nn.Module.to(self.unet, self.device, dtype).eval().requires_grad_(False)
         # its weights are laid out for the CPU, and the steps between products fused
@@ -190,6 +197,8 @@ class Tiny:
         if self.trunk is not None:
             width = self.feature["feature.weight"].shape[1]
             known["reference"] = torch.zeros(len(prompts), width, device=self.device)
+        if self.heads is not None:
+            known[HEADS] = self.heads.of(prompts)
         return known
 
     embedded = condition
@@ -224,11 +233,13 @@ class Tiny:
         return table
 
     def refer(self, images: Float[Tensor, "n c 32 32"]) -> Float[Tensor, "n f"]:
-        """Embed images as references: features of length 1 of a ResNet-12.
+        """Embed images as references: features of length 1 of a ResNet-12, or their image heads.
 
         Raises:
-            UserError: the backbone was loaded without one.
+            UserError: the backbone was loaded without both.
         """
+        if self.heads is not None:
+            return self.heads.refer(images)
         if self.trunk is None:
             raise UserError("expected the tiny backbone with reference=, its ResNet-12, got none")
         return features_of(self.trunk, images.to(self.device))
@@ -243,6 +254,8 @@ class Tiny:
     ) -> Float[Tensor, "n C 16 16"]:
         """Return the UNet's output, in the process's prediction."""
         text = condition["text"]
+        if self.heads is not None:
+            self.heads.weights = condition[HEADS]
         if "reference" in condition:
             text = text + self._project(condition["reference"]).to(text)
         rows = latent.to(self.dtype), as_times(timestep, latent), text.to(self.dtype)

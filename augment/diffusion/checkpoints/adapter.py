@@ -18,6 +18,7 @@ from torch import Tensor
 
 from augment.core.errors import UserError
 from augment.core.files import read_json
+from augment.diffusion.checkpoints.heads import HEADS_FILE, IMAGE_HEADS
 from augment.diffusion.checkpoints.hub import REPOSITORY, local_folder
 from augment.diffusion.checkpoints.lora import LORA
 from augment.diffusion.checkpoints.tokens import TOKENS, read_tokens, token_files
@@ -58,7 +59,7 @@ class Adapter:
         """
         folder = Path(source)
         if not folder.exists() and re.fullmatch(REPOSITORY, str(source)):
-            files = [LORA, *TOKENS.values(), ADAPTER]
+            files = [LORA, HEADS_FILE, *TOKENS.values(), ADAPTER]
             folder = local_folder(str(source), files, local_files_only)
         if folder.is_file():
             if folder.suffix != ".safetensors":
@@ -67,7 +68,7 @@ class Adapter:
                     "that runs code; have it converted"
                 )
             return cls(folder)
-        if not any((folder / name).is_file() for name in (LORA, *TOKENS.values())):
+        if not any((folder / name).is_file() for name in (LORA, HEADS_FILE, *TOKENS.values())):
             raise UserError(
                 f"expected {LORA} or {TOKENS['text_encoder']} in {folder}, got neither; give the "
                 "--out of latent-augment adapt"
@@ -94,6 +95,11 @@ class Adapter:
     def lora(self) -> Path | None:
         """The LoRA, if there is one."""
         return self.place / LORA if (self.place / LORA).exists() else None
+
+    @property
+    def heads(self) -> Path | None:
+        """The file of image heads, if there is one."""
+        return self.place / HEADS_FILE if (self.place / HEADS_FILE).exists() else None
 
     def vectors(self) -> dict[str, dict[str, Float[Tensor, " width"]]]:
         """Read the vectors of its tokens by text encoder and token.
@@ -123,8 +129,11 @@ class Adapter:
         files = token_files(self.place).values()
         content = b"".join(path.read_bytes() for path in files)
         named = self.place.name.encode() if self.place.is_file() else b""  # it may name the token
-        tokens = {"tokens": hashlib.sha256(named + content).hexdigest()} if files else {}
-        return tokens | ({IMAGES: " ".join(self.images)} if self.images else {})
+        found = {"tokens": hashlib.sha256(named + content).hexdigest()} if files else {}
+        if self.heads:
+            digest = hashlib.sha256(self.heads.read_bytes()).hexdigest()
+            found["reference"] = f"{IMAGE_HEADS} {digest}"
+        return found | ({IMAGES: " ".join(self.images)} if self.images else {})
 
 
 def adapter_of(
