@@ -283,8 +283,8 @@ def check_trainable(backbone: Backbone, rank: int) -> Trainable:
     adapted = {"lora", "tokens"} & backbone.fingerprint.keys()
     if adapted or getattr(backbone, "heads", None) is not None:
         raise UserError(
-            f"expected {name} without a LoRA or tokens, beside which new ones could not be loaded, "
-            "got some; leave them out"
+            f"expected {name} without a LoRA, image heads or tokens, beside which new ones could "
+            "not be loaded, got some; leave them out"
         )
     if rank and "lora" not in known_options(type(backbone)):
         raise UserError(f"expected rank 0 for {name}, which takes no LoRA, got {rank}")
