@@ -39,9 +39,9 @@ OPTIONS = {
         head_options channels resolution device
     """,
     "adapt": """
-        images.help images out backbone preset prompt prompts captions words rank image_heads text_rank
-        tokens targets steps per batch_size accumulate lr head_lr token_lr drop flip checkpointing
-        sheets seed device devices precision workers backbone_options
+        images.help images out backbone preset prompt prompts captions words rank image_heads
+        text_rank tokens targets steps per batch_size accumulate lr head_lr token_lr drop flip
+        checkpointing sheets seed device devices precision workers backbone_options
     """,
     "smooth": """
         images.help images out backbone prompt prompts captions weight rank targets steps
