@@ -143,7 +143,7 @@ class LatentDiffusion:
         if given and given.heads:
             refuse_beside_heads(compile=compile, ip_adapter=getattr(self, "ip_adapter", None))
             heads = ImageHeads.load(self.net, given.heads)
-            self.heads = nn.Module.to(heads, self.device, self.dtype)
+            self.heads = heads.to(self.device, self.dtype)
         tiny = load_tiny(tiny_vae, checkpoint.local_files_only)
         self.codec = Codec(self.pipe.vae, self.device, self.vae_dtype(), tiny)
         self._set_size(resolution)

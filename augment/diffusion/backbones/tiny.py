@@ -160,7 +160,7 @@ class Tiny:
         if given and given.heads:
             refuse_beside_heads(compile=compile, reference=reference)
             heads = ImageHeads.load(self.unet, given.heads)
-            self.heads = nn.Module.to(heads, self.device, dtype)
+            self.heads = heads.to(self.device, dtype)
         # not diffusers' own ``to``, which warns of half precision that nobody asked for
         nn.Module.to(self.unet, self.device, dtype).eval().requires_grad_(False)
         # its weights are laid out for the CPU, and the steps between products fused

@@ -63,6 +63,8 @@ class ImageHeads(nn.Module):
         weights: (b, n) of the heads in the rows of the call of the network to come.
     """
 
+    known: Tensor
+
     def __init__(
         self,
         network: nn.Module,
@@ -102,7 +104,7 @@ class ImageHeads(nn.Module):
         """Return heads that change nothing yet: A is drawn, and each B is 0."""
         downs, ups = {}, {}
         for number, name in enumerate(layers):
-            height, width = network.get_submodule(name).weight.shape
+            height, width = network.get_parameter(f"{name}.weight").shape
             downs[name] = normal(rng(seed, "heads", number), rank, width) / (3 * width) ** 0.5
             ups[name] = torch.zeros(len(known), height, rank)
         return cls(network, downs, ups, known, prompts)
