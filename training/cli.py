@@ -65,7 +65,7 @@ class TrainCLI(LightningCLI):
         """Link the model to the data, and all random generators to one seed."""
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
         parser.usage = "latent-augment train COMMAND [OPTIONS]"  # all names fill two screens
-        groups: list[Any] = parser._action_groups  # argparse's own list, sorted in place
+        groups = cast(list[Any], parser._action_groups)  # argparse's own, sorted in place
         groups.sort(key=lambda group: _rank(group.title or ""))
         parser.set_defaults(
             {
