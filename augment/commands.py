@@ -311,7 +311,6 @@ def check(settings: "augment.report.check.CheckSettings") -> Record:
     Examples:
         latent-augment check
         latent-augment check --backbone sd15 --out centroids.png
-        latent-augment --json check --backbone sdxl > check.json
     """
     from augment.report.check import run_check
 
