@@ -113,8 +113,8 @@ ROWS = (
     Row("single images, level 0.5", _LONE),
     Row("centroids", Mixing(), "forward_start"),
     Row("samples by references", _FRESH, references=True, guidance=4.0),
-    Row("  at guidance 2", _FRESH, references=True, guidance=2.0),
-    Row("  the best quarter", _FRESH, references=True, guidance=4.0, kept=0.25),
+    Row("samples by references, guidance 2", _FRESH, references=True, guidance=2.0),
+    Row("samples by references, best quarter", _FRESH, references=True, guidance=4.0, kept=0.25),
     Row("single images by references, level 0.5", _LONE, references=True, guidance=2.0),
     Row("centroids by references", Mixing(), "forward_start", references=True, guidance=2.0),
     Row("centroids by references, level 0.7", _AT, references=True, guidance=2.0),
@@ -344,7 +344,7 @@ class Bed:
 
     def run(self, row: Row, learner: Learner, shots: int, seed: int) -> dict[str, float]:
         """Return what a row is worth to a learner, which is read if it was measured before."""
-        name = "".join(c if c.isalnum() or c == "." else "-" for c in row.name.strip())
+        name = "".join(c if c.isalnum() or c == "." else "-" for c in row.name)
         done = self.out / "runs" / f"{learner.name}-{name}-{shots}-{seed}.json"
         settings = json.loads(json.dumps([asdict(row), asdict(learner)]))
         if done.exists() and (found := read_json(done, "a run"))["settings"] == settings:
@@ -386,7 +386,7 @@ class Table:
             cells = {self.learner.name: row.name}
             for n in self.shots:
                 gain = "" if row.name == BASE else f" ({ci95(self.gains(row.name, n), True)})"
-                cells[f"{n} shots"] = ci95(self.values(row.name, n)) + gain
+                cells[f"{n} shot{'s' * (n > 1)}"] = ci95(self.values(row.name, n)) + gain
             records.append(cells)
         return records
 
@@ -400,7 +400,7 @@ class Table:
                 margins = {
                     f"above {k}": ci95(self.gains(best, n, v), True) for k, v in parts.items()
                 }
-                records.append({"shots": f"{n}", "best row": best.strip(), **margins})
+                records.append({"shots": f"{n}", "best row": best, **margins})
         return records
 
     def causes(self, shots: int) -> list[dict[str, str]]:
@@ -427,7 +427,7 @@ class Table:
                 list(means),
                 halves,
                 fmt=style,
-                label=row.name.strip(),
+                label=row.name,
                 lw=1,
                 capsize=2,
             )
@@ -464,7 +464,7 @@ def main() -> None:
     if args.quick:
         args.seeds, args.shots, args.learners = 2, [1, 5], ["scratch", "head"]
         args.rows = args.rows or ["samples by references", "centroids by references", TWICE]
-    rows = [row for row in ROWS if not args.rows or row.name.strip() in (BASE, *args.rows)]
+    rows = [row for row in ROWS if not args.rows or row.name in (BASE, *args.rows)]
     bed = Bed(args)
     for learner in LEARNERS:
         if learner.name not in args.learners:
