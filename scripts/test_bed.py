@@ -103,7 +103,8 @@ class Row:
         return json.dumps(asdict(self) | others, sort_keys=True)
 
 
-BASE, TWICE = "RandAugment + mixup", "twice the shots"
+BASE, TWICE, CENTROIDS = "RandAugment + mixup", "twice the shots", "centroids by references"
+SAMPLES = ("samples by references", "samples by references, guidance 2")
 _FRESH, _LONE = Mixing(level=1.0), Mixing(level=0.5, members=1)
 _AT = Mixing(level=0.7, rule="fade/chm")
 ROWS = (
@@ -112,11 +113,19 @@ ROWS = (
     Row("samples by superclass", _FRESH, guidance=2.0),
     Row("single images, level 0.5", _LONE),
     Row("centroids", Mixing(), "forward_start"),
-    Row("samples by references", _FRESH, references=True, guidance=4.0),
-    Row("samples by references, guidance 2", _FRESH, references=True, guidance=2.0),
+    Row(SAMPLES[0], _FRESH, references=True, guidance=4.0),
+    Row(SAMPLES[1], _FRESH, references=True, guidance=2.0),
+    Row(
+        "samples by references, last third real",
+        _FRESH,
+        references=True,
+        guidance=4.0,
+        share=0.8,
+        real_only=2,
+    ),
     Row("samples by references, best quarter", _FRESH, references=True, guidance=4.0, kept=0.25),
     Row("single images by references, level 0.5", _LONE, references=True, guidance=2.0),
-    Row("centroids by references", Mixing(), "forward_start", references=True, guidance=2.0),
+    Row(CENTROIDS, Mixing(), "forward_start", references=True, guidance=2.0),
     Row("centroids by references, level 0.7", _AT, references=True, guidance=2.0),
     Row("adapted samples", _FRESH, adapted=True),
     Row("adapted single images, level 0.7", replace(_LONE, level=0.7), adapted=True),
@@ -386,7 +395,7 @@ class Table:
             cells = {self.learner.name: row.name}
             for n in self.shots:
                 gain = "" if row.name == BASE else f" ({ci95(self.gains(row.name, n), True)})"
-                cells[f"{n} shot{'s' * (n > 1)}"] = ci95(self.values(row.name, n)) + gain
+                cells[shots_of(n)] = ci95(self.values(row.name, n)) + gain
             records.append(cells)
         return records
 
@@ -401,6 +410,19 @@ class Table:
                     f"above {k}": ci95(self.gains(best, n, v), True) for k, v in parts.items()
                 }
                 records.append({"shots": f"{n}", "best row": best, **margins})
+        return records
+
+    def mixing(self) -> list[dict[str, str]]:
+        """Return how far centroids are above samples by the same references, paired by draw."""
+        names, records = [row.name for row in self.rows], []
+        for name in SAMPLES:
+            if name not in names or CENTROIDS not in names:
+                continue
+            record = {f"{CENTROIDS}, above": name}
+            for n in self.shots:
+                pairs = zip(self.values(CENTROIDS, n), self.values(name, n), strict=True)
+                record[shots_of(n)] = ci95([one - other for one, other in pairs], True)
+            records.append(record)
         return records
 
     def causes(self, shots: int) -> list[dict[str, str]]:
@@ -439,6 +461,11 @@ class Table:
         plt.close(figure)
 
 
+def shots_of(count: int) -> str:
+    """Name a number of shots."""
+    return f"{count} shot{'s' * (count > 1)}"
+
+
 def ci95(values: list[float], sign: bool = False) -> str:
     """Format mean and 95 % interval, which a single draw has not."""
     half = f" ± {interval(values):.1f}" if len(values) > 1 else ""
@@ -470,7 +497,7 @@ def main() -> None:
         if learner.name not in args.learners:
             continue
         table = Table(bed, learner, rows, args.shots)
-        parts = [table.records(), table.rungs()]
+        parts = [table.records(), table.rungs(), table.mixing()]
         if learner is LEARNERS[0]:
             parts.append(table.causes(bed.judged))
         text = "\n\n".join("\n".join(markdown(part)) for part in parts if part)

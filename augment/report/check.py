@@ -323,7 +323,7 @@ class Check:
         yield self.memory()
 
     def guarded(self, topic: str, find: Callable[[], Iterator[Line]]) -> Iterator[Line]:
-        """Yield what is found; an error of any kind becomes a line, so that the rest is told."""
+        """Yield what is found; an error of any kind becomes a line, and the check goes on."""
         try:
             yield from find()
         except UserError as error:
