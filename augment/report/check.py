@@ -21,7 +21,7 @@ import resource
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
 from importlib.resources import files
@@ -41,6 +41,7 @@ from augment.bank.fill import fill_bank
 from augment.centroid import Rule
 from augment.core.errors import AugmentWarning, BiasWarning, UserError
 from augment.core.files import JsonObject
+from augment.core.rng import normal, rng
 from augment.diffusion import find_device, load_backbone, parse_dtype
 from augment.diffusion.backbone import Backbone, check_batch
 from augment.diffusion.backbones.latent_diffusion import LatentDiffusion
@@ -377,7 +378,8 @@ class Check:
         process, clean = self.backbone.process, self.clean
         own, errors = process.prediction, {name: [] for name in PREDICTIONS}
         condition = self.backbone.condition([self.prompt] * len(clean))
-        noise, variance = _noise(clean.shape).to(clean), clean.var().item()
+        noise = normal(rng(0, "noise"), *clean.shape).to(clean)
+        variance = clean.var().item()
         for level in LEVELS:
             alpha, sigma = process.alpha_sigma(level)
             noisy = alpha * clean + sigma * noise
@@ -514,7 +516,7 @@ class Check:
     @cached_property
     def noise(self) -> Float[Tensor, "n c h w"]:
         """The noise that timed runs sample."""
-        return _noise((self.batch, *self.backbone.latent_shape))
+        return normal(rng(0, "noise"), self.batch, *self.backbone.latent_shape)
 
     def sampled(self, steps: int) -> Float[Tensor, "n c h w"]:
         """Sample by first order, with the guidance of the family."""
@@ -568,10 +570,6 @@ def _as_json(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return list(map(_as_json, value))
     return None if isinstance(value, float) and not isfinite(value) else value
-
-
-def _noise(shape: Sequence[int]) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
 
 
 def _short(dtype: torch.dtype) -> str:
