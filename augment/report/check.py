@@ -246,9 +246,9 @@ def machine(device: torch.device) -> Line:
     return Line("machine", f"{device} ({where}); {text}", values=known)
 
 
-def synchronize(device: torch.device) -> None:
+def synchronize(device: torch.device | str) -> None:
     """Wait until a GPU has finished its queue."""
-    if device.type in ("cuda", "mps"):
+    if torch.device(device).type in ("cuda", "mps"):
         torch.accelerator.synchronize()
 
 

@@ -25,9 +25,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from augment.report.check import matmul_rate
+from augment.report.check import matmul_rate, synchronize
 from benchmarks.backbone_configs import MODELS, build, operations
-from benchmarks.paired import Comparison, synchronize
+from benchmarks.paired import Comparison
 from benchmarks.pipelines import Bench, Run
 
 GIB = 2**30

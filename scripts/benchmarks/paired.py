@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from augment.report.check import synchronize
+
 TURN = 0.01
 """Minimum length of a turn, seconds."""
 ROUNDS = 3
@@ -91,12 +93,6 @@ def threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def synchronize(device: str) -> None:
-    """Wait until a GPU has finished its queue."""
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
 
 
 def turn(pair: Comparison, call: Callable[[], object], calls: int, device: str) -> float:
