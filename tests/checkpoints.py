@@ -323,6 +323,58 @@ def sit(folder: Path, seed: int = 0, labels: bool = True, **config: Any) -> Path
     return folder
 
 
+LIGHTNINGDIT = {"input_size": LATENT, "patch_size": 1, "in_channels": 4, "hidden_size": 32}
+LIGHTNINGDIT |= {"depth": 2, "num_heads": 4, "num_classes": 1000, "learn_sigma": False}
+LIGHTNINGDIT |= {"use_qknorm": False, "use_swiglu": True, "use_rope": True, "use_rmsnorm": True}
+LIGHTNINGDIT |= {"wo_shift": False}
+
+
+def lightningdit_state(config: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """Return random weights of a LightningDiT by its layers' published names."""
+    width, depth = config["hidden_size"], config["depth"]
+    inner = int(2 / 3 * int(4.0 * width))
+    state = {key: value for key, value in sit_state(config).items() if ".mlp.fc" not in key}
+    state["final_layer.norm_final.weight"] = 1 + torch.randn(width) / 4
+    for number in range(depth):
+        block = f"blocks.{number}"
+        for norm in ("norm1", "norm2"):
+            state[f"{block}.{norm}.weight"] = 1 + torch.randn(width) / 4
+        for name, shape in {"w12": (2 * inner, width), "w3": (width, inner)}.items():
+            state[f"{block}.mlp.{name}.weight"] = torch.randn(shape) / shape[1] ** 0.5
+            state[f"{block}.mlp.{name}.bias"] = torch.randn(shape[0]) / 4
+        for norm in ("q_norm", "k_norm") if config["use_qknorm"] else ():
+            head = width // config["num_heads"]
+            state[f"{block}.attn.{norm}.weight"] = 1 + torch.randn(head) / 4
+    return state
+
+
+def lightningdit(folder: Path, seed: int = 0, shift: float | None = 0.3, **config: Any) -> Path:
+    """Write LightningDiT as its checkpoints for diffusers are: own classes, the published names."""
+    from safetensors.torch import save_file
+
+    torch.manual_seed(seed)
+    config = LIGHTNINGDIT | config
+    (folder / "transformer").mkdir(parents=True)
+    place = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    save_file(lightningdit_state(config), place)
+    place.with_name("config.json").write_text(json.dumps(config))
+    statistics = {"latents_mean": [0.1, -0.2, 0.0, 0.3], "latents_std": [0.2, 0.25, 0.3, 0.2]}
+    autoencoder(**statistics).save_pretrained(folder / "vae")
+    scheduler = {"_class_name": "FlowMatchHeunDiscreteScheduler"}
+    scheduler |= {} if shift is None else {"shift": shift}
+    (folder / "scheduler").mkdir()
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler))
+    index = {
+        "_class_name": ["pipeline", "LightningDiTPipeline"],
+        "transformer": ["transformer_lightningdit", "LightningDiTTransformer2DModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+        "scheduler": ["diffusers", "FlowMatchHeunDiscreteScheduler"],
+        "id2label": {"1": "goldfish, Carassius auratus"},
+    }
+    (folder / "model_index.json").write_text(json.dumps(index))
+    return folder
+
+
 CHAT = (
     "{% for message in messages %}<|im_start|>{{ message.role }} {{ message.content }}<|im_end|>"
     "{% endfor %}<|im_start|>assistant{% if not enable_thinking %} no{% endif %}"

@@ -19,6 +19,7 @@ from augment.diffusion.backbone import Backbone, Recipe
 from augment.diffusion.backbones.dit import DiT
 from augment.diffusion.backbones.flux import Flux
 from augment.diffusion.backbones.flux2 import Flux2Klein
+from augment.diffusion.backbones.lightningdit import LightningDiT
 from augment.diffusion.backbones.sit import SiT
 from augment.diffusion.backbones.stable_diffusion import StableDiffusion, StableDiffusionXL
 from augment.diffusion.backbones.stable_diffusion3 import StableDiffusion3
@@ -33,6 +34,7 @@ PIPELINES: dict[str, Callable[..., Backbone]] = {
     "StableDiffusion3Pipeline": StableDiffusion3,
     "DiTPipeline": DiT,
     "SiTPipeline": SiT,
+    "LightningDiTPipeline": LightningDiT,
     "ZImagePipeline": ZImage,
     "Flux2KleinPipeline": Flux2Klein,
     "FluxPipeline": Flux,

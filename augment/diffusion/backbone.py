@@ -171,7 +171,8 @@ class Denoiser:
 
     The guided output is u + guidance·(c − u), of conditional c and unconditional u (Ho & Salimans,
     arXiv 2207.12598, eq. 6), both computed in one batch; outside the interval it is c
-    (Kynkäänniemi et al., arXiv 2404.07724).
+    (Kynkäänniemi et al., arXiv 2404.07724), and so in all but the first channels of a backbone with
+    ``guided_channels``.
 
     Args:
         backbone: the model.
@@ -194,7 +195,9 @@ class Denoiser:
         if self.both and self.interval[0] <= level <= self.interval[1]:
             outputs = network(torch.cat([latent, latent]), timestep, self.both(level))
             free, output = outputs.chunk(2)
-            output = free + self.guidance * (output - free)
+            guided = free + self.guidance * (output - free)
+            first = getattr(self.backbone, "guided_channels", guided.shape[1])
+            output = torch.cat([guided[:, :first], output[:, first:]], 1)
         else:
             output = network(latent, timestep, self.condition(level))
         return split(process, latent, output, level)

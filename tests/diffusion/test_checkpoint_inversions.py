@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from checkpoints import PROMPT, flux, flux2, sd3, sit, stable_diffusion, z_image
+from checkpoints import PROMPT, flux, flux2, lightningdit, sd3, sit, stable_diffusion, z_image
 
 from augment import load_backbone, sample
 from augment.diffusion.conditions import Schedule
@@ -12,6 +12,7 @@ MAKERS = {
     "v": lambda folder: stable_diffusion(folder, prediction_type="v_prediction"),
     "flow": sd3,
     "sit": sit,
+    "lightningdit": lightningdit,
     "z-image": lambda folder: z_image(folder, time=0.1, shift=3.0),
     "flux2": flux2,
     "flux": flux,
@@ -57,7 +58,7 @@ def test_second_order_comes_back_faster(name, backbone, images):
 
 
 def test_null_text_brings_guided_sampling_nearer_to_the_images(backbone, images):
-    if backbone.name in ("sit", "flux", "flux2-klein"):
+    if backbone.name in ("sit", "lightningdit", "flux", "flux2-klein"):
         pytest.skip("takes no text, or as a random network hardly depends on it")
     run = inverter("null_text", steps=3, inner=2)
     kept = inverted(run, backbone, images, PROMPT, GUIDANCE)

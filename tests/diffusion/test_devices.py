@@ -5,7 +5,7 @@ There is no GPU here: a dispatch mode notes the operations that would wait for o
 
 import pytest
 import torch
-from checkpoints import PROMPT, dit, flux, flux2, sd3, sdxl, stable_diffusion, z_image
+from checkpoints import PROMPT, dit, flux, flux2, lightningdit, sd3, sdxl, stable_diffusion, z_image
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -19,6 +19,7 @@ MAKERS = {
     "sdxl": (sdxl, {}),
     "sd3": (sd3, {"max_sequence_length": 40}),
     "dit": (dit, {}),
+    "lightningdit": (lightningdit, {}),
     "z-image": (z_image, {"resolution": 32}),
     "flux": (flux, {"resolution": 32, "max_sequence_length": 40}),
     "flux2-klein": (flux2, {"resolution": 32, "shift_steps": 4, "max_sequence_length": 60}),
@@ -53,7 +54,9 @@ def backbone(request, tmp_path_factory):
 
 
 def prompt_of(backbone):
-    return {"dit": "1", "tiny": "top"}.get(backbone.fingerprint["name"], PROMPT)
+    return {"dit": "1", "lightningdit": "1", "tiny": "top"}.get(
+        backbone.fingerprint["name"], PROMPT
+    )
 
 
 def noise(backbone, count=2):
@@ -109,7 +112,7 @@ def test_diffusers_own_pipeline_makes_our_pictures(backbone):
         pytest.skip("it has no pipeline")
     latents, prompts = noise(backbone), [prompt_of(backbone)] * 2
     theirs = backbone.sample_by_diffusers(latents, prompts, 4, GUIDANCE)
-    if backbone.fingerprint["name"] == "dit":
+    if backbone.fingerprint["name"] in ("dit", "lightningdit"):
         assert theirs is None
         return
     ours = sample(backbone, latents, prompts, "ddim", 4, GUIDANCE)

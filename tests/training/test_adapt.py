@@ -8,7 +8,7 @@ import sys
 import diffusers
 import pytest
 import torch
-from checkpoints import dit, sd3, sdxl, stable_diffusion
+from checkpoints import dit, lightningdit, sd3, sdxl, stable_diffusion
 from conftest import Cut, call, cut_short, paint
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -268,8 +268,9 @@ def test_a_flow_model_learns_tokens_and_text_encoders_too(images, tmp_path):
     assert (ours - plain).abs().max() > 1e-3
 
 
-def test_a_class_conditional_model_learns_a_row_a_class(images, tmp_path):
-    folder = dit(tmp_path / "dit")
+@pytest.mark.parametrize("make", [dit, lightningdit])
+def test_a_class_conditional_model_learns_a_row_a_class(make, images, tmp_path):
+    folder = make(tmp_path / "model")
     trained, plain = fresh(folder), fresh(folder)
     place = adapt(images, tmp_path / "run", trained, words={"Bag": "goldfish"})
     again = fresh(folder, adapter=place)
@@ -279,7 +280,7 @@ def test_a_class_conditional_model_learns_a_row_a_class(images, tmp_path):
     before = answers([plain], ["1", "", "1", ""])[0]
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
     assert ((ours - before).flatten(1).abs().amax(1) > 1e-4).all()
-    table = plain.net.transformer_blocks[1].norm1.emb.class_embedder.embedding_table.weight
+    table = plain._embedders()[-1].embedding_table.weight
     for token, row in load_file(place / "learned_embeds.safetensors").items():
         moved = (row - table[{"<bag>": 1, "<ankle-boot>": 1000}[token]]).abs().max()
         assert 0 < moved < 0.2  # four steps of 1e-2 from where it began

@@ -50,9 +50,13 @@ class SiT(DiT):
     """Prompts are class names or numbers; the empty prompt is the class of no class.
 
     Names are those of the checkpoint or, if it has none, of ImageNet's classes.
+
+    Attributes:
+        kind: how the names of its classes begin in a checkpoint.
     """
 
     name = "sit"
+    kind = "SiT"
     fixed = (*DiT.fixed, "clean_end")
 
     def load(self, checkpoint: Checkpoint, parts: Sequence[str]) -> Any:
@@ -65,28 +69,33 @@ class SiT(DiT):
         labels = read_index(folder / INDEX).get("id2label")
         with quiet(), damaged(checkpoint.source):
             files = map(load_file, checkpoint.weights("transformer"))
-            net = _network(config, {key: value for file in files for key, value in file.items()})
+            net = self.build(config, {key: value for file in files for key, value in file.items()})
             if not labels and net.config.num_embeds_ada_norm == len(imagenet_names()):
                 labels = dict(enumerate(imagenet_names().values()))
             vae = diffusers.AutoencoderKL.from_pretrained(
                 folder / "vae", variant=checkpoint.variant, use_safetensors=True, dtype=self.dtype
             )
             euler: Any = diffusers.FlowMatchEulerDiscreteScheduler
-            known = {"_class_name": euler.__name__, "shift": scheduler.get("shift", 1.0)}
+            known = {"_class_name": euler.__name__, "shift": self.shift(scheduler.get("shift"))}
             flow = euler.from_config(known)
             return diffusers.DiTPipeline(net, vae, flow, id2label=labels)
+
+    def build(self, config: Mapping[str, Any], state: dict[str, Tensor]) -> Any:
+        """Build the network from its config and its weights by their published names."""
+        return _network(config, state)
+
+    def shift(self, written: float | None) -> float:
+        """Return the shift of the noise levels from that of the scheduler file, and back."""
+        return 1.0 if written is None else written
 
     def answer(self, latent: Tensor, times: Tensor, condition: Condition) -> Tensor:
         """Return the transformer's velocity, from the image to the noise."""
         return -super().answer(latent, 1 - times / 1000, condition)
 
-    def save(self, folder: Path) -> Path:
-        """Write the model below a folder, its layers named as published."""
-        place, net = folder / "model", self.net.config
-        transformer = place / "transformer"
-        transformer.mkdir(parents=True)
-        config = {
-            "_class_name": "SiTTransformer2DModel",
+    def settings(self) -> dict[str, Any]:
+        """Return the network's config as published."""
+        net = self.net.config
+        return {
             "input_size": net.sample_size,
             "patch_size": net.patch_size,
             "in_channels": net.in_channels,
@@ -96,16 +105,29 @@ class SiT(DiT):
             "num_classes": net.num_embeds_ada_norm,
             "learn_sigma": net.out_channels != net.in_channels,
         }
-        write_json(transformer / "config.json", config)
-        save_file(published(self.net), transformer / "diffusion_pytorch_model.safetensors")
+
+    def published(self) -> dict[str, Tensor]:
+        """Return the network's weights by their published names."""
+        return published(self.net)
+
+    def save(self, folder: Path) -> Path:
+        """Write the model below a folder, its layers named as published."""
+        place, network = folder / "model", f"{self.kind}Transformer2DModel"
+        transformer = place / "transformer"
+        transformer.mkdir(parents=True)
+        write_json(transformer / "config.json", {"_class_name": network, **self.settings()})
+        save_file(self.published(), transformer / "diffusion_pytorch_model.safetensors")
         self.pipe.vae.save_pretrained(place / "vae")
-        self.pipe.scheduler.save_pretrained(place / "scheduler")
+        scheduler = self.pipe.scheduler
+        written = {"_class_name": type(scheduler).__name__, "shift": self.shift(scheduler.shift)}
+        (place / "scheduler").mkdir()
+        write_json(place / "scheduler" / "scheduler_config.json", written)
         names: dict[int, str] = {}
         for name, number in self.pipe.labels.items():
             names[number] = f"{names[number]}, {name}" if number in names else name
         index = {
-            "_class_name": "SiTPipeline",
-            "transformer": ["transformer_sit", "SiTTransformer2DModel"],
+            "_class_name": f"{self.kind}Pipeline",
+            "transformer": [f"transformer_{self.kind.lower()}", network],
             "vae": ["diffusers", "AutoencoderKL"],
             "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
             "id2label": names,

@@ -27,7 +27,7 @@ _NETWORKS = {
     "unet": ("UNet2DConditionModel",),
     "transformer": (
         *("SD3Transformer2DModel", "DiTTransformer2DModel", "Transformer2DModel"),
-        *("SiTTransformer2DModel", "ZImageTransformer2DModel"),
+        *("SiTTransformer2DModel", "LightningDiTTransformer2DModel", "ZImageTransformer2DModel"),
         *("Flux2Transformer2DModel", "FluxTransformer2DModel"),
     ),
     "vae": ("AutoencoderKL", "AutoencoderKLFlux2"),
@@ -47,12 +47,14 @@ _OTHERS = {
 }
 """The parts without weights, and patterns of their classes."""
 
-_OWN = ("SiTPipeline",)
+_OWN = ("SiTPipeline", "LightningDiTPipeline")
 """Pipelines that diffusers does not have."""
 
 _FOREIGN = {
     "SiTTransformer2DModel": "transformer_sit",
     "SiTFlowMatchScheduler": "scheduling_flow_match_sit",
+    "LightningDiTTransformer2DModel": "transformer_lightningdit",
+    "LightningDiTFlowMatchScheduler": "scheduling_flow_match_lightningdit",
 }
 """Their parts' classes, by the module beside the weights, which is neither fetched nor run."""
 
@@ -139,8 +141,8 @@ class Checkpoint:
         for part, entry in named.items():
             library = "transformers" if part.startswith(("text", "token")) else "diffusers"
             names = entry if isinstance(entry, list) and len(entry) == 2 else ("", "")
-            home = _FOREIGN.get(str(names[1]), library) if self.kind in _OWN else library
-            if names[0] != home or not re.fullmatch(known[part], str(names[1])):
+            homes = {library, _FOREIGN.get(str(names[1])) if self.kind in _OWN else library}
+            if names[0] not in homes or not re.fullmatch(known[part], str(names[1])):
                 raise UserError(
                     f"expected {part} of {self.source} to be {known[part]} of {library}, got "
                     f"{entry} in {INDEX}; take another checkpoint"

@@ -23,10 +23,11 @@ HUB = {
     "flux2-klein": "black-forest-labs/FLUX.2-klein-base-4B",
     "flux1-dev": "black-forest-labs/FLUX.1-dev",
     "sit": "BiliSakura/SiT-diffusers/SiT-XL-2-256",
+    "lightningdit": "BiliSakura/LightningDiT-diffusers/LightningDit-XL-1-256",
     "dit": "facebook/DiT-XL-2-256",
 }
-"""Repositories by name. Those of SD 1.5 and 2.1 are mirrors; the makers' own are gone. That of SiT
-holds as safetensors what the makers publish as a pickle."""
+"""Repositories by name. Those of SD 1.5 and 2.1 are mirrors; the makers' own are gone. Those of SiT
+and LightningDiT hold as safetensors what the makers publish as pickles."""
 
 INDEX = "model_index.json"
 REPOSITORY = r"\w[\w.-]*/[\w.-]+"
