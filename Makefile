@@ -1,12 +1,8 @@
 PY := .venv/bin/python
 REPRODUCTIONS := paths offset istd independent degeneracy sheets seeds walks texts relations inversions \
 	interpolation reconstruction norms shots seedselect smooth_diffusion levels adapt
-# the packages whose __all__ is public; their other modules are not
-PUBLIC := augment augment.centroid augment.diffusion augment.explore augment.inversion \
-	augment.measure augment.networks augment.report augment.sources augment.synthesis.filters \
-	augment.training.data.module augment.training.models.classifier
 
-.PHONY: demo test test-slow lint bench reproduce docs wheel
+.PHONY: demo test test-slow lint bench reproduce docs notebook wheel
 demo: .venv/demo
 	.venv/bin/latent-augment demo
 
@@ -29,10 +25,11 @@ reproduce: .venv/dev
 		$(PY) scripts/reproduce/$$name.py --quick --write || exit 1; \
 	done
 
-docs: .venv/dev
-	.venv/bin/pip install -q -e '.[docs]'
-	$(PY) -c "from augment import *; from pdoc.__main__ import cli; cli()" \
-		--math -d google -o runs/api $(PUBLIC)
+docs: .venv/docs
+	$(PY) -m sphinx -q -W --keep-going -c docs -d runs/.book . runs/book
+	cp runs/book/README.html runs/book/index.html
+
+notebook: .venv/docs
 	$(PY) scripts/make_notebook.py
 
 wheel: .venv/dev
@@ -50,3 +47,7 @@ wheel: .venv/dev
 .venv/dev: .venv/bin/python pyproject.toml
 	.venv/bin/pip install -q -e '.[dev]'
 	touch $@ .venv/demo
+
+.venv/docs: .venv/dev
+	.venv/bin/pip install -q -e '.[docs]'
+	touch $@

@@ -382,7 +382,7 @@ class LatentBank:
         return (counts[:, None] * rows).sum(0) / counts.sum()
 
     def largest_mean(self, class_name: str) -> float:
-        """Return the largest |channel mean| of a class's latents, from their records."""
+        """Return the largest absolute channel mean of a class's latents, from their records."""
         return self.channel_means(class_name).abs().max().item()
 
     def subset(self, keep: Callable[[str], bool]) -> "LatentBank":

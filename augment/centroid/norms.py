@@ -96,4 +96,4 @@ COEFFICIENTS: dict[str, Callable[[Residuals], Float[Tensor, "b k"]]] = {
 """Norm rules that mix by coefficients other than the weights, by name."""
 
 NORMS = ChainMap[str, Callable[..., Tensor]](COEFFICIENTS, GAINS)
-"""All norm rules by name: a view of both tables."""
+"""All norm rules by name, as a view of both tables."""

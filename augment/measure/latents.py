@@ -38,7 +38,7 @@ class ChannelMeans:
 
     @property
     def largest(self) -> tuple[float, float]:
-        """The largest |channel mean| and its standard error."""
+        """The largest absolute channel mean and its standard error."""
         return max(zip(map(abs, self.channel_means), self.channel_errors, strict=True))
 
     @property

