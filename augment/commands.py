@@ -413,21 +413,46 @@ def split(bank: str, classes: str, out: str) -> Record:
     return summarize_bank(split(bank, names, out).path)
 
 
-def export(shards: str, out: str) -> Record:
-    """Write the images of shards as a folder by class, with a metadata.jsonl.
+def export(
+    shards: str,
+    out: str,
+    parquet: bool | None = None,
+    model_licence: str | None = None,
+    images_licence: str | None = None,
+    push: str | None = None,
+) -> Record:
+    """Write the images of shards as a folder by class or as parquet, with a card; or publish them.
 
     Args:
         shards: folder of the shards.
-        out: new folder for the images, out/CLASS/00000000.jpg and so on.
+        out: new folder for the images, out/CLASS/00000000.jpg and so on, metadata.jsonl and
+            README.md.
+        parquet: write out/data/*.parquet in place of image files; by default only if more than
+            10,000 images are pushed.
+        model_licence: licence of the diffusion model, such as openrail++; by default that of the
+            shards, if known.
+        images_licence: licence of the real images, such as mit or cc-by-4.0.
+        push: dataset of the Hugging Face hub to upload to, owner/name; if new it is private.
 
     Examples:
         latent-augment export mine/synthetic --out mine/folder
+        latent-augment export mine/synthetic --out mine/folder --images-licence mit --push me/mine
     """
+    from augment.shards.dataset import open_shards
     from augment.shards.export import export_folder
+    from augment.shards.publish import MAX_FILES, check_name, push_folder
 
-    export_folder(shards, out)
-    print(f"{out}: written")
-    return {"folder": out}
+    if push:
+        check_name(push)
+    if parquet is None:
+        parquet = push is not None and len(open_shards(shards)) > MAX_FILES
+    export_folder(shards, out, parquet, model_licence, images_licence, push)
+    if not push:
+        print(f"{out}: written")
+        return {"folder": out}
+    url = push_folder(out, push)
+    print(f"{out}: written and uploaded to {url}, private if it is new")
+    return {"folder": out, "dataset": url}
 
 
 def walk(settings: "augment.synthesis.between.WalkSettings") -> Record:

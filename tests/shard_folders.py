@@ -44,14 +44,23 @@ def sample(key: int, extension: str = "png", channels: int = 3, size: int = 8) -
     return Sample(key, image, key % 2, {"plan": asdict(plan(key)), "steps": 4})
 
 
-def fill(folder: Path, counts=(3, 2), extension: str = "png", channels: int = 3, size: int = 8):
+def fill(
+    folder: Path,
+    counts=(3, 2),
+    extension: str = "png",
+    channels: int = 3,
+    size: int = 8,
+    classes=CLASSES,
+    about=None,
+):
     """Write a folder of shards, with a number of samples for each."""
     folder.mkdir(parents=True)
-    facts = {"schema": 1, "classes": CLASSES, "shards": len(counts), "extension": extension}
+    facts = {"schema": 1, "classes": classes, "shards": len(counts), "extension": extension}
     (folder / "synthesis.json").write_text(json.dumps(facts))
     first = 0
     for number, count in enumerate(counts):
         samples = [sample(key, extension, channels, size) for key in range(first, first + count)]
+        samples = [one._replace(about=about or one.about) for one in samples]
         write_shard(shard_path(folder, number), samples, extension, dropped={"dark": {"ant": 2}})
         first += count
     return folder

@@ -158,6 +158,7 @@ class ShardManifest(Record):
         dtype: of the network.
         usage: template of the bank's prompts and its guidance, if the bank records them.
         by: ``explore``, if the images were chosen by hand.
+        licence: of the backbone's weights, if known; no image depends on it.
     """
 
     WHAT: ClassVar = "shards of synthetic images"
@@ -197,6 +198,7 @@ class ShardManifest(Record):
     fingerprint: dict[str, Any] | None = None
     dtype: str | None = None
     usage: Usage | None = None
+    licence: str | None = None
 
     def __post_init__(self) -> None:
         """Refuse what was never written."""
@@ -347,15 +349,6 @@ def settings_digest(folder: Path) -> str:
     kind = ShardManifest
     facts = load(folder / SETTINGS, kind.WHAT, kind.SCHEMA, kind.CURE)
     return sha256(json.dumps(facts, sort_keys=True).encode())
-
-
-def sources_of(folder: str | Path) -> dict[str, str]:
-    """Read which real images shards come from; see `ShardManifest.origins`.
-
-    Raises:
-        UserError: see `read_settings`.
-    """
-    return read_settings(folder).origins
 
 
 def recover_settings(folder: Path) -> ShardManifest | None:

@@ -32,6 +32,7 @@ from augment.core.registry import refuse_reserved
 from augment.core.schema import as_object, build, write
 from augment.diffusion import Backbone, load_backbone, parse_dtype
 from augment.diffusion.backbone import Recipe
+from augment.diffusion.checkpoints.licences import licence_of
 from augment.diffusion.sampling import Sampling
 from augment.diffusion.usage import Usage
 from augment.jobs.job import planning_device, run
@@ -233,6 +234,7 @@ class ShardJob:
             "fingerprint": made.bank.fingerprint,
             "dtype": precision(made.backbone),
             **({"usage": as_object(usage)} if (usage := made.bank.manifest.usage) else {}),
+            **({"licence": licence} if (licence := licence_of(made.bank.manifest.recipe)) else {}),
         }
         return build(ShardManifest, json.loads(json.dumps(facts)))
 
@@ -250,7 +252,7 @@ class ShardJob:
         """Return the number of images of each shard; write the settings, or compare them."""
         settings, old = self.settings(), self._known()
         if old is not None:
-            settings = replace(settings, schema=old.schema)
+            settings = replace(settings, schema=old.schema, licence=old.licence)
             if old != settings:
                 names = (field.name for field in fields(settings))
                 other = next(n for n in names if getattr(old, n) != getattr(settings, n))

@@ -16,7 +16,7 @@ from augment.sources.source import Source
 ORIGINS = ".origins.json"
 """File in a folder of exported images: the real ones that they come from."""
 
-_EXPORTED = ("metadata.jsonl",)  # beside the class folders of exported images
+_EXPORTED = ("metadata.jsonl", "README.md")  # beside the class folders of exported images
 _HIDDEN, _LINK, _FOLDERS = "hidden", "links out of the folder", "links to folders"
 _OUTSIDE, _DEEPER = "outside a class folder", "in sub-folders"
 _OPTION = "use invert --{0}, or a Folder with {0}: true"

@@ -57,7 +57,7 @@ OPTIONS = {
     "verify": "path images.help images discard repair",
     "merge": "banks out",
     "split": "bank classes out",
-    "export": "shards out",
+    "export": "shards out parquet model_licence images_licence push",
     "walk": """
         image to out prompt to_prompt path between inversion steps level guidance backbone
         backbone_options device

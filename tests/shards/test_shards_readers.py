@@ -210,7 +210,7 @@ def test_an_export_holds_the_files_and_the_plans(shards, tmp_path):
     export_folder(shards, tmp_path / "out")
     names = [f"{CLASSES[key % 2]}/{key:08d}.png" for key in range(5)]
     files = {name: x for name, x in snapshot(tmp_path / "out").items() if name not in CLASSES}
-    assert set(files) == {"metadata.jsonl", ".origins.json", *names}
+    assert set(files) == {"metadata.jsonl", "README.md", ".origins.json", *names}
     lines = [json.loads(line) for line in files["metadata.jsonl"].splitlines()]
     assert [line["file_name"] for line in lines] == names
     for key, line in enumerate(lines):
