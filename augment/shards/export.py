@@ -112,7 +112,7 @@ def export_folder(
         raise UserError(f"expected a place beside {folder}, got {out} in it; choose another")
     columns = present(rows(shards, parquet))
     files, model = "data/*.parquet" if parquet else "**", model_licence or made.licence
-    place = push or str(out)
+    place = push or "path/to/this/folder"
     text = kept(out / CARD) or card(shards, made, columns, files, place, model, images_licence)
     if push:  # what can be refused is refused before anything is written
         check_licence(text, model, images_licence)

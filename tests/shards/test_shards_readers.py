@@ -245,9 +245,9 @@ def test_an_export_that_was_harmed_is_mended(shards, tmp_path):
     assert snapshot(tmp_path / "out") == before
 
 
-@pytest.mark.parametrize("calls", range(6))
+@pytest.mark.parametrize("calls", range(7))
 def test_an_interrupted_export_goes_on(calls, shards, tmp_path, monkeypatch):
-    """It is interrupted before image number `calls`; the last of them is beside the metadata."""
+    """It is interrupted before file number `calls`: the card, five images, then the metadata."""
     out, write = tmp_path / "out", augment.shards.export.write_bytes
     export_folder(shards, tmp_path / "whole")
 
