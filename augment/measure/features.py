@@ -8,6 +8,7 @@ With features :math:`x_i` of real and :math:`y_j` of synthetic images, (n, d) an
 `precision_recall`        fidelity and coverage of the real set (Naeem et al., arXiv 2002.09797)
 `class_distance`          1 − cosine to the mean feature of its class (arXiv 2505.07481, sec. 6)
 `nearest_distance`        to the nearest real image, on the scale of real ones: 0 is a copy
+`nearest_of_class`        to the nearest other image of its class and set, on the same scale
 `diversity`               1 − cosine of two images of a class, on average
 ========================  ==========================================================================
 
@@ -197,6 +198,34 @@ def nearest_distance(
     usual = _reach(real, 1)
     distances = [usual] if same else [d.amin(1) for _, d in blocks(features, real)]
     return torch.cat(distances) / usual.median().clamp_min(TINY)
+
+
+def nearest_of_class(
+    features: Float[Tensor, "n d"], labels: Int[Tensor, " n"], real: Float[Tensor, "m d"]
+) -> Float[Tensor, " n"]:
+    """Return the distance of each image to the nearest other of its class in its own set.
+
+    The unit is that of `nearest_distance`. The only image of a class is infinitely far away.
+
+    Args:
+        features: features of the images.
+        labels: class of each image.
+        real: features of the real images.
+
+    Raises:
+        UserError: there are fewer than two real images.
+
+    >>> rows = torch.tensor([[0.0], [0.0], [3.0], [9.0]])
+    >>> nearest_of_class(rows, torch.tensor([0, 0, 0, 1]), torch.tensor([[0.0], [1.0]]))
+    tensor([0., 0., 3., inf], dtype=torch.float64)
+    """
+    check(2, real)
+    away = torch.full((len(features),), torch.inf, dtype=torch.float64)
+    for label in labels.unique().tolist():
+        rows = labels == label
+        if rows.sum() > 1:
+            away[rows] = _reach(features[rows], 1)
+    return away / _reach(real, 1).median().clamp_min(TINY)
 
 
 def diversity(features: Float[Tensor, "n d"]) -> float:

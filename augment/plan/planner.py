@@ -259,18 +259,25 @@ def warn_of_copies(planner: Planner, labels: Iterable[int]) -> None:
         planner: makes the plans.
         labels: of the images that are asked for.
     """
-    names, mixing, copies = list(planner.images), planner.mixing, []
+    names, mixing, copies, lone = list(planner.images), planner.mixing, [], 0
     for label in sorted(set(labels)):
         ids = planner.images[names[label]]
         count = min(mixing.members or len(ids), len(ids)) * planner.classes
         share = (1 - mixing.noise) ** 2 / expected_count(mixing.concentration, count)
         if 1 / (share + mixing.noise**2) < COPY_THRESHOLD:
             copies.append(f"{names[label]!r} ({len(ids)} real)")
+            lone += len(ids) == 1
     if copies:
+        cures = ["add fresh noise, such as noise 0.3"]
+        if lone:
+            cures += ["add real images to a class of one, which gives the same latent each time"]
+            cures += ["invert with --inversion noise, where each image has noise of its own"]
+        if lone < len(copies):
+            cures += ["mix more images by larger alpha or members"]
         warnings.warn(
-            f"expected to mix several images, got classes whose synthetic images will be nearly "
-            f"copies of single real ones: {first_few(copies)}; add real images, noise or a "
-            "larger alpha",
+            "expected to mix several images, got classes whose synthetic images will be nearly "
+            f"copies of single real ones: {first_few(copies)}; "
+            f"{', '.join(cures[:-1])}, or {cures[-1]}",
             AugmentWarning,
             stacklevel=3,
         )

@@ -31,6 +31,7 @@ from augment.measure.features import (
     frechet_distance,
     kernel_distance,
     nearest_distance,
+    nearest_of_class,
     precision_recall,
 )
 from augment.measure.health import ClassHealth, Finding, findings
@@ -52,7 +53,7 @@ Form = tuple[int, int]
 """Number of channels, and pixels a side."""
 Compare = Callable[[Tensor, Tensor], Tensor]
 
-COPY_THRESHOLD = 0.4  # a nearest distance below which an image counts as a copy
+COPY_THRESHOLD = 0.4  # a nearest distance below which an image counts as a copy of another
 RECONSTRUCTED = 16  # images a class
 NEAREST = 5  # neighbour of precision and recall
 BLUE, RED = "#0072b2", "#d55e00"
@@ -271,8 +272,9 @@ def evaluate_images(
     check(2, ours.features, theirs.features)
     near = nearest_distance(ours.features, theirs.features)
     among = nearest_distance(theirs.features, theirs.features, same=True)
-    measures = list(_measures(ours, theirs, near, among, draws))
-    rows = list(_class_rows(ours, theirs, near, real.classes))
+    alike = nearest_of_class(ours.features, ours.labels, theirs.features) < COPY_THRESHOLD
+    measures = list(_measures(ours, theirs, near, among, alike, draws))
+    rows = list(_class_rows(ours, theirs, near, alike, real.classes))
     title = f"{len(ours.labels)} synthetic images against {len(theirs.labels)} real ones"
     sampled = sampled_by(fake)
     if sampled:
@@ -340,7 +342,12 @@ def _load(images: Source | Shards, row: int, form: Form) -> Float[Tensor, "c r r
 
 
 def _measures(
-    ours: EmbeddedSet, theirs: EmbeddedSet, near: Tensor, among: Tensor, draws: int
+    ours: EmbeddedSet,
+    theirs: EmbeddedSet,
+    near: Tensor,
+    among: Tensor,
+    alike: Tensor,
+    draws: int,
 ) -> Iterator[Row]:
     """Yield a row of each measure of all images.
 
@@ -363,6 +370,9 @@ def _measures(
     yield _mean_row("nearest real", near, among.mean().item())
     copies, usual = ((x < COPY_THRESHOLD).double() for x in (near, among))
     yield _mean_row(f"copies (nearest < {COPY_THRESHOLD})", copies, usual.mean().item())
+    usual = nearest_of_class(theirs.features, theirs.labels, theirs.features) < COPY_THRESHOLD
+    name = f"alike (nearest synthetic of its class < {COPY_THRESHOLD})"
+    yield _mean_row(name, alike.double(), usual.double().mean().item())
 
 
 def _mean_row(name: str, values: Tensor, real: float) -> Row:
@@ -372,7 +382,7 @@ def _mean_row(name: str, values: Tensor, real: float) -> Row:
 
 
 def _class_rows(
-    ours: EmbeddedSet, theirs: EmbeddedSet, near: Tensor, classes: list[str]
+    ours: EmbeddedSet, theirs: EmbeddedSet, near: Tensor, alike: Tensor, classes: list[str]
 ) -> Iterator[Row]:
     for label in ours.labels.unique().tolist():
         fake, real = ours.of(label), theirs.of(label)
@@ -385,6 +395,7 @@ def _class_rows(
             "diversity": diversity(fake.features),
             "of real images": diversity(real.features),
             "nearest real": near[ours.labels == label].median().item(),
+            "alike": alike[ours.labels == label].double().mean().item(),
         }
 
 

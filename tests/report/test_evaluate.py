@@ -53,6 +53,21 @@ def test_real_images_are_good_and_copies_are_found_out(real, others, judge):
     assert all(row["real"] == row["synthetic"] == 12 for row in fresh.classes)
 
 
+def test_synthetic_images_that_repeat_each_other_are_counted(real, others, judge, tmp_path):
+    """Of the first class all are the same image; of the second two are."""
+    first, second = others.classes[:2]
+    for name, copies in ((first, 4), (second, 2)):
+        for row, image_id in enumerate(others.ids[name][:4]):
+            (tmp_path / name).mkdir(exist_ok=True)
+            source = others.ids[name][0] if row < copies else image_id
+            shutil.copy(others.root / source, tmp_path / name / f"{row}.png")
+    found = evaluate_images(Folder(tmp_path), real, judge, draws=0)
+    shares = {row["class"]: row["alike"] for row in found.classes}
+    assert shares[first] == 1 and 0.5 <= shares[second] < 1
+    assert value(found, "alike") == pytest.approx((shares[first] + shares[second]) / 2)
+    assert value(evaluate_images(others, real, judge, draws=0), "alike") < 0.3
+
+
 def test_classes_without_synthetic_images_are_named(real, others, judge, tmp_path):
     for name in others.classes[:2]:
         shutil.copytree(others.root / name, tmp_path / name)
