@@ -207,7 +207,8 @@ def check_licence(text: str, model: str | None, images: str | None) -> None:
     from huggingface_hub import DatasetCard
 
     try:
-        licence = DatasetCard(text).data.license
+        data: Any = DatasetCard(text).data
+        licence = data.license
     except Exception as error:  # of several types, by what is wrong with the YAML
         raise UserError(
             f"expected a card with front matter in YAML, got one that is not read ({error}); "

@@ -48,5 +48,5 @@ def licence_of(recipe: Recipe) -> str | None:
     if any(recipe.get(key) for key in ("lora", "adapter", "ip_adapter")):  # others' weights
         return None
     names = {repository: name for name, repository in HUB.items()}
-    given = recipe.get("name_or_path", "")
+    given = str(recipe.get("name_or_path", ""))
     return LICENCES.get(names.get(given, given))
