@@ -557,6 +557,101 @@ def original_vae(key: str) -> str:
     return f"{name}.{kind}"
 
 
+TRANSFORMERS = {
+    "sd3": {
+        "pos_embed.pos_embed": "pos_embed",
+        "pos_embed.proj": "x_embedder.proj",
+        "time_text_embed.timestep_embedder.linear_1": "t_embedder.mlp.0",
+        "time_text_embed.timestep_embedder.linear_2": "t_embedder.mlp.2",
+        "time_text_embed.text_embedder.linear_1": "y_embedder.mlp.0",
+        "time_text_embed.text_embedder.linear_2": "y_embedder.mlp.2",
+        "norm_out.linear": "final_layer.adaLN_modulation.1",
+        "proj_out": "final_layer.linear",
+        "transformer_blocks": "joint_blocks",
+        "attn.to_out.0": "x_block.attn.proj",
+        "attn.to_add_out": "context_block.attn.proj",
+        "attn.to_q": "x_block.attn.qkv",
+        "attn.add_q_proj": "context_block.attn.qkv",
+        "attn.norm_q": "x_block.attn.ln_q",
+        "attn.norm_k": "x_block.attn.ln_k",
+        "attn.norm_added_q": "context_block.attn.ln_q",
+        "attn.norm_added_k": "context_block.attn.ln_k",
+        "attn2.to_out.0": "x_block.attn2.proj",
+        "attn2.to_q": "x_block.attn2.qkv",
+        "attn2.norm_q": "x_block.attn2.ln_q",
+        "attn2.norm_k": "x_block.attn2.ln_k",
+        "norm1.linear": "x_block.adaLN_modulation.1",
+        "norm1_context.linear": "context_block.adaLN_modulation.1",
+        "ff.net.0.proj": "x_block.mlp.fc1",
+        "ff.net.2": "x_block.mlp.fc2",
+        "ff_context.net.0.proj": "context_block.mlp.fc1",
+        "ff_context.net.2": "context_block.mlp.fc2",
+    },
+    "z-image": {
+        "all_final_layer.2-1": "final_layer",
+        "all_x_embedder.2-1": "x_embedder",
+        "attention.to_out.0": "attention.out",
+        "attention.norm_q": "attention.q_norm",
+        "attention.norm_k": "attention.k_norm",
+        "attention.to_q": "attention.qkv",
+    },
+    "flux2": {
+        "x_embedder": "img_in",
+        "context_embedder": "txt_in",
+        "time_guidance_embed.timestep_embedder.linear_1": "time_in.in_layer",
+        "time_guidance_embed.timestep_embedder.linear_2": "time_in.out_layer",
+        "double_stream_modulation_img.linear": "double_stream_modulation_img.lin",
+        "double_stream_modulation_txt.linear": "double_stream_modulation_txt.lin",
+        "single_stream_modulation.linear": "single_stream_modulation.lin",
+        "norm_out.linear": "final_layer.adaLN_modulation.1",
+        "proj_out": "final_layer.linear",
+        "single_transformer_blocks": "single_blocks",
+        "transformer_blocks": "double_blocks",
+        "attn.norm_q": "img_attn.norm.query_norm",
+        "attn.norm_k": "img_attn.norm.key_norm",
+        "attn.norm_added_q": "txt_attn.norm.query_norm",
+        "attn.norm_added_k": "txt_attn.norm.key_norm",
+        "attn.to_out.0": "img_attn.proj",
+        "attn.to_add_out": "txt_attn.proj",
+        "attn.to_q": "img_attn.qkv",
+        "attn.add_q_proj": "txt_attn.qkv",
+        "attn.to_qkv_mlp_proj": "linear1",
+        "attn.to_out": "linear2",
+        "ff.linear_in": "img_mlp.0",
+        "ff.linear_out": "img_mlp.2",
+        "ff_context.linear_in": "txt_mlp.0",
+        "ff_context.linear_out": "txt_mlp.2",
+    },
+}
+"""Layers of transformers: diffusers' names, and those of the original releases."""
+
+
+def original_transformer(name: str, path: Path) -> dict[str, torch.Tensor]:
+    """Return the weights of a transformer of two blocks by the names of the original releases."""
+    from safetensors.torch import load_file
+
+    state = load_file(path)
+    named: dict[str, torch.Tensor] = {}
+    for key, value in state.items():
+        layer, _, kind = key.rpartition(".")
+        if layer.endswith(("to_k", "to_v", "add_k_proj", "add_v_proj")):
+            continue
+        if layer.endswith(("to_q", "add_q_proj")):
+            value = torch.cat([state[re.sub("_q", f"_{x}", key)] for x in "qkv"])
+        if layer.endswith("norm_out.linear") or "blocks.1.norm1_context" in layer:
+            value = torch.cat(value.chunk(2)[::-1])  # the shift is before the scale
+        if key == "pos_embed.pos_embed":
+            layer, kind = key, ""
+        for new, old in TRANSFORMERS[name].items():
+            layer = re.sub(rf"(^|(?<=\.)){re.escape(new)}($|(?=\.))", old, layer)
+        if layer.startswith("single_blocks"):
+            layer = layer.replace("img_attn.norm", "norm")
+        if name == "flux2" and layer.endswith("_norm"):
+            kind = "scale"
+        named[f"{layer}.{kind}".strip(".")] = value.contiguous()
+    return named
+
+
 def single_file(folder: Path, path: Path) -> Path:
     """Write the weights of a `stable_diffusion` folder to one file, named as in the releases."""
     from safetensors.torch import load_file, save_file

@@ -11,7 +11,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import PROMPT, UNET, Hub, dit, save_clip, sd3, single_file, stable_diffusion
+from checkpoints import (
+    PROMPT,
+    UNET,
+    Hub,
+    dit,
+    flux2,
+    original_transformer,
+    save_clip,
+    sd3,
+    single_file,
+    stable_diffusion,
+    z_image,
+)
 from conftest import call
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
@@ -160,11 +172,12 @@ HEADERS = {
         "joint_blocks.0.context_block.adaLN_modulation.1.bias": (1,),
         "joint_blocks.37.x_block.mlp.fc1.weight": (1,),
     },
+    "flux1-dev": {"double_blocks.0.img_mod.lin.weight": (1,), "guidance_in.in_layer.weight": (1,)},
 }
 
 
 def header(path, shapes):
-    own = ("input_blocks", "joint_blocks", "pos_embed")
+    own = ("input_blocks", "joint_blocks", "pos_embed", "double_blocks", "guidance_in")
     names = {key: f"model.diffusion_model.{key}" if key.startswith(own) else key for key in shapes}
     save_file({names[key]: torch.zeros(shape) for key, shape in shapes.items()}, path)
     return path
@@ -180,12 +193,86 @@ def test_single_files_of_unknown_or_several_models_are_refused(tmp_path):
     header(path, {"odd": (1,)})
     assert "1 other tensors" in said(path)
     header(path, {unet: (8, 9), "cond_stage_model.transformer.x": (1,)})  # inpainting
-    assert "Stable Diffusion 1, 2, XL or 3" in said(path)
+    assert "known text-to-image model" in said(path)
     header(path, {unet: (8, 4), "cond_stage_model.model.x": (1,)})
     assert "config='sd21'" in said(path)
     path.write_bytes(b"not weights")
     assert "m.safetensors" in said(path)
     assert "not there" in said(tmp_path / "nowhere.safetensors")
+
+
+LACKING = {
+    "sd3": "final_layer.linear.bias",
+    "z-image": "cap_embedder.1.bias",
+    "flux2": "img_in.weight",
+}
+NETWORKS = {
+    "sd3": (sd3, {}),
+    "z-image": (z_image, {"resolution": 32}),
+    "flux2": (flux2, {"resolution": 32}),
+}
+
+
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_file_of_the_network_alone_takes_the_rest_from_its_config(name, prefix, tmp_path):
+    make, options = NETWORKS[name]
+    folder = make(tmp_path / "folder")
+    weights = folder / "transformer" / WEIGHTS
+    state = {prefix + key: value for key, value in original_transformer(name, weights).items()}
+    weights.rename(tmp_path / "kept.safetensors")
+    path = tmp_path / "m.safetensors"
+    save_file(state, path)
+    one = load(path, config=folder, **options)
+    (tmp_path / "kept.safetensors").rename(weights)
+    whole = load(folder, **options)
+    latents = torch.randn(1, *one.latent_shape, generator=torch.Generator().manual_seed(0))
+    images = [sample(b, latents, PROMPT, steps=2, guidance=3) for b in (one, whole)]
+    torch.testing.assert_close(*images, rtol=0, atol=1e-6)
+    encoder = folder / "text_encoder" / "model.safetensors"
+    save_file({k: v + 1 for k, v in load_file(encoder).items()}, encoder, {"format": "pt"})
+    assert load(path, config=folder, **options).fingerprint != one.fingerprint
+    lacking = f"{prefix}{LACKING[name]}"
+    save_file({key: value for key, value in state.items() if key != lacking}, path)
+    message = said(path, config=folder, **options)
+    assert "got none of" in message or "whole checkpoint" in message
+    encoder.unlink()
+    save_file(state, path)
+    assert "safetensors weights in" in said(path, config=folder, **options)
+
+
+def test_what_a_file_has_not_comes_from_the_hub(hub, tmp_path):
+    folder = z_image(tmp_path / "z")
+    hub.repositories["me/z"] = folder
+    path = tmp_path / "m.safetensors"
+    save_file(original_transformer("z-image", folder / "transformer" / WEIGHTS), path)
+    options = {"config": "me/z", "resolution": 32}
+    backbone = load(path, **options)
+    assert not any("transformer" in path and "safetensors" in path for path in hub.asked)
+    assert any("text_encoder" in path and "safetensors" in path for path in hub.asked)
+    hub.asked.clear()
+    again = load(path, local_files_only=True, **options)
+    assert again.fingerprint == backbone.fingerprint and hub.asked == []
+
+
+@pytest.mark.parametrize(
+    ("key", "config"),
+    [
+        ("double_blocks.0.img_mod.lin.weight", "black-forest-labs/FLUX.1-schnell"),
+        ("double_stream_modulation_img.lin.weight", "flux2-klein"),
+        ("cap_embedder.1.weight", "z-image"),
+    ],
+)
+def test_a_file_that_may_be_of_several_models_asks_for_its_config(key, config, tmp_path):
+    path = tmp_path / "m.safetensors"
+    save_file({key: torch.zeros(1)}, path)
+    assert f"config={config!r}" in said(path)
+
+
+def test_a_quantised_file_is_refused(tmp_path):
+    path = tmp_path / "m.safetensors"
+    save_file({"cap_embedder.1.weight": torch.zeros(1).to(torch.float8_e4m3fn)}, path)
+    assert "quantised ones (F8_E4M3)" in said(path)
 
 
 def test_a_single_file_without_its_parts_is_refused(folder, tmp_path):

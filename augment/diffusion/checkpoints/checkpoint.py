@@ -1,9 +1,9 @@
 """Diffusers checkpoints: their parts, their process and their digest.
 
 A checkpoint is a pipeline folder with a ``model_index.json``, here or in a repository of the
-Hugging Face hub, or one ``.safetensors`` file with the names of the original releases; see
-`augment.diffusion.checkpoints.find`. Weights are read from safetensors alone, which cannot run code
-as pickles can, and no code comes from the hub.
+Hugging Face hub, or one ``.safetensors`` file with the names of the original releases, of a whole
+model or of its network alone; see `augment.diffusion.checkpoints.find`. Weights are read from
+safetensors alone, which cannot run code as pickles can, and no code comes from the hub.
 """
 
 import hashlib
@@ -89,6 +89,8 @@ class Checkpoint:
         kind: name of its pipeline class in diffusers.
         folder: of its parts and configs; None as long as they are on the hub.
         file: with all weights, instead of the folder's.
+        alone: the part that is all that the file has, if so; other weights are the folder's.
+        repository: that the folder of a single file is from, if it is from the hub.
         inside: folder of the repository that it is in, if it is not the repository's own.
         revision, variant, local_files_only: see `augment.diffusion.checkpoints.find`.
     """
@@ -101,10 +103,14 @@ class Checkpoint:
     variant: str | None = None
     local_files_only: bool = False
     inside: str = ""
+    alone: str = ""
+    repository: str = ""
 
     def fetch(self, absent: Sequence[str]) -> "Checkpoint":
         """Download the folder, without the ``absent`` parts, if it is on the hub."""
-        if self.folder:
+        if self.alone and self.repository:
+            absent = [*absent, self.alone]
+        elif self.folder:
             return self
         if self.inside or self.kind in _OWN:
             repository = self.source.removesuffix(f"/{self.inside}")
@@ -115,9 +121,10 @@ class Checkpoint:
             return replace(self, folder=folder / self.inside)
         from diffusers import DiffusionPipeline
 
-        with explained(self.source):
+        source = self.repository or self.source
+        with explained(source):
             folder = DiffusionPipeline.download(
-                self.source,
+                source,
                 revision=self.revision,
                 variant=self.variant,
                 local_files_only=self.local_files_only,
@@ -198,11 +205,38 @@ class Checkpoint:
         pipeline = getattr(diffusers, self.kind)
         options = dict.fromkeys(absent) | {"dtype": dtype, "local_files_only": True}
         with quiet(), damaged(self.source):
-            if self.file:
+            if self.file and self.alone:
+                options[self.alone] = self._network(self.file, dtype)
+            elif self.file:
                 return pipeline.from_single_file(str(self.file), config=str(self.folder), **options)
             return pipeline.from_pretrained(
                 str(self.folder), variant=self.variant, use_safetensors=True, **options
             )
+
+    def _network(self, file: Path, dtype: torch.dtype) -> Any:
+        """Load the network of a single file that has nothing else that is used."""
+        import diffusers
+
+        net, folder = "model.diffusion_model.", self.folder or Path()
+        with safe_open(file, framework="pt") as weights:
+            names = list(weights.keys())
+            own = [name for name in names if name.startswith(net)] or names
+            state = {name.removeprefix(net): weights.get_tensor(name) for name in own}
+        kind = getattr(diffusers, read_index(folder / INDEX)[self.alone][1])
+        made = kind.from_single_file(
+            state, config=str(folder), subfolder=self.alone, dtype=dtype, local_files_only=True
+        )
+        lacking = [name for name, value in made.state_dict().items() if value.is_meta]
+        if lacking:
+            raise UserError(
+                f"expected the weights of a {kind.__name__} in {file}, got none of {lacking[0]}; "
+                "give config=, a folder of configs for this model"
+            )
+        return made
+
+    def _stored(self, parts: Iterable[str]) -> list[str]:
+        """Return the parts whose weights are the folder's."""
+        return [part for part in parts if not self.file or (self.alone and part != self.alone)]
 
     def check(self, parts: Sequence[str]) -> None:
         """Refuse files that are not to be read, and parts that are missing."""
@@ -211,8 +245,8 @@ class Checkpoint:
                 raise UserError(f"expected files in {self.folder}, got {path}, a pipe or the like")
         for part in (*parts, "scheduler"):
             self.config(part)
+        whole = [part for part in self._stored(parts) if self.weights(part)]  # which raises if not
         if not self.file:
-            whole = [part for part in parts if self.weights(part)]  # which raises if not
             variants = {name for part in whole for name in self._variants(part)}
             if self.variant and self.variant not in variants:
                 there = sorted(repr(name) for name in variants if name)
@@ -248,8 +282,8 @@ class Checkpoint:
         for part in sorted(parts):
             config = essential(self.config(part))
             total.update(json.dumps([part, config], sort_keys=True).encode())
-            if not self.file:
-                files += [(part, path) for path in self.weights(part)]
+        for part in sorted(self._stored(parts)):
+            files += [(part, path) for path in self.weights(part)]
         for part, path in files:
             total.update(part.encode())
             for piece in samples_of(path):

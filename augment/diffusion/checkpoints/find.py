@@ -23,6 +23,22 @@ from augment.diffusion.checkpoints.hub import (
 _PARTS = {"sdxl": "conditioner.embedders.1.", "sd15": "cond_stage_model.transformer."}
 """Prefixes of the text encoders' tensors, by model."""
 
+_SEVERAL = (
+    ("double_blocks.0.img_mod.lin.weight", "FLUX.1 [schnell]", "black-forest-labs/FLUX.1-schnell"),
+    ("double_stream_modulation_img.lin.weight", "FLUX.2", "flux2-klein"),
+    ("cap_embedder.1.weight", "Z-Image", "z-image"),
+)
+"""Tensors of families whose models, few-step ones among them, have the same: family, example."""
+
+_TEXT = ("cond_stage_model.", "conditioner.", "text_encoders.")
+"""Prefixes of the text encoders' tensors in files of whole models."""
+
+_WHOLE = (
+    *("StableDiffusionPipeline", "StableDiffusionXLPipeline", "StableDiffusion3Pipeline"),
+    "FluxPipeline",
+)
+"""Pipelines that diffusers loads from a file of a whole model; of others it reads the network."""
+
 
 def find_checkpoint(
     source: str,
@@ -40,7 +56,8 @@ def find_checkpoint(
         variant: of the weights' files, ``fp16`` for instance.
         local_files_only: take from the hub's cache alone.
         config: of a single file, a pipeline folder, a key of `HUB` or ``owner/name`` with configs
-            and tokenizers; by default guessed from the file's tensors.
+            and tokenizers, and of a file without text encoders with all weights but the network's;
+            by default guessed from the file's tensors.
 
     Raises:
         UserError: nothing there, no network, or none of diffusers' checkpoints.
@@ -87,12 +104,21 @@ def _kind_of(index: Path) -> str:
 
 
 def _single_file(path: Path, config: str | Path | None, local_files_only: bool) -> Checkpoint:
-    """Describe a checkpoint of one file, with a folder of configs and tokenizers but no weights."""
+    """Describe a checkpoint of one file, with a folder of what it has not."""
     schedule = _schedule_of(path)
     config = str(config or guess_config(path))
+    config = HUB.get(config, config)
     patterns = ["*.json", "*/*.json", "*/*.txt", "*/*.model"]
-    folder = local_folder(HUB.get(config, config), patterns, local_files_only)
-    checkpoint = Checkpoint(str(path), _kind_of(folder / INDEX), folder, path)
+    folder = local_folder(config, patterns, local_files_only)
+    index = read_index(folder / INDEX)
+    kind, keys = index["_class_name"], read_header(path)[1]
+    whole = kind in _WHOLE and any(key.startswith(_TEXT) for key in keys)
+    checkpoint = Checkpoint(
+        str(path), kind, folder, path,
+        local_files_only=local_files_only,
+        alone="" if whole else "unet" if "unet" in index else "transformer",
+        repository="" if Path(config).is_dir() else config,
+    )  # fmt: skip
     scheduler = {"prediction_type": "epsilon", "rescale_betas_zero_snr": False}
     scheduler |= checkpoint.config("scheduler")
     for key, value in schedule.items():
@@ -110,6 +136,13 @@ def _schedule_of(path: Path) -> dict[str, str | bool]:
     Finetuned models have empty tensors (``v_pred``, ``ztsnr``) for them, or a header.
     """
     header, keys = read_header(path)
+    with safe_open(path, framework="pt") as file:
+        kinds = {file.get_slice(key).get_dtype() for key in keys}
+    if quantised := sorted(kind for kind in kinds if kind.startswith(("F8", "F4", "I8", "U8"))):
+        raise UserError(
+            f"expected weights as they were trained, got quantised ones ({quantised[0]}) in "
+            f"{path}; take the file of 16 bits"
+        )
     for key in keys:
         if key.startswith("edm_"):
             raise UserError(
@@ -142,9 +175,9 @@ def guess_config(path: Path) -> str:
     Raises:
         UserError: an unreadable file, or one of no known model or of several.
     """
-    _, keys = read_header(path)
-    net = "model.diffusion_model."
-    if keys.get(net + "input_blocks.0.0.weight", [0, 0])[1] == 4:
+    net, shapes = "model.diffusion_model.", read_header(path)[1]
+    keys = {key.removeprefix(net): shape for key, shape in shapes.items()}
+    if keys.get("input_blocks.0.0.weight", [0, 0])[1] == 4:
         names = (n for n, start in _PARTS.items() if any(key.startswith(start) for key in keys))
         name = next(names, "")
         if name and _schedule_of(path).get("prediction_type", "epsilon") != "epsilon":
@@ -160,12 +193,21 @@ def guess_config(path: Path) -> str:
                 "show what it predicts, got none; give config='sd21' (768 pixels, v) or "
                 "'sd21-base' (512, epsilon)"
             )
-    if net + "joint_blocks.0.context_block.adaLN_modulation.1.bias" in keys:
-        if net + "joint_blocks.37.x_block.mlp.fc1.weight" in keys:
+    if "joint_blocks.0.context_block.adaLN_modulation.1.bias" in keys:
+        if "joint_blocks.37.x_block.mlp.fc1.weight" in keys:
             return "sd35-large"
-        positions = keys.get(net + "pos_embed", [0, 0])[1]
+        positions = keys.get("pos_embed", [0, 0])[1]
         return "sd35-medium" if positions == 147456 else "sd3"
+    if "double_blocks.0.img_mod.lin.weight" in keys and "guidance_in.in_layer.weight" in keys:
+        return "flux1-dev"
+    for key, family, name in _SEVERAL:
+        if key in keys:
+            raise UserError(
+                f"expected a config with the {family} file {path}, whose tensors do not show which "
+                f"model it is, got none; give config={name!r}, or a folder or repository of yours"
+            )
     raise UserError(
-        f"expected the weights of tiny or of a whole Stable Diffusion 1, 2, XL or 3, got {path}, "
-        f"with {len(keys)} other tensors; give a text-to-image checkpoint, and a LoRA as lora="
+        "expected the weights of tiny or of a known text-to-image model, got "
+        f"{path}, with {len(keys)} other tensors; give a text-to-image checkpoint, with config= "
+        "if it is a network alone, and a LoRA as lora="
     )
