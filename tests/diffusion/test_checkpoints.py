@@ -25,7 +25,7 @@ from checkpoints import (
     z_image,
 )
 from conftest import call
-from huggingface_hub import constants
+from huggingface_hub import constants, hf_hub_download
 from safetensors.torch import load_file, save_file
 
 from augment import (
@@ -40,7 +40,7 @@ from augment import (
 from augment.bank.fill import fill_bank
 from augment.diffusion import BACKBONES, local_recipe
 from augment.diffusion.checkpoints.find import guess_config
-from augment.diffusion.checkpoints.hub import HUB
+from augment.diffusion.checkpoints.hub import HUB, offline
 from augment.networks.timm import read_weights
 from augment.report.gallery import Gallery
 from augment.report.provenance import Provenance
@@ -291,6 +291,21 @@ def test_the_hub_is_asked_for_the_index_first_and_the_cache_then(hub, folder):
     assert again.fingerprint == backbone.fingerprint and hub.asked == []
 
 
+def test_a_cache_of_some_files_is_said_without_a_network(hub):
+    said_so = "'me/model', of which files are missing on this machine"
+    hf_hub_download("me/model", "model_index.json")
+    assert said_so in said("me/model", local_files_only=True)
+    load("me/model")
+    for path in Path(constants.HF_HUB_CACHE).rglob("snapshots/*/unet/*.safetensors"):
+        path.unlink()
+    assert said_so in said("me/model", local_files_only=True)
+    load("me/model")
+    for path in Path(constants.HF_HUB_CACHE).rglob("snapshots/*/vae"):
+        shutil.rmtree(path)
+    with offline():
+        assert said_so in said("me/model")
+
+
 @pytest.mark.filterwarnings("ignore:expected images of about 32")
 def test_a_bank_asks_the_hub_only_for_what_is_named(hub, pictures, tmp_path, monkeypatch, capsys):
     path = tmp_path / "bank"
@@ -413,7 +428,12 @@ def test_no_deprecated_name_is_used(folder, tmp_path, monkeypatch, caplog):
     with warnings.catch_warnings(), caplog.at_level(logging.WARNING):
         warnings.simplefilter("error", DeprecationWarning)
         warnings.simplefilter("error", FutureWarning)
-        for backbone in (load(folder), load(path, config=str(folder)), load(sd3(tmp_path / "3"))):
+        z = z_image(tmp_path / "z")
+        net = original_transformer("z-image", z / "transformer" / WEIGHTS)
+        save_file(net, tmp_path / "z.safetensors")
+        alone = load(tmp_path / "z.safetensors", config=z, resolution=32)
+        others = load(folder), load(path, config=str(folder)), load(sd3(tmp_path / "3"))
+        for backbone in (*others, alone):
             latents = torch.zeros(1, *backbone.latent_shape)
             sample(backbone, latents, PROMPT, "ddim", 1, 2.0)
             backbone.save(tmp_path / backbone.fingerprint["name"])

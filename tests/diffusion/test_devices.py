@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 from augment import UserError, load_backbone, sample
 from augment.diffusion.backbone import attempt, denoiser
 from augment.diffusion.solver import SOLVERS
-from augment.inversion import inverter
+from augment.inversion import INVERTERS, inverted, inverter
 
 MAKERS = {
     "stable-diffusion": (stable_diffusion, {}),
@@ -87,6 +87,42 @@ def test_the_loops_neither_wait_for_a_gpu_nor_need_float64(backbone):
             # diffusers computes places of tokens in float64 but on MPS
             own = [name for name in watch.found if name != "float64" or not transformer(backbone)]
             assert own == []
+
+
+def test_nothing_between_images_and_images_needs_float64(backbone):
+    """MPS has none; schedules have it, on the CPU."""
+    if transformer(backbone):
+        pytest.skip("diffusers computes places of tokens in float64 but on MPS")
+    side, prompt = backbone.resolution, prompt_of(backbone)
+    images = torch.rand(1, backbone.channels, side, side)
+    text = "text" in backbone.condition([prompt])
+
+    def there_and_back():
+        for name in INVERTERS:
+            if name == "null_text" and not text:
+                continue
+            options = {"inner": 1} if name == "null_text" else {}
+            run = inverter(name, steps=1, **options)
+            made = inverted(run, backbone, images, prompt, GUIDANCE if options else 1.0)
+            sample(backbone, made["latents"], prompt, steps=1, guidance=GUIDANCE)
+
+    there_and_back()  # fills caches
+    with Watch() as watch:
+        there_and_back()
+    assert "float64" not in watch.found
+
+
+def test_images_that_are_no_pictures_are_refused():
+    backbone = load_backbone("tiny", device="cpu", dtype=torch.bfloat16)
+    latents = torch.zeros(2, *backbone.latent_shape)
+    latents[0, 0] = -100.0  # black
+    assert not sample(backbone, latents, level=0.0)[0].any()
+    with pytest.raises(UserError, match=r"got only black ones, in torch.bfloat16 on cpu; take"):
+        sample(backbone, latents[:1], level=0.0)
+    assert not sample(load_backbone("tiny", device="cpu"), latents[:1], level=0.0).any()
+    latents[1] = torch.nan
+    with pytest.raises(UserError, match=r"got some that are not, in torch.bfloat16"):
+        sample(backbone, latents, level=0.0)
 
 
 def transformer(backbone):

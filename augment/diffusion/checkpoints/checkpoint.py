@@ -20,7 +20,14 @@ from safetensors import safe_open
 
 from augment.core.errors import UserError
 from augment.core.files import read_json
-from augment.diffusion.checkpoints.hub import INDEX, damaged, explained, local_folder, quiet
+from augment.diffusion.checkpoints.hub import (
+    INDEX,
+    damaged,
+    explained,
+    local_folder,
+    missing,
+    quiet,
+)
 from augment.diffusion.process import Flow, Process, VariancePreserving
 
 _NETWORKS = {
@@ -118,8 +125,9 @@ class Checkpoint:
             kinds = ("*.json", "*/*.json", "*/*.txt", "*/*.model", "*/*.safetensors")
             patterns = [place + kind for kind in kinds]
             folder = local_folder(repository, patterns, self.local_files_only, self.revision)
-            return replace(self, folder=folder / self.inside)
+            return replace(self, folder=folder / self.inside)._whole(absent)
         from diffusers import DiffusionPipeline
+        from huggingface_hub import constants
 
         source = self.repository or self.source
         with explained(source):
@@ -127,11 +135,25 @@ class Checkpoint:
                 source,
                 revision=self.revision,
                 variant=self.variant,
-                local_files_only=self.local_files_only,
+                # else diffusers asks the hub all the same, and hides what is missing
+                local_files_only=self.local_files_only or constants.HF_HUB_OFFLINE,
                 use_safetensors=True,
                 **dict.fromkeys(absent),
             )
-        return replace(self, folder=Path(folder))
+        return replace(self, folder=Path(folder))._whole(absent)
+
+    def _whole(self, absent: Sequence[str]) -> "Checkpoint":
+        """Return the checkpoint; refuse a cache without some parts, which was not filled now."""
+        from huggingface_hub import constants
+
+        for part in self.parts(absent):
+            found = [path.name for path in (self.folder or Path()).joinpath(part).glob("*")]
+            weights = any(".safetensors" in name for name in found)
+            if not ("config.json" in found and weights) and (
+                self.local_files_only or constants.HF_HUB_OFFLINE
+            ):
+                raise missing(self.repository or self.source, some=True)
+        return self
 
     def parts(self, absent: Sequence[str]) -> list[str]:
         """Return the parts with weights that the fetched index names, without the ``absent``.

@@ -65,12 +65,7 @@ def explained(source: str) -> Iterator[None]:
         problem = "which the hub does not have or does not show; check its name and your login"
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, ConnectionError) as error:
         lacking = type(error).__name__ == "IncompleteSnapshotError"  # of huggingface_hub 2
-        problem = (
-            f"{'of which files are missing' if lacking else 'which is not'} on this machine, and "
-            "the hub could not be reached, or was not to be; "
-            "download it once where there is a network, give a folder, or name what a bank names "
-            "with --backbone to download it"
-        )
+        raise missing(source, some=lacking) from None
     except errors.EntryNotFoundError:
         problem = f"which has no {INDEX}; give a repository in diffusers' format"
     except (errors.HfHubHTTPError, errors.HFValidationError, OSError, ValueError) as error:
@@ -80,6 +75,17 @@ def explained(source: str) -> Iterator[None]:
     finally:
         logging.set_verbosity(level)
     raise UserError(f"expected a checkpoint on the hub, got {source!r}, {problem}")
+
+
+def missing(source: str, some: bool) -> UserError:
+    """Build the error for a repository of which no file, or not every file, is here."""
+    return UserError(
+        f"expected a checkpoint on the hub, got {source!r}, "
+        f"{'of which files are missing' if some else 'which is not'} on this machine, and "
+        "the hub could not be reached, or was not to be; "
+        "download it once where there is a network, give a folder, or name what a bank names "
+        "with --backbone to download it"
+    )
 
 
 def local_folder(
