@@ -268,6 +268,7 @@ def report(
     images: "Source | str | None" = None,
     pool: str | None = None,
     backbone: str | None = None,
+    network: str | None = None,
     device: str | None = None,
 ) -> Record:
     """Write an HTML report of a bank: its classes, its health, and what each rule makes of it.
@@ -283,15 +284,19 @@ def report(
             are looked for where the bank was made.
         pool: file of a replay pool, to report its throughput and reuse.
         backbone: diffusion model; by default the one that made the bank.
+        network: network whose features say how diverse the synthetic images of each class are, and
+            how far from the real ones, such as fashion, lite0 or resnet50; by default none.
         device: device such as cuda or cpu; by default the GPU if there is one.
 
     Examples:
         latent-augment report mine/bank --shards mine/synthetic --out report.html
+        latent-augment report mine/bank --shards mine/synthetic --network lite0
     """
     options = {key: value for key, value in locals().items() if key != "device"}
     from augment.bank.bank import LatentBank
     from augment.centroid import Rule
-    from augment.diffusion import load_backbone
+    from augment.diffusion import find_device, load_backbone
+    from augment.networks import feature_network
     from augment.report import write_report
     from augment.report.provenance import command
 
@@ -299,8 +304,9 @@ def report(
     for name in names:
         Rule.parse(name)  # what can be refused is refused before gigabytes are loaded
     model = load_backbone(**opened.recipe_with(backbone), device=device) if names else None
+    judge = feature_network(network, "", find_device(device)) if network else None
     typed = command("report", options)
-    write_report(opened, out, shards, model, names, classes, images, pool, typed)
+    write_report(opened, out, shards, model, names, classes, images, pool, typed, judge)
     print(f"{out}: written; open it in a browser")
     return {"report": out}
 

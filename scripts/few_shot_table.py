@@ -270,12 +270,9 @@ def report(
     bench: FewShotBench, rows: tuple[Row, ...], shots: list[int], found: dict[Any, Any]
 ) -> None:
     """Print the tables and draw the plot."""
-
-    def mean(name: str, n: int) -> float:
-        return statistics.mean(100 * found[name, n, seed]["accuracy"] for seed in range(SEEDS))
-
     print("\naccuracy, %, and gain over classical, paired by seed; ± 95 % (Student's t)\n")
     middle, table = 5 if 5 in shots else shots[0], []
+    drawn: dict[str, list[tuple[float, float]]] = {}
     for row in rows:
         cells = {"row": row.name}
         for n in shots:
@@ -283,21 +280,35 @@ def report(
             base = [found[BASE, n, seed]["accuracy"] for seed in range(SEEDS)]
             gains = [a - b for a, b in zip(runs, base, strict=True)]
             gain = "" if row.name == BASE else f" ({ci95(gains)})"
+            points = 100 * statistics.mean(gains), 100 * interval(gains)
+            drawn.setdefault(row.name, []).append(points)
             cells[f"{n} shots"] = ci95(runs) + gain
         cost = [found[row.name, middle, seed] for seed in range(SEEDS)]
         made, spent = (statistics.mean(c[k] for c in cost) for k in ("synthesis_s", "training_s"))
         table.append(cells | {f"CPU seconds, {middle} shots": f"{made:.1f} + {spent:.1f}"})
     print("\n".join(markdown(table)))
-    figure, axes = plt.subplots(figsize=(8, 5))
-    for row in rows:
-        means = [mean(row.name, n) - mean(BASE, n) for n in shots]
-        style = "k--" if row.name == TWICE else "k-" if row.name == BASE else "-"
-        axes.plot(range(len(shots)), means, style, label=row.name, marker=".")
+    draw(drawn, shots, bench.out / "table.png")
+
+
+def draw(gains: dict[str, list[tuple[float, float]]], shots: list[int], path: Path) -> None:
+    """Draw gains over classical augmentation and their 95 % intervals, in points.
+
+    Args:
+        gains: of each row, mean and half width at each number of shots.
+        shots: numbers of shots.
+        path: the PNG file to write.
+    """
+    figure, axes = plt.subplots(figsize=(10, 5), layout="constrained")
+    for number, (name, pairs) in enumerate(gains.items()):
+        means, errors = zip(*pairs, strict=True)
+        style = "k--" if name == TWICE else "k-" if name == BASE else "-"
+        places = [at + 0.05 * (number - (len(gains) - 1) / 2) for at in range(len(shots))]
+        axes.errorbar(places, means, errors, fmt=style, label=name, marker=".", elinewidth=0.8)
     axes.set_xticks(range(len(shots)), [str(n) for n in shots])
     axes.set(xlabel="real images a class", ylabel="gain over classical augmentation, points")
-    axes.legend(fontsize=7, ncols=2)
-    figure.tight_layout()
-    figure.savefig(bench.out / "table.png", dpi=110)
+    figure.legend(fontsize=8, loc="outside right center", frameon=False)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
 
 
 def main() -> None:

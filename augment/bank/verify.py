@@ -226,9 +226,10 @@ def inspect_bank(path: Path) -> str:
         lines.append(f"{name}: {text}")
     lines.append(f"images: {manifest.source}")
     method = manifest.fingerprint.inversion
+    how = "{method} in {steps} steps".format(**method)
     if (norms := means["norm"]) and method["method"] != "noise" and "level" not in method:
-        lines.append(str(norm_finding(fmean(norms), len(norms), math.prod(manifest.latent_shape))))
+        dim = math.prod(manifest.latent_shape)
+        lines.append(str(norm_finding(fmean(norms), len(norms), dim, how)))
     if errors := means["error"]:
-        how = "{method} in {steps} steps".format(**method)
         lines.append(str(reconstruction_finding(psnr(fmean(errors)), how)))
     return "\n".join(lines)

@@ -21,7 +21,30 @@ from augment.plan.plan import Plan
 Mixture = tuple[Plan, float | None]
 """A plan, and the alpha that it was drawn with as in `Choice`."""
 QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
-BY_HAND = "# Weights set by hand have no command: take the Python lines, or draw."
+BY_HAND = "# What was set by hand has no command: take the Python lines, or draw without a prompt."
+MAX_STEPS = 100  # that can be undone
+
+
+def remembered(history: list[Mixture], mixture: Mixture) -> list[Mixture]:
+    """Return a history with a mixture more; weights that are dragged on are one step.
+
+    >>> plan = Plan(0, "ant", ("a", "b"), (0.5, 0.5), 0.0, 0, 0, 0)
+    >>> start, *dragged = [(replace(plan, weights=(w, 1 - w)), None) for w in (0.5, 0.6, 0.7)]
+    >>> history = [start]
+    >>> for mixture in dragged:
+    ...     history = remembered(history, mixture)
+    >>> [plan.weights[0] for plan, _ in history]
+    [0.5, 0.7]
+    """
+    if mixture == history[-1]:
+        return history
+
+    def apart(mixture: Mixture) -> Mixture:
+        return replace(mixture[0], weights=()), mixture[1]
+
+    last = [apart(known) for known in history[-2:]]
+    dragged = mixture[1] is None and last == [apart(mixture)] * 2
+    return [*(history[:-1] if dragged else history), mixture][-MAX_STEPS:]
 
 
 class Page:
@@ -40,7 +63,7 @@ class Page:
             title="latent-augment", analytics_enabled=False, fill_width=True
         ) as self.blocks:
             first = explorer.start(self.bank.classes[0])
-            self.mixture = gradio.State((first, None))  # a `Mixture`
+            self.history = gradio.State([(first, None)])  # of each `Mixture`, the last is shown
             self.kept = gradio.State([])
             gradio.HTML(widgets.heading(explorer))
             with gradio.Row(elem_id="page"):
@@ -56,13 +79,19 @@ class Page:
     def _add_controls(self) -> None:
         """Add the left side: class, members, weights, draw, sampling."""
         gr, usual = self.gr, self.explorer.sampling(self.explorer.quick)
-        self.classes = gr.Dropdown(list(self.named), value=next(iter(self.named)), label="Class")
+        classes = list(self.named)
+        with gr.Row():
+            self.classes = gr.Dropdown(classes, value=classes[0], label="Class", min_width=140)
+            self.of = gr.Dropdown(classes, value=classes[0], label="Images of", min_width=140)
         self.grid = gr.HTML(js_on_load=widgets.asset("grid.js"))
         self.mixer = gr.HTML(js_on_load=widgets.asset("mixer.js"), elem_id="mixer")
         with gr.Row(equal_height=True):
             self.alpha = gr.Slider(0.05, 5, 1, step=0.05, label="Dirichlet α", min_width=150)
             self.seed = gr.Number(0, label="Seed", minimum=0, precision=0, min_width=80)
-        self.draw = gr.Button("Draw members and weights", size="md")
+        with gr.Row():
+            self.draw = gr.Button("Draw members and weights", size="md", scale=3, min_width=190)
+            self.undo = gr.Button("Undo", size="md", scale=1, min_width=80)
+        self.prompt = gr.Textbox(label="Prompt", placeholder="the bank's", max_lines=3)
         with gr.Accordion("Sampling", open=False):
             self.noise = gr.Slider(0, 0.95, 0, step=0.05, label="Share of fresh noise")
             names, first = [*PROFILES, *SOLVERS], self.explorer.quick
@@ -115,47 +144,53 @@ class Page:
     def _wire(self) -> None:
         """Connect the controls with what they change."""
         rules = [side[0] for side in self.sides]
-        self.how = [self.solver, self.steps, self.guidance]
-        self.given = [self.mixture, *rules, *self.how]
+        self.how = [self.solver, self.steps, self.guidance, self.prompt]
+        self.given = [self.history, *rules, *self.how]
         self._on(self.blocks.load, self.same)
         self._on(self.grid.pick, self.picked, mode="multiple")  # no click is lost
         self._on(self.mixer.mix, self.mixed, fresh=False)
         self._on(self.classes.input, self.of_class, self.classes)
+        self.of.input(self.images_to_pick, [self.history, self.of], self.grid, **QUIET)
+        self._on(self.undo.click, None, mode="multiple")
         self._on(self.alpha.input, self.drawn, self.alpha)
         self._on(self.draw.click, self.drawn_again, self.alpha, mode="once")
         self._on(self.seed.input, self.seeded, self.seed)
         self._on(self.noise.input, self.noisy, self.noise, fresh=False)
         for control in (*rules, self.steps, self.guidance):
             self._on(control.input, self.same, fresh=False)
+        for leave in (self.prompt.submit, self.prompt.blur):
+            self._on(leave, self.same, fresh=False)
         chosen = self.solver.input(
             lambda name: self.explorer.sampling(name).steps, self.solver, self.steps, **QUIET
         )
         self._on(chosen.then, self.same, fresh=False, mode="multiple")
         tray = [self.kept, self.tray, self.tray_buttons]
         for rule, _, keep, *_ in self.sides:
-            keep.click(self.keep, [self.kept, self.mixture, rule, *self.how], tray, **QUIET)
+            keep.click(self.keep, [self.kept, self.history, rule, *self.how], tray, **QUIET)
         self.empty.click(lambda: self.show_tray([]), None, tray, **QUIET)
         self.export.click(self.exported, self.kept, tray, **QUIET)
         for kind, image in (self.ends[:2], self.ends[2:]):
             kind.input(self.images_of, kind, image, **QUIET)
-        inputs = [*self.ends, self.way, self.frames, *self.how]
+        inputs = [*self.ends, self.way, self.frames, *self.how[:3]]
         self.go.click(self.walk, inputs, self.player, **{**QUIET, "show_progress": "full"})
 
     def _on(
         self,
         event: Callable[..., Any],
-        edit: Callable[..., Mixture],
+        edit: Callable[..., Mixture] | None,
         control: Any = None,
         fresh: bool = True,
         mode: str = "always_last",
     ) -> None:
         """Let an event change the mixture, by the value of a control or the data of the event."""
 
-        def listener(event: self.gr.EventData, mixture: Any, *rest: Any) -> Iterator[list[Any]]:  # type: ignore
+        def listener(event: self.gr.EventData, history: Any, *rest: Any) -> Iterator[list[Any]]:  # type: ignore
             *how, value = rest if control else (*rest, event._data)
-            yield from self.change(lambda *old: edit(*old, value), mixture, how, fresh)
+            label = value.get("label") if isinstance(value, dict) else None
+            done = None if edit is None else lambda *old, edit=edit: edit(*old, value)
+            yield from self.change(done, history, how, fresh, label)
 
-        shown = [self.mixture, self.grid, self.mixer]
+        shown = [self.history, self.classes, self.noise, self.seed, self.of, self.grid, self.mixer]
         shown += [part for _, image, _, *code in self.sides for part in (image, *code)]
         event(
             listener, [*self.given, *([control] if control else [])], shown, trigger_mode=mode,
@@ -163,26 +198,43 @@ class Page:
         )  # fmt: skip
 
     def change(
-        self, edit: Callable[..., Mixture], mixture: Mixture, how: Any, fresh: bool = True
+        self,
+        edit: Callable[..., Mixture] | None,
+        history: list[Mixture],
+        how: Any,
+        fresh: bool = True,
+        label: int | None = None,
     ) -> Iterator[list[Any]]:
         """Change the mixture, and show what comes of it, piece by piece.
 
         Args:
-            edit: maps a plan and its alpha to the new ones.
-            mixture: the old mixture.
-            how: both rules, solver, steps, guidance.
+            edit: maps a plan and its alpha to the new ones; None takes the last change back.
+            history: the mixtures until now.
+            how: both rules, solver, steps, guidance, prompt.
             fresh: whether grid and sliders are to be drawn again.
+            label: the class whose images are shown to choose from; by default the plan's.
         """
-        skip, (*rules, solver, steps, guidance) = self.gr.skip(), how
+        skip, (*rules, solver, steps, guidance, prompt) = self.gr.skip(), how
         try:
-            plan, alpha = edit(*mixture)
-            pieces = [skip, skip]
+            if edit is None:
+                history = history[:-1] or history
+            else:
+                history = remembered(history, edit(*history[-1]))
+            plan, alpha = history[-1]
+            pieces = [skip] * 6
+            if edit is None:
+                pieces[:3] = widgets.shown(plan.class_name), plan.noise, plan.seed
             if fresh:
-                pieces = [widgets.grid(self.explorer, plan), widgets.mixer(self.explorer, plan)]
-            yield [(plan, alpha), *pieces, *[skip] * 6]
+                name = plan.class_name if label is None else self.bank.classes[label]
+                pieces[3:] = (
+                    widgets.shown(name),
+                    widgets.grid(self.explorer, plan, name),
+                    widgets.mixer(self.explorer, plan),
+                )
+            yield [history, *pieces, *[skip] * 6]
             for side, rule in enumerate(rules):
-                choice = self.choice((plan, alpha), rule, solver, steps, guidance)
-                yield [*[skip] * (3 + 3 * side), *self.side(choice), *[skip] * (3 - 3 * side)]
+                choice = self.choice((plan, alpha), rule, solver, steps, guidance, prompt)
+                yield [*[skip] * (7 + 3 * side), *self.side(choice), *[skip] * (3 - 3 * side)]
         except UserError as error:
             raise self.error(error) from None
 
@@ -191,10 +243,10 @@ class Page:
         return self.gr.Error(widgets.shown(str(error)), print_exception=False)
 
     def choice(self, mixture: Mixture, rule: str, *how: float | str) -> Choice:
-        """Return the choice of a mixture, a rule, and solver, steps and guidance."""
-        solver, steps, guidance = how
+        """Return the choice of a mixture, a rule, and solver, steps, guidance and prompt."""
+        solver, steps, guidance, prompt = how
         sampling = self.explorer.sampling(str(solver), int(steps), float(guidance))
-        return Choice(mixture[0], rule, sampling, mixture[1])
+        return Choice(mixture[0], rule, sampling, mixture[1], str(prompt or "").strip())
 
     def side(self, choice: Choice) -> list[str]:
         """Return an image, and the lines to make it again."""
@@ -215,7 +267,12 @@ class Page:
 
     def picked(self, plan: Plan, _: float | None, data: dict[str, int]) -> Mixture:
         """Add an image, or leave it out."""
-        return toggled(plan, self.bank.members[plan.class_name][data["row"]]), None
+        name = self.bank.classes[data["label"]]
+        return toggled(plan, self.bank.members[name][data["row"]], name), None
+
+    def images_to_pick(self, history: list[Mixture], name: str) -> str:
+        """Return the images of a class, to choose members from."""
+        return widgets.grid(self.explorer, history[-1][0], self.named[name])
 
     def mixed(self, plan: Plan, alpha: float | None, data: dict[str, list[float]]) -> Mixture:
         """Set other weights, unless they are of members that were exchanged meanwhile."""
@@ -243,9 +300,11 @@ class Page:
         """Take another share of noise."""
         return replace(plan, noise=float(noise)), alpha
 
-    def keep(self, kept: list[Choice], mixture: Mixture, rule: str, *how: float | str) -> list[Any]:
+    def keep(
+        self, kept: list[Choice], history: list[Mixture], rule: str, *how: float | str
+    ) -> list[Any]:
         """Put an image into the tray, if it is not there."""
-        choice = self.choice(mixture, rule, *how)
+        choice = self.choice(history[-1], rule, *how)
         return self.show_tray([*kept, *([] if choice in kept else [choice])])
 
     def show_tray(self, kept: Sequence[Choice]) -> list[Any]:

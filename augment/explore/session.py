@@ -44,12 +44,19 @@ class Choice:
         rule: name of the rule.
         sampling: how the centroid is sampled.
         alpha: concentration that the plan was drawn with; None if its weights were set by hand.
+        prompt: replaces the prompt of the plan's class, if it is not empty.
     """
 
     plan: Plan
     rule: str
     sampling: ResolvedSampling
     alpha: float | None = None
+    prompt: str = ""
+
+    @property
+    def prompts(self) -> dict[str, str] | None:
+        """The prompt by its class, as `Synthesizer` takes it; None if it is the bank's."""
+        return {self.plan.class_name: self.prompt} if self.prompt else None
 
 
 @dataclass(frozen=True)
@@ -58,7 +65,7 @@ class Facts:
 
     Args:
         norm: ‖ẑ‖/√D, near 1 for white noise.
-        bias: the largest |channel mean|.
+        bias: the largest absolute channel mean.
         average: that of the plain average of the members.
     """
 
@@ -125,7 +132,7 @@ class Explorer:
         """Draw as many members of the class, and weights, as ``synthesize`` does.
 
         Args:
-            plan: says how many members, the noise and the seed.
+            plan: says which class, how many members, the noise and the seed.
             alpha: concentration of the weights.
             again: number of the draw of the class.
         """
@@ -143,7 +150,11 @@ class Explorer:
             return self._made(replace(choice, alpha=None))
 
     def _make(self, choice: Choice) -> Tensor:
-        return self._synthesizer(choice.rule, choice.sampling).images([choice.plan])[0].cpu()
+        return self._synthesizer_of(choice).images([choice.plan])[0].cpu()
+
+    def _synthesizer_of(self, choice: Choice) -> Synthesizer:
+        made = self._synthesizer(choice.rule, choice.sampling)
+        return replace(made, prompts=choice.prompts) if choice.prompt else made
 
     def _make_synthesizer(self, rule: str, sampling: ResolvedSampling) -> Synthesizer:
         return Synthesizer(self.backbone, self.bank, Rule.parse(rule), sampling)
@@ -159,21 +170,24 @@ class Explorer:
 
     def prompt(self, choice: Choice) -> str:
         """Return the prompt that a choice is sampled with; empty without."""
-        return self._synthesizer(choice.rule, choice.sampling).text(choice.plan)
+        return self._synthesizer_of(choice).text(choice.plan)
 
     def python(self, choice: Choice) -> str:
         """Return lines of Python that make the image of a choice."""
         plan = f"Plan.from_json({choice.plan.to_json()!r})"
-        return provenance.python(self.bank, plan, choice.rule, choice.sampling, self.recipe)
+        return provenance.python(
+            self.bank, plan, choice.rule, choice.sampling, self.recipe, choice.prompts
+        )
 
     def command(self, choice: Choice) -> str | None:
-        """Return the command that makes the image among others; None for weights set by hand.
+        """Return the command that makes the image among others; None for what was set by hand.
 
         The image is the one of the plan's index: ``shards[index]``.
         """
         plan, sampling = choice.plan, choice.sampling
         again = plan.index // len(self.bank.classes)
-        if choice.alpha is None or plan != self.draw(plan, choice.alpha, again):
+        by_hand = choice.alpha is None or plan != self.draw(plan, choice.alpha, again)
+        if by_hand or choice.prompt:
             return None
         name = self.recipe["name_or_path"]
         options = {
@@ -265,21 +279,29 @@ def reweighted(plan: Plan, weights: Sequence[float]) -> Plan:
     return replace(plan, weights=tuple(shares))
 
 
-def toggled(plan: Plan, image_id: str) -> Plan:
+def toggled(plan: Plan, image_id: str, class_name: str) -> Plan:
     """Return a plan with one member more, of an equal share, or without it.
+
+    Args:
+        plan: the plan.
+        image_id: id of the member.
+        class_name: the member's class, which need not be the plan's.
 
     Raises:
         UserError: there would be no member, or more than `MAX_MEMBERS`.
     """
-    parts = dict(zip(plan.members, plan.weights, strict=True))
-    if image_id in parts:
-        del parts[image_id]
+    chosen = zip(plan.member_classes, plan.members, strict=True)
+    parts = dict(zip(chosen, plan.weights, strict=True))
+    if (class_name, image_id) in parts:
+        del parts[class_name, image_id]
     else:
         parts = {i: w * len(parts) / (len(parts) + 1) for i, w in parts.items()}
-        parts[image_id] = 1 / (len(parts) + 1)
+        parts[class_name, image_id] = 1 / (len(parts) + 1)
     if not 1 <= len(parts) <= MAX_MEMBERS:
         raise UserError(
             f"expected 1 to {MAX_MEMBERS} members, got {len(parts)}; take another one "
             + ("in first" if not parts else "out first")
         )
-    return reweighted(replace(plan, members=tuple(parts)), list(parts.values()))
+    classes, members = zip(*parts, strict=True)
+    classes = () if set(classes) == {plan.class_name} else classes
+    return reweighted(replace(plan, members=members, classes=classes), list(parts.values()))

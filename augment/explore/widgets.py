@@ -60,16 +60,18 @@ def heading(explorer: Explorer) -> str:
     return f'<p><b>Explorer</b> <span class="small">{escape(shown(title))}</span></p>'
 
 
-def grid(explorer: Explorer, plan: Plan) -> str:
-    """Return the images of a class, to choose members from."""
-    ids, cells = explorer.bank.members[plan.class_name], []
+def grid(explorer: Explorer, plan: Plan, class_name: str) -> str:
+    """Return the images of a class, to choose members of a plan from."""
+    ids, cells = explorer.bank.members[class_name], []
+    label = explorer.bank.classes.index(class_name)
+    members = set(zip(plan.member_classes, plan.members, strict=True))
     for row, image_id in enumerate(ids[:MAX_SHOWN]):
-        known = explorer.real(plan.class_name, image_id)
+        known = explorer.real(class_name, image_id)
         inner = picture(known, image_id) if known else escape(shown(PurePath(image_id).stem))
-        chosen = str(image_id in plan.members).lower()
+        chosen = str((class_name, image_id) in members).lower()
         cells.append(
-            f'<button data-row="{row}" aria-pressed="{chosen}" title="{escape(shown(image_id))}">'
-            f"{inner}</button>"
+            f'<button data-label="{label}" data-row="{row}" aria-pressed="{chosen}" '
+            f'title="{escape(shown(image_id))}">{inner}</button>'
         )
     return f'<div class="grid">{"".join(cells)}</div>'
 
@@ -78,8 +80,8 @@ def mixer(explorer: Explorer, plan: Plan) -> str:
     """Return a slider for each member's weight; for three, a triangle to drag in as well."""
     names = [escape(shown(image_id)) for image_id in plan.members]
     images = [
-        picture(explorer.thumbnail(plan.class_name, image_id), image_id)
-        for image_id in plan.members
+        picture(explorer.thumbnail(class_name, image_id), image_id)
+        for class_name, image_id in zip(plan.member_classes, plan.members, strict=True)
     ]
     rows = "".join(
         f'<div class="row" title="{name}">{image}<input type="range" min="0" max="1" step="0.001" '
@@ -113,6 +115,11 @@ def centroid(explorer: Explorer, choice: Choice) -> str:
     count, members = choice.plan.effective_count, len(choice.plan.members)
     prompt, guidance = explorer.prompt(choice), choice.sampling.guidance
     words = f"<br>{escape(shown(prompt))}, guidance {guidance:g}" if prompt else ""
+    if choice.plan.classes:
+        classes = explorer.bank.classes
+        shares = zip(classes, choice.plan.soft_label(classes).tolist(), strict=True)
+        parts = (f"{share:.0%} {escape(shown(name))}" for name, share in shares if share)
+        words += f"<br>{', '.join(parts)}"
     return (
         f"<figure>{picture(image, title)}<figcaption>norm {facts.norm:.3f} √D · channel bias "
         f"{facts.bias:.3f} (average {facts.average:.3f})<br>mixes {count:.1f} of {members} members"

@@ -62,7 +62,7 @@ class ClassHealth:
 
     @property
     def fixed_bias(self) -> float:
-        """The largest |channel mean| that ``fix/0`` makes of all its latents in equal parts."""
+        """Largest absolute channel mean that ``fix/0`` makes of all latents in equal parts."""
         return predicted_bias(self.statistics, self.statistics.count, math.inf)
 
     @property
@@ -119,7 +119,7 @@ class Finding(NamedTuple):
 def findings(
     classes: Sequence[ClassHealth], inversion: str, of_noise: bool = True, backbone: str = ""
 ) -> list[Finding]:
-    """Return all findings on classes, warnings first, and of these whether the model knows them.
+    """Return all findings on classes: whether the model knows them, then warnings, then the rest.
 
     Args:
         classes: at least one class.
@@ -131,8 +131,9 @@ def findings(
     found = model_findings([c.psnr for c in classes if c.psnr is not None], inversion, backbone)
     if of_noise:
         found.append(_bias_finding(classes))
-        found.append(norm_finding(fmean(norms), len(norms), classes[0].statistics.dim))
-        found += _correlation_finding(classes)
+        dim = classes[0].statistics.dim
+        found.append(norm_finding(fmean(norms), len(norms), dim, inversion))
+        found += _correlation_finding(classes, inversion)
     known = {c.name: c.psnr for c in classes if c.psnr is not None}
     if known:
         worst = min(known, key=lambda name: known[name])
@@ -145,7 +146,7 @@ def findings(
             "to mix, and every centroid is that image again."
         )
         found.append(Finding("warning", "Single images", text))
-    return sorted(found, key=lambda finding: finding.level == "good")
+    return sorted(found, key=lambda f: (f.topic != "Model", f.level == "good"))
 
 
 def model_findings(psnr: Sequence[float], inversion: str, backbone: str) -> list[Finding]:
@@ -208,13 +209,14 @@ def _share(some: int, total: int) -> str:
     return f"{some} of {total} classes {'has' if some == 1 else 'have'}"
 
 
-def norm_finding(mean: float, count: int, dim: int) -> Finding:
+def norm_finding(mean: float, count: int, dim: int, inversion: str) -> Finding:
     """Say whether latents are as long as white noise.
 
     Args:
         mean: mean of ‖z‖/√D.
         count: number of latents.
         dim: number D of elements of each.
+        inversion: see `findings`.
     """
     law, deviation = norm_law(dim)
     numbers = f"norm over √D {mean:.3f}, by the chi law {law:.3f} ± {deviation:.3f} each"
@@ -225,13 +227,18 @@ def norm_finding(mean: float, count: int, dim: int) -> Finding:
     text = (
         f"Latents are {abs(mean / law - 1):.0%} {word} than white noise ({numbers}). fix and vp "
         "bring centroids to √D all the same; nin keeps the length of the members, and fade goes "
-        "from that, where one image is nearly alone, to √D. Latents of forward_start have the "
-        "length."
+        "from that, where one image is nearly alone, to √D."
     )
+    text += _unless(inversion, "forward_start", "Latents of forward_start have the length.")
     return Finding("warning", "Norm", text)
 
 
-def _correlation_finding(classes: Sequence[ClassHealth]) -> list[Finding]:
+def _unless(inversion: str, method: str, advice: str) -> str:
+    """Return a sentence of advice to use an inversion, unless it was used."""
+    return "" if inversion.startswith(method) else f" {advice}"
+
+
+def _correlation_finding(classes: Sequence[ClassHealth], inversion: str) -> list[Finding]:
     """Say that neighbouring pixels correlate, if they do."""
     across = fmean(c.statistics.horizontal for c in classes)
     down = fmean(c.statistics.vertical for c in classes)
@@ -239,9 +246,9 @@ def _correlation_finding(classes: Sequence[ClassHealth]) -> list[Finding]:
         return []
     text = (
         f"Neighbouring pixels of the latents correlate, {across:+.2f} across and {down:+.2f} down "
-        "(white noise 0): they still hold something of their images, which no rule removes. "
-        "Latents of forward_start are nearest to noise."
+        "(white noise 0): they still hold something of their images, which no rule removes."
     )
+    text += _unless(inversion, "forward_start", "Latents of forward_start are nearest to noise.")
     return [Finding("warning", "Correlation", text)]
 
 
@@ -256,8 +263,6 @@ def reconstruction_finding(db: float, inversion: str, of_worst: str = "") -> Fin
     text = f"Images come back at {db:.1f} dB (PSNR) on average{of_worst}"
     if db >= MIN_PSNR:
         return Finding("good", "Reconstruction", text + ".")
-    text += (
-        f": the latents of {inversion} do not hold them well. Invert with more steps, or with "
-        "fireflow, which gives images back best."
-    )
+    text += f": the latents of {inversion} do not hold them well. Invert with more steps."
+    text += _unless(inversion, "fireflow", "fireflow gives images back best.")
     return Finding("warning", "Reconstruction", text)

@@ -25,12 +25,13 @@ from augment.core.files import write_bytes
 from augment.diffusion.backbone import Backbone
 from augment.measure.bias import BIAS_THRESHOLD
 from augment.measure.health import ClassHealth, findings, from_most_biased
+from augment.networks import Network
 from augment.report import facts, page
 from augment.report.gallery import BACK, Gallery, side_of
 from augment.report.plots import bias_plot, norm_plot
 from augment.report.provenance import Provenance
 from augment.report.tiles import sprite
-from augment.sources import Source, place_of
+from augment.sources import Source, as_source, place_of
 
 __all__ = ["RULES", "write_report"]
 
@@ -48,6 +49,7 @@ def write_report(
     images: Source | str | Path | Any | None = None,
     pool: str | Path | None = None,
     command: str = "",
+    network: Network | None = None,
 ) -> Path:
     """Write the report of a bank.
 
@@ -63,6 +65,8 @@ def write_report(
         images: the real images, a folder or a source; by default where they were.
         pool: file of a `ReplayPool`, for its throughput and reuse.
         command: the command that made the report, to be shown.
+        network: compares the synthetic images of each class with the real ones, by its features:
+            their distance and diversity are columns of the table of classes.
 
     Returns:
         The file.
@@ -70,12 +74,13 @@ def write_report(
     Raises:
         BankMismatch: the bank is of another backbone.
         UserError: the shards are damaged or of other classes, a rule is unknown or does not fit a
-            class, or the file cannot be written.
+            class, there is a network without shards, or the file cannot be written.
     """
     if classes < 0:
         raise UserError(f"expected a number of classes ≥ 0, got {classes}; 0 makes no images")
     names = [str(Rule.parse(rule)) for rule in rules]
     provenance = Provenance.of(bank, None if shards is None else Path(shards))
+    compared = _compared(provenance, network, images)
     pool_facts = facts.pool_facts(Path(pool)) if pool else {}
     health = [bank.health(name) for name in tqdm(bank.classes, "measure", unit="class", delay=2)]
     some = [] if backbone is None else from_most_biased(health, classes)
@@ -83,13 +88,18 @@ def write_report(
     gallery = Gallery(provenance, backbone, names, place_of(images), side)
     if some:
         gallery.paint(some)
-    records = [_record(gallery, c) for c in tqdm(health, "pictures", unit="class", delay=2)]
+    records = [
+        _record(gallery, c) | compared.get(c.name, {})
+        for c in tqdm(health, "pictures", unit="class", delay=2)
+    ]
     numbers = facts.bank_facts(bank, health) | facts.synthetic_facts(gallery) | pool_facts
+    found = findings(health, *bank.made_by)
     parts = {
         "name": escape("/".join(bank.path.parts[-2:])),  # most banks are called bank
         "path": escape(f"{bank.path} · {date.today()} · latent-augment {__version__}"),
         "summary": escape(facts.summary(bank, health)),
-        "findings": page.finding_items(findings(health, *bank.made_by)),
+        "verdict": page.finding_items(found[:1]),
+        "findings": page.finding_items(found[1:]),
         "facts": page.facts_list(numbers),
         "norms": norm_plot(health),
         "bias": bias_plot(bank, health),
@@ -104,12 +114,26 @@ def write_report(
         "side": side,
         "pairs": BACK,
         "threshold": BIAS_THRESHOLD,
-        "columns": facts.columns(folder, health),
+        "columns": facts.columns(folder, health, bool(compared)),
         "minima": {name: settings.get("minimum") for name, settings in filters.items()},
         "classes": records,
     }
     write_bytes(Path(out), page.assemble(parts, data))
     return Path(out)
+
+
+def _compared(
+    provenance: Provenance, network: Network | None, images: Source | str | Path | Any | None
+) -> dict[str, dict[str, float | None]]:
+    """Return `augment.report.facts.comparison` if there is a network."""
+    if network is None:
+        return {}
+    if provenance.folder is None:
+        raise UserError(
+            "expected synthetic images for the network to compare, got none; pass --shards"
+        )
+    real = as_source(provenance.bank.manifest.source if images is None else images)
+    return facts.comparison(provenance.folder, real, network)
 
 
 def _record(gallery: Gallery, health: ClassHealth) -> dict[str, object]:

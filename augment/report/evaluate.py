@@ -57,6 +57,7 @@ COPY_THRESHOLD = 0.4  # a nearest distance below which an image counts as a copy
 RECONSTRUCTED = 16  # images a class
 NEAREST = 5  # neighbour of precision and recall
 BLUE, RED = "#0072b2", "#d55e00"
+MAX_BARS, MAX_NAME = 25, 28  # classes in a plot, letters of their names: more would overlap
 
 
 @dataclass(frozen=True)
@@ -222,8 +223,8 @@ def _draw_bank(figure: "Figure", health: Sequence[ClassHealth]) -> None:
         biases = [predicted_bias(s, n, math.inf) for n in counts]
         right.plot([math.sqrt(n) for n in counts], biases, color=RED, alpha=0.5)
         right.plot([1, math.sqrt(counts[-1])], [s.largest[0]] * 2, color=BLUE, alpha=0.5)
-    right.legend(right.get_lines()[:2], ["fix/0, predicted", "chm rules"], frameon=False)
-    right.set(xlabel="√members", title="Largest |channel mean| of centroids, by class")
+    right.legend(right.get_lines()[:2], ["fix/0, predicted", "fix/chm, predicted"], frameon=False)
+    right.set(xlabel="√members", title="Bias of centroids: largest |channel mean|, by class")
     right.set_ylim(0, None)
 
 
@@ -386,11 +387,13 @@ def _class_rows(
 ) -> Iterator[Row]:
     for label in ours.labels.unique().tolist():
         fake, real = ours.of(label), theirs.of(label)
+        distance = _mean_row("", fake.distance(real), math.nan)
         yield {
             "class": classes[label],
             "real": len(real.labels),
             "synthetic": len(fake.labels),
-            "class distance": fake.distance(real).mean().item(),
+            "class distance": distance["value"],
+            "±": distance["±"],
             "of real": real.distance(real).mean().item(),
             "diversity": diversity(fake.features),
             "of real images": diversity(real.features),
@@ -402,17 +405,19 @@ def _class_rows(
 def _draw_images(figure: "Figure", near: Tensor, among: Tensor, rows: Iterable[Row]) -> None:
     """Draw class distances by class, and distances to the nearest real image."""
     left, right = figure.subplots(1, 2)
-    order = sorted(rows, key=lambda row: -float(row["class distance"]))[:40]
-    places = range(len(order))
-    left.barh(places, [row["class distance"] for row in order], color=BLUE, label="synthetic")
+    order = sorted(rows, key=lambda row: -float(row["class distance"]))[:MAX_BARS]
+    places, means = range(len(order)), [float(row["class distance"]) for row in order]
+    left.barh(places, means, xerr=[row["±"] for row in order], color=BLUE, label="synthetic")
     left.plot([row["of real"] for row in order], places, "|", ms=12, color=RED, label="real")
-    left.set_yticks(places, [row["class"] for row in order], fontsize=7)
-    left.set(title="Distance to the class's mean feature")
+    names = [str(row["class"]) for row in order]
+    names = [name if len(name) <= MAX_NAME else f"{name[: MAX_NAME - 1]}…" for name in names]
+    left.set_yticks(places, names, fontsize=7)
+    left.set(title="Class distance", xlabel="1 − cosine to the class's mean real feature; ± 95 %")
     left.legend(frameon=False)
     top = min(4.0, torch.cat([near, among]).max().item())
     style = {"bins": 40, "range": (0, top), "density": True, "histtype": "step"}
     for values, color, label in ((among, RED, "real"), (near, BLUE, "synthetic")):
         right.hist(values.clamp_max(top).tolist(), color=color, label=label, **style)
     right.axvline(COPY_THRESHOLD, color="black", lw=0.8, ls=":")
-    right.set(title="Distance to the nearest real image (left of the line: copies)", yticks=[])
+    right.set(title="Nearest real", xlabel="distance; left of the line: copies", yticks=[])
     right.legend(frameon=False)

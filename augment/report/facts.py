@@ -1,5 +1,6 @@
 """Sentences and numbers of a report, beside its pictures and plots."""
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
@@ -15,7 +16,9 @@ from augment.core.errors import UserError, first_few
 from augment.core.schema import as_object
 from augment.measure.health import ClassHealth
 from augment.measure.latents import norm_law
+from augment.networks import Network
 from augment.replay.store import CONTROL, MAGIC
+from augment.report.evaluate import evaluate_images, sampled_by
 from augment.report.gallery import Gallery
 from augment.report.page import code_block, settings_block
 from augment.report.provenance import (
@@ -74,6 +77,9 @@ def synthetic_facts(gallery: Gallery) -> dict[str, str]:
             "shards"
         )
         facts["kept"] = f"{tally.written / max(tally.wanted, 1):.1%} of those wanted"
+        if sampled := sampled_by(folder.shards):
+            words = (f"{key} {value!r}" for key, value in sampled.items())
+            facts["sampled with"] = ", ".join(words)
         for name, counts in tally.refused.items():
             facts[f"refused by {name}"] = f"{counts.total():,} candidates"
         if pace := shard_pace(folder):
@@ -133,15 +139,56 @@ def rejects_of(bank: LatentBank) -> list[Reject]:
 
 @dataclass(frozen=True)
 class Column:
-    """A column of the table of classes: key in their records, heading, digits, explanation."""
+    """A column of the table of classes: key in their records, heading, digits, explanation.
+
+    ``beside`` is the key of the same measure of the real images, if there is one.
+    """
 
     key: str
     title: str
     digits: int
     hint: str
+    beside: str = ""
 
 
-def columns(folder: ShardFolder | None, health: Sequence[ClassHealth]) -> list[dict[str, object]]:
+DISTANCE = Column(
+    "distance", "To real", 2, "1 − cosine of synthetic features to the mean of the real ones",
+    "distance of real",
+)  # fmt: skip
+DIVERSITY = Column(
+    "diversity", "Diversity", 2, "mean 1 − cosine between the features of two synthetic images",
+    "diversity of real",
+)  # fmt: skip
+
+
+def comparison(
+    folder: ShardFolder, real: Source, network: Network
+) -> dict[str, dict[str, float | None]]:
+    """Compare the synthetic images of each class with the real ones, by a network's features.
+
+    Args:
+        folder: the synthetic images.
+        real: the real images.
+        network: the network.
+
+    Returns:
+        The values of `DISTANCE` and `DIVERSITY` by class; None of a single image.
+
+    Raises:
+        UserError: see `augment.report.evaluate.evaluate_images`.
+    """
+    found = {}
+    for row in evaluate_images(folder.shards, real, network, draws=0).classes:
+        values = row["class distance"], row["of real"], row["diversity"], row["of real images"]
+        keys = DISTANCE.key, DISTANCE.beside, DIVERSITY.key, DIVERSITY.beside
+        finite = [value if math.isfinite(value) else None for value in map(float, values)]
+        found[str(row["class"])] = dict(zip(keys, finite, strict=True))
+    return found
+
+
+def columns(
+    folder: ShardFolder | None, health: Sequence[ClassHealth], compared: bool = False
+) -> list[dict[str, object]]:
     """Return the columns of the table that have values."""
     shown = [
         Column("latents", "Images", 0, "real images in the bank"),
@@ -153,6 +200,7 @@ def columns(folder: ShardFolder | None, health: Sequence[ClassHealth]) -> list[d
         shown.append(Column("PSNR", "Back, dB", 1, "PSNR of the images sampled back"))
     if folder is not None:
         shown.append(Column("synthetic", "Synthetic", 0, "synthetic images in the shards"))
+        shown += [DISTANCE, DIVERSITY] if compared else []
         if folder.tally.refused:
             hint = "times that a filter refused a candidate"
             shown.append(Column("refused", "Refused", 0, hint))

@@ -11,6 +11,7 @@ const KINDS = {
   refused: "Synthetic image, refused",
 };
 const [FIRST, NEXT] = [40, 240]; // rows at once
+const STRIP = 16; // classes with a picture beside the verdict
 
 /** An element with properties or attributes, and children. */
 function el(tag, properties = {}, ...children) {
@@ -140,6 +141,7 @@ function row(record) {
   const line = el("tr", {}, name);
   for (const column of data.columns) {
     const cell = el("td", {}, shown(record[column.key], column.digits));
+    if (column.beside) cell.append(el("small", {}, `real ${shown(record[column.beside], column.digits)}`));
     if (column.key === "bias" && record.biased) cell.title = "significant";
     if (column.key === "fix/0 bias" && record.biased && record[column.key] >= data.threshold) {
       cell.className = "much";
@@ -160,6 +162,22 @@ function row(record) {
     body.append(el("tr", {}, cell));
   }
   return body;
+}
+
+/** A real image of each of the first classes, above one that was made of them. */
+function strip() {
+  const kinds = ["kept", "rule", "back"];
+  const last = (record, kind) => placesOf(record, kind).at(kind === "rule" ? -1 : 0);
+  const made = kinds.find((kind) => data.classes.some((record) => placesOf(record, kind).length));
+  const names = { kept: "a synthetic one", rule: "a centroid", back: "one sampled back" };
+  for (const record of data.classes.slice(0, STRIP)) {
+    const places = [last(record, "real"), made && last(record, made)];
+    const views = places.flatMap((place) =>
+      place === undefined ? [] : [view(record, place, nameOf(record, record.tiles[place]))]);
+    if (views.length) document.getElementById("strip").append(el("div", { title: record.name }, ...views));
+  }
+  const title = `A real image a class${made ? `, and below it ${names[made]}` : ""}`;
+  if (document.querySelector("#strip div")) document.getElementById("strip-title").textContent = title;
 }
 
 /* sort and search */
@@ -324,11 +342,14 @@ for (const record of data.classes) {
   record.words = `${record.name}\n${record.prompt}`.toLowerCase();
 }
 document.body.classList.toggle("small", data.side < 64);
+strip();
 search();
 document.getElementById("search").addEventListener("input", search);
-document.getElementById("zoom").addEventListener("input", (event) =>
-  document.documentElement.style.setProperty("--size", `${event.target.value}px`),
-);
+const zoom = document.getElementById("zoom");
+const resize = () => document.documentElement.style.setProperty("--size", `${zoom.value}px`);
+zoom.value = Math.min(Math.max(data.side, 64), 112);
+zoom.addEventListener("input", resize);
+resize();
 document.addEventListener("click", (event) => {
   if (event.target.matches(".copy")) copy(event.target);
   if (event.target === dialog) dialog.close();

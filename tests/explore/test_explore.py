@@ -83,15 +83,39 @@ def test_the_first_solver_is_quick_where_it_undoes_the_inversion(explorer, path,
 
 def test_members_come_and_go(explorer):
     plan = explorer.start("Bag", 2)
-    more = toggled(plan, "Bag/5.png")
+    more = toggled(plan, "Bag/5.png", "Bag")
     assert more.members == ("Bag/0.png", "Bag/1.png", "Bag/5.png")
     assert more.weights == pytest.approx((1 / 3,) * 3)
-    assert toggled(more, "Bag/5.png").weights == pytest.approx(plan.weights)
+    assert toggled(more, "Bag/5.png", "Bag").weights == pytest.approx(plan.weights)
     assert reweighted(plan, [0, 0]).weights == (0.5, 0.5)
     with pytest.raises(UserError, match=f"1 to {MAX_MEMBERS} members, got 0"):
-        toggled(explorer.start("Bag", 1), "Bag/0.png")
+        toggled(explorer.start("Bag", 1), "Bag/0.png", "Bag")
     with pytest.raises(UserError, match=f"1 to {MAX_MEMBERS} members, got 6"):
-        toggled(explorer.start("Bag", MAX_MEMBERS), "Bag/5.png")
+        toggled(explorer.start("Bag", MAX_MEMBERS), "Bag/5.png", "Bag")
+
+
+def test_members_may_be_of_several_classes(explorer, choice):
+    plan = toggled(explorer.start("Bag", 2), "Coat/1.png", "Coat")
+    assert plan.class_name == "Bag" and plan.classes == ("Bag", "Bag", "Coat")
+    mixed = replace(choice, plan=plan)
+    points, weights = explorer.bank.gather([plan])
+    centroid = Rule.parse(choice.rule)(points, weights)[0]
+    made = Synthesizer(explorer.backbone, explorer.bank, Rule.parse(choice.rule), choice.sampling)
+    assert torch.equal(explorer.image(mixed), made.sample(centroid[None], [plan])[0])
+    assert "67% Bag, 33% Coat" in widgets.centroid(explorer, mixed)
+    assert widgets.grid(explorer, plan, "Coat").count('aria-pressed="true"') == 1
+    assert toggled(plan, "Coat/1.png", "Coat").classes == ()
+
+
+def test_a_prompt_replaces_the_banks(explorer, choice, tmp_path, monkeypatch):
+    mine = replace(drawn(explorer, choice), prompt="footwear")
+    assert explorer.prompt(mine) == "footwear"
+    assert not torch.equal(explorer.image(mine), explorer.image(replace(mine, prompt="")))
+    assert explorer.command(mine) is None, "a prompt of one image is no template"
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(compile(explorer.python(mine), "copied", "exec"), names)
+    assert torch.equal(names["image"], explorer.image(mine))
 
 
 def test_a_draw_is_the_one_of_synthesize(explorer, choice):
@@ -195,7 +219,7 @@ def test_an_export_goes_to_a_folder_of_its_own(explorer, choice, tmp_path):
 def test_names_are_not_taken_for_html(explorer, choice):
     name = "<b>${1}"
     for html in (
-        widgets.grid(explorer, explorer.start(name)),
+        widgets.grid(explorer, explorer.start(name), name),
         widgets.mixer(explorer, explorer.start(name)),
         widgets.centroid(
             explorer, Choice(explorer.start(name), "lin/0", explorer.sampling("fireflow", 2, 1.0))
@@ -252,14 +276,36 @@ def test_names_that_are_not_utf_8_are_shown(tmp_path, tiny):
         json.dumps(page.blocks.get_config_file(), ensure_ascii=False, default=str).encode()
         mixture = page.of_class(page.explorer.start("Bag"), None, "caf\\udce9")
         assert mixture[0].class_name == odd
-        how = ("fade/chm", "fix/0", "fast", 1, 1.0)
-        pieces = list(page.change(lambda *old: old, mixture, how))
+        how = ("fade/chm", "fix/0", "fast", 1, 1.0, "")
+        pieces = list(page.change(lambda *old: old, [mixture], how))
         texts = [text for row in pieces for text in row if isinstance(text, str)]
-        assert len(texts) == 8 and all(text.encode() for text in texts)
+        assert len(texts) == 9 and all(text.encode() for text in texts)
         image = "caf\\udce9/0.png"
         assert image in page.ids_of("caf\\udce9")
         ends = ("caf\\udce9", image, "Bag", "Bag/0.png")
         assert page.walk(*ends, "slerp", 3, "fast", 1, 1.0).encode()
+
+    asyncio.run(build())
+
+
+def test_every_change_of_the_mixture_is_undone(explorer):
+    pytest.importorskip("gradio")
+    from augment.explore.page import Page
+
+    async def build():
+        page, how = Page(explorer), ("fade/chm", "fix/0", "fast", 1, 1.0, "")
+        history = [(explorer.start("Bag"), None)]
+        for edit in (
+            lambda plan, alpha: page.of_class(plan, alpha, "Coat"),
+            lambda plan, alpha: page.noisy(plan, alpha, 0.5),
+            lambda plan, alpha: page.mixed(plan, alpha, {"weights": [1.0, 0.0]}),
+        ):
+            known, (history, *_) = history, next(page.change(edit, history, how))
+            assert history[:-1] == known
+        for number in (3, 2, 1, 1):  # nothing is before the first
+            history, name, noise, *_ = next(page.change(None, history, how))
+            assert len(history) == number
+            assert (name, noise) == (history[-1][0].class_name, history[-1][0].noise)
 
     asyncio.run(build())
 

@@ -313,6 +313,19 @@ def test_the_first_finding_says_whether_the_model_knows_the_images():
     first = of(0.0081)[0]
     assert first.level == "warning" and "tiny DOES NOT KNOW THESE IMAGES" in first.text
     assert "20.9 dB (PSNR), grey clothes of 32×32 pixels at 27.7 dB" in first.text
-    assert any("tiny knows images like these" in text for _, _, text in of(0.0018))
+    knows = of(0.0018)[0]
+    assert knows.level == "good" and "tiny knows images like these" in knows.text
     for others in (of(0.0081, "sd15"), of(0.0081, inversion="ddim in 50 steps")):
         assert all(topic != "Model" for _, topic, _ in others)
+
+
+@pytest.mark.parametrize("inversion", ["ddim", "forward_start", "fireflow"])
+def test_nobody_is_advised_to_do_what_was_done(inversion):
+    smooth = white().cumsum(-1) / 3
+    health = ClassHealth.of("cup", smooth, torch.full((len(smooth),), 0.1))
+    found = findings([health], f"{inversion} in 25 steps")
+    warned = [f for f in found if f.level == "warning"]
+    said = " ".join(map(str, warned))
+    assert {"Norm", "Correlation", "Reconstruction"} <= {f.topic for f in warned}
+    for method in ("forward_start", "fireflow"):
+        assert (f"of {method} have" in said or f"{method} gives" in said) == (method != inversion)

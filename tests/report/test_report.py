@@ -28,6 +28,7 @@ from augment.measure.bias import measured_bias
 from augment.measure.health import ClassHealth, findings, from_most_biased
 from augment.replay.store import CONTROL, MAGIC
 from augment.report import RULES, write_report
+from augment.report.evaluate import evaluate_images
 from augment.report.facts import pool_facts, shard_pace
 from augment.report.provenance import Provenance, draws, invert_command, synthesize_command
 from augment.shards.write import write_shards
@@ -217,6 +218,33 @@ def test_nothing_else_can_run_or_be_fetched(page):
         assert not any(name.startswith("on") or name == "style" for name in attrs), tag
         links = [attrs[name] for name in ("src", "href", "action") if name in attrs]
         assert all(link.startswith(("data:", "#")) for link in links)
+
+
+def test_a_network_compares_synthetic_images_with_real_ones(bank, shards, tmp_path):
+    def network(images):
+        return images.flatten(1)
+
+    page = Parsed(write_report(bank, tmp_path / "r.html", shards, network=network))
+    columns = {c["key"]: c["beside"] for c in page.data["columns"]}
+    assert columns["distance"] == "distance of real"
+    assert columns["diversity"] == "diversity of real"
+    found = evaluate_images(open_shards(shards), Folder(bank.manifest.source), network, draws=0)
+    rows = {row["class"]: row for row in found.classes}
+    bee = page.record("bee")
+    assert bee["distance"] == rows["bee"]["class distance"]
+    assert bee["diversity of real"] == rows["bee"]["of real images"]
+    single = next(c for c in page.data["classes"] if c["latents"] == 1)
+    assert single["diversity of real"] is None
+    with pytest.raises(UserError, match="pass --shards"):
+        write_report(bank, tmp_path / "r.html", network=network)
+
+
+def test_the_verdict_is_first_then_pictures(page, bank):
+    first = findings([bank.health(name) for name in bank.classes], *bank.made_by)[0]
+    assert page.texts["li"][0].strip() == first.text
+    ids = [attrs["id"] for _, attrs in page.tags if "id" in attrs]
+    assert ids.index("health-title") < ids.index("strip") < ids.index("classes-title")
+    assert ids.index("classes-title") < ids.index("latents-title")
 
 
 def test_a_bank_alone_is_enough(bank, tmp_path):
