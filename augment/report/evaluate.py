@@ -407,8 +407,9 @@ def _draw_images(figure: "Figure", near: Tensor, among: Tensor, rows: Iterable[R
     left, right = figure.subplots(1, 2)
     order = sorted(rows, key=lambda row: -float(row["class distance"]))[:MAX_BARS]
     places, means = range(len(order)), [float(row["class distance"]) for row in order]
-    left.barh(places, means, xerr=[row["±"] for row in order], color=BLUE, label="synthetic")
-    left.plot([row["of real"] for row in order], places, "|", ms=12, color=RED, label="real")
+    errors = {"xerr": [row["±"] for row in order], "error_kw": {"lw": 1}}
+    left.barh(places, means, color=BLUE, label="synthetic", **errors)
+    left.plot([row["of real"] for row in order], places, "|", ms=12, mew=2, color=RED, label="real")
     names = [str(row["class"]) for row in order]
     names = [name if len(name) <= MAX_NAME else f"{name[: MAX_NAME - 1]}…" for name in names]
     left.set_yticks(places, names, fontsize=7)
