@@ -1,6 +1,6 @@
 PY := .venv/bin/python
-REPRODUCTIONS := paths offset istd independent degeneracy sheets seeds walks texts relations inversions \
-	interpolation reconstruction norms shots seedselect smooth_diffusion levels adapt
+REPRODUCTIONS := smooth_diffusion interpolation degeneracy seeds reconstruction sheets inversions \
+	independent shots seedselect walks relations texts levels adapt offset istd norms paths
 
 .PHONY: demo test test-slow lint bench reproduce docs notebook wheel
 demo: .venv/demo
@@ -21,9 +21,9 @@ bench: .venv/dev
 	$(PY) scripts/benchmark.py all
 
 reproduce: .venv/dev
-	for name in $(REPRODUCTIONS); do \
-		$(PY) scripts/reproduce/$$name.py --quick --write || exit 1; \
-	done
+	printf '%s\n' $(REPRODUCTIONS) | OMP_NUM_THREADS=1 xargs -P 2 -I{} \
+		$(PY) scripts/reproduce/{}.py --quick --write
+	$(PY) scripts/reproduce/claims.py
 
 docs: .venv/docs
 	$(PY) -m sphinx -q -W --keep-going -c docs -d runs/.book . runs/book

@@ -38,7 +38,7 @@ _INTRODUCTION = """The claims are data (`scripts/reproduce/works.py`), each with
 bounds that decide it. Brackets are 95 % intervals. A claim holds if all its intervals lie within
 the bounds, does not hold if one lies outside, and is within noise otherwise. Unless a command says
 otherwise, the backbone is `tiny` and images are of Fashion-MNIST's test split, which `tiny` never
-saw. The bounds are ours. Seconds without "of a core" are beside other work; torch was 2.14.1."""
+saw. The bounds are ours; torch was 2.14.1."""
 _T = TypeVar("_T")
 _MADE: dict[Path, bool] = {}
 """Whether this run has made a finished part itself; otherwise its seconds are not those of all."""
@@ -211,8 +211,8 @@ def section() -> list[str]:
         for work in WORKS
     ]
     lines += [*markdown(rows), ""]
-    seconds = sum(r.get("seconds") or r.get("core_seconds") or 0 for r in records.values())
-    lines += textwrap.wrap(f"{_INTRODUCTION} Added up: {seconds / 60:.0f} minutes.", 98)
+    minutes = sum(record["core_seconds"] or 0 for record in records.values()) / 60
+    lines += textwrap.wrap(f"{_INTRODUCTION} All runs took {minutes:.0f} minutes of a core.", 98)
     for work, title in WORKS.items():
         lines += ["", f"### {title.split(',')[0]}", "", *textwrap.wrap(title, 98), ""]
         for key in (key for key, claim in CLAIMS.items() if claim.work == work):
@@ -240,8 +240,6 @@ def table_of(record: Mapping[str, Any]) -> list[str]:
 
 def spent(record: Mapping[str, Any]) -> str:
     """Say how long a run took, if it made all of its parts itself."""
-    if "seconds" in record:  # of the clock, beside other work
-        return f"; {record['seconds']} s."
     return f"; {record['core_seconds']} s of a core." if record["core_seconds"] else "."
 
 

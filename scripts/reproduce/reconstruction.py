@@ -72,7 +72,7 @@ def back(
 def main() -> None:
     """Compress, invert, sample back, measure, judge."""
     args = options("Reconstruction: arXiv 2312.04410, Table 2.", "reconstruction").parse_args()
-    each, steps = sized(args, (1, 2), (1, 10), (50, 50))
+    each, steps = sized(args, (1, 2), (2, 50), (50, 50))
     backbone = load_backbone(args.backbone)
     source, _ = pictures(args, each)
     prompts = prompts_for(backbone, source)

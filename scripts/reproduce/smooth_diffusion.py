@@ -170,10 +170,10 @@ def draw(rows: list[dict[str, Any]], made: dict[str, dict[str, Tensor]], path: P
     axes = lower.subplots()
     for row in rows:
         x = row["ISTD, slerp"].mean().item()
-        axes.errorbar(x, row["FID"], row["FID ±"], fmt="o", capsize=2)
-        axes.annotate(row["backbone"], (x, row["FID"]), fontsize=7)
+        axes.errorbar(x, row["FID"], row["FID ±"], fmt="o", capsize=2, label=row["backbone"])
     axes.set(xlabel="ISTD (slerp)", ylabel="FID")
-    figure.savefig(path, dpi=110)
+    axes.legend(fontsize=7)
+    figure.savefig(path, dpi=70)
 
 
 def decide(by: dict[str, dict[str, Any]]) -> dict[str, dict[str, Interval]]:

@@ -246,7 +246,7 @@ CLAIMS = {
         "reconstruction", "SD", "Table 2",
         "null-text comes near the error of the codec (25.63 of 25.98 dB)",
         "PSNR of the codec alone less that of null-text, dB", below=1,
-        note="JPEG stands for the autoencoder. The quick run makes 10 steps, the work 50.",
+        note="JPEG stands for the autoencoder.",
     ),
     "sd-table2-bound": Claim(
         "smooth_diffusion", "SD", "Table 2",
@@ -398,7 +398,7 @@ CLAIMS = {
         "seedselect", "NA", "SeedSelect", "memory hardly grows with the solver's steps",
         "growth with layers recomputed over that without", below=0.1,
         note="Resident memory of one step of 16 latents: 93 MB by 4 solver steps and 175 by 16, "
-        "where without recomputing it is 232 and 838. An earlier run had 89 and 136.",
+        "where without recomputing it is 232 and 838.",
     ),
 }  # fmt: skip
 """Claims by key; a record of a run names them by it."""
