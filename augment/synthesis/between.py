@@ -25,7 +25,7 @@ from augment.diffusion import load_backbone
 from augment.diffusion.backbone import Backbone
 from augment.diffusion.conditions import Given, Schedule, embed, mix, rows_of
 from augment.diffusion.process import level_number
-from augment.diffusion.solver import sample
+from augment.diffusion.solver import check_images, sample
 from augment.inversion import Inverter, inverted, inverter
 from augment.inversion.noise import Noise
 from augment.inversion.null_text import NullText
@@ -192,9 +192,10 @@ def between(
             nulls = torch.einsum("tk,k...->t...", shares, nulls[found["null_rows"]])
         negative = Schedule.by_step(levels[: run.steps_made + 1], nulls)
     latents = walk(ends[0], ends[1], count, name)
-    return sample(
+    images = sample(
         backbone, latents, words, run.solver, run.steps, scale, negative=negative, level=start
     )
+    return check_images(backbone, images)
 
 
 def _words(backbone: Backbone, prompts: Sequence[str], shares: Float[Tensor, "t 2"]) -> Given:

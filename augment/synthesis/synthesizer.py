@@ -28,7 +28,7 @@ from augment.diffusion.checkpoints.heads import IMAGE_HEADS
 from augment.diffusion.conditions import Given, Referred, Schedule, Words, embed, mix, rows_of
 from augment.diffusion.process import level_number
 from augment.diffusion.sampling import ResolvedSampling, Sampling
-from augment.diffusion.solver import sample
+from augment.diffusion.solver import check_images, sample
 from augment.inversion import INVERTERS
 from augment.measure.bias import bias_warning
 from augment.measure.latents import ChannelMeans
@@ -343,12 +343,16 @@ class Synthesizer:
     def sample(
         self, latents: Float[Tensor, "n c h w"], plans: Sequence[Plan]
     ) -> Float[Tensor, "n channels height width"]:
-        """Sample latents with the prompts, embeddings and levels of plans, one of each."""
+        """Sample latents with the prompts, embeddings and levels of plans, one of each.
+
+        Raises:
+            UserError: see `augment.diffusion.solver.check_images`.
+        """
 
         def sampled(latents: Tensor, some: Sequence[Plan], level: float | None) -> tuple[Tensor]:
             prompts, negative = self._conditions(some)
             how = vars(self.resolved) | {"negative": negative, "level": level}
-            return (sample(self.backbone, latents, prompts, **how),)
+            return (check_images(self.backbone, sample(self.backbone, latents, prompts, **how)),)
 
         return self._each_level(sampled, latents, plans)[0]
 

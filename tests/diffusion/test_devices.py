@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from augment import UserError, load_backbone, sample
 from augment.diffusion.backbone import attempt, denoiser
-from augment.diffusion.solver import SOLVERS
+from augment.diffusion.solver import SOLVERS, check_images
 from augment.inversion import INVERTERS, inverted, inverter
 
 MAKERS = {
@@ -116,13 +116,15 @@ def test_images_that_are_no_pictures_are_refused():
     backbone = load_backbone("tiny", device="cpu", dtype=torch.bfloat16)
     latents = torch.zeros(2, *backbone.latent_shape)
     latents[0, 0] = -100.0  # black
-    assert not sample(backbone, latents, level=0.0)[0].any()
+    images = sample(backbone, latents, level=0.0)
+    assert not images[0].any()
+    torch.testing.assert_close(check_images(backbone, images), images, rtol=0, atol=0)
     with pytest.raises(UserError, match=r"got only black ones, in torch.bfloat16 on cpu; take"):
-        sample(backbone, latents[:1], level=0.0)
-    assert not sample(load_backbone("tiny", device="cpu"), latents[:1], level=0.0).any()
+        check_images(backbone, images[:1])
+    assert not check_images(load_backbone("tiny", device="cpu"), images[:1]).any()
     latents[1] = torch.nan
     with pytest.raises(UserError, match=r"got some that are not, in torch.bfloat16"):
-        sample(backbone, latents, level=0.0)
+        check_images(backbone, sample(backbone, latents, level=0.0))
 
 
 def transformer(backbone):

@@ -17,6 +17,7 @@ from augment import (
     Rule,
     Sampling,
     Synthesizer,
+    UserError,
     fill_bank,
     write_shards,
 )
@@ -28,6 +29,16 @@ from augment.sources import Folder
 def test_a_synthesizer_refuses_a_bank_of_another_backbone(bank):
     with pytest.raises(BankMismatch):
         Synthesizer(GaussianBackbone(mean=0.7, latent_shape=(1, 8, 8)), bank)
+
+
+def test_images_that_are_not_finite_are_refused(bank):
+    class Overflowing(GaussianBackbone):
+        def decode(self, clean):
+            return super().decode(clean) * torch.inf
+
+    made = Synthesizer(Overflowing(mean=0.1, latent_shape=(1, 8, 8)), bank)
+    with pytest.raises(UserError, match="expected images of finite pixels"):
+        made.images([Planner(bank.members, Mixing())(0, 0)])
 
 
 def test_a_bias_that_the_rule_enlarges_is_told_once(gaussian, tmp_path):
