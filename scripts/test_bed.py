@@ -59,7 +59,7 @@ from augment.training.models.heads import Logistic
 from augment.training.models.metrics import interval
 
 WEIGHTS = Path(__file__).parent / "weights"
-POOL, TESTED, SHOTS, SEEDS = 100, 200, (1, 2, 5, 10), 8
+POOL, TESTED, SHOTS, SEEDS = 100, 200, (1, 5), 8
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class Row:
     kept: float = 1.0
     share: float = 0.5
     real_only: int = 0
-    per_class: int = 20
+    per_class: int = 60
     times: int = 1
     real: int = 0
     plain: bool = True
@@ -104,35 +104,32 @@ class Row:
 
 
 BASE, TWICE, CENTROIDS = "RandAugment + mixup", "twice the shots", "centroids by references"
-SAMPLES = ("samples by references", "samples by references, guidance 2")
+SAMPLES = "samples by references"
 _FRESH, _LONE = Mixing(level=1.0), Mixing(level=0.5, members=1)
-_AT = Mixing(level=0.7, rule="fade/chm")
+_SHOTS = Mixing(), "forward_start"
 ROWS = (
     Row("shift + mirror", plain=False),
     Row(BASE),
     Row("samples by superclass", _FRESH, guidance=2.0),
-    Row("single images, level 0.5", _LONE),
-    Row("centroids", Mixing(), "forward_start"),
-    Row(SAMPLES[0], _FRESH, references=True, guidance=4.0),
-    Row(SAMPLES[1], _FRESH, references=True, guidance=2.0),
-    Row(
-        "samples by references, last third real",
-        _FRESH,
-        references=True,
-        guidance=4.0,
-        share=0.8,
-        real_only=2,
-    ),
-    Row("samples by references, best quarter", _FRESH, references=True, guidance=4.0, kept=0.25),
-    Row("single images by references, level 0.5", _LONE, references=True, guidance=2.0),
-    Row(CENTROIDS, Mixing(), "forward_start", references=True, guidance=2.0),
-    Row("centroids by references, level 0.7", _AT, references=True, guidance=2.0),
-    Row("adapted samples", _FRESH, adapted=True),
-    Row("adapted single images, level 0.7", replace(_LONE, level=0.7), adapted=True),
-    Row("adapted centroids", Mixing(), "forward_start", adapted=True),
-    Row("as many more real images", real=20),
+    Row(SAMPLES, _FRESH, references=True, guidance=2.0),
+    Row(CENTROIDS, *_SHOTS, references=True, guidance=2.0),
+    Row("as many more real images", real=60),
     Row(TWICE, times=2),
 )
+MORE = (
+    Row("centroids", *_SHOTS),
+    Row("centroids by superclass", *_SHOTS, guidance=2.0),
+    Row("centroids by references, level 0.7", Mixing(rule="fade/chm", level=0.7), references=True),
+    Row("single images, level 0.5", _LONE),
+    Row("single images by references, level 0.5", _LONE, references=True, guidance=2.0),
+    Row("samples by references, guidance 4", _FRESH, references=True, guidance=4.0),
+    Row("samples by references, best third", _FRESH, references=True, guidance=2.0, kept=1 / 3),
+    Row("samples by references, 20 a class", _FRESH, references=True, guidance=2.0, per_class=20),
+    Row("adapted samples", _FRESH, adapted=True),
+    Row("adapted samples, guidance 2", _FRESH, adapted=True, guidance=2.0),
+    Row("adapted centroids", *_SHOTS, adapted=True),
+)
+"""Rows that are measured if ``--rows`` names them."""
 
 
 @dataclass(frozen=True)
@@ -153,7 +150,7 @@ class Learner:
     options: tuple[tuple[str, int], ...] = ()
     pretrained: bool = False
     resolution: int = 32
-    steps: int = 300
+    steps: int = 1000
     batch: int = 32
     lr: float = 2e-3
     augment: Augmentation = Augmentation(randaugment=2)  # noqa: RUF009
@@ -182,13 +179,19 @@ class Images(Dataset[tuple[Tensor, int]]):
 
 
 class Bed:
-    """The classes of a part, their images, banks and judges."""
+    """The classes of a part, their images, banks and judges.
 
-    def __init__(self, args: argparse.Namespace) -> None:
+    Args:
+        args: the options.
+        pool: images of a class that real ones are drawn from; by default `POOL`.
+    """
+
+    def __init__(self, args: argparse.Namespace, pool: int = 0) -> None:
         self.args, self.out = args, args.out / args.part
         root = Folder(args.images)
         root.ids = {name: root.ids[name] for name in classes_of(args.part)}
-        self.pool, self.test = Slice(root, 0, POOL), Slice(root, POOL, POOL + TESTED)
+        pool = pool or POOL
+        self.pool, self.test = Slice(root, 0, pool), Slice(root, pool, pool + TESTED)
         self.judged = 5 if 5 in args.shots else args.shots[0]
         self.classes, self.words = list(root.ids), classes_of(args.part)
         self.trunk = load_trunk(args.trunk, FEATURES)
@@ -359,7 +362,7 @@ class Bed:
         if done.exists() and (found := read_json(done, "a run"))["settings"] == settings:
             return found["found"]
         found = {"accuracy": self.learn(row, learner, shots, seed)}
-        if row.mixing and learner is LEARNERS[0] and shots == self.judged:
+        if row.mixing and learner.name == LEARNERS[0].name and shots == self.judged:
             found |= self.judge(row, learner, shots, seed)
         write_json(done, {"found": found, "settings": settings})
         return found
@@ -415,12 +418,10 @@ class Table:
     def mixing(self) -> list[dict[str, str]]:
         """Return how far centroids are above samples by the same references, paired by draw."""
         names, records = [row.name for row in self.rows], []
-        for name in SAMPLES:
-            if name not in names or CENTROIDS not in names:
-                continue
-            record = {f"{CENTROIDS}, above": name}
+        if SAMPLES in names and CENTROIDS in names:
+            record = {f"{CENTROIDS}, above": SAMPLES}
             for n in self.shots:
-                pairs = zip(self.values(CENTROIDS, n), self.values(name, n), strict=True)
+                pairs = zip(self.values(CENTROIDS, n), self.values(SAMPLES, n), strict=True)
                 record[shots_of(n)] = ci95([one - other for one, other in pairs], True)
             records.append(record)
         return records
@@ -482,23 +483,30 @@ def main() -> None:
     parser.add_argument("--shots", type=int, nargs="+", default=list(SHOTS))
     parser.add_argument("--seeds", type=int, default=SEEDS)
     parser.add_argument("--learners", nargs="+", default=[x.name for x in LEARNERS])
-    parser.add_argument("--rows", nargs="+", help="names; the baseline is always there")
+    names = [row.name for row in (*ROWS, *MORE)]
+    parser.add_argument("--rows", nargs="+", choices=names, help="the baseline is always there")
     parser.add_argument("--solver-steps", type=int, default=8)
     parser.add_argument("--adapt-steps", type=int, default=300)
-    parser.add_argument("--quick", action="store_true", help="two draws, few rows, no lite0")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="two draws of 5 shots, four rows, fewer images and steps, no lite0",
+    )
     parser.add_argument("--out", type=Path, default=Path("runs/test-bed"))
     args = parser.parse_args()
     if args.quick:
-        args.seeds, args.shots, args.learners = 2, [1, 5], ["scratch", "head"]
-        args.rows = args.rows or ["samples by references", "centroids by references", TWICE]
-    rows = [row for row in ROWS if not args.rows or row.name in (BASE, *args.rows)]
+        args.seeds, args.shots, args.learners = 2, [5], ["scratch", "head"]
+        args.rows = args.rows or [SAMPLES, CENTROIDS, TWICE]
+    rows = [row for row in (*ROWS, *MORE) if row.name in (BASE, *args.rows)] if args.rows else ROWS
+    learners = [learner for learner in LEARNERS if learner.name in args.learners]
+    if args.quick:
+        rows = [replace(row, per_class=20) for row in rows]
+        learners = [replace(learner, steps=learner.steps // 2) for learner in learners]
     bed = Bed(args)
-    for learner in LEARNERS:
-        if learner.name not in args.learners:
-            continue
-        table = Table(bed, learner, rows, args.shots)
+    for learner in learners:
+        table = Table(bed, learner, list(rows), args.shots)
         parts = [table.records(), table.rungs(), table.mixing()]
-        if learner is LEARNERS[0]:
+        if learner.name == LEARNERS[0].name:
             parts.append(table.causes(bed.judged))
         text = "\n\n".join("\n".join(markdown(part)) for part in parts if part)
         print(f"\n{text}\n")

@@ -256,6 +256,36 @@ def test_the_test_bed_prints_gains_and_what_synthetic_images_are_like(
         bed.main()
 
 
+def test_the_long_tailed_test_bed_fills_up_the_tail(run, described, tmp_path, monkeypatch, capsys):
+    import long_tail_bed as tail
+    import test_bed as bed
+
+    monkeypatch.setattr(tail, "LARGEST", 4)
+    monkeypatch.setattr(tail, "IMBALANCE", 4.0)
+    monkeypatch.setattr(tail, "FEW", 2)
+    monkeypatch.setattr(tail, "MANY", 3)
+    monkeypatch.setattr(tail, "FILLINGS", tail.FILLINGS[1:])
+    for module in (bed, tail):
+        monkeypatch.setattr(module, "TESTED", 2)
+    photos = paint(tmp_path / "photos", dict.fromkeys(bed.classes_of("novel"), 6), 32)
+    weights = ["--weights", run.folder / "ema.safetensors", "--trunk", described[1]]
+    sizes = ["--seeds", "2", "--steps", "2", "--fill-to", "2"]
+    words = [photos, *weights, *sizes, "--out", tmp_path / "bed"]
+    monkeypatch.setattr(sys, "argv", ["long_tail_bed.py", *map(str, words)])
+    tail.main()
+    printed = capsys.readouterr().out
+    assert printed.count("samples by references") == 2 and printed.count("| nothing") == 2
+    images = load_file(next(tmp_path.rglob("tail/centroids*/images.safetensors")))
+    counts = tail.LongTail(bed.Folder(photos), 4.0, 0, 4).counts
+    missing = [max(0, 2 - count) for count in counts]
+    assert sum(missing) and images["labels"].bincount(minlength=len(counts)).tolist() == missing
+    made = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("tail-runs/*.json")}
+    assert len(made) == 3 * 2 * 2
+    tail.main()
+    assert capsys.readouterr().out == printed
+    assert {path: path.stat().st_mtime_ns for path in made} == made, "finished runs are read"
+
+
 def test_a_network_for_references_that_does_not_fit_is_refused(run, described):
     from train_resnet12 import resnet12
 
