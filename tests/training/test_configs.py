@@ -58,6 +58,7 @@ def work(tmp_path_factory: pytest.TempPathFactory, tiny) -> Path:
         photographs(work / name, {"ant": 6, "bee": 6}, suffix="jpg")
     source = Folder(work / "photos")
     fill_bank(work / "runs" / "photos" / "bank", tiny, source, steps=4)
+    fill_bank(work / "runs" / "recipe" / "bank", tiny, source, inversion="noise", steps=4)
     demo = work / "runs" / "demo"
     for part in ("seed-0/real-5", "seed-0/synthetic/fade-chm", "test"):
         photographs(demo / part, {"Bag": 3, "Coat": 3}, suffix="jpg")
