@@ -9,9 +9,10 @@ arXiv 1906.07413): 300 images of the first class in alphabetical order, 3 of the
 100. They are tested on 200 other images of each. Every class with fewer than ``--fill-to`` images
 is filled up with synthetic ones, made from its own images alone. The learner is that of the test
 bed from scratch, with RandAugment and without mixup, by cross-entropy or balanced softmax (arXiv
-2007.10740). All rows train for as many steps. Gains are over the same loss without synthetic
-images, paired by draw; *few* are classes of at most 20 images, *many* those of more than 100 (Liu
-et al., arXiv 1904.05160). Finished runs stay in ``--out``: the same command resumes.
+2007.10740), whose counts are those of real and synthetic images together. All rows train for as
+many steps. Gains are over the same loss without synthetic images, paired by draw; *few* are classes
+of at most 20 images, *many* those of more than 100 (Liu et al., arXiv 1904.05160). Finished runs
+stay in ``--out``: the same command resumes.
 """
 
 import argparse
@@ -117,8 +118,11 @@ class Tail(Bed):
             real, test=self.test, augment=learner.augment, channels=3, resolution=32,
             batch_size=learner.batch, steps_per_epoch=-(-args.steps // 6), seed=seed,
         )  # fmt: skip
+        counts = data.counts  # balanced softmax needs those of what is trained on
+        if filling:
+            counts = [max(count, args.fill_to) for count in counts]
         model = Classifier(
-            data.counts, network=learner.network, network_options=dict(learner.options),
+            counts, network=learner.network, network_options=dict(learner.options),
             channels=3, resolution=32, loss=loss, lr=learner.lr, seed=seed,
         )  # fmt: skip
         nn.Module.to(model, memory_format=torch.channels_last)
