@@ -196,8 +196,9 @@ class Denoiser:
             outputs = network(torch.cat([latent, latent]), timestep, self.both(level))
             free, output = outputs.chunk(2)
             guided = free + self.guidance * (output - free)
-            first = getattr(self.backbone, "guided_channels", guided.shape[1])
-            output = torch.cat([guided[:, :first], output[:, first:]], 1)
+            if first := getattr(self.backbone, "guided_channels", None):
+                guided = torch.cat([guided[:, :first], output[:, first:]], 1)
+            output = guided
         else:
             output = network(latent, timestep, self.condition(level))
         return split(process, latent, output, level)
