@@ -40,13 +40,13 @@ def velocity(state, latent, share, labels, qknorm=False):
     frequencies = 10000 ** (-torch.arange(128) / 128)
     angles = share * frequencies.expand(len(latent), -1)
     waves = torch.cat([angles.cos(), angles.sin()], 1)
-    told = linear(state, "t_embedder.mlp.2", F.silu(linear(state, "t_embedder.mlp.0", waves)))
-    told = F.silu(told + state["y_embedder.embedding_table.weight"][labels])
+    embedding = linear(state, "t_embedder.mlp.2", F.silu(linear(state, "t_embedder.mlp.0", waves)))
+    embedding = F.silu(embedding + state["y_embedder.embedding_table.weight"][labels])
     weight, bias = state["x_embedder.proj.weight"], state["x_embedder.proj.bias"]
     x = F.conv2d(latent, weight, bias).flatten(2).mT + state["pos_embed"]
     for number in range(LIGHTNINGDIT["depth"]):
         block = f"blocks.{number}"
-        parts = linear(state, f"{block}.adaLN_modulation.1", told)[:, None].chunk(6, 2)
+        parts = linear(state, f"{block}.adaLN_modulation.1", embedding)[:, None].chunk(6, 2)
         inner = normed(state, f"{block}.norm1", x) * (1 + parts[1]) + parts[0]
         rows = linear(state, f"{block}.attn.qkv", inner)
         q, k, v = rows.unflatten(2, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)
@@ -58,7 +58,7 @@ def velocity(state, latent, share, labels, qknorm=False):
         inner = normed(state, f"{block}.norm2", x) * (1 + parts[4]) + parts[3]
         gate, values = linear(state, f"{block}.mlp.w12", inner).chunk(2, 2)
         x = x + parts[5] * linear(state, f"{block}.mlp.w3", F.silu(gate) * values)
-    shift, scale = linear(state, "final_layer.adaLN_modulation.1", told)[:, None].chunk(2, 2)
+    shift, scale = linear(state, "final_layer.adaLN_modulation.1", embedding)[:, None].chunk(2, 2)
     x = normed(state, "final_layer.norm_final", x) * (1 + scale) + shift
     return linear(state, "final_layer.linear", x).mT.unflatten(2, (SIDE, SIDE))
 

@@ -24,17 +24,17 @@ def modulated(x, shift, scale):
 
 
 def velocity(state, latent, share, labels, heads=SIT["num_heads"]):
-    """The network of arXiv 2401.08740: DiT's blocks, told the share of the image in [0, 1]."""
+    """The network of arXiv 2401.08740: DiT's blocks, embedding the share of the image in [0, 1]."""
     frequencies = 10000 ** (-torch.arange(128) / 128)
     angles = share * frequencies.expand(len(latent), -1)
     waves = torch.cat([angles.cos(), angles.sin()], 1)
-    told = linear(state, "t_embedder.mlp.2", F.silu(linear(state, "t_embedder.mlp.0", waves)))
-    told = F.silu(told + state["y_embedder.embedding_table.weight"][labels])
+    embedding = linear(state, "t_embedder.mlp.2", F.silu(linear(state, "t_embedder.mlp.0", waves)))
+    embedding = F.silu(embedding + state["y_embedder.embedding_table.weight"][labels])
     weight, bias = state["x_embedder.proj.weight"], state["x_embedder.proj.bias"]
     x = F.conv2d(latent, weight, bias, stride=2).flatten(2).mT + state["pos_embed"]
     for number in range(SIT["depth"]):
         block = f"blocks.{number}"
-        parts = linear(state, f"{block}.adaLN_modulation.1", told).chunk(6, 1)
+        parts = linear(state, f"{block}.adaLN_modulation.1", embedding).chunk(6, 1)
         rows = linear(state, f"{block}.attn.qkv", modulated(x, *parts[:2]))
         q, k, v = rows.unflatten(2, (3, heads, -1)).permute(2, 0, 3, 1, 4)
         weights = (q @ k.mT / q.shape[-1] ** 0.5).softmax(-1)
@@ -43,7 +43,7 @@ def velocity(state, latent, share, labels, heads=SIT["num_heads"]):
         inner = linear(state, f"{block}.mlp.fc1", modulated(x, *parts[3:5]))
         inner = linear(state, f"{block}.mlp.fc2", F.gelu(inner, approximate="tanh"))
         x = x + parts[5][:, None] * inner
-    parts = linear(state, "final_layer.adaLN_modulation.1", told).chunk(2, 1)
+    parts = linear(state, "final_layer.adaLN_modulation.1", embedding).chunk(2, 1)
     pixels = linear(state, "final_layer.linear", modulated(x, *parts)).unflatten(2, (2, 2, -1))
     side = latent.shape[-1] // 2
     grid = pixels.unflatten(1, (side, side)).permute(0, 5, 1, 3, 2, 4)

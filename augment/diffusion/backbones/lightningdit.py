@@ -26,8 +26,8 @@ _USED = {"use_rope": True, "use_swiglu": True, "use_rmsnorm": True, "wo_shift": 
 """Settings of the published models; others are ablations of the paper."""
 
 _QKV, _OUT = ("attn.to_q", "attn.to_k", "attn.to_v"), "attn.to_out.0"
-_WAVES = 128
-"""Number of frequencies by which the network is told the time."""
+_FREQUENCIES = 128
+"""Number of frequencies of the timestep's embedding."""
 
 
 class LightningDiT(SiT):
@@ -113,7 +113,7 @@ class Transformer(nn.Module):
         names = {"sample_size": size, "num_embeds_ada_norm": config["num_classes"]}
         self.config = FrozenDict(self.settings | names)
         self.side, self.patch = size // patch, patch
-        time = nn.Sequential(nn.Linear(2 * _WAVES, width), nn.SiLU(), nn.Linear(width, width))
+        time = nn.Sequential(nn.Linear(2 * _FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
         classes = nn.Embedding(config["num_classes"] + 1, width)
         self.x_embedder = nn.ModuleDict({"proj": nn.Conv2d(channels, width, patch, patch)})
         self.t_embedder = nn.ModuleDict({"mlp": time})
@@ -139,24 +139,25 @@ class Transformer(nn.Module):
         return_dict: bool = False,
     ) -> tuple[Float[Tensor, "n d h w"]]:
         """Return the velocity from the noise to the image, alone in a tuple, as diffusers does."""
-        frequencies = 10000 ** (-torch.arange(_WAVES, device=latent.device) / _WAVES)
+        frequencies = 10000 ** (-torch.arange(_FREQUENCIES, device=latent.device) / _FREQUENCIES)
         angles = timestep[:, None] * frequencies
-        waves = torch.cat([angles.cos(), angles.sin()], 1).to(latent.dtype)
-        told = self.t_embedder["mlp"](waves) + self.y_embedder["embedding_table"](class_labels)
+        sinusoids = torch.cat([angles.cos(), angles.sin()], 1).to(latent.dtype)
+        embedding = self.t_embedder["mlp"](sinusoids)
+        embedding = embedding + self.y_embedder["embedding_table"](class_labels)
         x = self.x_embedder["proj"](latent).flatten(2).mT + self.pos_embed
-        turns = self._turns(latent.device)
+        rotary = self._rotary(latent.device)
         for block in self.blocks:
-            x = block(x, told, turns)
+            x = block(x, embedding, rotary)
         last = self.final_layer
-        shift, scale = last["adaLN_modulation"](told)[:, None].chunk(2, -1)
+        shift, scale = last["adaLN_modulation"](embedding)[:, None].chunk(2, -1)
         x = last["linear"](last["norm_final"](x) * (1 + scale) + shift)
         cells = x.unflatten(2, (self.patch, self.patch, -1)).unflatten(1, (self.side, self.side))
         return (cells.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3),)
 
-    def _turns(self, device: torch.device) -> Float[Tensor, "2 n d"]:
+    def _rotary(self, device: torch.device) -> Float[Tensor, "2 n d"]:
         """Compute cosine and sine of the angle of each place for each pair of a head's numbers.
 
-        The first half of the pairs turns with the row, the second with the column.
+        The first half of the pairs rotates with the row, the second with the column.
         """
         half = self.settings["hidden_size"] // self.settings["num_heads"] // 2
         frequencies = 10000 ** (-torch.arange(0, half, 2, device=device) / half)
@@ -181,12 +182,12 @@ class Block(nn.Module):
     def forward(
         self,
         x: Float[Tensor, "b n d"],
-        told: Float[Tensor, "b d"],
-        turns: Float[Tensor, "2 n h"],
+        embedding: Float[Tensor, "b d"],
+        rotary: Float[Tensor, "2 n h"],
     ) -> Float[Tensor, "b n d"]:
         """Return the next tokens."""
-        parts = self.adaLN_modulation(told)[:, None].chunk(6, -1)
-        x = x + parts[2] * self.attn(self.norm1(x) * (1 + parts[1]) + parts[0], turns)
+        parts = self.adaLN_modulation(embedding)[:, None].chunk(6, -1)
+        x = x + parts[2] * self.attn(self.norm1(x) * (1 + parts[1]) + parts[0], rotary)
         gate, values = self.mlp["w12"](self.norm2(x) * (1 + parts[4]) + parts[3]).chunk(2, -1)
         return x + parts[5] * self.mlp["w3"](F.silu(gate) * values)
 
@@ -203,21 +204,21 @@ class Attention(nn.Module):
         self.q_norm, self.k_norm = kinds
 
     def forward(
-        self, x: Float[Tensor, "b n d"], turns: Float[Tensor, "2 n h"]
+        self, x: Float[Tensor, "b n d"], rotary: Float[Tensor, "2 n h"]
     ) -> Float[Tensor, "b n d"]:
         """Return what each token takes from all."""
         parts = (layer(x) for layer in (self.to_q, self.to_k, self.to_v))
         q, k, v = (part.unflatten(2, (self.heads, -1)).transpose(1, 2) for part in parts)
-        q, k = turned(self.q_norm(q), turns), turned(self.k_norm(k), turns)
+        q, k = rotate(self.q_norm(q), rotary), rotate(self.k_norm(k), rotary)
         mixed = F.scaled_dot_product_attention(q, k, v)
         return self.to_out[0](mixed.transpose(1, 2).flatten(2))
 
 
-def turned(x: Float[Tensor, "... n h"], turns: Float[Tensor, "2 n h"]) -> Float[Tensor, "... n h"]:
-    """Turn pairs of neighbouring numbers by the angles of their places."""
+def rotate(x: Float[Tensor, "... n h"], rotary: Float[Tensor, "2 n h"]) -> Float[Tensor, "... n h"]:
+    """Rotate pairs of neighbouring numbers by the angles of their places."""
     pairs = x.unflatten(-1, (-1, 2))
     across = torch.stack([-pairs[..., 1], pairs[..., 0]], -1).flatten(-2)
-    return (x * turns[0] + across * turns[1]).to(x.dtype)
+    return (x * rotary[0] + across * rotary[1]).to(x.dtype)
 
 
 def _split(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
