@@ -16,52 +16,27 @@ stay in ``--out``: the same command resumes.
 """
 
 import argparse
-import warnings
-from dataclasses import asdict, dataclass
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save
-from test_bed import LEARNERS, TESTED, WEIGHTS, Bed, Images, ci95
-from torch import nn
+from safetensors.torch import load_file, save
+from test_bed import LEARNERS, TESTED, WEIGHTS, Bed, Images, Row, ci95
 from tqdm import tqdm
 
 from augment import Mixing, Sampling, SyntheticDataset, fill_bank
-from augment.core.errors import AugmentWarning
 from augment.core.files import read_json, write_bytes, write_json
 from augment.report.evaluate import markdown
 from augment.sources import LongTail
 from augment.training.data.draws import SyntheticMix
-from augment.training.data.module import ImageData
-from augment.training.demo import demo_trainer
 from augment.training.models.classifier import Classifier
 
 LARGEST, IMBALANCE, LOSSES = 300, 100.0, ("cross_entropy", "balanced_softmax")
 FEW, MANY = 20, 100
-
-
-@dataclass(frozen=True)
-class Filling:
-    """How the tail is filled up.
-
-    Args:
-        name: as printed.
-        mixing: how synthetic images are mixed. The seed is the draw's.
-        inversion: of the bank.
-        references: whether the backbone is conditioned on the images' features too.
-    """
-
-    name: str
-    mixing: Mixing
-    inversion: str = "noise"
-    references: bool = False
-
-
 FILLINGS = (
-    Filling("samples by superclass", Mixing(level=1.0)),
-    Filling("samples by references", Mixing(level=1.0, members=5), references=True),
-    Filling("centroids by references", Mixing(members=5), "forward_start", references=True),
+    Row("samples by superclass", Mixing(level=1.0), guidance=2.0),
+    Row("samples by references", Mixing(level=1.0, members=5), references=True, guidance=2.0),
+    Row("centroids by references", Mixing(members=5), "forward_start", True, guidance=2.0),
 )
 
 
@@ -72,61 +47,45 @@ class Tail(Bed):
         """Return the images of a draw."""
         return LongTail(self.pool, IMBALANCE, seed, LARGEST)
 
-    def filled(self, filling: Filling, seed: int) -> Images:
+    def filled(self, filling: Row, seed: int) -> Images:
         """Return the synthetic images of a draw, of classes one after the other."""
-        real, fill_to = self.real(seed), self.args.fill_to
-        missing = {name: max(0, fill_to - len(ids)) for name, ids in real.ids.items()}
+        tail, fill_to = self.real(seed), self.args.fill_to
+        missing = {name: fill_to - len(ids) for name, ids in tail.ids.items() if len(ids) < fill_to}
         folder = self.out / "tail" / f"{filling.name.replace(' ', '-')}-{fill_to}-{seed}"
         path = folder / "images.safetensors"
         if not path.exists():
-            tail = self.real(seed)
-            tail.ids = {name: ids for name, ids in real.ids.items() if missing[name]}
+            assert filling.mixing
+            tail.ids = {name: tail.ids[name] for name in missing}
             backbone = self.load(filling.references)
-            words = {name: self.words[name] for name in tail.ids}
+            words = {name: self.words[name] for name in missing}
             bank = fill_bank(folder / "bank", backbone, tail, words, filling.inversion, stored=())
-            counts = {name: count for name, count in missing.items() if count}
-            how = Sampling(solver="fast", steps=self.args.solver_steps, guidance=2.0)
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", AugmentWarning)
-                mixing = {**asdict(filling.mixing), "seed": seed}
-                data = SyntheticDataset(bank, backbone, Mixing(**mixing), how, counts)
-                images = torch.stack([x for x, _ in data.__getitems__(range(len(data)))])
+            steps, guidance = self.args.solver_steps, filling.guidance
+            how = Sampling(solver="fast", steps=steps, guidance=guidance)
+            mixing = replace(filling.mixing, seed=seed)
+            data = SyntheticDataset(bank, backbone, mixing, how, missing)
+            images = torch.stack([x for x, _ in data.__getitems__(range(len(data)))])
             names = [data.classes[label] for label in data.targets]
             labels = torch.tensor([self.classes.index(name) for name in names])
             found = {"images": (255 * images).round().to(torch.uint8), "labels": labels}
             write_bytes(path, save(found))
-        with safe_open(path, "pt") as file:
-            images = Images(file.get_tensor("images"), self.classes)
-            images.targets = file.get_tensor("labels").tolist()
-        return images
+        found = load_file(path)
+        return Images(found["images"], self.classes, found["labels"].tolist())
 
-    def accuracies(self, filling: Filling | None, loss: str, seed: int) -> dict[str, float]:
+    def accuracies(self, filling: Row | None, loss: str, seed: int) -> dict[str, float]:
         """Train, or read what was found before; return accuracies, also of few and many."""
-        args, learner = self.args, LEARNERS[0]
+        args = self.args
         name = "-".join([filling.name if filling else "none", loss, str(seed)]).replace(" ", "-")
         settings = {"steps": args.steps, "fill_to": args.fill_to if filling else None}
         done = self.out / "tail-runs" / f"{name}.json"
         if done.exists() and (found := read_json(done, "a run"))["settings"] == settings:
             return found["found"]
-        real, fake = self.real(seed), self.filled(filling, seed) if filling else None
-        torch.manual_seed(seed)
-        data = ImageData(
-            real, test=self.test, synthetic=fake, mix=SyntheticMix(fill_to=args.fill_to),
-            augment=learner.augment, channels=3, resolution=32, batch_size=learner.batch,
-            steps_per_epoch=-(-args.steps // 6), seed=seed,
-        ) if fake else ImageData(
-            real, test=self.test, augment=learner.augment, channels=3, resolution=32,
-            batch_size=learner.batch, steps_per_epoch=-(-args.steps // 6), seed=seed,
-        )  # fmt: skip
-        counts = data.counts  # balanced softmax needs those of what is trained on
-        if filling:
+        real, fake, mix = self.real(seed), None, SyntheticMix()
+        counts = real.counts
+        if filling:  # balanced softmax needs the counts of what is trained on
+            fake, mix = self.filled(filling, seed), SyntheticMix(fill_to=args.fill_to)
             counts = [max(count, args.fill_to) for count in counts]
-        model = Classifier(
-            counts, network=learner.network, network_options=dict(learner.options),
-            channels=3, resolution=32, loss=loss, lr=learner.lr, seed=seed,
-        )  # fmt: skip
-        nn.Module.to(model, memory_format=torch.channels_last)
-        demo_trainer(args.steps).fit(model, data)
+        learner = replace(LEARNERS[0], steps=args.steps, mixup=0.0)
+        model, *_ = self.train(learner, real, fake, mix, seed, loss, counts)
         found = self.tested_by(model, real)
         write_json(done, {"found": found, "settings": settings})
         return found

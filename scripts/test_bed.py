@@ -31,6 +31,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import torch
 from cifar_fs import PARTS, classes_of
+from pytorch_lightning import Trainer
 from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
@@ -124,6 +125,14 @@ MORE = (
     Row("single images by references, level 0.5", _LONE, references=True, guidance=2.0),
     Row("samples by references, guidance 4", _FRESH, references=True, guidance=4.0),
     Row("samples by references, best third", _FRESH, references=True, guidance=2.0, kept=1 / 3),
+    Row(
+        "samples by references, last third real",
+        _FRESH,
+        references=True,
+        guidance=2.0,
+        share=0.8,
+        real_only=2,
+    ),
     Row("samples by references, 20 a class", _FRESH, references=True, guidance=2.0, per_class=20),
     Row("adapted samples", _FRESH, adapted=True),
     Row("adapted samples, guidance 2", _FRESH, adapted=True, guidance=2.0),
@@ -165,11 +174,13 @@ LEARNERS = (
 
 
 class Images(Dataset[tuple[Tensor, int]]):
-    """Synthetic images in memory, of the classes in turn."""
+    """Synthetic images in memory, with their labels, or else of the classes in turn."""
 
-    def __init__(self, images: Tensor, classes: list[str]) -> None:
+    def __init__(
+        self, images: Tensor, classes: list[str], targets: list[int] | None = None
+    ) -> None:
         self.images, self.classes = images, classes
-        self.targets = [index % len(classes) for index in range(len(images))]
+        self.targets = targets or [index % len(classes) for index in range(len(images))]
 
     def __len__(self) -> int:
         return len(self.images)
@@ -320,23 +331,39 @@ class Bed:
         if not learner.network:
             return self.head(row, real, images)
         fake = None if images is None else Images(images, self.classes)
+        mix = SyntheticMix(row.share, real_only=row.real_only)
+        if not row.plain:
+            learner = replace(learner, augment=Augmentation(), mixup=0.0)
+        model, data, trainer = self.train(learner, real, fake, mix, seed)
+        return trainer.test(model, data, verbose=False)[0]["test/accuracy"]
+
+    def train(
+        self,
+        learner: Learner,
+        real: Source,
+        fake: Images | None,
+        mix: SyntheticMix,
+        seed: int,
+        loss: str = "cross_entropy",
+        counts: list[int] | None = None,
+    ) -> tuple[Classifier, ImageData, Trainer]:
+        """Train a learner's network; ``counts``, by default of real images, are for the loss."""
         torch.manual_seed(seed)
         data = ImageData(
-            real, test=self.test, synthetic=fake,
-            mix=SyntheticMix(row.share, real_only=row.real_only),
-            augment=learner.augment if row.plain else Augmentation(), channels=3,
+            real, test=self.test, synthetic=fake, mix=mix, augment=learner.augment, channels=3,
             resolution=learner.resolution, batch_size=learner.batch,
             steps_per_epoch=-(-learner.steps // 6), seed=seed,
         )  # fmt: skip
         model = Classifier(
-            data.counts, network=learner.network, network_options=dict(learner.options) or None,
-            channels=3, resolution=learner.resolution, pretrained=learner.pretrained,
-            mixup=learner.mixup if row.plain else 0.0, lr=learner.lr, seed=seed,
+            counts or data.counts, network=learner.network,
+            network_options=dict(learner.options) or None, channels=3, loss=loss,
+            resolution=learner.resolution, pretrained=learner.pretrained, mixup=learner.mixup,
+            lr=learner.lr, seed=seed,
         )  # fmt: skip
         nn.Module.to(model, memory_format=torch.channels_last)  # a third faster on CPUs
         trainer = demo_trainer(learner.steps)
         trainer.fit(model, data)
-        return trainer.test(model, data, verbose=False)[0]["test/accuracy"]
+        return model, data, trainer
 
     def head(self, row: Row, real: Source, images: Tensor | None) -> float:
         """Fit a head to features of real images, their mirror images and synthetic ones."""
