@@ -80,12 +80,10 @@ class Tail(Bed):
         if done.exists() and (found := read_json(done, "a run"))["settings"] == settings:
             return found["found"]
         real, fake, mix = self.real(seed), None, SyntheticMix()
-        counts = real.counts
-        if filling:  # balanced softmax needs the counts of what is trained on
+        if filling:
             fake, mix = self.filled(filling, seed), SyntheticMix(fill_to=args.fill_to)
-            counts = [max(count, args.fill_to) for count in counts]
         learner = replace(LEARNERS[0], steps=args.steps, mixup=0.0)
-        model, *_ = self.train(learner, real, fake, mix, seed, loss, counts)
+        model, *_ = self.train(learner, real, fake, mix, seed, loss)
         found = self.tested_by(model, real)
         write_json(done, {"found": found, "settings": settings})
         return found

@@ -17,16 +17,23 @@ strongest plain augmentation, paired by draw. Each row's synthetic images are ju
 accuracy of the learner *scratch* on them alone, whether an oracle on the trunk's features (of all
 images of the first 100) gives them their class, their coverage of the tested images, their
 diversity, and their distance to the nearest shot, all in %. Finished runs stay in ``--out``: the
-same command resumes.
+same command resumes. ``--jobs`` draws are measured at a time, each by a process of one thread.
 """
 
 import argparse
 import json
+import os
 import statistics
+import time
 import warnings
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
+from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
@@ -102,6 +109,12 @@ class Row:
         """Return the settings that decide the synthetic images, as JSON."""
         others = dict.fromkeys(("name", "share", "real_only", "plain", "times", "real"))
         return json.dumps(asdict(self) | others, sort_keys=True)
+
+    @property
+    def of_shots(self) -> bool:
+        """Whether its synthetic images depend on the shots, or on their classes alone."""
+        fresh = self.mixing is not None and self.mixing.level == 1.0
+        return not fresh or self.references or self.adapted or self.kept < 1
 
 
 BASE, TWICE, CENTROIDS = "RandAugment + mixup", "twice the shots", "centroids by references"
@@ -248,19 +261,31 @@ class Bed:
 
     def bank(self, row: Row, real: Source, backbone: Backbone, where: Path) -> LatentBank:
         """Return the bank of a draw: of all shots of the part, or of an adapted backbone's own."""
-        prompts = None if row.adapted else self.words
         if row.adapted:
-            return fill_bank(where, backbone, real, prompts, row.inversion, stored=())
-        name = f"{row.inversion}{'-references' * row.references}"
-        bank = fill_bank(
-            self.out / "banks" / name, backbone, self.pool, prompts, row.inversion, stored=()
-        )
+            return fill_bank(where, backbone, real, None, row.inversion, stored=())
         drawn = {image_id for ids in real.ids.values() for image_id in ids}
-        return bank.subset(drawn.__contains__)
+        return self.whole_bank(row).subset(drawn.__contains__)
+
+    def whole_bank(self, row: Row) -> LatentBank:
+        """Return the bank of all images that shots are drawn from."""
+        name = f"{row.inversion}{'-references' * row.references}"
+        return fill_bank(
+            self.out / "banks" / name, self.load(row.references), self.pool, self.words,
+            row.inversion, stored=(),
+        )  # fmt: skip
+
+    def prepare(self, rows: list[Row]) -> None:
+        """Make what all draws read: features and banks."""
+        _ = self.tested, self.oracle
+        for row in rows:
+            if row.mixing and not row.adapted:
+                self.whole_bank(row)
 
     def synthetic(self, row: Row, shots: int, seed: int) -> Tensor:
         """Return the images of a row (n, 3, 32, 32) in 8 bits, of the classes in turn."""
         settings = row.recipe
+        if not row.of_shots:
+            shots = self.args.shots[0]
         folder = self.out / "samples" / f"{sha256(settings.encode())[:12]}-{shots}-{seed}"
         path = folder / "images.safetensors"
         if path.exists():
@@ -345,9 +370,8 @@ class Bed:
         mix: SyntheticMix,
         seed: int,
         loss: str = "cross_entropy",
-        counts: list[int] | None = None,
     ) -> tuple[Classifier, ImageData, Trainer]:
-        """Train a learner's network; ``counts``, by default of real images, are for the loss."""
+        """Train a learner's network."""
         torch.manual_seed(seed)
         data = ImageData(
             real, test=self.test, synthetic=fake, mix=mix, augment=learner.augment, channels=3,
@@ -355,7 +379,7 @@ class Bed:
             steps_per_epoch=-(-learner.steps // 6), seed=seed,
         )  # fmt: skip
         model = Classifier(
-            counts or data.counts, network=learner.network,
+            data.counts, network=learner.network,
             network_options=dict(learner.options) or None, channels=3, loss=loss,
             resolution=learner.resolution, pretrained=learner.pretrained, mixup=learner.mixup,
             lr=learner.lr, seed=seed,
@@ -388,24 +412,44 @@ class Bed:
         settings = json.loads(json.dumps([asdict(row), asdict(learner)]))
         if done.exists() and (found := read_json(done, "a run"))["settings"] == settings:
             return found["found"]
+        begun = time.process_time()
         found = {"accuracy": self.learn(row, learner, shots, seed)}
         if row.mixing and learner.name == LEARNERS[0].name and shots == self.judged:
             found |= self.judge(row, learner, shots, seed)
+        found["seconds"] = time.process_time() - begun
         write_json(done, {"found": found, "settings": settings})
         return found
+
+
+Found = dict[tuple[str, int, int], dict[str, float]]
+"""What was measured, by row, shots and seed."""
+
+
+def runs_of(args: argparse.Namespace, learner: Learner, rows: list[Row], seed: int) -> Found:
+    """Measure all rows of a draw."""
+    bed, jobs = Bed(args), [(row, n) for n in args.shots for row in rows]
+    bar = tqdm(jobs, f"{learner.name}, draw {seed + 1} of {args.seeds}", position=seed % args.jobs)
+    return {(row.name, n, seed): bed.run(row, learner, n, seed) for row, n in bar}
+
+
+@contextmanager
+def processes(count: int) -> Iterator[Any]:
+    """Yield a ``map`` over processes of one thread, or over this one."""
+    if count == 1:
+        yield map
+        return
+    with ProcessPoolExecutor(
+        count, get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)
+    ) as pool:
+        yield pool.map
 
 
 class Table:
     """The rows of a learner, by draw."""
 
-    def __init__(self, bed: Bed, learner: Learner, rows: list[Row], shots: list[int]) -> None:
-        self.learner, self.rows, self.shots = learner, rows, shots
-        self.seeds = range(bed.args.seeds)
-        jobs = [(row, n, seed) for seed in self.seeds for n in shots for row in rows]
-        self.found = {
-            (row.name, n, seed): bed.run(row, learner, n, seed)
-            for row, n, seed in tqdm(jobs, learner.name, unit="run", mininterval=5)
-        }
+    def __init__(self, learner: Learner, rows: list[Row], shots: list[int], found: Found) -> None:
+        self.learner, self.rows, self.shots, self.found = learner, rows, shots, found
+        self.seeds = sorted({seed for _, _, seed in found})
 
     def values(self, name: str, shots: int, key: str = "accuracy") -> list[float]:
         """Return a row's measure in %, by draw."""
@@ -463,6 +507,12 @@ class Table:
             for name in made
         ]
 
+    @property
+    def cost(self) -> str:
+        """Say how long all runs took."""
+        minutes = sum(found["seconds"] for found in self.found.values()) / 60
+        return f"{self.learner.name}: {minutes:.0f} core minutes"
+
     def draw(self, path: Path) -> None:
         """Plot gains against shots."""
         figure, axes = plt.subplots(figsize=(7, 4.5))
@@ -514,6 +564,7 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", choices=names, help="the baseline is always there")
     parser.add_argument("--solver-steps", type=int, default=8)
     parser.add_argument("--adapt-steps", type=int, default=300)
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="draws at a time")
     parser.add_argument(
         "--quick",
         action="store_true",
@@ -524,18 +575,23 @@ def main() -> None:
     if args.quick:
         args.seeds, args.shots, args.learners = 2, [5], ["scratch", "head"]
         args.rows = args.rows or [SAMPLES, CENTROIDS, TWICE]
-    rows = [row for row in (*ROWS, *MORE) if row.name in (BASE, *args.rows)] if args.rows else ROWS
+    wanted = (BASE, *args.rows) if args.rows else {row.name for row in ROWS}
+    rows = [row for row in (*ROWS, *MORE) if row.name in wanted]
     learners = [learner for learner in LEARNERS if learner.name in args.learners]
     if args.quick:
         rows = [replace(row, per_class=20) for row in rows]
         learners = [replace(learner, steps=learner.steps // 2) for learner in learners]
     bed = Bed(args)
+    bed.prepare(rows)
     for learner in learners:
-        table = Table(bed, learner, list(rows), args.shots)
-        parts = [table.records(), table.rungs(), table.mixing()]
+        with processes(args.jobs) as each:
+            parts = list(each(partial(runs_of, args, learner, rows), range(args.seeds)))
+        found = {job: measured for part in parts for job, measured in part.items()}
+        table = Table(learner, rows, args.shots, found)
+        tables = [table.records(), table.rungs(), table.mixing()]
         if learner.name == LEARNERS[0].name:
-            parts.append(table.causes(bed.judged))
-        text = "\n\n".join("\n".join(markdown(part)) for part in parts if part)
+            tables.append(table.causes(bed.judged))
+        text = "\n\n".join([*("\n".join(markdown(part)) for part in tables if part), table.cost])
         print(f"\n{text}\n")
         (bed.out / f"{learner.name}.md").write_text(text + "\n")
         table.draw(bed.out / f"{learner.name}.png")

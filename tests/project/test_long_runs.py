@@ -233,7 +233,7 @@ def test_the_test_bed_prints_gains_and_what_synthetic_images_are_like(
     monkeypatch.setattr(bed, "POOL", 4)
     monkeypatch.setattr(bed, "TESTED", 2)
     photos = paint(tmp_path / "photos", dict.fromkeys(bed.classes_of("novel"), 6), 32)
-    options = ["--shots", "2", "--seeds", "2", "--solver-steps", "1"]
+    options = ["--shots", "2", "--seeds", "2", "--solver-steps", "1", "--jobs", "1"]
     weights = ["--weights", run.folder / "ema.safetensors", "--trunk", described[1]]
     words = [photos, *weights, *options, "--out", tmp_path / "bed"]
     monkeypatch.setattr(sys, "argv", ["test_bed.py", *map(str, words)])

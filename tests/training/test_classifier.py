@@ -4,12 +4,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import paint
+from pytorch_lightning import Trainer
 
 from augment import Sampling, SyntheticDataset, UserError, fill_bank, write_shards
 from augment.core.errors import AugmentWarning
 from augment.shards.export import export_folder
 from augment.sources import FewShot, Folder
 from augment.training import sweep
+from augment.training.data.draws import SyntheticMix
 from augment.training.data.module import ImageData
 from augment.training.models.classifier import Classifier
 from augment.training.models.finetune import AuxiliaryBatchNorm
@@ -86,17 +88,25 @@ def test_deferred_weights_keep_the_scale_of_the_loss(batch):
     )
 
 
-def test_the_prior_is_of_real_images_whatever_is_synthetic(tmp_path, tiny):
+def test_the_prior_counts_synthetic_images_that_join_by_count(tmp_path, tiny):
     paint(tmp_path / "real", {"Bag": 5, "Coat": 2}, size=28)
     bank = fill_bank(tmp_path / "bank", tiny, Folder(tmp_path / "real"), steps=1)
     fly = SyntheticDataset(bank, tiny, sampling=Sampling(steps=1), per_class={"Coat": 3})
-    for fakes in (None, fly):
-        data = ImageData(str(tmp_path / "real"), synthetic=fakes, channels=1)
-        assert data.counts == [5, 2]
-        assert Classifier(data.counts, channels=1, loss="balanced_softmax").counts.tolist() == [
-            5,
-            2,
-        ]
+    images, labels = torch.zeros(2, 1, 32, 32), torch.tensor([0, 1])
+    for fakes, mix, drawn in (
+        (None, SyntheticMix(), [5, 2]),
+        (fly, SyntheticMix(share=0.5), [5, 2]),
+        (fly, SyntheticMix(fill_to=4), [5, 4]),
+        (fly, SyntheticMix(fill_to=4, real_only=1), [5, 2]),
+    ):
+        data = ImageData(str(tmp_path / "real"), synthetic=fakes, mix=mix, channels=1)
+        model = Classifier(data.counts, channels=1, loss="balanced_softmax")
+        assert data.counts == model.metrics.counts == [5, 2], "groups are of real images"
+        model._trainer = Trainer(logger=False, enable_checkpointing=False, barebones=True)
+        model._trainer.datamodule = data
+        logits = model.eval()(images) + torch.tensor(drawn).log()
+        expected = F.cross_entropy(logits, labels)
+        torch.testing.assert_close(model.loss_of(images, labels, labels > 5), expected)
 
 
 def test_origins_follow_an_export_and_strangers_are_reported(tmp_path, tiny):

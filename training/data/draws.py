@@ -169,15 +169,23 @@ class MixedBatchSampler(Sampler[list[Draw]]):
     def rows(self, epoch: int) -> np.ndarray:
         """Return the rows of an epoch's draws, of all ranks, in order."""
         generator = rng(self.seed, "order", epoch)
-        strength = self.mix.strength(epoch, self.epochs())
         rows, labels = np.arange(len(self.real)), self.real
         if not self.mix.by_count:
             drawn = self._draw(generator, rows, labels, epoch)
-            return self._exchange(generator, drawn, strength * self.mix.share)
-        synthetic = [own[: round(strength * len(own))] for own in self.synthetic]
+            share = self.mix.strength(epoch, self.epochs()) * self.mix.share
+            return self._exchange(generator, drawn, share)
+        joined = self.class_counts(epoch) - self.counts
+        synthetic = [own[:count] for own, count in zip(self.synthetic, joined, strict=True)]
         more = [np.full(len(own), label) for label, own in enumerate(synthetic)]
         rows, labels = np.concatenate([rows, *synthetic]), np.concatenate([labels, *more])
         return self._draw(generator, rows, labels, epoch)
+
+    def class_counts(self, epoch: int) -> np.ndarray:
+        """Return the number of images of each class in an epoch: real, and synthetic by count."""
+        if not self.mix.by_count:
+            return self.counts
+        strength = self.mix.strength(epoch, self.epochs())
+        return self.counts + [round(strength * len(own)) for own in self.synthetic]
 
     def _draw(
         self, generator: np.random.Generator, rows: np.ndarray, labels: np.ndarray, epoch: int

@@ -339,6 +339,14 @@ class ImageData(pl.LightningDataModule):
         if labels:
             identity.warn_of_looks(real, synthetic, *self.form[:2])
 
+    def class_counts(self, epoch: int) -> list[int]:
+        """Return the number of training images of each class in an epoch, for a loss.
+
+        Synthetic images count where they join the real ones (``fill_to``, ``per_real``); mixed by
+        share they leave the frequency of the classes as it is.
+        """
+        return self.draws.class_counts(epoch).tolist()
+
     def check_trainer(self, trainer: pl.Trainer) -> None:
         """Refuse to cut epochs short, which draws and schedules would not know of."""
         limit = trainer.limit_train_batches  # 1 is one batch, 1.0 is all

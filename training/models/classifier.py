@@ -11,7 +11,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
@@ -55,8 +55,9 @@ class Classifier(pl.LightningModule):
     (``mean_std``), and all that rebuilds the network lies in the hyperparameters of a checkpoint.
 
     Args:
-        counts: number of *real* training images of each class: what losses take for the prior, and
-            what many, medium and few are counted by.
+        counts: number of *real* training images of each class, by which classes are many, medium or
+            few. Losses take them for the prior, unless the datamodule is an
+            `augment.training.data.module.ImageData` that adds synthetic images by count.
         class_names: for the tables; by default the labels.
         network: small_cnn, resnet10, resnet12, resnet32, lite0 or any of timm; by default that of
             ``start``, or small_cnn.
@@ -409,11 +410,19 @@ class Classifier(pl.LightningModule):
 
     def _costs(self, logits: Float[Tensor, "n k"], labels: Tensor) -> Float[Tensor, " n"]:
         """Return the cost of each image; re-weighted ones keep the scale, as LDAM-DRW's code."""
-        table, begin = self.loss(logits.float(), self.counts), self.hp.reweight_from
+        counts, begin = self._class_counts(), self.hp.reweight_from
+        table = self.loss(logits.float(), counts)
         if begin is None or self.current_epoch < begin:
             return cost(table, labels)
-        weights = class_weights(self.counts).expand_as(table)
+        weights = class_weights(counts).expand_as(table)
         return cost(table * weights, labels) / cost(weights, labels).mean()
+
+    def _class_counts(self) -> Int[Tensor, " k"]:
+        """Return the number of images of each class in this epoch's training data."""
+        count = getattr(getattr(self._trainer, "datamodule", None), "class_counts", None)
+        if count is None:
+            return self.counts
+        return torch.tensor(count(self.current_epoch), device=self.counts.device)
 
     def _zero_of_norms(self) -> Tensor | float:
         """Return zero, computed from all norms: DDP waits for a gradient of every parameter."""

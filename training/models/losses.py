@@ -2,7 +2,7 @@ r"""Losses for long tails.
 
 A loss gives a table (n, k): the cost of each class being the truth of each image. `cost` then
 reads the entry of an integer label, or the mixture :math:`\sum_k y_k \ell_k` of a soft one, so that
-mixup, CutMix and label smoothing work with every loss. With logits z, p = softmax z, and n_k real
+mixup, CutMix and label smoothing work with every loss. With logits z, p = softmax z, and n_k
 training images of class k:
 
 ====================  ========================================================  ==============
@@ -16,8 +16,9 @@ name                  cost of class k                                           
 ``focal``             −(1 − p_k)^γ log p_k                                      1708.02002
 ====================  ========================================================  ==============
 
-The counts are of real images alone: synthetic ones change neither the prior nor the margins. A
-class without a real image counts as one of one: log 0 would forbid it for good.
+The counts are of the images that are drawn from: real ones, and synthetic ones that join them by
+count (``fill_to``, ``per_real``). With the counts of real images alone a filled-up tail would be
+corrected for twice. A class without an image counts as one of one: log 0 would forbid it for good.
 
 To add a loss: write the dataclass here (or in a file of its own) and enter it in `LOSSES`; the laws
 of ``tests/training/test_losses.py`` then run over it.
@@ -48,7 +49,7 @@ class Loss(Protocol):
 
         Args:
             logits: (n, k), k ≥ 2; half precision is computed in single.
-            counts: real training images of each class.
+            counts: training images of each class.
         """
         ...
 
@@ -157,7 +158,7 @@ def class_weights(counts: Counts, beta: float = 0.9999) -> Float[Tensor, "k"]:
     tensor([1.9979, 0.0021])
 
     Args:
-        counts: real training images of each class.
+        counts: training images of each class.
         beta: in [0, 1); 0 weighs all alike, 1 would weigh by 1/n.
     """
     expect(0 <= beta < 1, "0 ≤ beta < 1", beta)
