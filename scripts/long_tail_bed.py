@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from augment import Mixing, Sampling, SyntheticDataset, fill_bank
 from augment.core.files import read_json, write_bytes, write_json
+from augment.diffusion.backbones.tiny import EMBEDDED
 from augment.report.evaluate import markdown
 from augment.sources import LongTail
 from augment.training.data.draws import SyntheticMix
@@ -104,7 +105,7 @@ def main() -> None:
     """Measure, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("images", type=Path, help="CIFAR-100's training images in class folders")
-    parser.add_argument("--weights", type=Path, default=WEIGHTS / "tiny_cifar.safetensors")
+    parser.add_argument("--weights", type=Path, default=EMBEDDED["tiny-cifar"])
     parser.add_argument("--trunk", type=Path, default=WEIGHTS / "resnet12.safetensors")
     parser.add_argument("--part", choices=("validation", "novel"), default="novel")
     parser.add_argument("--seeds", type=int, default=5)

@@ -52,6 +52,7 @@ from augment.core.errors import AugmentWarning
 from augment.core.files import read_json, remember, sha256, write_bytes, write_json
 from augment.diffusion import Backbone
 from augment.diffusion.backbones.resnet12 import features_of, load_trunk
+from augment.diffusion.backbones.tiny import EMBEDDED
 from augment.measure.features import class_distance, diversity, nearest_distance, precision_recall
 from augment.networks import in_batches, unit
 from augment.report.evaluate import markdown
@@ -554,7 +555,7 @@ def main() -> None:
     """Measure, print the tables, and draw the plots."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("images", type=Path, help="CIFAR-100's training images in class folders")
-    parser.add_argument("--weights", type=Path, default=WEIGHTS / "tiny_cifar.safetensors")
+    parser.add_argument("--weights", type=Path, default=EMBEDDED["tiny-cifar"])
     parser.add_argument("--trunk", type=Path, default=WEIGHTS / "resnet12.safetensors")
     parser.add_argument("--part", choices=PARTS[1:], default="novel")
     parser.add_argument("--shots", type=int, nargs="+", default=list(SHOTS))

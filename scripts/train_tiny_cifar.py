@@ -20,9 +20,11 @@ AMX, in float32, beside other work: 79 (this UNet, 5.1 M parameters, 0.39 GFLOP 
 (a DiT of 6 layers of 256 with patches of 2, 9.6 M, 0.61). Alone on the machine the second made 63
 and the third 127. ``torch.compile`` changed nothing there. Where a core computes in bfloat16
 (AVX-512 BF16, here of an AMD EPYC), ``--bf16``, which also compiles, makes 180 with this UNet in
-batches of 32, and float32 115. There a rate of 6e-4 diverged after 20 000 steps. With ``--start``
-from the weights of ``scripts/weights``, whose loss was 0.296 to 0.299, a rate of 3e-4 raised it to
-0.309 within 9600 steps, and 1.5e-4 kept it at 0.296 for the 1200 steps that were tried.
+batches of 32, and float32 115. There a rate of 6e-4 diverged after 20 000 steps. The loss in
+``log.csv`` is that of the network in training, not of its average, and the rate falls in the last
+tenth of a run only. So with ``--start`` from the embedded weights, whose loss was 0.296 to 0.299 at
+the end of theirs, it rises again at first: to 0.309 within 9600 steps at a rate of 3e-4, while
+1.5e-4 kept it at 0.296 for 1200 steps. Compare runs at their ends.
 """
 
 import argparse

@@ -23,7 +23,7 @@ from augment.diffusion.backbones.lightningdit import LightningDiT
 from augment.diffusion.backbones.sit import SiT
 from augment.diffusion.backbones.stable_diffusion import StableDiffusion, StableDiffusionXL
 from augment.diffusion.backbones.stable_diffusion3 import StableDiffusion3
-from augment.diffusion.backbones.tiny import Tiny
+from augment.diffusion.backbones.tiny import EMBEDDED, Tiny
 from augment.diffusion.backbones.z_image import ZImage
 from augment.diffusion.checkpoints.find import find_checkpoint, read_header
 from augment.diffusion.checkpoints.hub import HUB, require
@@ -88,7 +88,7 @@ def pretrained(
 
 
 BACKBONES: dict[str, Callable[..., Backbone]] = {
-    "tiny": Tiny,
+    **{name: partial(Tiny, weights) for name, weights in EMBEDDED.items()},
     **{name: partial(pretrained, name) for name in HUB},
 }
 """Backbones by name. A factory takes ``device``, ``dtype`` and options of its own."""
@@ -115,13 +115,13 @@ def load_backbone(
         UserError: an unknown name, an option that the backbone does not have, or no usable weights.
     """
     device, name = find_device(device), str(name_or_path)
-    tiny = name == "tiny"
+    tiny = name in EMBEDDED
     if Path(name).suffix == ".safetensors":
         tiny = "unet" in read_header(Path(name))[0].get("config", "")
     if tiny:
         check_settings("tiny", options, known_options(Tiny))
-        weights = {} if name == "tiny" else {"weights": Path(name)}
-        backbone = Tiny(**weights, device=device, dtype=dtype or torch.float32, **options)
+        weights = EMBEDDED.get(name, Path(name))
+        backbone = Tiny(weights, device, dtype or torch.float32, **options)
     else:
         factory = BACKBONES.get(name, partial(pretrained, name))
         backbone = factory(device=device, dtype=dtype, **options)
@@ -148,7 +148,7 @@ def local_recipe(recipe: Recipe, named: bool = False) -> Recipe:
         named: whether the user named the backbone, which may then be downloaded.
     """
     name = recipe["name_or_path"]
-    here = named or name == "tiny" or os.path.isdir(name)  # noqa: PTH112, which takes any name
+    here = named or name in EMBEDDED or os.path.isdir(name)  # noqa: PTH112, which takes any name
     others = [str(recipe[key]) for key in PATHS[1:] if recipe.get(key) is not None]
     recipe = {key: value for key, value in recipe.items() if key != "local_files_only"}
     if here and all(map(os.path.exists, others)):

@@ -21,6 +21,7 @@ import numpy as np
 
 from augment.bank.bank import LatentBank
 from augment.core.errors import UserError
+from augment.diffusion.backbones.tiny import EMBEDDED
 from augment.diffusion.sampling import Sampling
 from augment.inversion import INVERTERS
 from augment.plan.mixing import Mixing
@@ -266,7 +267,7 @@ def invert_command(bank: LatentBank) -> str:
     recipe = {key: value for key, value in recipe.items() if key != "local_files_only"}
     fields = {f.name for f in dataclasses.fields(INVERTERS[method["method"]])} - {"steps", "level"}  # type: ignore[arg-type]
     keeps, usage, name = bank.manifest.keeps, bank.manifest.usage, str(recipe.pop("name_or_path"))
-    template = usage.template if usage else None if name == "tiny" else ""
+    template = usage.template if usage else None if name in EMBEDDED else ""
     usual = prompts_of(bank.classes, template) if template else {}
     prompts = {known.name: known.prompt for known in bank.manifest.classes}
     prompts = {name: text for name, text in prompts.items() if text != usual.get(name, "")}

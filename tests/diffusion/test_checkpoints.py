@@ -494,7 +494,7 @@ def test_what_is_not_there_or_does_not_fit_is_refused(folder, tmp_path):
     assert "'t5'" in said(folder, t5=True)
     assert "'resolution'" in said(dit(tmp_path / "dit"), resolution=64)
     assert "'resolution'" in said("tiny", resolution=64)
-    assert "sd35-large" in said("sd42") and list(BACKBONES) == ["tiny", *HUB]
+    assert "sd35-large" in said("sd42") and list(BACKBONES) == ["tiny", "tiny-cifar", *HUB]
 
 
 def test_a_variant_that_is_there_alone_or_not_at_all_is_hinted_at(copy):

@@ -1,6 +1,7 @@
 """The embedded backbone: its codec, its prompts, and what it gives back of real images."""
 
 import json
+from importlib.resources import files
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,15 @@ from safetensors.torch import load_file, save
 from augment import Rule, UserError, invert, load_backbone, sample
 from augment.core.rng import normal, rng
 from augment.diffusion import Backbone
-from augment.diffusion.backbones.tiny import HAAR, PROMPTS, ROWS, WEIGHTS, haar, inverse_haar
+from augment.diffusion.backbones.tiny import (
+    EMBEDDED,
+    HAAR,
+    PROMPTS,
+    ROWS,
+    WEIGHTS,
+    haar,
+    inverse_haar,
+)
 from augment.diffusion.process import Flow, VariancePreserving
 from augment.sources import Folder
 from augment.sources.fashion import CLASSES, write_fashion
@@ -30,13 +39,24 @@ def psnr(images, others):
     return -10 * (images - others).square().mean((1, 2, 3)).log10()
 
 
-@pytest.mark.parametrize("name", ["tiny"])  # the others want a checkpoint: test_checkpoints.py
+@pytest.mark.parametrize("name", EMBEDDED)  # the others want a checkpoint: test_checkpoints.py
 def test_a_backbone_has_what_the_protocol_asks_for(name):
     backbone = load_backbone(name, device="cpu")
     assert isinstance(backbone, Backbone)
     assert all(isinstance(field, str) for field in backbone.fingerprint.values())
     assert backbone.fingerprint["name"] == name
     assert backbone.fingerprint == load_backbone(name, device="cpu").fingerprint
+
+
+def test_colour_photographs_come_back_from_their_latents():
+    backbone = load_backbone("tiny-cifar", device="cpu")
+    folder = Path(str(files("augment.sources"))) / "pictures"
+    source = Folder(folder)
+    images = torch.stack([source.load(i, 3, 32) for i, _ in source.samples])
+    latents = invert(backbone, images, steps=10)
+    assert latents.shape == (3, 12, 16, 16)
+    back = sample(backbone, latents, "", "fireflow", 10)
+    assert psnr(back, images).min() > 30
 
 
 def test_the_network_hears_of_levels_between_the_trained_ones(tiny):

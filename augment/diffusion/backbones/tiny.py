@@ -13,6 +13,9 @@ The network never saw a class label. Its prompts are coarser than the classes (a
 T-shirt, a pullover, a dress, a coat or a shirt) and were dropped half of the time, so that only
 the few inverted images determine what a centroid knows of its class.
 ``scripts/train_tiny.py`` makes the weights; ``weights/tiny.md`` is the model card.
+
+*tiny-cifar* is another model of this kind, for small colour photographs: a rectified flow of 64
+classes of CIFAR-100, made by ``scripts/train_tiny_cifar.py``; see ``weights/tiny_cifar.md``.
 """
 
 import hashlib
@@ -40,7 +43,10 @@ from augment.diffusion.conditions import HEADS
 from augment.diffusion.process import Flow, Process, VariancePreserving
 from augment.diffusion.usage import Usage
 
-WEIGHTS = Path(__file__).parent / "weights" / "tiny.safetensors"
+_FOLDER = Path(__file__).parent / "weights"
+EMBEDDED = {"tiny": _FOLDER / "tiny.safetensors", "tiny-cifar": _FOLDER / "tiny_cifar.safetensors"}
+"""Weights that come with the package, by the backbone's name."""
+WEIGHTS = EMBEDDED["tiny"]
 PROMPTS = ("", "top", "trousers", "footwear", "bag")
 """Prompts of the embedded weights; the empty one is the unconditional model."""
 _PROCESSES: dict[str, Callable[..., Process]] = {"flow": Flow, "diffusion": VariancePreserving}
@@ -145,7 +151,8 @@ class Tiny:
                 "reinstall latent-augment or run scripts/train_tiny.py"
             ) from None
         digest = hashlib.sha256(Path(weights).read_bytes()).hexdigest()
-        self.fingerprint = {"name": "tiny", "weights": digest, "process": repr(self.process)}
+        name = next((name for name, path in EMBEDDED.items() if path == weights), "tiny")
+        self.fingerprint = {"name": name, "weights": digest, "process": repr(self.process)}
         self.adapted_prompts = given.prompts if given else {}
         self.trunk = self._load_trunk(Path(reference)) if reference else None
         if given:

@@ -8,6 +8,7 @@ from augment.diffusion.checkpoints.hub import HUB
 
 LICENCES = {
     "tiny": "mit",
+    "tiny-cifar": "mit",
     "sd14": "creativeml-openrail-m",
     "sd15": "creativeml-openrail-m",
     "sd21": "openrail++",
