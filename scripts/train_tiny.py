@@ -139,7 +139,7 @@ class Run(DenoiserRun):
             z = torch.where(flip.view(-1, 1, 1, 1), mirrored(z), z)
         with torch.autocast("cpu", torch.bfloat16, enabled=self.args.bf16):
             latents, times = alpha * z + sigma * noise, self.times[numbers]
-            out = self.predict(latents, times, words, return_dict=False)[0]
+            out = self.predict(latents, times, words)
         goal = GOALS[self.process.prediction](z, noise, alpha, sigma)
         return (out.float() - goal).square().mean()
 

@@ -32,10 +32,12 @@ import csv
 import json
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import train_tiny
 from cifar_fs import SUPERCLASSES, classes_of, load_part
+from diffusers import UNet2DModel
 from diffusers.models.attention_processor import Attention, AttnProcessor
 from long_run import DenoiserRun, half_precision, options
 from safetensors.torch import load_file, save
@@ -48,7 +50,7 @@ from augment.core.files import sha256, write_bytes
 from augment.core.rng import normal, rng
 from augment.diffusion import load_backbone
 from augment.diffusion.backbones.resnet12 import normalised
-from augment.diffusion.backbones.tiny import Tiny, build_network, haar
+from augment.diffusion.backbones.tiny import Tiny, haar
 from augment.diffusion.solver import sample
 from augment.measure.features import frechet_distance
 from augment.networks import in_batches
@@ -74,7 +76,8 @@ class Network(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.unet = build_network(UNET | {"num_class_embeds": len(PROMPTS)})
+        self.unet: Any = UNet2DModel(**UNET, num_class_embeds=len(PROMPTS))
+        nn.Module.to(self.unet, memory_format=torch.channels_last)
         self.texts = self.unet.class_embedding
         self.unet.class_embedding = nn.Identity()
         for (

@@ -35,6 +35,7 @@ from augment.core.errors import UserError
 from augment.core.files import write_bytes
 from augment.diffusion.backbone import REFERENCE, Condition, Recipe, Timestep, as_times
 from augment.diffusion.backbones.resnet12 import features_of, load_trunk
+from augment.diffusion.backbones.unet import UNet
 from augment.diffusion.checkpoints.adapter import adapter_of
 from augment.diffusion.checkpoints.heads import ImageHeads, refuse_beside_heads
 from augment.diffusion.checkpoints.lora import find_lora, fuse_lora
@@ -74,12 +75,9 @@ ROWS = 32
 """Rows of every call of the compiled network: another shape takes another minute to compile."""
 
 
-def build_network(config: Mapping[str, Any]) -> nn.Module:
+def build_network(config: Mapping[str, Any]) -> UNet:
     """Build the UNet of the model card, untrained."""
-    from diffusers import UNet2DModel  # here: it takes seconds to import
-
-    network: nn.Module = UNet2DModel(**config)
-    return nn.Module.to(network, memory_format=torch.channels_last)
+    return UNet(**config).to(memory_format=torch.channels_last)
 
 
 class Tiny:
@@ -168,8 +166,7 @@ class Tiny:
             refuse_beside_heads(compile=compile, reference=reference)
             heads = ImageHeads.load(self.unet, given.heads)
             self.heads = heads.to(self.device, dtype)
-        # not diffusers' own ``to``, which warns of half precision that nobody asked for
-        nn.Module.to(self.unet, self.device, dtype).eval().requires_grad_(False)
+        self.unet.to(self.device, dtype).eval().requires_grad_(False)
         # its weights are laid out for the CPU, and the steps between products fused
         options = {"dynamic": False, "options": {"freezing": True}}
         self.compiled = torch.compile(self.unet, **options) if compile else None
@@ -267,14 +264,14 @@ class Tiny:
             text = text + self._project(condition["reference"]).to(text)
         rows = latent.to(self.dtype), as_times(timestep, latent), text.to(self.dtype)
         if self.compiled is None or torch.is_grad_enabled():
-            return self.unet(*rows, return_dict=False)[0].float()
+            return self.unet(*rows).float()
         from torch._dynamo.exc import BackendCompilerFailed
 
         outputs = []
         try:
             for part in zip(*(tensor.contiguous().split(ROWS) for tensor in rows), strict=True):
                 call = self.compiled if len(part[0]) == ROWS else self.unet
-                outputs.append(call(*part, return_dict=False)[0])
+                outputs.append(call(*part))
             return torch.cat(outputs).float()
         except BackendCompilerFailed as error:
             raise UserError(
