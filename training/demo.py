@@ -9,18 +9,21 @@ where an interrupted demo stopped.
 
 import math
 import statistics
+import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import pytorch_lightning as pl
 import torch
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from augment.bank.bank import LatentBank
 from augment.bank.fill import fill_bank
 from augment.centroid import Rule
 from augment.centroid.residuals import mix
+from augment.core.errors import BiasWarning
 from augment.core.files import JsonObject, read_json, remember, write_json
 from augment.diffusion import Backbone, load_backbone
 from augment.diffusion.solver import sample
@@ -33,13 +36,14 @@ from augment.sources.images import save_image, sheet
 from augment.synthesis.synthesizer import Synthesizer
 from augment.training.checks import expect
 from augment.training.data.draws import SyntheticMix
-from augment.training.data.module import ImageData
-from augment.training.data.transforms import Augmentation
+from augment.training.data.module import Evaluated, ImageData
+from augment.training.data.transforms import Augmentation, evaluation
 from augment.training.lightning import silence_lightning
 from augment.training.models.classifier import Classifier
 from augment.training.models.metrics import interval
 
 SHOTS = 5
+_MEMORY = 2**25  # bytes of the test images, which every row is tested on
 _SHEET_RULES = ("lin/0", "fix/0", "nin/0", "vp/0", "fix/chm", "nin/chm", "fade/chm")
 
 
@@ -113,24 +117,40 @@ def run_demo(out: str | None, full: bool, seeds: int | None) -> None:
     remember(root / "settings.json", {**asdict(settings), **backbone.fingerprint}, "--out")
     drawn = {n for seed in range(settings.seeds) for n in few_shots(seed, SHOTS)}
     write_fashion(root / "images", "shots", sorted(drawn))
-    write_fashion(root / "test", "test")
+    tests = Folder(write_fashion(root / "test", "test"))
+    say(f"inverting {10 * len(drawn)} images of Fashion-MNIST into {root}/bank")
     bank = fill_bank(root / "bank", backbone, Folder(root / "images"))
-    _write_sheet(root, backbone, bank)
-    accuracies = {name: [0.0] * settings.seeds for name in settings.rows}
-    rows = [row for row in ROWS if row.name in settings.rows]
-    jobs = [(seed, row) for seed in range(settings.seeds) for row in rows]
-    with tqdm(jobs, "rows × seeds", unit="run") as bar:
-        for seed, row in bar:
-            bar.set_postfix_str(row.name)
-            accuracies[row.name][seed] = run_row(root, row, seed, settings, backbone, bank)
+    say(f"drawing what each rule makes of the latents: {root}/sheet.png")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", BiasWarning)  # some rules are there to show it
+        _write_sheet(root, backbone, bank)
+        accuracies = {name: [0.0] * settings.seeds for name in settings.rows}
+        rows = [row for row in ROWS if row.name in settings.rows]
+        jobs = [(seed, row) for seed in range(settings.seeds) for row in rows]
+        say(
+            f"{len(rows)} rows × {settings.seeds} seeds: each synthesizes if it has to, trains "
+            f"{settings.train_steps} steps, and is tested on {len(tests)} images"
+        )
+        images = DataLoader(Evaluated(tests, evaluation(1, 32), _MEMORY), batch_size=128)
+        with tqdm(jobs, "rows × seeds", unit="run") as bar:
+            for seed, row in bar:
+                bar.set_postfix_str(row.name)
+                made = run_row(root, row, seed, settings, backbone, bank, images)
+                accuracies[row.name][seed] = made
     records = list(summarise(accuracies))
     write_json(root / "results.json", records)
     _report(root, records)
 
 
+def say(line: str) -> None:
+    """Print at once what is being done."""
+    print(line, flush=True)
+
+
 def run_row(
-    root: Path, row: Row, seed: int, settings: Settings, backbone: Backbone, bank: LatentBank
-) -> float:
+    root: Path, row: Row, seed: int, settings: Settings, backbone: Backbone, bank: LatentBank,
+    tests: DataLoader[tuple[torch.Tensor, int]],
+) -> float:  # fmt: skip
     """Return the test accuracy of one row and seed; read it back if it was measured before."""
     folder = root / f"seed-{seed}"
     name = row.name.replace(" ", "-").replace("/", "-").replace("-+-", "-")
@@ -153,14 +173,14 @@ def run_row(
             write_shards(synthesizer, planner, settings.per_class, out, extension="png")
     torch.manual_seed(seed)
     data = ImageData(
-        str(real), test=str(root / "test"), synthetic=fake, mix=SyntheticMix(settings.p_synthetic),
+        str(real), synthetic=fake, mix=SyntheticMix(settings.p_synthetic),
         augment=Augmentation() if row.augment else Augmentation(crop=None, flip=False),
         channels=1, steps_per_epoch=settings.train_steps, seed=seed,
     )  # fmt: skip
     model = Classifier(data.counts, channels=1, mixup=row.mixup, seed=seed)
     trainer = demo_trainer(settings.train_steps)
     trainer.fit(model, data)
-    accuracy = trainer.test(model, data, verbose=False)[0]["test/accuracy"]
+    accuracy = trainer.test(model, tests, verbose=False)[0]["test/accuracy"]
     trainer.save_checkpoint(folder / "checkpoints" / f"{name}.ckpt", weights_only=True)
     write_json(done, accuracy)
     return accuracy

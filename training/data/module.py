@@ -127,17 +127,29 @@ class Batches(DataLoader[Any]):
 
 
 class Evaluated(Dataset[tuple[Tensor, int]]):
-    """The images of a source, transformed."""
+    """The images of a source, transformed.
 
-    def __init__(self, source: Source, transform: Callable[[Any], Tensor]) -> None:
-        self.source, self.transform = source, transform
+    Args:
+        source: the images.
+        transform: what is done to each; without random numbers.
+        memory: bytes for images that are evaluated again; less than all need keeps none.
+    """
+
+    def __init__(self, source: Source, transform: Callable[[Any], Tensor], memory: int = 0) -> None:
+        self.source, self.transform, self.memory = source, transform, memory
+        self.kept: dict[int, tuple[Tensor, int]] = {}
 
     def __len__(self) -> int:
         return len(self.source)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        if index in self.kept:
+            return self.kept[index]
         image, label = self.source[index]
-        return self.transform(image), label
+        item = self.transform(image), label
+        if item[0].nbytes * len(self) <= self.memory:
+            self.kept[index] = item
+        return item
 
 
 class ImageData(pl.LightningDataModule):
@@ -416,7 +428,8 @@ class ImageData(pl.LightningDataModule):
         """Return every ``world``-th image from ``rank`` on: each is evaluated once, by one rank."""
         if name not in self.held_out:
             raise UserError(f"expected images to {name} on, got none; give --data.{name}")
-        images = Evaluated(self.held_out[name], self.evaluation)
+        again = name == "val" and not self.workers  # workers end with the epoch
+        images = Evaluated(self.held_out[name], self.evaluation, _MEMORY if again else 0)
         size, least = max(self.batch_size, 128), len(images) // world
         while len(images) % world and least and least % size == 0:
             size += 1  # or ranks would have unequal numbers of batches, and DDP would wait

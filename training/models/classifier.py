@@ -349,8 +349,10 @@ class Classifier(pl.LightningModule):
 
         Dropout, mixup and CutMix take their numbers from torch's global generator and no other.
         """
-        done = batches_done(self.trainer)
-        torch.manual_seed(int(rng(self.hp.seed, "step", done, self.global_rank).integers(2**63)))
+        generator = rng(self.hp.seed, "step", batches_done(self.trainer), self.global_rank)
+        on_cpu = self.device.type == "cpu"  # where other devices need no seed, which takes 1 ms
+        seed = torch.random.default_generator.manual_seed if on_cpu else torch.manual_seed
+        seed(int(generator.integers(2**63)))
         finetune.train_mode(self.network, "head" if self.hp.tune == "scale" else self.hp.tune)
 
     def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:
