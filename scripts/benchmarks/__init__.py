@@ -16,6 +16,7 @@ SUITES = {
     "growth": "how costs grow with classes, images and shards",
     "training": "a step with synthetic images, and with our data, against plain ones",
     "neighbours": "idle threads that sleep against threads that spin, beside busy programs",
+    "hot": "where the commands spend their time, and a training step's loading",
     "startup": "imports and commands against the import of torch",
     "backbones": "Stable Diffusion and its like against diffusers' pipelines; not part of all",
 }

@@ -45,7 +45,8 @@ class Comparison:
         unit: name of a unit, in the singular.
         bar: a key of `MEASURES` and the promised limit; None promises nothing.
         theirs_count: units in a call of ``theirs``; None is ``count``.
-        once: the side, ``ours`` or ``theirs``, that is too slow to be called more than once.
+        once: the side, ``ours`` or ``theirs``, that is too slow to be called more than once; or
+            ``both``.
         threads: torch threads; None is the run's number.
         clock: seconds; wall time by default.
     """
@@ -121,14 +122,14 @@ def seconds(pair: Comparison, args: argparse.Namespace) -> dict[str, list[float]
     """
     sides = {"ours": (pair.ours, pair.count)}
     sides["theirs"] = pair.theirs, pair.theirs_count or pair.count
-    many = [who for who in sides if who != pair.once]
+    many = [who for who in sides if pair.once not in (who, "both")]
     calls = {who: calls_a_turn(pair, sides[who][0], args.device) for who in many}
     times: dict[str, list[float]] = {who: [] for who in sides}
-    if pair.once:
-        call, count = sides[pair.once]
-        times[pair.once].append(turn(pair, call, 1, args.device) / count)
+    for who in (who for who in sides if who not in many):
+        call, count = sides[who]
+        times[who].append(turn(pair, call, 1, args.device) / count)
     begun = time.perf_counter()
-    for number in range(args.repeats):
+    for number in range(args.repeats if many else 0):
         if number >= ROUNDS and time.perf_counter() - begun > args.seconds:
             break
         for who in many if number % 2 else reversed(many):
