@@ -1,6 +1,5 @@
-"""LightningDiT against a reference written from its paper, on small random weights."""
+"""What LightningDiT has beside SiT: latents of VA-VAE, its own settings, files of the makers."""
 
-import itertools
 import json
 import pickle
 
@@ -8,71 +7,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from checkpoints import LIGHTNINGDIT, lightningdit
+from published import HEADS, SIDE, WIDTH, lightningdit_velocity
 from safetensors.torch import load_file, save_file
 
-from augment import UserError, load_backbone, sample
-from augment.diffusion.usage import Usage
+from augment import UserError, load_backbone
 from scripts.convert_lightningdit import convert
 
-STEPS, SHIFT = 5, 0.3
-HEADS, WIDTH, SIDE = (LIGHTNINGDIT[key] for key in ("num_heads", "hidden_size", "input_size"))
-
-
-def linear(state, name, x):
-    return F.linear(x, state[f"{name}.weight"], state[f"{name}.bias"])
-
-
-def normed(state, name, x):
-    return x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * state[f"{name}.weight"]
-
-
-def turned(x):
-    """Rotate pairs of numbers as complex ones: half of a head by the row, half by the column."""
-    half = WIDTH // HEADS // 2
-    frequencies = 10000 ** (-torch.arange(0, half, 2) / half)
-    places = torch.cartesian_prod(torch.arange(SIDE), torch.arange(SIDE)).float()
-    angles = torch.cat([places[:, :1] * frequencies, places[:, 1:] * frequencies], 1)
-    pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous())
-    return torch.view_as_real(pairs * torch.polar(torch.ones_like(angles), angles)).flatten(-2)
-
-
-def velocity(state, latent, share, labels, qknorm=False):
-    frequencies = 10000 ** (-torch.arange(128) / 128)
-    angles = share * frequencies.expand(len(latent), -1)
-    waves = torch.cat([angles.cos(), angles.sin()], 1)
-    embedding = linear(state, "t_embedder.mlp.2", F.silu(linear(state, "t_embedder.mlp.0", waves)))
-    embedding = F.silu(embedding + state["y_embedder.embedding_table.weight"][labels])
-    weight, bias = state["x_embedder.proj.weight"], state["x_embedder.proj.bias"]
-    x = F.conv2d(latent, weight, bias).flatten(2).mT + state["pos_embed"]
-    for number in range(LIGHTNINGDIT["depth"]):
-        block = f"blocks.{number}"
-        parts = linear(state, f"{block}.adaLN_modulation.1", embedding)[:, None].chunk(6, 2)
-        inner = normed(state, f"{block}.norm1", x) * (1 + parts[1]) + parts[0]
-        rows = linear(state, f"{block}.attn.qkv", inner)
-        q, k, v = rows.unflatten(2, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)
-        if qknorm:
-            q, k = (normed(state, f"{block}.attn.{n}_norm", p) for n, p in (("q", q), ("k", k)))
-        weights = (turned(q) @ turned(k).mT / q.shape[-1] ** 0.5).softmax(-1)
-        mixed = linear(state, f"{block}.attn.proj", (weights @ v).transpose(1, 2).flatten(2))
-        x = x + parts[2] * mixed
-        inner = normed(state, f"{block}.norm2", x) * (1 + parts[4]) + parts[3]
-        gate, values = linear(state, f"{block}.mlp.w12", inner).chunk(2, 2)
-        x = x + parts[5] * linear(state, f"{block}.mlp.w3", F.silu(gate) * values)
-    shift, scale = linear(state, "final_layer.adaLN_modulation.1", embedding)[:, None].chunk(2, 2)
-    x = normed(state, "final_layer.norm_final", x) * (1 + scale) + shift
-    return linear(state, "final_layer.linear", x).mT.unflatten(2, (SIDE, SIDE))
-
-
-def sampled(state, latent, label, guidance):
-    """Euler's method from noise to image at shifted shares, with guidance on three channels."""
-    even = torch.linspace(0, 1, STEPS + 1)
-    shares = SHIFT * even / (1 + (SHIFT - 1) * even)
-    classes, none = (torch.full((len(latent),), k) for k in (label, LIGHTNINGDIT["num_classes"]))
-    for share, following in itertools.pairwise(shares):
-        own, free = (velocity(state, latent, share, labels) for labels in (classes, none))
-        guided = torch.cat([(free + guidance * (own - free))[:, :3], own[:, 3:]], 1)
-        latent = latent + (following - share) * guided
-    return latent
+WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 
 
 @pytest.fixture(scope="module")
@@ -87,20 +28,11 @@ def backbone(folder):
 
 @pytest.fixture(scope="module")
 def state(folder):
-    return load_file(folder / "transformer" / "diffusion_pytorch_model.safetensors")
+    return load_file(folder / WEIGHTS)
 
 
-def noise(backbone, count=2):
-    return torch.randn(count, *backbone.latent_shape, generator=torch.Generator().manual_seed(0))
-
-
-@pytest.mark.parametrize("guidance", [1.0, 4.0])
-def test_it_samples_what_the_published_sampler_samples(guidance, backbone, state):
-    latents = noise(backbone)
-    ours = sample(backbone, latents, "goldfish", "ddim", STEPS, guidance)
-    theirs = backbone.decode(sampled(state, latents, 1, guidance))
-    assert ours.std() > 0.05
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
+def noise(shape):
+    return torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
 
 
 def test_latents_are_normalised_by_channel_alone(backbone):
@@ -116,47 +48,28 @@ def test_latents_are_normalised_by_channel_alone(backbone):
 def test_norms_of_queries_and_keys_are_read(tmp_path):
     folder = lightningdit(tmp_path / "m", use_qknorm=True, learn_sigma=True)
     backbone = load_backbone(folder, device="cpu")
-    state = load_file(folder / "transformer" / "diffusion_pytorch_model.safetensors")
-    latents, labels = noise(backbone), torch.tensor([3, 1000])
+    state = load_file(folder / WEIGHTS)
+    latents, labels = noise(backbone.latent_shape), torch.tensor([3, 1000])
     ours = backbone.network(latents, 300.0, backbone.condition(["3", ""]))
-    theirs = -velocity(state, latents, torch.tensor(0.7), labels, qknorm=True)[:, :4]
+    theirs = -lightningdit_velocity(state, latents, torch.tensor(0.7), labels, qknorm=True)[:, :4]
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
 
 
-def test_it_is_used_as_published(backbone):
-    assert backbone.usage == Usage("", 6.7)
-    assert backbone.fingerprint["process"] == "Flow(shift=3.33333)"
-    labels = backbone.condition(["Carassius auratus", "7", ""])["labels"]
-    assert labels.tolist() == [1, 7, 1000]
-
-
-def test_a_saved_one_is_the_one_that_was_loaded(backbone, state, tmp_path):
-    place = backbone.save(tmp_path)
-    saved = load_file(place / "transformer" / "diffusion_pytorch_model.safetensors")
-    torch.testing.assert_close(saved, state, rtol=0, atol=0)
-    again = load_backbone(place, device="cpu")
-    assert again.fingerprint["process"] == backbone.fingerprint["process"]
-    latents = noise(backbone)
-    ours, theirs = (sample(b, latents, "goldfish", steps=2) for b in (again, backbone))
-    assert torch.equal(ours, theirs)
-
-
-def test_fingerprints_differ_where_the_weights_or_the_settings_do(backbone, tmp_path):
-    seen = [backbone.fingerprint]
-    for change in ({"seed": 1}, {"num_heads": 2}, {"shift": 0.5}, {"shift": 0}):
-        made = lightningdit(tmp_path / str(change), **change)
-        seen.append(load_backbone(made, device="cpu").fingerprint)
-    assert all(one != other for n, one in enumerate(seen) for other in seen[:n])
-    assert seen[-1]["process"] == "Flow()"
-    usual = load_backbone(lightningdit(tmp_path / "usual", shift=None), device="cpu")
-    assert usual.fingerprint == backbone.fingerprint
+def test_the_shift_is_the_inverse_of_the_files(backbone, tmp_path):
+    found = {
+        shift: load_backbone(lightningdit(tmp_path / str(shift), shift=shift), device="cpu")
+        for shift in (0.5, 0, None)
+    }
+    processes = [made.fingerprint["process"] for made in found.values()]
+    assert processes == ["Flow(shift=2.0)", "Flow()", "Flow(shift=3.33333)"]
+    assert found[None].fingerprint == backbone.fingerprint
 
 
 def test_angles_in_a_file_of_the_makers_are_not_weights(backbone, tmp_path):
     folder = lightningdit(tmp_path / "m")
-    path = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    path = folder / WEIGHTS
     save_file(load_file(path) | {"feat_rope.freqs_cos": torch.ones(256, 8)}, path)
-    latents, condition = noise(backbone), backbone.condition(["3", ""])
+    latents, condition = noise(backbone.latent_shape), backbone.condition(["3", ""])
     ours = load_backbone(folder, device="cpu").network(latents, 300.0, condition)
     assert torch.equal(ours, backbone.network(latents, 300.0, condition))
 
@@ -312,7 +225,7 @@ def test_the_makers_files_are_converted(published, state, tmp_path):
     pixels = decoded(vae["state_dict"], clean * std + mean) / 2 + 0.5
     torch.testing.assert_close(backbone.decode(clean), pixels.clamp(0, 1), rtol=0, atol=1e-4)
     ours = backbone.network(clean, 300.0, backbone.condition(["3", "tench"]))
-    theirs = -velocity(state, clean, torch.tensor(0.7), torch.tensor([3, 0]))
+    theirs = -lightningdit_velocity(state, clean, torch.tensor(0.7), torch.tensor([3, 0]))
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
     assert backbone.fingerprint["process"] == "Flow(shift=3.33333)"
     with pytest.raises(UserError, match="expected a new folder"):

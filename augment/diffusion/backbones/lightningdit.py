@@ -33,14 +33,13 @@ _FREQUENCIES = 128
 class LightningDiT(SiT):
     """Prompts are class names or numbers; the empty prompt is the class of no class.
 
-    Guidance changes the first three channels alone, as in the published sampler.
+    Guidance changes the first three of its 32 channels alone, as in the published sampler.
     """
 
     name = "lightningdit"
     kind = "LightningDiT"
     usage = Usage("", 6.7)
     blocks = ("Block",)
-    guided_channels = 3
 
     def load(self, checkpoint: Checkpoint, parts: Sequence[str]) -> Any:
         """Build diffusers' pipeline of DiT around the network.

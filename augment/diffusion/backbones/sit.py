@@ -49,7 +49,9 @@ _INNER = {
 class SiT(DiT):
     """Prompts are class names or numbers; the empty prompt is the class of no class.
 
-    Names are those of the checkpoint or, if it has none, of ImageNet's classes.
+    Names are those of the checkpoint or, if it has none, of ImageNet's classes. Guidance changes
+    the first three channels alone, as in the published sampler (``forward_with_cfg``); diffusers'
+    pipeline of DiT guides all.
 
     Attributes:
         kind: how the names of its classes begin in a checkpoint.
@@ -57,6 +59,7 @@ class SiT(DiT):
 
     name = "sit"
     kind = "SiT"
+    guided_channels = 3
     fixed = (*DiT.fixed, "clean_end")
 
     def load(self, checkpoint: Checkpoint, parts: Sequence[str]) -> Any:
