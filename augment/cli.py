@@ -24,7 +24,7 @@ from typing import Any, NoReturn
 from augment import __version__
 from augment.commands import COMMANDS
 from augment.config import find_configs, guard_imports, keep_names, refused, take_allowed
-from augment.core.errors import AugmentWarning, Terminated, UserError
+from augment.core.errors import AugmentWarning, NotAsExpected, Terminated, UserError
 
 OVERVIEW = """usage: latent-augment [--quiet | --json] COMMAND [OPTIONS]
 
@@ -210,14 +210,14 @@ def main() -> None:
         if "--json" in typed:
             print(json.dumps(record))
         sys.stdout.flush()
-        if isinstance(record, dict) and record.get("as_expected") is False:
-            sys.exit(2)
     except BrokenPipeError:
         if not unread(sys.stdout.fileno()):  # it was a pipe between processes
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for Python's last flush
         sys.exit(128 + signal.SIGPIPE)
     except UserError as error:
+        if isinstance(error, NotAsExpected) and "--json" in typed:
+            print(json.dumps(error.record))
         fail(str(error))
     except ArgumentError as error:
         message = " ".join(str(error).split())

@@ -17,7 +17,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from augment.core.errors import UserError
+from augment.core.errors import NotAsExpected, UserError
 
 if TYPE_CHECKING:  # the types of options, which jsonargparse imports when it shows or parses them
     import augment.bank.fill
@@ -322,7 +322,14 @@ def check(settings: "augment.report.check.CheckSettings") -> Record:
     """
     from augment.report.check import run_check
 
-    return run_check(settings, lambda line: print(line, flush=True))
+    record = run_check(settings, lambda line: print(line, flush=True))
+    if not record["as_expected"]:
+        raise NotAsExpected(
+            f"expected every line of {settings.backbone} as expected, got others; each says why, "
+            "and docs/backbones.md what to look at",
+            record,
+        )
+    return record
 
 
 def inspect(path: str) -> Record:
@@ -376,9 +383,10 @@ def verify(
         advice = "; take it out with --discard" if damaged else ""
         if discard:
             advice = ", taken out; run the command that made it again"
-        raise UserError(
+        raise NotAsExpected(
             f"expected {path} as it was written, got {len(findings)} findings, {damaged} of them "
-            f"damage that can be made again{advice}"
+            f"damage that can be made again{advice}",
+            {"path": path, "findings": len(findings), "what": [f.what for f in findings]},
         )
     print(f"{path}: every file is as it was written")
     return {"path": path, "findings": 0}

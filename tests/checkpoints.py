@@ -348,8 +348,13 @@ def lightningdit_state(config: dict[str, Any]) -> dict[str, torch.Tensor]:
     return state
 
 
-def lightningdit(folder: Path, seed: int = 0, shift: float | None = 0.3, **config: Any) -> Path:
-    """Write LightningDiT as its checkpoints for diffusers are: own classes, the published names."""
+def lightningdit(
+    folder: Path, seed: int = 0, shift: float | None = 0.3, vae: Any = None, **config: Any
+) -> Path:
+    """Write LightningDiT as its checkpoints for diffusers are: own classes, the published names.
+
+    ``vae`` is its autoencoder, a small one by default.
+    """
     from safetensors.torch import save_file
 
     torch.manual_seed(seed)
@@ -359,7 +364,7 @@ def lightningdit(folder: Path, seed: int = 0, shift: float | None = 0.3, **confi
     save_file(lightningdit_state(config), place)
     place.with_name("config.json").write_text(json.dumps(config))
     statistics = {"latents_mean": [0.1, -0.2, 0.0, 0.3], "latents_std": [0.2, 0.25, 0.3, 0.2]}
-    autoencoder(**statistics).save_pretrained(folder / "vae")
+    (vae or autoencoder(**statistics)).save_pretrained(folder / "vae")
     scheduler = {"_class_name": "FlowMatchHeunDiscreteScheduler"}
     scheduler |= {} if shift is None else {"shift": shift}
     (folder / "scheduler").mkdir()
@@ -496,6 +501,12 @@ def flux(folder: Path, seed: int = 0, guided: bool = True, **scheduler: Any) -> 
     )
     return save(pipe, folder, scheduler)
 
+
+FAMILIES = (
+    *("stable_diffusion", "sdxl", "sd3", "dit", "sit", "lightningdit"),
+    *("z_image", "flux", "flux2"),
+)
+"""The functions above that write a family's pipeline."""
 
 RESNET = {
     "norm1": "in_layers.0",

@@ -34,6 +34,19 @@ class Damaged(UserError):
     """
 
 
+class NotAsExpected(UserError):
+    """Something that was checked is not as it should be.
+
+    Args:
+        message: how much is wrong, and what to do.
+        record: what was found, as JSON.
+    """
+
+    def __init__(self, message: str, record: Mapping[str, object]) -> None:
+        super().__init__(message)
+        self.record = record
+
+
 class Terminated(KeyboardInterrupt):
     """The process was asked to end, by SIGTERM."""
 

@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from augment.report.check import matmul_rate, synchronize
+from augment.report.check.speed import matmul_rate, synchronize
 from benchmarks.backbone_configs import MODELS, build, operations
 from benchmarks.paired import Comparison
 from benchmarks.pipelines import Bench, Run

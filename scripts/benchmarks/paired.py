@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from augment.report.check import synchronize
+from augment.report.check.speed import synchronize
 
 TURN = 0.01
 """Minimum length of a turn, seconds."""

@@ -4,6 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
+import checkpoints
 import pytest
 import torch
 from checkpoints import RESOLUTION, UNET, learned
@@ -124,10 +125,34 @@ def test_the_fault_of_a_sick_model_is_named(name, model, tmp_path):
     assert line.topic == topic and words in line.reason
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("family", checkpoints.FAMILIES)
+def test_every_stage_measures_every_family_and_names_untrained_networks(family, tmp_path):
+    folder = getattr(checkpoints, family)(tmp_path / "model")
+    options = {"resolution": RESOLUTION} if family in ("flux", "flux2", "z_image") else {}
+    lines = []
+    run_check(
+        CheckSettings(
+            backbone=str(folder), device="cpu", steps=2, batch_size=1, backbone_options=options
+        ),
+        lines.append,
+    )
+    found = {line.topic: line for line in lines}
+    assert "not measured" not in [line.text for line in lines]
+    assert {"codec", "scale", "forward_start", "centroids", "invert", "sample"} < found.keys()
+    assert "its weights are untrained" in found["network"].reason
+    if family in ("flux", "sd3", "sdxl", "stable_diffusion", "z_image"):
+        assert found["diffusers"].values["psnr"] > 60
+
+
 def test_what_is_not_as_expected_ends_with_2(model, tmp_path, monkeypatch, capsys):
     folder = Path(shutil.copytree(model, tmp_path / "model"))
     nine(folder)
-    code, text, _ = call(monkeypatch, capsys, "check", "--backbone", folder, "--device", "cpu")
+    words = "check", "--backbone", folder, "--device", "cpu"
+    code, text, error = call(monkeypatch, capsys, *words)
     assert code == 2 and "not as expected  model:" in text
+    assert error.endswith("and docs/backbones.md what to look at\n")
+    code, text, again = call(monkeypatch, capsys, "--json", *words)
+    assert code == 2 and again == error and [*judged(json.loads(text))] == ["model", "verdict"]
     code, _, error = call(monkeypatch, capsys, "check", "--images", tmp_path / "none")
     assert code == 2 and error.count("\n") == 1
