@@ -1,8 +1,11 @@
 PY := .venv/bin/python
 REPRODUCTIONS := smooth_diffusion interpolation degeneracy seeds reconstruction sheets inversions \
 	independent shots seedselect walks relations texts levels adapt offset istd norms paths
+LOWEST := tests/diffusion/test_sit.py tests/diffusion/test_adapters.py tests/cli/test_config.py \
+	tests/networks/test_feature_networks.py tests/shards/test_publish.py \
+	tests/training/test_training.py
 
-.PHONY: demo test test-slow lint bench reproduce docs notebook wheel
+.PHONY: demo test test-slow test-lowest lint bench reproduce docs notebook wheel
 demo: .venv/demo
 	.venv/bin/latent-augment demo
 
@@ -11,6 +14,9 @@ test: .venv/dev
 
 test-slow: .venv/dev
 	$(PY) -m pytest -q -m slow
+
+test-lowest: .venv/dev
+	.ci/lowest $(LOWEST)
 
 lint: .venv/dev
 	.venv/bin/ruff check .
