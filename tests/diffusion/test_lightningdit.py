@@ -6,7 +6,7 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
-from checkpoints import LIGHTNINGDIT, lightningdit
+from checkpoints import lightningdit
 from published import HEADS, SIDE, WIDTH, lightningdit_velocity
 from safetensors.torch import load_file, save_file
 
