@@ -1,9 +1,8 @@
 PY := .venv/bin/python
 REPRODUCTIONS := smooth_diffusion interpolation degeneracy seeds reconstruction sheets inversions \
 	independent shots seedselect walks relations texts levels adapt offset istd norms paths
-LOWEST := tests/diffusion/test_sit.py tests/diffusion/test_adapters.py tests/cli/test_config.py \
-	tests/networks/test_feature_networks.py tests/shards/test_publish.py \
-	tests/training/test_training.py
+LOWEST := tests/core/test_registry.py tests/diffusion/test_sit.py tests/cli/test_config.py \
+	tests/networks/test_feature_networks.py
 
 .PHONY: demo test test-slow test-lowest lint bench reproduce docs notebook wheel
 demo: .venv/demo
