@@ -9,6 +9,7 @@ import io
 import json
 import os
 import pkgutil
+import re
 import select
 import signal
 import sys
@@ -23,8 +24,16 @@ from typing import Any, NoReturn
 
 from augment import __version__
 from augment.commands import COMMANDS
-from augment.config import find_configs, guard_imports, keep_names, refused, take_allowed
+from augment.config import (
+    TEXTS,
+    find_configs,
+    guard_imports,
+    keep_names,
+    refused,
+    take_allowed,
+)
 from augment.core.errors import AugmentWarning, NotAsExpected, Terminated, UserError
+from augment.core.registry import Dashed
 
 OVERVIEW = """usage: latent-augment [--quiet | --json] COMMAND [OPTIONS]
 
@@ -36,7 +45,7 @@ For a start, images in photos/CLASS/*.jpg:
   latent-augment invert photos --bank mine/bank
   latent-augment synthesize mine/bank --out mine/synthetic --per-class 100
   latent-augment train fit --data.train photos --data.test photos-test \\
-      --data.synthetic mine/synthetic --trainer.max_epochs 20
+      --data.synthetic mine/synthetic --trainer.max-epochs 20
 
   COMMAND --help    list the options with examples
   --config FILE     read options from YAML, or from one that comes with the package, by its name
@@ -54,22 +63,37 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 show_python_warning = warnings.showwarning
 
 
-def spell(args: list[str], switches: Collection[str]) -> list[str]:
-    """Spell options with underscores, and give a switch without a value the value true.
+def spell(args: list[str]) -> list[str]:
+    """Spell options with underscores; names of classes below an option keep their dashes.
 
-    >>> spell(["--per-class=a-b", "fade/chm-x", "--dry-run"], ["dry_run"])
-    ['--per_class=a-b', 'fade/chm-x', '--dry_run=true']
+    >>> spell(["--per-class=a-b", "fade/chm-x", "--data.mix.fill-to", "--prompts.T-shirt"])
+    ['--per_class=a-b', 'fade/chm-x', '--data.mix.fill_to', '--prompts.T-shirt']
     """
+
+    def underscored(option: str) -> str:
+        head, dot, rest = option.partition(".")
+        head = head.replace("-", "_")
+        return head + dot + (rest if head in (*TEXTS, "words") else rest and underscored(rest))
+
     words = []
-    for argument, following in pairwise([*args, ""]):
+    for argument in args:
         name, equals, value = argument.partition("=")
-        if not name.startswith("--"):
-            words.append(argument)
-            continue
-        name = "--" + name[2:].replace("-", "_")
-        bare = name[2:] in switches and not equals and following not in ("true", "false")
-        words.append(f"{name}=true" if bare else f"{name}{equals}{value}")
+        named = name.startswith("--")
+        words.append(f"--{underscored(name[2:])}{equals}{value}" if named else argument)
     return words
+
+
+def switched(args: list[str], switches: Collection[str]) -> list[str]:
+    """Give a switch without a value the value true.
+
+    >>> switched(["--dry_run", "--clean", "false"], ["dry_run", "clean"])
+    ['--dry_run=true', '--clean', 'false']
+    """
+    bare = {f"--{name}" for name in switches}
+    return [
+        f"{word}=true" if word in bare and following not in ("true", "false") else word
+        for word, following in pairwise([*args, ""])
+    ]
 
 
 def run(args: list[str]) -> Any:
@@ -92,7 +116,7 @@ def run(args: list[str]) -> Any:
             f"expected a command, {', '.join(COMMANDS)}, got {name}; see latent-augment --help"
         )
     guard_imports()
-    args, command = keep_names(find_configs(args)), COMMANDS[name]
+    args, command = keep_names(find_configs(spell(args))), COMMANDS[name]
     if name == "train":  # Lightning parses the rest
         return command(args)
     settings = command.__annotations__.get("settings")  # where its class is, as text
@@ -116,13 +140,16 @@ def parse(
     from jsonargparse import ActionConfigFile, ArgumentParser
 
     options = signature(target).parameters
-    args = spell(args, [key for key, option in options.items() if option.default is False])
+    args = switched(args, [key for key, option in options.items() if option.default is False])
     if args and not args[0].startswith("-"):
         required = (key for key, option in options.items() if option.default is option.empty)
         args.insert(0, f"--{next(required, next(iter(options)))}")
     summary, examples = documented(command)
     prog = f"latent-augment {command.__name__}"
-    parser = ArgumentParser(prog=prog, description=summary, exit_on_error=False)
+
+    class Parser(Dashed, ArgumentParser): ...
+
+    parser = Parser(prog=prog, description=summary, exit_on_error=False)
     parser.add_argument(
         "--config",
         action=ActionConfigFile,
@@ -202,6 +229,8 @@ def main() -> None:
     args = [argument for argument in typed if argument not in ("--quiet", "--json")]
     silent = len(args) < len(typed)
     if silent or not sys.stderr.isatty():
+        if not silent and "TQDM_DISABLE" not in os.environ:
+            os.environ.setdefault("LATENT_AUGMENT_PROGRESS", "60")  # see augment.core.progress
         os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported
     try:
         args = take_allowed(args)
@@ -221,7 +250,7 @@ def main() -> None:
         fail(str(error))
     except ArgumentError as error:
         message = " ".join(str(error).split())
-        fail(refused(message) or f"{message}; see --help")
+        fail(refused(message) or f"{plainer(message)}; see --help")
     except OSError as error:  # of another package, such as one that writes logs
         if error.errno not in DISK_FULL:
             raise
@@ -233,6 +262,21 @@ def main() -> None:
     except KeyboardInterrupt as stop:
         ended, code = ("terminated", 143) if isinstance(stop, Terminated) else ("interrupted", 130)
         fail(f"{ended}; run the same command again to go on", code)
+
+
+def plainer(message: str) -> str:
+    """Say what is wrong with a value, where jsonargparse lists types of Python.
+
+    >>> plainer('Parser key "lr": ' + "Expected a <class 'float'>. Got value: x")
+    'expected a number for --lr, got x'
+    """
+    known = {"int": "an integer", "float": "a number", "bool": "true or false", "str": "text"}
+    kinds = re.findall(r"Expected an? <class '(\w+)'>", message)
+    found = re.match(r'Parser key "([\w.]+)": .*(?:Given|Got) value: (.*)$', message)
+    words = " or ".join(dict.fromkeys(known[kind] for kind in kinds if kind in known))
+    if not found or not words or not {*kinds} <= {*known, "NoneType"}:
+        return message.rstrip(".")
+    return f"expected {words} for --{found[1].replace('_', '-')}, got {found[2]}"
 
 
 def unread(descriptor: int) -> bool:

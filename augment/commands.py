@@ -24,6 +24,7 @@ if TYPE_CHECKING:  # the types of options, which jsonargparse imports when it sh
     import augment.report.check
     import augment.shards.format
     import augment.synthesis.between
+    from augment.bank.bank import LatentBank
     from augment.jobs.job import Job
     from augment.shards.write import ShardJob
     from augment.sources import Source
@@ -83,15 +84,29 @@ def summarize_shards(job: "ShardJob") -> Record:
         f"each mixes {count:.1f} of {round(members, 1):g} members on average (effective count)"
     )
     print("".join(line + "\n" for line in tally.refused_lines()), end="")
+    grey = " --data.channels 1" if job.synthesizer.backbone.channels == 1 else ""
     print(
-        "next: latent-augment train fit --data.train IMAGES --data.synthetic "
-        f"{shlex.quote(str(job.path))} --trainer.max_epochs 20"
+        f"next: latent-augment train fit --data.train {images_of(job.synthesizer.bank)} "
+        f"--data.test TEST_IMAGES{grey} --data.synthetic {shlex.quote(str(job.path))} "
+        "--trainer.max-epochs 20"
     )
     return {
         "complete": True, "shards": str(job.path), "written": tally.written,
         "wanted": tally.wanted, "effective_count": count, "refused": tally.refused,
         "lacking": job.lacking,
     }  # fmt: skip
+
+
+def images_of(bank: "LatentBank") -> str:
+    """Return the folder of a bank's images for a command, or IMAGES if the bank has a part."""
+    source, known = Path(bank.manifest.source), sum(map(len, bank.members.values()))
+    known += sum(len(chunk.rejects) for chunks in bank.chunks.values() for chunk in chunks)
+    folders = [source / name for name in bank.classes]
+    there = all(folder.is_dir() for folder in folders)
+    if not there or sum(1 for folder in folders for _ in folder.iterdir()) > known:
+        return "IMAGES"
+    here = Path.cwd()
+    return shlex.quote(str(source.relative_to(here) if source.is_relative_to(here) else source))
 
 
 def train(args: list[str]) -> dict[str, float] | None:
@@ -579,7 +594,7 @@ def split_names(text: str, known: Callable[[str], bool]) -> list[str]:
 def summarize_bank(path: Path) -> Record:
     """Print what a bank holds, and what the bias of its latents would do to a mixture."""
     from augment.bank.bank import LatentBank
-    from augment.measure.health import findings
+    from augment.measure.health import VERDICT, findings
     from augment.sources.source import warn_of_copies
 
     bank = LatentBank.open(path)
@@ -590,10 +605,12 @@ def summarize_bank(path: Path) -> Record:
         print(f"{rejects} images are left out: see {path / 'rejects.jsonl'}")
     digests = ((i, name, d) for name in bank.classes for i, d in bank.digests(name).items())
     warn_of_copies(digests, "inverted")
+    print("".join(f"{finding}\n" for finding in bank.verdict()), end="")
     worst = max(bank.classes, key=bank.largest_mean)
     health = bank.health(worst)
     print(f"\nclass {worst}, whose channel means are largest:")
-    print("\n".join(map(str, findings([health], *bank.made_by))))
+    found = findings([health], *bank.made_by)
+    print("\n".join(str(finding) for finding in found if finding.topic not in VERDICT))
     place, out = shlex.quote(str(path)), shlex.quote(str(path.with_name("synthetic")))
     print(f"\nnext: latent-augment synthesize {place} --out {out}")
     return {

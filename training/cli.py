@@ -1,5 +1,6 @@
 """``latent-augment train …``: Lightning's own command line over our classifier and data."""
 
+import shlex
 import sys
 import warnings
 from contextlib import ExitStack
@@ -14,6 +15,7 @@ from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 
 from augment.core.errors import UserError
 from augment.core.files import JsonObject, locked, remember, write_json, write_table
+from augment.core.registry import Dashed
 from augment.networks.timm import check_names, read_weights
 from augment.training import lightning
 from augment.training.data.identity import IMAGES
@@ -29,6 +31,16 @@ _MAY_CHANGE = (
 
 _FORM = ("channels", "resolution")
 """Settings of the images that belong to the weights."""
+
+
+def _missing_package(error: BaseException | None) -> str:
+    """Return what an error, or one that caused it, says of a missing package; or nothing."""
+    while error and not isinstance(error, ModuleNotFoundError):
+        error = error.__cause__
+    return " ".join(str(error or "").split())
+
+
+class _Parser(Dashed, LightningArgumentParser): ...
 
 
 def _rank(title: str) -> int:
@@ -118,7 +130,16 @@ class TrainCLI(LightningCLI):
         self.monitor, self.checkpoints = (kept["monitor"], kept["mode"]), Path(kept["dirpath"])
         kept["monitor"], kept["mode"] = None, "min"  # for what keeps the last
         kept["save_last"] = kept["filename"] != "last"
-        super().instantiate_classes()
+        try:
+            super().instantiate_classes()
+        except (ModuleNotFoundError, ValueError) as error:
+            missing = _missing_package(error)
+            if not missing:
+                raise
+            raise UserError(
+                "expected the packages of all settings, such as --trainer.logger, got one that is "
+                f"not installed: {missing}"
+            ) from None
         for part, settings in zip(parts, asked, strict=True):  # config.yaml says what was asked for
             part.update(settings)
 
@@ -136,7 +157,7 @@ class TrainCLI(LightningCLI):
         if path is None or not path.is_file():
             raise UserError(
                 f"expected a checkpoint to {self.subcommand}, got none at {path or folder}; give "
-                "--ckpt_path, or the run's --trainer.default_root_dir"
+                "--ckpt-path, or the run's --trainer.default-root-dir"
             )
         return str(path)
 
@@ -220,7 +241,7 @@ class TrainCLI(LightningCLI):
         config, last = self.config_init["fit"], self.checkpoints / "last.ckpt"
         self.datamodule.check_trainer(self.trainer)
         begun = config["ckpt_path"] is None and last.exists()
-        remember(self.root / "run.json", self._settings(), "--trainer.default_root_dir", begun)
+        remember(self.root / "run.json", self._settings(), "--trainer.default-root-dir", begun)
         if begun:  # before contents are compared: a renamed class explains more
             check_names(self.stored.get("class_names"), self.datamodule.classes, str(last))
         if lightning.is_first_rank():
@@ -243,7 +264,7 @@ class TrainCLI(LightningCLI):
         if done < steps and not self.trainer.should_stop:
             raise UserError(
                 f"expected {steps} steps of training in {self.root}, got {done}; train in another "
-                "--trainer.default_root_dir"
+                "--trainer.default-root-dir"
             )
         self._keep_last()
         if "test" in self.datamodule.held_out:
@@ -253,6 +274,30 @@ class TrainCLI(LightningCLI):
                 self.model.load_state_dict(read_weights(str(path)).record["state_dict"])
             self.trainer.test(self.model, datamodule=self.datamodule)
             self.after_test()
+        if self.trainer.is_global_zero:
+            self._summarize()
+
+    def _summarize(self) -> None:
+        """Print the accuracy, where everything is, and what to do next."""
+        root, tested = self.root, self.measured is not None
+        said = f"trained for {self.trainer.global_step} steps, not tested"
+        if self.measured:
+            said = f"test accuracy {100 * self.measured['test/accuracy']:.1f} %"
+        places = {
+            root / "test.json": "all figures of the test",
+            root / "per_class.csv": "accuracy by class",
+            root / "confusion.csv": "which class was taken for which",
+            root / "metrics.csv": "losses by step",
+            self.checkpoints / "best.ckpt": f"the weights of the best {self.monitor[0]}",
+            self.checkpoints / "last.ckpt": "the last weights",
+        }
+        print(f"\n{root}: {said}")
+        for path, what in places.items():
+            if path.exists():
+                print(f"  {path}: {what}")
+        data = "predict --data.predict NEW_IMAGES" if tested else "test --data.test TEST_IMAGES"
+        place = shlex.quote(str(root))
+        print(f"next: latent-augment train {data} --trainer.default-root-dir {place}")
 
     def _keep_last(self) -> None:
         """Write ``last.ckpt`` again if steps were taken since, as where checkpoints are rare."""
@@ -313,9 +358,10 @@ def main(args: list[str]) -> TrainCLI:
             parser_kwargs={"prog": "latent-augment train"},
             save_config_kwargs={"overwrite": True},  # of the config beside the run's own logs
             trainer_defaults={
-                "callbacks": [ReuseLogger(), lightning.PlainSignals()],
-                "enable_progress_bar": sys.stderr.isatty(),  # a file needs none
+                "callbacks": [ReuseLogger(), lightning.PlainSignals(), lightning.Lines()],
+                "enable_progress_bar": sys.stderr.isatty(),  # elsewhere Lines
             },
             seed_everything_default=0,
             load_from_checkpoint_support=False,
+            parser_class=_Parser,
         )

@@ -17,7 +17,6 @@ from pathlib import Path
 import pytorch_lightning as pl
 import torch
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from augment.bank.bank import LatentBank
 from augment.bank.fill import fill_bank
@@ -25,6 +24,7 @@ from augment.centroid import Rule
 from augment.centroid.residuals import mix
 from augment.core.errors import BiasWarning
 from augment.core.files import JsonObject, read_json, remember, write_json
+from augment.core.progress import Progress
 from augment.diffusion import Backbone, load_backbone
 from augment.diffusion.solver import sample
 from augment.plan.mixing import Mixing
@@ -132,7 +132,7 @@ def run_demo(out: str | None, full: bool, seeds: int | None) -> None:
             f"{settings.train_steps} steps, and is tested on {len(tests)} images"
         )
         images = DataLoader(Evaluated(tests, evaluation(1, 32), _MEMORY), batch_size=128)
-        with tqdm(jobs, "rows × seeds", unit="run") as bar:
+        with Progress(jobs, "rows × seeds", unit="run") as bar:
             for seed, row in bar:
                 bar.set_postfix_str(row.name)
                 made = run_row(root, row, seed, settings, backbone, bank, images)
@@ -221,7 +221,7 @@ def _write_sheet(root: Path, backbone: Backbone, bank: LatentBank) -> None:
     real = [source.load(plan.members[0], 1, 32) for plan in plans]
     latents = torch.stack([bank.latents(name)[0] for name in bank.classes])
     columns = {"real": real, "sampled back": sample(backbone, latents)}
-    for rule in tqdm(_SHEET_RULES, "sheet", delay=2, leave=False):
+    for rule in Progress(_SHEET_RULES, "sheet", delay=2, leave=False):
         columns[rule] = Synthesizer(backbone, bank, Rule.parse(rule)).images(plans)
     rows = {
         name: [images[row] for images in columns.values()] for row, name in enumerate(bank.classes)
@@ -275,4 +275,4 @@ grey, 32 × 32):
   latent-augment invert --images DIR --bank runs/mine/bank
   latent-augment synthesize --bank runs/mine/bank --out runs/mine/synthetic --per-class 100
   latent-augment train fit --data.train DIR --data.test TESTDIR --data.channels 1 \\
-      --data.synthetic runs/mine/synthetic --trainer.max_steps 600""")
+      --data.synthetic runs/mine/synthetic --trainer.max-steps 600""")

@@ -1,6 +1,8 @@
 """What every training here needs of Lightning: whole checkpoints, plain signals, a log, silence."""
 
 import logging
+import math
+import os
 import signal
 import threading
 import warnings
@@ -18,6 +20,7 @@ from torch.serialization import MAP_LOCATION
 
 from augment.core.errors import UserError
 from augment.core.files import TEMPORARY, Lock, replacing
+from augment.core.progress import EVERY, Progress
 
 Checkpoint = dict[str, Any]
 """What Lightning keeps of a training."""
@@ -105,6 +108,36 @@ class PlainSignals(pl.Callback):
 
     on_sanity_check_start = on_train_start = restore
     on_validation_start = on_test_start = on_predict_start = restore
+
+
+class Lines(pl.Callback):
+    """Print how far a training is, a line a minute, where there is no terminal for a bar."""
+
+    bar: Progress | None = None
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Begin to count."""
+        if EVERY in os.environ and trainer.is_global_zero:
+            total, done = trainer.estimated_stepping_batches, trainer.global_step
+            known = total if math.isfinite(total) else None
+            self.bar = Progress(total=known, initial=done, desc="train", unit="step")
+
+    def on_train_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: object,
+        batch: object,
+        batch_idx: int,
+    ) -> None:
+        """Count."""
+        if self.bar:
+            self.bar.update(trainer.global_step - self.bar.n)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """End."""
+        if self.bar:
+            self.bar.close()
 
 
 @contextmanager

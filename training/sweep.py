@@ -14,12 +14,12 @@ from typing import Any
 
 import yaml
 from jsonargparse import ArgumentParser
-from tqdm import tqdm
 
 from augment.cli import main
 from augment.config import allowed, find_config, quote_names
 from augment.core.errors import UserError
 from augment.core.files import JsonObject, locked, read_json, remember, write_table
+from augment.core.progress import Progress
 from augment.training.checks import expect
 from augment.training.data.identity import IMAGES
 from augment.training.data.module import ImageData
@@ -69,7 +69,7 @@ def sweep(
             )
     choices = [dict(zip(vary, values, strict=True)) for values in itertools.product(*vary.values())]
     runs, rows = [*itertools.product(choices, range(seeds))], []
-    with locked(root) as lock, tqdm(runs, "runs", unit="run") as bar:
+    with locked(root) as lock, Progress(runs, "runs", unit="run") as bar:
         remove_partial(lock, root)
         for chosen, seed in bar:
             bar.set_postfix_str(", ".join(f"{k.split('.')[-1]} {v}" for k, v in chosen.items()))

@@ -12,7 +12,9 @@ from array import array
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -22,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from augment.bank.format import (
+    ENLARGED,
     Chunk,
     Manifest,
     Members,
@@ -39,12 +42,15 @@ from augment.core.files import JsonObject, damaged, unreadable
 from augment.core.schema import as_object
 from augment.diffusion import local_recipe
 from augment.diffusion.backbone import REFERENCE, Backbone, Recipe
-from augment.measure.health import ClassHealth
+from augment.measure.health import VERDICT, ClassHealth, Finding, Fitting, findings
 from augment.plan.plan import Plan
 from augment.plan.planner import Images
 from augment.sources.images import background_of
 
 CPU = torch.device("cpu")
+
+JUDGED = 16
+"""Classes that the verdict is of, evenly chosen."""
 
 _CURES = {"nulls": "with null_text", "references": "with a backbone that takes references"}
 """How a bank gets what the settings of its inversion alone do not give it."""
@@ -163,11 +169,32 @@ class LatentBank:
         return f"{self.inversion['method']} in {self.inversion['steps']} steps{below}"
 
     @property
-    def made_by(self) -> tuple[str, bool, str]:
-        """What `augment.measure.health.findings` asks of a bank: inversion, noise, backbone."""
-        recipe = self.manifest.recipe
-        plain = [*recipe] == ["name_or_path"]  # and no LoRA or the like
-        return self.inverted_by, self.holds_noise, recipe["name_or_path"] if plain else ""
+    def made_by(self) -> tuple[str, bool, str, Fitting | None]:
+        """What `findings` asks of a bank: inversion, noise, backbone, how images were fitted."""
+        recipe, guidance = self.manifest.recipe, self.inversion["guidance"]
+        plain = [*recipe] == ["name_or_path"] and guidance == 1  # and no LoRA or the like
+        name = recipe["name_or_path"] if plain else ""
+        return self.inverted_by, self.holds_noise, name, self._fitting()
+
+    def _fitting(self) -> Fitting | None:
+        """Return how images were brought to the model's format; None in older banks."""
+        side = self.manifest.resolution
+        if side is None:
+            return None
+        chunks = chain.from_iterable(map(filled, self.chunks.values()))
+        images = [image for chunk in chunks for image in chunk.record.images]
+        blurred = sum(image.side * ENLARGED < side for image in images)
+        coloured = sum(image.colour is True for image in images)
+        return Fitting(len(images), median(i.side for i in images), side, blurred, coloured)
+
+    def verdict(self) -> list[Finding]:
+        """Say whether the model knows the images, and what they lost on the way to it.
+
+        Latents of at most `JUDGED` classes are read.
+        """
+        step = -(-len(self.classes) // JUDGED)
+        health = [self.health(name) for name in self.classes[::step]]
+        return [found for found in findings(health, *self.made_by) if found.topic in VERDICT]
 
     @property
     def level(self) -> float | None:

@@ -47,7 +47,14 @@ from augment.bank.format import (
     require_same_making,
 )
 from augment.centroid.prior import nominal_norm
-from augment.core.errors import EnlargedWarning, ImageRejected, Missing, UserError, first_few
+from augment.core.errors import (
+    EnlargedWarning,
+    ImageRejected,
+    Missing,
+    UnknownImagesWarning,
+    UserError,
+    first_few,
+)
 from augment.core.files import JsonObject, check_folder, in_use, sha256, unreadable, write_bytes
 from augment.core.registry import refuse_reserved
 from augment.core.schema import write
@@ -62,7 +69,7 @@ from augment.jobs.job import planning_device, run
 from augment.sources import Folder, Source
 from augment.sources.captions import captions_of, check_captions
 from augment.sources.decoding import open_image, warn_once
-from augment.sources.images import FITTING, fit, parse_colour, pixels_of, preprocessing
+from augment.sources.images import FITTING, fit, has_colour, parse_colour, pixels_of, preprocessing
 from augment.sources.prompts import by_class, prompts_of
 from augment.sources.source import check_share, refuse_rejects
 
@@ -222,6 +229,7 @@ def fill_bank(
 
     Warns:
         EnlargedWarning: images are much smaller than the backbone's.
+        UnknownImagesWarning: the backbone does not know such images; see `LatentBank.verdict`.
     """
     method = inverter(inversion, **{"steps": backbone.usage.steps, **settings})
     texts, template = _prompts(backbone, source.classes, None if prompts is None else "", prompts)
@@ -230,7 +238,11 @@ def fill_bank(
         max_rejects, template=template, captions=captions or {},
     )  # fmt: skip
     run(job)
-    return LatentBank.open(path)
+    bank = LatentBank.open(path)
+    for finding in bank.verdict():
+        if finding.topic == "Model" and finding.level == "warning":
+            warnings.warn(finding.text, UnknownImagesWarning, stacklevel=2)
+    return bank
 
 
 def _prompts(
@@ -398,6 +410,7 @@ class InversionJob:
             list(self.stored),
             versions | {"device": backbone.device.type},
             usage=self.usage if self.template or self.usage.guidance != self.guidance else None,
+            resolution=backbone.resolution,
         )
 
     def _level(self, backbone: Backbone) -> float | None:
@@ -415,7 +428,8 @@ class InversionJob:
         self.recipe = backbone.recipe  # not that of an older run
         if old is not None:
             require_same_making(self.path, old, new)
-            same = {"recipe": old.recipe, "made_with": old.made_with, "usage": old.usage}
+            kept = ("recipe", "made_with", "usage", "resolution")
+            same = {key: getattr(old, key) for key in kept}
             new = replace(new, fingerprint=old.fingerprint, **same)
         limit = 16 if self.method.negative == "null_embeddings" else CHUNK  # these are large
         size = max(min(limit, CHUNK, PIXELS // (backbone.channels * backbone.resolution**2)), 1)
@@ -596,7 +610,8 @@ def load_image(source: Source, backbone: Backbone, image_id: str) -> LoadedImage
     except ImageRejected as error:
         return LoadedImage(record, reason=str(error))
     pixels = fit(pixels_of(image, backbone.channels), backbone.resolution)
-    record = replace(record, side=min(image.size))
+    lost = backbone.channels == 1 and has_colour(image)
+    record = replace(record, side=min(image.size), colour=lost or None)
     return LoadedImage(record, pixels, converted=image.info.get("converted", ""))
 
 

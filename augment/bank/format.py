@@ -113,6 +113,7 @@ class BankSettings:
         made_with: versions of packages, and the device, for information.
         usage: template of the prompts, and guidance to sample with; None in older banks, and where
             there is no template and the guidance is that of the inversion.
+        resolution: side of the model's images in pixels, for information; None in older banks.
     """
 
     latent_shape: list[int]
@@ -122,6 +123,7 @@ class BankSettings:
     keeps: list[str]
     made_with: dict[str, str]
     usage: Usage | None = field(default=None, kw_only=True)
+    resolution: int | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         """Refuse what no version wrote."""
@@ -196,8 +198,9 @@ class Manifest(BankSettings, Record):
         """How the latents are made, as each commit record holds it."""
         plain = {known.name: getattr(self, known.name) for known in fields(BankSettings)}
         plain["fingerprint"] = as_object(self.fingerprint)
-        usage = plain.pop("usage")
-        return plain if usage is None else plain | {"usage": as_object(usage)}
+        if self.usage is not None:
+            plain["usage"] = as_object(self.usage)
+        return {key: value for key, value in plain.items() if value is not None}
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,6 +221,7 @@ class ImageRecord:
         bytes, sha256: of its file.
         side: its shorter side in pixels.
         caption: what it was inverted with in place of its class's prompt, if anything.
+        colour: True if it had colour, which a model of grey images lost.
     """
 
     id: str
@@ -225,6 +229,7 @@ class ImageRecord:
     sha256: str
     side: int
     caption: str | None = None
+    colour: bool | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from tqdm import tqdm
-
 from augment.bank.bank import LatentBank, filled
 from augment.bank.chunking import intact, size_of
 from augment.bank.format import (
@@ -26,6 +24,7 @@ from augment.bank.format import (
 )
 from augment.core.errors import Missing, UserError
 from augment.core.files import check_folder, in_use, locked, write_bytes
+from augment.core.progress import Progress
 from augment.core.schema import write
 
 
@@ -83,7 +82,9 @@ def _assemble(banks: list[tuple[LatentBank, list[str] | None]], out: Path) -> La
     with locked(out) as lock:
         _claim(out, manifest)
         lock.sweep()
-        for part in tqdm(list(parts_of(out, manifest)), "copy", unit="chunk", delay=2, leave=False):
+        for part in Progress(
+            list(parts_of(out, manifest)), "copy", unit="chunk", delay=2, leave=False
+        ):
             _copy(origins[part.home.name, part.home.number], part)
         lock.sweep()
     return LatentBank.open(out)

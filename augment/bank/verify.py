@@ -12,8 +12,6 @@ from pathlib import Path
 from statistics import fmean
 from typing import NamedTuple
 
-from tqdm import tqdm
-
 from augment.bank.format import (
     KINDS,
     BankSettings,
@@ -32,6 +30,7 @@ from augment.bank.format import (
     stem_of,
 )
 from augment.core.errors import AugmentWarning, Damaged, ImageRejected, Missing, UserError
+from augment.core.progress import Progress
 from augment.core.schema import as_object, build, read, write
 from augment.measure.health import norm_finding, reconstruction_finding
 from augment.measure.reconstruction import psnr
@@ -66,7 +65,7 @@ def bank_findings(path: Path, images: Path | Source | None) -> Iterator[Finding]
     """Compare a bank with its records, and with its images if they are given."""
     expected = {path / "manifest.json", path / "rejects.jsonl"}
     parts, old = list(parts_of(path, read_manifest(path))), 0
-    for part in tqdm(parts, "verify", unit="chunk", delay=2, leave=False):
+    for part in Progress(parts, "verify", unit="chunk", delay=2, leave=False):
         record_path = part.stem.with_suffix(".json")
         expected |= {record_path, part.stem.parent}
         try:

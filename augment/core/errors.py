@@ -67,6 +67,10 @@ class EnlargedWarning(AugmentWarning):
     """Images are much smaller than the backbone's resolution."""
 
 
+class UnknownImagesWarning(AugmentWarning):
+    """Images are of a kind that the backbone was not trained on."""
+
+
 def first_few(names: Sequence[str]) -> str:
     """Join at most five names for a sentence.
 

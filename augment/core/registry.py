@@ -1,5 +1,6 @@
 """Build a named strategy from a table, with its settings checked."""
 
+import re
 from collections.abc import Callable, Mapping
 from inspect import Parameter, signature
 from types import NoneType, UnionType
@@ -83,3 +84,12 @@ def _is_a(value: object, kind: object) -> bool:
         return type(value) is int or type(value) is kind
     kind = get_origin(kind) or kind
     return not isinstance(kind, type) or isinstance(value, kind)
+
+
+class Dashed:
+    """Base of a parser whose help spells options with dashes; both spellings are parsed."""
+
+    def format_help(self, *args: Any, **kwargs: Any) -> str:
+        """Return the help."""
+        text: str = super().format_help(*args, **kwargs)  # type: ignore[misc]
+        return re.sub(r"(?<![\w-])--\w[\w.-]*", lambda option: option[0].replace("_", "-"), text)

@@ -17,9 +17,9 @@ from weakref import WeakKeyDictionary
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from augment.core.errors import UserError
+from augment.core.progress import Progress
 from augment.diffusion.checkpoints.heads import ImageHeads
 from augment.diffusion.checkpoints.tokens import TokenRows
 from augment.diffusion.conditions import (
@@ -321,7 +321,7 @@ def batched(
     start = 0
     form: Any = {"unit": "image", "unit_scale": True, "delay": 2, "leave": False}
     form |= {"disable": True} if _silent.get() else {}  # else the environment says
-    with tqdm(total=count, desc=label, **form) as bar:
+    with Progress(total=count, desc=label, **form) as bar:
         while start < count or not parts:
             size = min(limits.get(label, batch_size), batch_size, max(count - start, 1))
             rows = slice(start, start + size)
@@ -340,7 +340,7 @@ def batched(
     return parts
 
 
-def _advance(bar: tqdm, share: float) -> None:
+def _advance(bar: Progress, share: float) -> None:
     """Move a bar on, not beyond its end by rounding."""
     bar.update(min(share, bar.total - bar.n))
 

@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 import torch
-from tqdm import tqdm
 
 from augment.core.errors import UserError, lookup
 from augment.core.files import locked
+from augment.core.progress import Progress
 from augment.jobs.ray import ray_pool
 
 
@@ -132,7 +132,9 @@ def run(job: Job, executor: str = "local", ranks: tuple[int, int] = (0, 1)) -> b
         total, left = (sum(sizes[unit] for unit in units) for units in (share, todo))
         title = job.title if world == 1 else f"{job.title}, rank {rank} of {world}"
         if todo:
-            with tqdm(total=total, initial=total - left, desc=title, unit="image", delay=2) as bar:
+            with Progress(
+                total=total, initial=total - left, desc=title, unit="image", delay=2
+            ) as bar:
                 for unit in execute(job, todo):
                     bar.update(sizes[unit])
         checked = range(0) if todo else share  # a moment ago

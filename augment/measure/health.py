@@ -23,7 +23,12 @@ from augment.measure.reconstruction import psnr
 NORM_TOLERANCE = 0.02  # of a mean norm over √D
 CORRELATION_THRESHOLD = 0.05  # of neighbouring pixels; latents of DDIM have 0.1 and more
 MIN_PSNR = 20.0  # dB of images sampled back; every inversion here is well above
-MAX_LOSS = 3.0  # dB below images that the model was trained on, of which each is within 1.2
+MAX_LOSS = 3.5  # dB below images that the model was trained on; photographs lose 6 to 9 by tiny
+MAX_LONGER = 0.05  # in ‖z‖/√D, likewise; photographs 0.09 to 0.18
+COARSE = 1.05  # factor of the size from which on an image is reduced or enlarged
+VERDICT = ("Model", "Images")
+"""Topics of the findings that come first: does the model know these images, and what do they lose?
+"""
 
 
 @dataclass(frozen=True)
@@ -99,6 +104,24 @@ def from_most_biased(classes: Sequence[ClassHealth], count: int) -> list[ClassHe
     return [order[round(place * step)] for place in range(count)]
 
 
+class Fitting(NamedTuple):
+    """How images were brought to the format of a model.
+
+    Args:
+        total: number of images.
+        side: median of their shorter sides, in pixels.
+        resolution: side that the model takes, in pixels.
+        blurred: number of images that were enlarged so much that their latents are of blurs.
+        coloured: number of images whose colour a model of grey images lost.
+    """
+
+    total: int
+    side: float
+    resolution: int
+    blurred: int
+    coloured: int
+
+
 class Finding(NamedTuple):
     """A sentence on the health of a bank.
 
@@ -117,18 +140,24 @@ class Finding(NamedTuple):
 
 
 def findings(
-    classes: Sequence[ClassHealth], inversion: str, of_noise: bool = True, backbone: str = ""
+    classes: Sequence[ClassHealth],
+    inversion: str,
+    of_noise: bool = True,
+    backbone: str = "",
+    images: Fitting | None = None,
 ) -> list[Finding]:
-    """Return all findings on classes: whether the model knows them, then warnings, then the rest.
+    """Return all findings on classes: those of `VERDICT`, then warnings, then the rest.
 
     Args:
         classes: at least one class.
         inversion: how they were inverted, such as ``ddim in 50 steps``.
         of_noise: whether latents are at the noisiest level, where they should be white noise.
         backbone: name of the model.
+        images: how its images were brought to the model's format, if known.
     """
     norms = [norm for c in classes for norm in c.norms]
-    found = model_findings([c.psnr for c in classes if c.psnr is not None], inversion, backbone)
+    found = _model_findings(classes, inversion, backbone)
+    found += [_images_finding(images)] if images else []
     if of_noise:
         found.append(_bias_finding(classes))
         dim = classes[0].statistics.dim
@@ -146,31 +175,64 @@ def findings(
             "to mix, and every centroid is that image again."
         )
         found.append(Finding("warning", "Single images", text))
-    return sorted(found, key=lambda f: (f.topic != "Model", f.level == "good"))
+    order = {topic: place for place, topic in enumerate(VERDICT)}
+    return sorted(found, key=lambda f: (order.get(f.topic, len(order)), f.level == "good"))
 
 
-def model_findings(psnr: Sequence[float], inversion: str, backbone: str) -> list[Finding]:
+def _model_findings(classes: Sequence[ClassHealth], inversion: str, backbone: str) -> list[Finding]:
     """Say whether an embedded model knows the images, by how well they come back.
 
-    Args:
-        psnr: PSNR of the images sampled back, in dB, of each class.
-        inversion: see `findings`.
-        backbone: name of the model; of others than `KNOWN` nothing is said.
+    Without that, by the length of their latents. Of models other than `KNOWN`, and of inversions
+    whose figures are not known, nothing is said.
     """
     known = KNOWN.get(backbone)
-    usual = known and known.psnr.get(inversion)
-    if known is None or usual is None or not psnr:
+    usual = known and known.at(inversion)
+    if known is None or usual is None:
         return []
-    mean = fmean(psnr)
-    numbers = f"they come back at {mean:.1f} dB (PSNR), {known.images} at {usual:.1f} dB"
-    if mean >= usual - MAX_LOSS:
+    found = [c.psnr for c in classes if c.psnr is not None]
+    mean = fmean(found) if found else None
+    norm = fmean(norm for c in classes for norm in c.norms)
+    near = fmean(c.statistics.horizontal for c in classes)
+    numbers = f"norm over √D of their latents {norm:.2f}, correlation of neighbours {near:+.2f}"
+    theirs = f"norm {usual.norm:.2f}, correlation {usual.correlation:+.2f}"
+    if mean is not None:
+        numbers = f"they come back at {mean:.1f} dB (PSNR), {numbers}"
+        theirs = f"{usual.psnr:.1f} dB, {theirs}"
+    numbers += f" (of {known.images} {theirs})"
+    bad = norm > usual.norm + MAX_LONGER if mean is None else mean < usual.psnr - MAX_LOSS
+    if not bad:
         return [Finding("good", "Model", f"{backbone} knows images like these: {numbers}.")]
     text = (
         f"{backbone} DOES NOT KNOW THESE IMAGES: {numbers}. It draws {known.images} and nothing "
-        "else, so synthetic images will be grey blobs. Use it to try the commands; for photographs "
-        "invert with --backbone sd15 or another of docs/backbones.md."
+        "else, so synthetic images will be black or grey blobs. Use it to try the commands; for "
+        "photographs invert with --backbone sd15, or with tiny-cifar, which needs no download but "
+        "takes 32×32 pixels; see docs/backbones.md."
     )
     return [Finding("warning", "Model", text)]
+
+
+def _images_finding(images: Fitting) -> Finding:
+    """Say what images lost on the way to the model: their colour, and how much of their size."""
+    factor, lost = images.side / images.resolution, []
+    sides = (
+        f"median of the shorter sides {images.side:.0f} pixels, of the model {images.resolution}"
+    )
+    if factor > COARSE:
+        text = f"Images are reduced {factor:.1f}-fold ({sides})."
+    elif factor < 1 / COARSE:
+        text = f"Images are enlarged {1 / factor:.1f}-fold ({sides})."
+    else:
+        text = f"Images are as large as the model's ({sides})."
+    if images.coloured:
+        lost.append(
+            f"The model is grey: {images.coloured} of {images.total} images lost their colour."
+        )
+    if images.blurred:
+        lost.append(
+            f"{images.blurred} of {images.total} are enlarged so much that their latents are of "
+            "blurred images."
+        )
+    return Finding("warning" if lost else "good", "Images", " ".join([text, *lost]))
 
 
 def _bias_finding(classes: Sequence[ClassHealth]) -> Finding:

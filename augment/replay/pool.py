@@ -32,6 +32,7 @@ from tqdm import tqdm
 
 from augment.core.errors import AugmentWarning, UserError
 from augment.core.files import JsonObject
+from augment.core.progress import EVERY, Progress
 from augment.plan.plan import Plan
 from augment.replay.store import CONTROL, Record, Store, layout_of, named, nameless
 from augment.sources.kinds import Transforms
@@ -134,7 +135,7 @@ class ReplayPool(Transforms, Dataset[Sample]):
     def _wait(self, process: BaseProcess, warm_up: int | None) -> None:
         """Wait for the first images."""
         store = self.store
-        with tqdm(total=warm_up, desc="replay pool", unit="image", delay=2) as bar:
+        with Progress(total=warm_up, desc="replay pool", unit="image", delay=2) as bar:
             while True:
                 alive = process.is_alive()
                 if store.open():
@@ -251,6 +252,7 @@ def generate(
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the trainer's to handle
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     tqdm.set_lock(threading.RLock())  # its default is a semaphore that a kill would leave behind
+    os.environ.pop(EVERY, None)
     tqdm.__init__ = partialmethod(tqdm.__init__, disable=True)  # type: ignore[method-assign]
     torch.set_num_threads(threads)
     os.nice(5)  # where cores are few, the trainer goes first

@@ -15,16 +15,15 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from augment import __version__
 from augment.bank.bank import LatentBank
 from augment.centroid import Rule
 from augment.core.errors import UserError
 from augment.core.files import write_bytes
+from augment.core.progress import Progress
 from augment.diffusion.backbone import Backbone
 from augment.measure.bias import BIAS_THRESHOLD
-from augment.measure.health import ClassHealth, findings, from_most_biased
+from augment.measure.health import VERDICT, ClassHealth, findings, from_most_biased
 from augment.networks import Network
 from augment.report import facts, page
 from augment.report.gallery import BACK, Gallery, side_of
@@ -82,7 +81,9 @@ def write_report(
     provenance = Provenance.of(bank, None if shards is None else Path(shards))
     compared = _compared(provenance, network, images)
     pool_facts = facts.pool_facts(Path(pool)) if pool else {}
-    health = [bank.health(name) for name in tqdm(bank.classes, "measure", unit="class", delay=2)]
+    health = [
+        bank.health(name) for name in Progress(bank.classes, "measure", unit="class", delay=2)
+    ]
     some = [] if backbone is None else from_most_biased(health, classes)
     side = side_of(bank, backbone, len(health), len(some), len(names))
     gallery = Gallery(provenance, backbone, names, place_of(images), side)
@@ -90,16 +91,17 @@ def write_report(
         gallery.paint(some)
     records = [
         _record(gallery, c) | compared.get(c.name, {})
-        for c in tqdm(health, "pictures", unit="class", delay=2)
+        for c in Progress(health, "pictures", unit="class", delay=2)
     ]
     numbers = facts.bank_facts(bank, health) | facts.synthetic_facts(gallery) | pool_facts
     found = findings(health, *bank.made_by)
+    first = [finding for finding in found if finding.topic in VERDICT] or found[:1]
     parts = {
         "name": escape("/".join(bank.path.parts[-2:])),  # most banks are called bank
         "path": escape(f"{bank.path} · {date.today()} · latent-augment {__version__}"),
         "summary": escape(facts.summary(bank, health)),
-        "verdict": page.finding_items(found[:1]),
-        "findings": page.finding_items(found[1:]),
+        "verdict": page.finding_items(first),
+        "findings": page.finding_items([finding for finding in found if finding not in first]),
         "facts": page.facts_list(numbers),
         "norms": norm_plot(health),
         "bias": bias_plot(bank, health),

@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from tqdm import tqdm
 
 from augment.bank.bank import LatentBank
 from augment.core.errors import UserError, first_few
 from augment.core.files import JsonObject, check_folder, write_bytes, write_json, write_table
+from augment.core.progress import Progress
 from augment.diffusion import Backbone
 from augment.measure.bias import predicted_bias
 from augment.measure.features import (
@@ -151,7 +151,7 @@ def evaluate_bank(
         BankMismatch: the bank is of another backbone.
         UserError: a class has none of the bank's images.
     """
-    health = [bank.health(c) for c in tqdm(bank.classes, "classes", unit="class", delay=2)]
+    health = [bank.health(c) for c in Progress(bank.classes, "classes", unit="class", delay=2)]
     rows: list[Row] = [c.row() for c in health]
     if backbone is not None and real is not None:
         lpips = lpips_for(backbone)
@@ -174,7 +174,7 @@ def lpips_for(backbone: Backbone) -> Compare | None:
     try:
         return load_lpips()
     except UserError as error:
-        tqdm.write(f"without LPIPS: {error}")
+        Progress.write(f"without LPIPS: {error}")
         return None
 
 
@@ -328,7 +328,7 @@ def embed(
         )
     order = torch.tensor([classes.index(name) for name in images.classes])
     labels, parts = order[torch.tensor(images.targets)], []
-    with tqdm(total=len(images), desc=name, unit="image") as bar:
+    with Progress(total=len(images), desc=name, unit="image") as bar:
         for start in range(0, len(images), BATCH):
             rows = range(start, min(start + BATCH, len(images)))
             parts.append(network(torch.stack([_load(images, row, form) for row in rows])))

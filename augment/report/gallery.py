@@ -14,12 +14,12 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from augment.bank.bank import LatentBank
 from augment.bank.format import read_original
 from augment.centroid import Rule
 from augment.core.errors import BiasWarning, ImageRejected, UserError
+from augment.core.progress import Progress
 from augment.diffusion.backbone import Backbone
 from augment.diffusion.checkpoints.hub import offline
 from augment.measure.health import ClassHealth
@@ -90,7 +90,7 @@ class Gallery:
         """
         work = list(self._work(classes))
         began, total = perf_counter(), sum(len(part.plans) for part in work)
-        with tqdm(total=total, desc="images", unit="image") as bar, warnings.catch_warnings():
+        with Progress(total=total, desc="images", unit="image") as bar, warnings.catch_warnings():
             warnings.simplefilter("ignore", BiasWarning)  # the report shows it in a plot
             for kind, synthesizer, plans in work:
                 scorers = self._scorers(synthesizer) if kind == "refused" else {}
@@ -160,7 +160,7 @@ class Gallery:
                 scores(torch.zeros(1, backbone.channels, side, side), [0])
                 found[name] = scores
             except UserError as error:
-                tqdm.write(f"without scores of {name} for what it refused: {error}")
+                Progress.write(f"without scores of {name} for what it refused: {error}")
         return found
 
     def tiles(self, health: ClassHealth) -> list[Tile]:

@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 from torch.utils.data import IterableDataset
-from tqdm import tqdm
 
 from augment.core.errors import AugmentWarning, UserError, first_few
 from augment.core.files import JsonObject, locked, replacing, write_bytes, write_json
+from augment.core.progress import Progress
 from augment.shards.card import CARD, COLUMNS, card, check_licence, kept, present
 from augment.shards.dataset import Shards, open_shards
 from augment.shards.format import AGAIN, read_settings
@@ -151,7 +151,7 @@ def write_files(shards: Shards, out: Path) -> None:
     """Write each image as a file in the folder of its class; those that are there stay."""
     for name in shards.classes:
         (out / name).mkdir(exist_ok=True)
-    for index in tqdm(range(len(shards)), "export", unit="image", delay=2, leave=False):
+    for index in Progress(range(len(shards)), "export", unit="image", delay=2, leave=False):
         path, content = out / shards.metadata(index)["file_name"], shards.read(index)
         if not path.is_file() or path.read_bytes() != content:
             write_bytes(path, content, sync=False)
@@ -183,7 +183,7 @@ def write_parquet(shards: Shards, columns: Sequence[str], out: Path) -> None:
     info = json.dumps({"info": {"features": typed}})
     schema = pa.schema(fields, {"huggingface": info})
     total = len(shards.paths)
-    for number in tqdm(range(total), "export", unit="shard", delay=2, leave=False):
+    for number in Progress(range(total), "export", unit="shard", delay=2, leave=False):
         path = out / f"train-{number:05d}-of-{total:05d}.parquet"
         if path.is_file():
             continue

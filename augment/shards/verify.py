@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from augment.bank.verify import Finding, bank_findings, inspect_bank, repair_bank
 from augment.core.errors import Missing, UserError
 from augment.core.files import read_file
+from augment.core.progress import Progress
 from augment.shards.dataset import verify_shard
 from augment.shards.format import (
     CRC,
@@ -73,7 +73,7 @@ def shard_findings(path: Path) -> Iterator[Finding]:
     """Find what is wrong with a folder of shards."""
     settings, whole = read_settings(path), True
     expected = {path / SETTINGS, path / INFO}
-    for number in tqdm(range(settings.shards), "verify", unit="shard", delay=2, leave=False):
+    for number in Progress(range(settings.shards), "verify", unit="shard", delay=2, leave=False):
         shard = shard_path(path, number)
         record = shard.with_suffix(".json")
         expected |= {shard, record}

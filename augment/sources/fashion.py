@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
+from augment.core.progress import Progress
 from augment.core.rng import rng
 from augment.sources.images import save_image
 
@@ -46,7 +46,7 @@ def write_fashion(root: str | Path, split: str, numbers: list[int] | None = None
     with np.load(DATA, allow_pickle=False) as archive:
         pixels = torch.from_numpy(archive["pixels"]).float() / 255
     for name, images in zip(
-        tqdm(CLASSES, f"{split} images", delay=2, leave=False), pixels, strict=True
+        Progress(CLASSES, f"{split} images", delay=2, leave=False), pixels, strict=True
     ):
         for number in range(count) if numbers is None else numbers:
             path = Path(root) / name / f"{number:03d}.png"

@@ -58,7 +58,10 @@ class Folder(Source):
         self.background, self.nested = parse_colour(background), nested
         self.passed: Counter[str] = Counter()
         if not self.root.is_dir():
-            raise UserError(f"expected a folder of class folders, got {root}, which is not there")
+            state = "is a file" if self.root.exists() else "is not there"
+            raise UserError(
+                f"expected a folder of class folders, got {root}, which {state}; check the path"
+            )
         self._inside = None if links else self.root.resolve()
         try:
             folders = self._class_folders()

@@ -106,6 +106,18 @@ def pixels_of(image: Image.Image, channels: int) -> UInt8[Tensor, "C h w"]:
     return pixels[None] if channels == 1 else pixels.permute(2, 0, 1)
 
 
+def has_colour(image: Image.Image) -> bool:
+    """Tell whether more than 1 % of an image's area differs by 16 of 255 or more in its channels.
+
+    >>> has_colour(Image.new("RGB", (9, 9), "red")), has_colour(Image.new("RGB", (9, 9), "grey"))
+    (True, False)
+    """
+    if image.mode != "RGB":
+        return False
+    small = np.asarray(image.resize((32, 32), Image.Resampling.BOX, reducing_gap=2))
+    return bool((np.ptp(small, axis=-1) >= 16).mean() > 0.01)
+
+
 def decode_image(
     content: bytes, channels: int, resolution: int, background: str = "white"
 ) -> Float[Tensor, "C R R"]:
@@ -163,7 +175,12 @@ def sheet(
 ) -> Image.Image:
     """Draw a contact sheet: one named row of images each, under the headings of the columns."""
     size = zoom * next(iter(rows.values()))[0].shape[-1]
-    left, gap, top = 90, max(size, 64) + 6, 22
+    ruler = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+    left, widest = (
+        round(max((ruler.textlength(name) for name in names), default=0)) + 12
+        for names in (rows, columns)
+    )
+    gap, top = max(size + 6, widest), 22
     page = Image.new("RGB", (left + gap * len(columns), top + (size + 6) * len(rows)), "white")
     draw = ImageDraw.Draw(page)
     for column, name in enumerate(columns):

@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import ConcatDataset, Dataset, Subset
-from tqdm import tqdm
 
 from augment.core.errors import ImageRejected, UserError
+from augment.core.progress import Progress
 from augment.sources.decoding import as_shown
 from augment.sources.folder import Folder
 from augment.sources.listing import MAX_LABELS, warn_of_gaps
@@ -205,7 +205,7 @@ def _labels_of(dataset: Any) -> list[int]:
         if isinstance(targets, Sequence) and len(targets) == len(dataset):
             with suppress(TypeError):
                 return [operator.index(change(label)) for label in targets]
-    steps = tqdm(range(len(dataset)), "labels", delay=2, leave=False)
+    steps = Progress(range(len(dataset)), "labels", delay=2, leave=False)
     labels = [_pair(dataset[index])[1] for index in steps]
     try:
         return [operator.index(label) for label in labels]

@@ -13,10 +13,10 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
-from tqdm import tqdm
 
 from augment.core.errors import AugmentWarning, ImageRejected, UserError, shown
 from augment.core.files import sha256
+from augment.core.progress import Progress
 from augment.sources.decoding import open_image
 from augment.sources.images import fit, pixels_of
 
@@ -142,7 +142,7 @@ class Source(Dataset[tuple[Any, Any]]):
         workers = (os.cpu_count() or 1) if self.threads else 1
         with (
             ThreadPoolExecutor(workers) as pool,
-            tqdm(ids, f"look at {name}images", delay=2) as bar,
+            Progress(ids, f"look at {name}images", delay=2) as bar,
         ):
             for first in range(0, len(ids), _LOOK):
                 part = ids[first : first + _LOOK]

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from claims import once, options, record, sized
-from judge import FeatureJudge, load_all, mean, open_judge, pictures, show
+from judge import FeatureJudge, error_bars, load_all, mean, open_judge, pictures, show
 from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm import tqdm
@@ -117,13 +117,14 @@ def draw_quality(cells: Cells, rules: tuple[str, ...], folder: Path) -> None:
     for axes, value, title in zip(
         parts, ("fid", "far"), ("FID of a class", "Class distance"), strict=True
     ):
-        for rule in rules:
+        for place, rule in enumerate(rules):
             norm, split = rule.split("/")
             found = [mean(cells[rule, n][value]) for n in counts]
-            axes.plot([n**0.5 for n in counts], [x.value for x in found], STYLES[split], ms=4,
-                      color=COLORS[norm], label=rule)  # fmt: skip
+            beside = 0.04 * (place - (len(rules) - 1) / 2)  # so that bars can be told apart
+            error_bars(axes, [n**0.5 + beside for n in counts], found, STYLES[split], ms=4,
+                       color=COLORS[norm], label=rule)  # fmt: skip
         axes.set_xticks([n**0.5 for n in counts], [str(n) for n in counts])
-        axes.set(xlabel="members N, at √N", title=title)
+        axes.set(xlabel="members N, at √N", title=f"{title}, ± 95 % over classes")
     parts[-1].legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8)
     figure.savefig(folder / "quality.png", dpi=120)
 

@@ -2,7 +2,7 @@
 
 import argparse
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -138,6 +138,16 @@ def ci95(values: Tensor, scale: float = 1.0) -> str:
     """Format mean ± 95 %."""
     low, value, high = mean(values, scale)
     return f"{value:.3g} ± {(high - low) / 2:.2g}"
+
+
+def error_bars(
+    axes: Any, places: Sequence[float], found: Sequence[Interval], style: str, **how: Any
+) -> None:
+    """Draw a line through values, each with its interval."""
+    below, above = ([abs(x.value - end) for x, end in zip(found, ends, strict=True)]
+                    for ends in ([x.low for x in found], [x.high for x in found]))  # fmt: skip
+    values = [x.value for x in found]
+    axes.errorbar(places, values, (below, above), fmt=style, capsize=2, elinewidth=0.8, **how)
 
 
 def show(axes: Any, image: Tensor, title: str = "") -> None:

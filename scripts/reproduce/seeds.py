@@ -16,7 +16,7 @@ heaviest latent at unequal weights is about our weighted reading of it, not abou
 import torch
 from claims import once, options, record, sized
 from degeneracy import make, measure
-from judge import bootstrap, ci95, gain, open_judge, pictures
+from judge import bootstrap, ci95, error_bars, gain, open_judge, pictures
 from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm import tqdm
@@ -83,9 +83,14 @@ def main() -> None:
         })  # fmt: skip
     figure = Figure(figsize=(5, 3.6), layout="constrained")
     axes = figure.subplots()
-    axes.plot(SCALES, [judge.fid(features) for features in scaled.values()], "o-")
+    again = 20 if args.toy else 100
+    spread = [
+        bootstrap(lambda rows, f=f: frechet_distance(f[rows], judge.real), len(f), again)
+        for f in scaled.values()
+    ]
+    error_bars(axes, SCALES, spread, "o-")
     axes.axvline(1, color="grey", lw=0.8, ls=":")
-    axes.set(title=f"FID of {noises} samples", xlabel="norm of the noise, over √D")
+    axes.set(title=f"FID of {noises} samples, ± 95 %", xlabel="norm of the noise, over √D")
     figure.savefig(args.out / "norms.png", dpi=120)
     nao = cells["nao/0", "ddim"]
 
@@ -93,7 +98,7 @@ def main() -> None:
         return bootstrap(
             lambda rows: frechet_distance(one[rows], judge.real)
             - frechet_distance(other[rows], judge.real),
-            len(one), 20 if args.toy else 100,
+            len(one), again,
         )  # fmt: skip
 
     others = {rule: cells[rule, "ddim"] for rule in list(RULES)[:3]}

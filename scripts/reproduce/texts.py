@@ -79,12 +79,12 @@ def main() -> None:
             "at the ends": ci95(far[own][:, [0, -1]].mean(1)), "ratio": ci95(ratio[own]),
         })  # fmt: skip
     args.out.mkdir(parents=True, exist_ok=True)
-    strips = {f"{a[:6]}-{b[:6]}": list(images[k * each]) for k, (a, b) in
-              enumerate(combinations(words, 2))}  # fmt: skip
+    pairs = enumerate(combinations(words, 2))
+    strips = {f"{a} to {b}": list(images[k * each]) for k, (a, b) in pairs}
     heads = [f"{k / (STOPS - 1):.1f}" for k in range(STOPS)]
     sheet(strips, heads).save(args.out / "texts.png")
     lines = {f"noise {k + 1}": list(line) for k, line in enumerate(made["prompts"])}
-    sheet(lines, [text[:12] for text in words]).save(args.out / "prompts.png")
+    sheet(lines, list(words)).save(args.out / "prompts.png")
     title = (
         f"one noise, embeddings between two of {len(words)} prompts, {each} noises each; "
         f"FireFlow {steps}, guidance {GUIDANCE}"

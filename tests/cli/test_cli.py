@@ -1,6 +1,7 @@
 """The command: the whole way, and one sentence with exit code 2 for each fault."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ from safetensors.torch import save_file
 
 from augment import LatentBank, __version__
 from augment.bank.fill import InvertSettings
-from augment.cli import spell
+from augment.cli import spell, switched
 from augment.commands import COMMANDS, invert
 from augment.shards.dataset import open_shards
 from augment.sources.fashion import write_fashion
@@ -34,24 +35,30 @@ def tiny_bank(images, tmp_path_factory):
 
 def test_invert_then_synthesize(monkeypatch, capsys, images, tmp_path):
     bank, out = tmp_path / "bank", tmp_path / "out"
-    code, output, _ = call(
+    monkeypatch.setenv("LATENT_AUGMENT_PROGRESS", "0.01")  # as where there is no terminal
+    code, output, err = call(
         monkeypatch, capsys, "invert", "--images", images, "--backbone", "tiny", "--bank", bank,
         "--steps", 2, "--prompts", "{Bag: bag}",
     )  # fmt: skip
-    assert code == 0 and output.startswith(f"{bank}: 3 latents of 2 classes\n\nclass ")
+    assert re.search(r"^invert: 0 of 3 images, \d s; invert by ForwardStart: \d of 3", err, re.M)
+    lines = output.splitlines()
+    assert code == 0 and lines[0] == f"{bank}: 3 latents of 2 classes"
+    assert lines[1].startswith("Images. Images are enlarged 1.1-fold (median of shorter sides 28")
+    assert lines[2] == "" and lines[3].startswith("class ")
     assert "channel means" in output and "\nNorm. Latents are" in output
     assert LatentBank.open(bank).prompt("Bag") == "bag"
     command = ("synthesize", "--bank", bank, "--out", out, "--per-class", 3, "--rule", "fix/chm",
                "--alpha", 0.5, "--seed", 7, "--steps", 2)  # fmt: skip
-    code, output, _ = call(monkeypatch, capsys, *command)
+    code, output, err = call(monkeypatch, capsys, *command)
+    assert re.search(r"^synthesize fix/chm: 0 of 6 images", err, re.MULTILINE)
     shards = open_shards(out)
     weights = [shards.plan(index).weights for index in range(6)]
     count = sum(1 / sum(w * w for w in row) for row in weights) / 6
     assert 1 < count < 1.5
     tail = f"each mixes {count:.1f} of 1.5 members on average (effective count)\n"
     words = f"{out}: 6 of 6 images of 2 classes in 1 shard; {tail}"
-    words += f"next: latent-augment train fit --data.train IMAGES --data.synthetic {out} "
-    words += "--trainer.max_epochs 20\n"
+    words += f"next: latent-augment train fit --data.train {images} --data.test TEST_IMAGES "
+    words += f"--data.channels 1 --data.synthetic {out} --trainer.max-epochs 20\n"
     assert (code, output) == (0, words)
     assert call(monkeypatch, capsys, *command)[:2] == (0, words)
     code, output, _ = call(monkeypatch, capsys, "export", "--shards", out, "--out", tmp_path / "f")
@@ -386,11 +393,22 @@ def test_a_bank_of_other_settings_is_left_alone(monkeypatch, capsys, images, tin
     assert snapshot(tiny_bank) == before
 
 
-@pytest.mark.parametrize("args", [["nope"], ["invert", "--imagse", "x"], ["synthesize"]])
-def test_a_wrong_command_line_is_no_traceback(monkeypatch, capsys, args):
-    code, _, output = call(monkeypatch, capsys, *args)
-    assert code == 2
-    assert "Traceback" not in output
+WRONG = {
+    "nope": "expected a command, invert",
+    "invert --imagse x": "unrecognized arguments: --imagse",
+    "synthesize": "required: bank",
+    "invert x --bank b --steps ten": "expected an integer for --steps, got ten; see --help",
+    "synthesize b --out o --per_class many": "expected an integer for --per-class, got many; see",
+    "synthesize b --out o --noise much": "expected a number for --noise, got much; see --help",
+    "verify b --discard maybe": "expected true or false for --discard, got maybe; see --help",
+    "train": "but it was not provided; see --help",
+}
+
+
+@pytest.mark.parametrize("line", WRONG)
+def test_a_wrong_command_line_is_one_sentence(monkeypatch, capsys, line):
+    code, _, output = call(monkeypatch, capsys, *line.split())
+    assert code == 2 and output.count("\n") == 1 and WRONG[line] in output
 
 
 def test_the_bare_command_is_the_overview_and_tells_its_version(monkeypatch, capsys):
@@ -399,14 +417,33 @@ def test_the_bare_command_is_the_overview_and_tells_its_version(monkeypatch, cap
     assert call(monkeypatch, capsys, "--version")[1] == f"latent-augment {__version__}\n"
 
 
-def test_options_may_be_spelled_either_way():
-    assert spell(["--per-class=a-b", "fade/chm-x"], []) == ["--per_class=a-b", "fade/chm-x"]
+def test_options_may_be_spelled_either_way(monkeypatch, capsys):
+    """Also those of Lightning; help shows dashes, and no name of a class is changed."""
+    assert spell(["--per-class=a-b", "--per_class", "fade/chm-x"]) == [
+        "--per_class=a-b", "--per_class", "fade/chm-x"
+    ]  # fmt: skip
+    assert spell(["--prompts.T-shirt", "--words.a-b=c-d"]) == [
+        "--prompts.T-shirt",
+        "--words.a-b=c-d",
+    ]
+    for either in ("--trainer.max-steps", "--trainer.max_steps"):
+        shown = call(monkeypatch, capsys, "train", "fit", either, 17, "--print-config")[1]
+        assert "\n  max_steps: 17\n" in shown
+
+
+@pytest.mark.parametrize("command", [*COMMANDS, "train fit", "train test"])
+def test_help_spells_options_with_dashes(monkeypatch, capsys, command):
+    code, shown, _ = call(monkeypatch, capsys, *command.split(), "--help")
+    options = re.findall(r"--\w[\w.-]*", shown)
+    assert code == 0 and options and not [option for option in options if "_" in option]
+    source = call(monkeypatch, capsys, "invert", "--images.help", "FewShot")[1]
+    assert "--images.keep-order" not in source and "--images.shots" in source
 
 
 def test_a_switch_needs_no_value_but_may_have_one():
-    assert spell(["--dry-run", "--seed", "1"], ["dry_run"]) == ["--dry_run=true", "--seed", "1"]
-    assert spell(["--dry-run", "false"], ["dry_run"]) == ["--dry_run", "false"]
-    assert spell(["--dry-run=false"], ["dry_run"]) == ["--dry_run=false"]
+    assert switched(["--dry_run", "--seed", "1"], ["dry_run"]) == ["--dry_run=true", "--seed", "1"]
+    for given in (["--dry_run", "false"], ["--dry_run=false"]):
+        assert switched(given, ["dry_run"]) == given
 
 
 def test_the_installed_command_lists_its_commands():

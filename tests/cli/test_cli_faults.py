@@ -234,7 +234,8 @@ def test_the_full_demo_has_a_folder_of_its_own(run, place, monkeypatch):
         assert (place / folder / "settings.json").exists()
 
 
-MISSING = "latent-augment: expected a folder of class folders, got images, which is not there\n"
+MISSING = "latent-augment: expected a folder of class folders, got images, which is not there; "
+MISSING += "check the path\n"
 
 
 @pytest.mark.parametrize("line", [INVERT, TRAIN])

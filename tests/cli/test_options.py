@@ -70,17 +70,18 @@ OPTIONS = {
 @pytest.mark.parametrize("command", OPTIONS)
 def test_every_option_is_still_there(command, monkeypatch, capsys):
     code, out, _ = call(monkeypatch, capsys, *command.split(), "--help")
-    shown = set(re.findall(r"^  (?:-\w[ A-Z]*, )?--([\w.]+)", out, re.MULTILINE))
+    shown = set(re.findall(r"^  (?:-\w[ A-Z]*, )?--([\w.-]+)", out, re.MULTILINE))
+    shown = {option.replace("-", "_") for option in shown}
     assert code == 0 and {"help", "config", *OPTIONS[command].split()} - shown == set()
 
 
 def test_every_option_of_ours_has_a_line_of_help(monkeypatch, capsys):
     _, out, _ = call(monkeypatch, capsys, "train", "fit", "--help")
-    entries = re.findall(r"^  --((?:data|model)[\w.]*)(.*(?:\n {8,}.*)*)", out, re.MULTILINE)
+    entries = re.findall(r"^  --((?:data|model)[\w.-]*)(.*(?:\n {8,}.*)*)", out, re.MULTILINE)
     assert len(entries) > 50
     bare = [name for name, text in entries if re.match(r"\S*(, --\S+)?( \S+){0,3}\s*\(type", text)]
     assert bare == []
-    order = [out.index(f"  --{name} ") for name in ("print_config", "data", "model", "trainer")]
+    order = [out.index(f"  --{name} ") for name in ("print-config", "data", "model", "trainer")]
     assert order == sorted(order) and len(out.split("Runs the")[0]) < 200
 
 

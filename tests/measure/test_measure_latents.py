@@ -9,8 +9,9 @@ import torch
 
 from augment import Rule, UserError
 from augment.centroid.means import channel_mean, low_pass
+from augment.diffusion.usage import KNOWN
 from augment.measure import amplification, bias_warning, latent_statistics, predicted_bias
-from augment.measure.health import ClassHealth, findings
+from augment.measure.health import VERDICT, ClassHealth, Fitting, findings
 from augment.measure.latents import norm_law
 from augment.plan.weights import dirichlet
 
@@ -305,18 +306,61 @@ def test_white_latents_are_no_reason_to_warn():
     assert warning_of(white(64), "fix/0") is None
 
 
-def test_the_first_finding_says_whether_the_model_knows_the_images():
-    def of(mse, backbone="tiny", inversion="forward_start in 25 steps"):
-        health = ClassHealth.of("cup", white(), torch.full((len(white()),), mse))
-        return findings([health], inversion, True, backbone)
+def verdict(mse, backbone="tiny", inversion="forward_start in 25 steps", scale=1.0, images=None):
+    latents = white() * scale
+    errors = None if mse is None else torch.full((len(latents),), mse)
+    health = ClassHealth.of("cup", latents, errors)
+    return [f for f in findings([health], inversion, True, backbone, images) if f.topic in VERDICT]
 
-    first = of(0.0081)[0]
+
+def test_the_first_finding_says_whether_the_model_knows_the_images():
+    (first,) = verdict(0.0081)
     assert first.level == "warning" and "tiny DOES NOT KNOW THESE IMAGES" in first.text
-    assert "20.9 dB (PSNR), grey clothes of 32×32 pixels at 27.7 dB" in first.text
-    knows = of(0.0018)[0]
+    assert "20.9 dB (PSNR), norm over √D of their latents 1.00, correlation" in first.text
+    assert "(of grey clothes of 32×32 pixels 27.3 dB, norm 1.00, correlation +0.00)" in first.text
+    (knows,) = verdict(0.0018)
     assert knows.level == "good" and "tiny knows images like these" in knows.text
-    for others in (of(0.0081, "sd15"), of(0.0081, inversion="ddim in 50 steps")):
-        assert all(topic != "Model" for _, topic, _ in others)
+    assert verdict(0.0081, "sd15") == [] and verdict(0.0081, inversion="noise in 25 steps") == []
+
+
+@pytest.mark.parametrize(
+    ("inversion", "clothes", "photographs"),
+    [
+        ("forward_start in 10 steps", 27.3, 20.4),
+        ("forward_start in 50 steps", 27.3, 21.4),
+        ("ddim in 10 steps", 20.7, 13.5),
+        ("ddim in 25 steps", 24.8, 16.9),
+        ("fireflow in 25 steps", 38.2, 29.3),
+        ("midpoint in 25 steps", 38.5, 28.2),
+    ],
+)
+def test_the_verdict_holds_for_other_inversions(inversion, clothes, photographs):
+    """PSNR of 20 images of Fashion-MNIST and of CIFAR-100, as measured with tiny."""
+    assert verdict(10 ** (-clothes / 10), inversion=inversion)[0].level == "good"
+    assert verdict(10 ** (-photographs / 10), inversion=inversion)[0].level == "warning"
+
+
+def test_without_errors_the_length_of_the_latents_is_the_verdict():
+    assert verdict(None)[0].level == "good"
+    (longer,) = verdict(None, scale=1.09)
+    assert longer.level == "warning" and "latents 1.09" in longer.text and "dB" not in longer.text
+
+
+def test_what_is_usual_between_two_numbers_of_steps():
+    at = KNOWN["tiny"].at
+    assert at("ddim in 25 steps").psnr == 24.8
+    assert at("ddim in 1000 steps") == at("ddim in 50 steps")
+    assert 20.7 < at("ddim in 16 steps").psnr < 24.8
+    assert at("ddim in 5 steps") is at("ddim in 25 steps up to level 0.5") is None
+
+
+def test_the_verdict_says_what_images_lost():
+    (photographs,) = verdict(None, "sd15", images=Fitting(40, 384, 32, 3, 36))
+    assert photographs.topic == "Images" and photographs.level == "warning"
+    assert "reduced 12.0-fold" in photographs.text
+    assert "36 of 40 images lost their colour" in photographs.text and "3 of 40" in photographs.text
+    (fine,) = verdict(None, "sd15", images=Fitting(40, 28, 32, 0, 0))
+    assert fine.level == "good" and "enlarged 1.1-fold" in fine.text
 
 
 @pytest.mark.parametrize("inversion", ["ddim", "forward_start", "fireflow"])

@@ -158,3 +158,11 @@ def test_public_names_are_where_the_table_says():
         assert getattr(augment, name) is getattr(import_module(f"augment.{home}"), name)
     with pytest.raises(AttributeError, match="nonsense"):
         augment.nonsense  # noqa: B018
+
+
+def test_every_bar_is_also_a_plain_line_of_progress():
+    """Without a terminal a bar of tqdm's own would say nothing; the pool's generator hides all."""
+    places = [*ROOT.glob("augment/**/*.py"), *ROOT.glob("training/**/*.py")]
+    uses = {str(p.relative_to(ROOT)) for p in places if "import tqdm" in p.read_text()}
+    own = {"augment/core/progress.py", "augment/replay/pool.py"}
+    assert {place for place in uses if not place.startswith("augment/training/")} == own

@@ -66,7 +66,7 @@ EOF
 where=$("$PYTHON" -c 'import augment.training; print(augment.training.__file__)')
 [[ $where == "$site"/* ]] || { echo "expected augment of $site, got $where" >&2; exit 1; }
 latent-augment --help >/dev/null
-latent-augment train fit --config few_shot_dafusion --print_config | grep -q 'shots: 4'
+latent-augment train fit --config few_shot_dafusion --print-config | grep -q 'shots: 4'
 "$PYTHON" -c 'import ray' 2>/dev/null &&
 	latent-augment --quiet invert photos --bank ray/bank --executor ray --errors false --steps 2
 

@@ -155,17 +155,17 @@ def test_slices_are_datasets_and_reprs_are_short(make, bank):
 
 def test_no_bar_is_shown_in_a_loop(make, monkeypatch, capsys):
     shown = []
-    monkeypatch.setattr(backbone, "tqdm", spy(backbone.tqdm, shown))
+    monkeypatch.setattr(backbone, "Progress", spy(backbone.Progress, shown))
     data = make()
     data[0]
     data.synthesizer.images([data.plan(0)])
     assert shown == [True, False]
 
 
-def spy(tqdm, shown):
+def spy(kind, shown):
     def bar(*args, **more):
         shown.append(more.get("disable", False))
-        return tqdm(*args, **more)
+        return kind(*args, **more)
 
     return bar
 

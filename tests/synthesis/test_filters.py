@@ -11,14 +11,18 @@ import torch.nn.functional as F
 from checkpoints import save_clip
 from safetensors.torch import load_file, save_file
 
-from augment import UserError
+from augment import Mixing, Planner, Rule, UserError
+from augment.bank.fill import fill_bank
+from augment.core.errors import UnknownImagesWarning
 from augment.networks import timm_network
 from augment.shards.write import contents
 from augment.sources import Folder
 from augment.sources.fashion import write_fashion
+from augment.sources.images import save_image
 from augment.synthesis.filters import FILTERS, Filter, Reference, make_filter
-from augment.synthesis.filters.degenerate import statistics
+from augment.synthesis.filters.degenerate import blackness, statistics
 from augment.synthesis.filters.reference import MIN_OWN
+from augment.synthesis.synthesizer import Synthesizer
 
 CPU = torch.device("cpu")
 COUNTS = (MIN_OWN + 2, 5, 1)
@@ -515,6 +519,49 @@ def test_photographs_are_kept_and_faults_are_caught(shots, photographs):
     scores = made.prepare(bank_of([part[:shots] for part in real]))
     assert rate(scores, made, held_out) > 0.95
     assert_faults_are_caught(made, scores, held_out)
+
+
+def photographs_of(count, throw, size=32):
+    """Grey pictures of lit things before a background that is no single tone, with grain."""
+    down, across = torch.meshgrid(*[torch.linspace(0, 1, size)] * 2, indexing="ij")
+    found = []
+    for _ in range(count):
+        tone, *slopes = torch.rand(3, generator=throw)
+        image = 0.2 + 0.6 * tone + 0.8 * (slopes[0] - 0.5) * down + 0.6 * (slopes[1] - 0.5) * across
+        for y, x, width, shade in torch.rand(3, 4, generator=throw):
+            far = (down - y) ** 2 + (across - x) ** 2
+            thing = (-((far / (0.01 + 0.05 * width)) ** 2)).exp()
+            image = (1 - thing) * image + thing * shade * (1.3 - 0.6 * across)
+        waves = 20 + 40 * torch.rand(2, generator=throw)
+        image = image + 0.06 * (waves[0] * across + waves[1] * down).sin()
+        grain = 0.03 * torch.randn(size, size, generator=throw)
+        found.append((image + grain).clamp(0, 1)[None])
+    return torch.stack(found)
+
+
+def test_black_blobs_of_a_model_that_does_not_know_photographs_are_refused(tiny, tmp_path):
+    """As a user makes them, with tiny; other photographs of their kind are kept."""
+    throw, names = generator(), "abc"
+    real, held_out = ([photographs_of(n, throw) for _ in names] for n in (8, 20))
+    for name, images in zip(names, real, strict=True):
+        for number, image in enumerate(images):
+            save_image(image, tmp_path / "images" / name / f"{number}.png")
+    with pytest.warns(UnknownImagesWarning, match="tiny DOES NOT KNOW THESE IMAGES"):
+        bank = fill_bank(tmp_path / "bank", tiny, Folder(tmp_path / "images"), steps=10)
+    planner = Planner(bank.members, Mixing())
+    plans = [planner(0, index) for index in range(15)]
+    blobs = Synthesizer(tiny, bank, Rule.parse("fade/chm")).images(plans)
+    made = make_filter("degenerate")
+    scores = made.prepare(bank_of(real))
+    assert (scores(blobs, [plan.label for plan in plans]) < 0).float().mean() > 0.8
+    assert rate(scores, made, held_out) > 0.9
+
+
+def test_blackness_is_the_share_of_black_pixels():
+    image = torch.linspace(0, 1, 100).view(1, 1, 10, 10)
+    assert blackness(image).item() == pytest.approx(0.1**0.5)
+    assert blackness(torch.tensor([0.0, 0.0, 1.0]).view(1, 3, 1, 1)).item() == 0  # grey 0.114
+    assert blackness(torch.tensor([0.3, 0.0, 0.0]).view(1, 3, 1, 1)).item() == 1
 
 
 def test_a_class_of_its_own_range_and_one_of_all_classes():

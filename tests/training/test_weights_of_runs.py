@@ -4,6 +4,7 @@ import csv
 import json
 import re
 import shutil
+from importlib.util import find_spec
 
 import pytest
 import timm
@@ -163,6 +164,42 @@ def test_a_test_takes_all_from_the_checkpoint(run, monkeypatch, capsys):
         code, _, err = call(monkeypatch, capsys, "train", "test", *images, *where, *wrong)
         assert code == 2 and err.startswith("latent-augment: expected ")
         assert re.search(words, err), err
+
+
+def test_a_training_ends_with_its_accuracy_and_what_to_do_next(run, tmp_path, monkeypatch, capsys):
+    code, out, _ = call(monkeypatch, capsys, "train", *fit(run))
+    accuracy = json.loads((run / "run/test.json").read_text())["test/accuracy"]
+    said = out.partition(f"\n{run / 'run'}: ")[2].splitlines()
+    assert code == 0 and said[0] == f"test accuracy {100 * accuracy:.1f} %"
+    for line in said[1:-1]:
+        assert (run / "run" / line.split(": ")[0].strip()).is_file(), line
+    places = [line.strip().removeprefix(f"{run / 'run'}/") for line in said[1:-1]]
+    assert {place.partition(":")[0] for place in places} == {
+        "test.json", "per_class.csv", "confusion.csv", "metrics.csv", "checkpoints/last.ckpt"
+    }  # fmt: skip
+    assert said[-1].startswith("next: latent-augment train predict --data.predict NEW_IMAGES --tr")
+    monkeypatch.chdir(tmp_path)
+    paint(tmp_path / "NEW_IMAGES", {"any": 1}, size=28)
+    assert call(monkeypatch, capsys, *said[-1].split()[2:])[0] == 0
+
+    args = ("fit", "--data.train", run / "train", "--data.channels", 1, *QUICK)
+    args += ("--trainer.max-steps", 2, "--trainer.default-root-dir", tmp_path / "out")
+    monkeypatch.setenv("LATENT_AUGMENT_PROGRESS", "0.01")  # as where there is no terminal
+    code, out, err = call(monkeypatch, capsys, "train", *args)
+    assert code == 0 and f"\n{tmp_path / 'out'}: trained for 2 steps, not tested\n" in out
+    assert re.search(r"^train: \d of 2 steps, \d+ s", err, re.MULTILINE)
+    (tmp_path / "TEST_IMAGES").symlink_to(run / "test")
+    code, out, _ = call(monkeypatch, capsys, *out.splitlines()[-1].split()[2:])
+    assert code == 0 and "test/accuracy" in out
+
+
+def test_a_logger_that_is_not_installed_is_one_sentence(run, tmp_path, monkeypatch, capsys):
+    loggers = {"comet_ml": "Comet", "mlflow": "MLFlow", "neptune": "Neptune", "wandb": "Wandb"}
+    missing = next(name for package, name in loggers.items() if not find_spec(package))
+    more = ("--trainer.logger", f"{missing}Logger", "--trainer.default-root-dir", tmp_path / "out")
+    code, _, err = call(monkeypatch, capsys, "train", *fit(run, *more))
+    assert code == 2 and err.count("\n") == 1 and "Traceback" not in err
+    assert err.startswith("latent-augment: expected ") and missing.lower() in err.lower()
 
 
 def test_a_renamed_or_added_class_is_refused_with_its_name(run, monkeypatch, capsys):

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from augment.core.errors import UserError
 from augment.core.files import remember, write_bytes
+from augment.core.progress import Progress
 from augment.core.rng import normal, rng
 from augment.diffusion import Backbone
 from augment.diffusion.solver import sample
@@ -92,7 +92,7 @@ class Prior:
         remember(folder / "prior.json", made_by, "--out")
         names = [f"{number:05d}.png" for number in range(self.images)]
         shape = backbone.latent_shape
-        for first in tqdm(range(0, len(names), _TOGETHER), "prior images", delay=2):
+        for first in Progress(range(0, len(names), _TOGETHER), "prior images", delay=2):
             part = names[first : first + _TOGETHER]
             if all((folder / name).exists() for name in part):
                 continue

@@ -263,7 +263,7 @@ def _make_trainer(
         default_root_dir=out,
         logger=lightning.csv_log(out),
         log_every_n_steps=min(50, steps),
-        callbacks=[*callbacks, checkpoint, lightning.PlainSignals()],
+        callbacks=[*callbacks, checkpoint, lightning.PlainSignals(), lightning.Lines()],
         plugins=[lightning.SafeCheckpoints()],
         enable_model_summary=False,
         use_distributed_sampler=False,

@@ -14,12 +14,12 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from augment.bank.bank import LatentBank
 from augment.bank.format import DIGITS
 from augment.core.errors import AugmentWarning, ImageRejected, UserError
 from augment.core.files import read_json, sha256, write_json
+from augment.core.progress import Progress
 from augment.diffusion.checkpoints.adapter import adapted_to
 from augment.replay.pool import ReplayPool
 from augment.shards.dataset import Shards
@@ -68,7 +68,7 @@ def digests_of(source: Source, files: FileDigests) -> dict[str, str]:
     stamps = {image_id: _stamp(path) for image_id, path in paths.items()}
     new = [i for i, path in paths.items() if not stamps[i] or files.get(path, [])[1:] != stamps[i]]
     with ThreadPoolExecutor(_READERS if source.threads else 1) as pool:
-        bar = tqdm(pool.map(digest, new), "digests", len(new), delay=2)
+        bar = Progress(pool.map(digest, new), "digests", len(new), delay=2)
         computed = dict(zip(new, bar, strict=True))
     files |= {paths[i]: [computed[i], *stamps[i]] for i in new if stamps[i]}
     return {i: computed[i] if i in computed else files[path][0] for i, path in paths.items()}

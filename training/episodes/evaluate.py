@@ -27,13 +27,13 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from tqdm import tqdm
 
 from augment.bank.bank import LatentBank
 from augment.bank.format import DIGITS
 from augment.centroid.rule import Rule
 from augment.core.errors import AugmentWarning, UserError
 from augment.core.files import check_folder, locked, model_digest, remember, write_bytes
+from augment.core.progress import Progress
 from augment.core.registry import make
 from augment.diffusion import find_device, load_backbone
 from augment.diffusion.backbone import Backbone
@@ -390,7 +390,7 @@ def _evaluate_rest(
 ) -> None:
     """Measure the tasks that have no row yet, and write each down when it is done."""
     first = len(rows)
-    bar = tqdm(total=len(tasks), initial=first, desc="episodes", unit="task")
+    bar = Progress(total=len(tasks), initial=first, desc="episodes", unit="task")
     with bar, warnings.catch_warnings():
         for number in range(first, len(tasks)):
             rows.append(evaluate(number, tasks[number]))

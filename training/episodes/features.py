@@ -10,10 +10,10 @@ from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
-from tqdm import tqdm
 
 from augment.core.errors import UserError
 from augment.core.files import write_bytes
+from augment.core.progress import Progress
 from augment.networks import BATCH, in_batches, normalise
 from augment.networks.timm import check_classes
 from augment.sources import Source
@@ -77,7 +77,7 @@ def embed(
     """
     vectors = _read_features(path)
     todo = [i for i in ids if i not in vectors]
-    with tqdm(total=len(todo), desc="features", unit="image", disable=not todo) as bar:
+    with Progress(total=len(todo), desc="features", unit="image", disable=not todo) as bar:
         for start in range(0, len(todo), BATCH):
             part = todo[start : start + BATCH]
             images = torch.stack([source.load(i, channels, resolution) for i in part])

@@ -520,7 +520,7 @@ class Classifier(pl.LightningModule):
         if not ends:
             raise UserError(
                 "expected trainer.max_steps ≥ 1, or max_epochs and ImageData, got neither; set "
-                "--trainer.max_steps"
+                "--trainer.max-steps"
             )
         return min(ends)
 

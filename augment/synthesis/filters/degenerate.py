@@ -13,6 +13,9 @@ mean        of the grey image
 contrast    log of its standard deviation
 red, blue   mean of the channel less that of the grey image, over the latter + 0.1 (colour only)
 ==========  ======================================================================================
+
+A model that does not know the real images makes black blobs of them: none of the eight is far out,
+since photographs differ much in each. So a ninth number, `blackness`, has a border of its own.
 """
 
 from collections.abc import Callable
@@ -30,6 +33,8 @@ TOLERANCES = (0.25, 0.25, 0.3, 0.05, 0.05, 0.3, 0.05, 0.05)
 """By how much a statistic may differ from the median however much alike the real images are."""
 
 TINY, TAIL, FOLDS, MAX_BORDER = 1e-3, 0.05, 16, 2.5
+BLACK, BLACK_TOLERANCE, MAX_BLACK = 0.1, 0.15, 1.5
+"""Greys that count as black, tolerance of their √ share, and its border in units of the range."""
 
 
 def statistics(images: Float[Tensor, "n c h w"]) -> Float[Tensor, "n k"]:
@@ -47,6 +52,11 @@ def statistics(images: Float[Tensor, "n c h w"]) -> Float[Tensor, "n k"]:
     return torch.stack(
         [*shares, *logs, *(tints[:, ::2].unbind(1) if images.shape[1] > 1 else [])], 1
     )
+
+
+def blackness(images: Float[Tensor, "n c h w"]) -> Float[Tensor, " n"]:
+    """Return √ of the share of pixels whose grey is below `BLACK`."""
+    return (to_channels(images, 1) < BLACK).float().mean((1, 2, 3)).sqrt()
 
 
 @dataclass(frozen=True)
@@ -67,7 +77,8 @@ class Range:
     def of(cls, rows: Float[Tensor, "n k"], count: int) -> "Range":
         """Return the range of at least one image's statistics, as measured on ``count`` images."""
         low, middle, high = rows.quantile(rows.new_tensor([TAIL, 0.5, 1 - TAIL]), 0)
-        least = rows.new_tensor(TOLERANCES)[: rows.shape[1]] * (1 + 5 / count)
+        known = (BLACK_TOLERANCE,) if rows.shape[1] == 1 else TOLERANCES
+        least = rows.new_tensor(known)[: rows.shape[1]] * (1 + 5 / count)
         return cls(middle, (middle - low).maximum(least), (high - middle).maximum(least))
 
     def excess(self, rows: Float[Tensor, "n k"]) -> Float[Tensor, " n"]:
@@ -84,7 +95,8 @@ class Degenerate:
     range, is its excess e. Real images have excesses of their own, by the range of others (16
     folds): with their median m and border b, the 1 − ``quantile`` quantile, but between 1 and 2.5,
     the score is (b − e) / (b − m): 1 for an image as plain as the median real one, negative beyond
-    the border. A class of fewer than 128 images is judged by the real images of all classes.
+    the border. It is at most 1 − e / 1.5 of the excess e of `blackness` alone. A class of fewer
+    than 128 images is judged by the real images of all classes.
 
     Args:
         quantile: about the share of real images that score below 0.
@@ -103,14 +115,21 @@ class Degenerate:
     def prepare(self, reference: Reference) -> Scores:
         """See `augment.synthesis.filters.Filter`."""
 
+        def both(images: Tensor) -> Tensor:
+            return torch.cat([statistics(images), blackness(images)[:, None]], 1)
+
         def describe(images: Tensor) -> Tensor:
-            return in_batches(statistics, images)
+            return in_batches(both, images)
 
         real = Real(reference, describe, lambda rows, _: rows)
         return by_class(describe, lambda label: self.judge(real.values(label)))
 
     def judge(self, rows: Float[Tensor, "n k"]) -> Callable[[Tensor], float]:
-        """Return the function from an image's statistics to its score, by those of real images."""
+        """Return the function from an image's statistics to its score, by those of real images.
+
+        The last one is `blackness`.
+        """
+        rows, black = rows[:, :-1], Range.of(rows[:, -1:], len(rows))
         folds = torch.arange(len(rows)) % FOLDS
         parts = [
             Range.of(rows[folds != fold], len(rows)).excess(rows[folds == fold])
@@ -120,4 +139,9 @@ class Degenerate:
         own = torch.cat(parts) if parts else rows.new_zeros(1)
         border = own.quantile(1 - self.quantile).clamp(1, MAX_BORDER).item()
         middle, limits = min(own.quantile(0.5).item(), border - 0.25), Range.of(rows, len(rows))
-        return lambda row: (border - limits.excess(row[None]).item()) / (border - middle)
+
+        def score(row: Tensor) -> float:
+            plain = (border - limits.excess(row[None, :-1]).item()) / (border - middle)
+            return min(plain, 1 - black.excess(row[None, -1:]).item() / MAX_BLACK)
+
+        return score
