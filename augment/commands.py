@@ -49,6 +49,10 @@ def invert(settings: "augment.bank.fill.InvertSettings") -> Record:
     from augment.bank.fill import InversionJob
 
     job = InversionJob.of(settings)
+    if settings.backbone == "auto":
+        assert job.backbone is not None
+        name = job.backbone.recipe["name_or_path"]
+        print(f"backbone: {name}, which is embedded; --backbone names another")
     if line := job.chosen():
         print(line)
     unfinished = work(job, settings.executor, settings.dry_run)
@@ -162,7 +166,7 @@ def adapt(settings: "augment.training.adapt.settings.AdaptSettings") -> Record:
 
     place = adapt_backbone(settings)
     options = {**(settings.backbone_options or {}), "adapter": str(place)}
-    words = ["--backbone", settings.backbone, "--backbone-options"]
+    words = ["--backbone", settings.model, "--backbone-options"]
     advice = shlex.join([*words, json.dumps(options, ensure_ascii=False)])
     print(f"{place}: adapted; use it with latent-augment invert IMAGES --bank BANK {advice}")
     return {"written": str(place), "options": advice}

@@ -57,7 +57,7 @@ from augment.core.errors import (
 )
 from augment.core.files import JsonObject, check_folder, in_use, sha256, unreadable, write_bytes
 from augment.core.registry import refuse_reserved
-from augment.core.schema import write
+from augment.core.schema import read, write
 from augment.diffusion import load_backbone, parse_dtype
 from augment.diffusion.backbone import REFERENCE, Backbone, Recipe, check_batch
 from augment.diffusion.conditions import Given, Referred, Schedule
@@ -71,7 +71,7 @@ from augment.sources.captions import captions_of, check_captions
 from augment.sources.decoding import open_image, warn_once
 from augment.sources.images import FITTING, fit, has_colour, parse_colour, pixels_of, preprocessing
 from augment.sources.prompts import by_class, prompts_of
-from augment.sources.source import check_share, refuse_rejects
+from augment.sources.source import check_share, choose_backbone, refuse_rejects
 
 PIXELS = 2**26
 """Maximum pixels, of all channels, that a unit holds in memory."""
@@ -112,8 +112,10 @@ class InvertSettings:
             FewShot with --images.source DIR --images.shots 5, or as YAML in a --config.
         bank: folder of the bank, made if needed; an interrupted job is resumed, and images added
             since are appended.
-        backbone: diffusion model: tiny, sd15, sdxl and so on, a folder or .safetensors file of
-            a checkpoint, or the id of one on the Hugging Face hub.
+        backbone: diffusion model: tiny, tiny-cifar, sd15, sdxl and so on, a folder or .safetensors
+            file of a checkpoint, or the id of one on the Hugging Face hub; auto is the embedded
+            tiny for grey images, and tiny-cifar if some have colour; a bank that was begun keeps
+            its own.
         prompt: template of the prompts, such as 'a photo of a {name}'; WordNet ids of ImageNet get
             their names. By default that of the model's family; '' is none.
         prompts: prompts by class, as YAML such as '{Coat: top}'; they replace the template's.
@@ -147,7 +149,7 @@ class InvertSettings:
 
     images: Source | str
     bank: str
-    backbone: str = "tiny"
+    backbone: str = "auto"
     prompt: str | None = None
     prompts: dict[str, str] | None = None
     captions: str | None = None
@@ -183,6 +185,13 @@ class InvertSettings:
         if self.background:
             source.background = parse_colour(self.background)
         return source
+
+    def model(self, source: Source) -> str:
+        """Return the name of the backbone; see `augment.sources.source.choose_backbone`."""
+        begun = Path(self.bank) / "manifest.json"
+        if self.backbone == "auto" and begun.exists():
+            return str(read(Manifest, begun).recipe["name_or_path"])
+        return choose_backbone(self.backbone, source.examples())
 
 
 def fill_bank(
@@ -317,7 +326,7 @@ class InversionJob:
         where = {"device": settings.device, "dtype": parse_dtype(settings.dtype)}
         here = where | {"device": planning_device(settings.device, settings.executor)}
         kept = [name for name in ("errors", "clean") if getattr(settings, name)]
-        backbone = load_backbone(settings.backbone, **here, **options)
+        backbone = load_backbone(settings.model(source), **here, **options)
         prompts, template = _prompts(backbone, source.classes, template, settings.prompts)
         steps = _or(settings.steps, backbone.usage.steps)
         method = inverter(settings.inversion, steps=steps, **others)

@@ -2,8 +2,9 @@
 
 import os
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from copy import copy
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +19,7 @@ from augment.core.errors import AugmentWarning, ImageRejected, UserError, shown
 from augment.core.files import sha256
 from augment.core.progress import Progress
 from augment.sources.decoding import open_image
-from augment.sources.images import fit, pixels_of
+from augment.sources.images import fit, has_colour, pixels_of
 
 _LOOK = 4096  # images that `readable` opens before it moves its bar
 
@@ -118,6 +119,12 @@ class Source(Dataset[tuple[Any, Any]]):
                 "remove the file"
             ) from error
 
+    def examples(self, count: int = 16) -> Iterator[Image.Image]:
+        """Open up to a number of images, evenly chosen; those that cannot be read are left out."""
+        for image_id, _ in self.samples[:: -(-len(self) // count) or 1]:
+            with suppress(ImageRejected):
+                yield self.open(image_id)
+
     def readable(self, max_rejects: float = 0.05, name: str = "") -> "Source":
         """Return the source without the images that cannot be read, and warn of these.
 
@@ -179,6 +186,20 @@ class Source(Dataset[tuple[Any, Any]]):
             self.transform(image) if self.transform else image,
             self.target_transform(label) if self.target_transform else label,
         )
+
+
+def choose_backbone(name: str, images: Iterable[Image.Image]) -> str:
+    """Return a backbone's name; for ``auto`` the embedded one for such images.
+
+    It is tiny-cifar if an image has colour, and otherwise tiny, which knows grey clothes.
+
+    Args:
+        name: the name; any but ``auto`` is returned.
+        images: some of the images, opened one after the other.
+    """
+    if name != "auto":
+        return name
+    return "tiny-cifar" if any(map(has_colour, images)) else "tiny"
 
 
 def warn_of_copies(rows: Iterable[tuple[str, str, str]], name: str) -> None:

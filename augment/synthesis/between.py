@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 from jaxtyping import Float
+from PIL import Image
 from torch import Tensor
 
 from augment.centroid.walks import WALKS, walk
@@ -31,7 +32,9 @@ from augment.inversion.noise import Noise
 from augment.inversion.null_text import NullText
 from augment.measure.reconstruction import reconstruction
 from augment.measure.smoothness import STOPS
-from augment.sources.images import decode_image, reduce, save_image, sheet
+from augment.sources.decoding import open_image
+from augment.sources.images import fit, pixels_of, reduce, save_image, sheet
+from augment.sources.source import choose_backbone
 from augment.synthesis.synthesizer import DEFAULT_LEVEL
 
 THUMBNAIL = 128  # pixels a side, in the sheet of a walk
@@ -74,7 +77,7 @@ class WalkSettings:
     steps: int = 50
     level: float | None = None
     guidance: float | None = None
-    backbone: str = "tiny"
+    backbone: str = "auto"
     backbone_options: JsonObject | None = None
     device: str | None = None
 
@@ -99,12 +102,11 @@ def write_walk(settings: WalkSettings) -> tuple[int, Float[Tensor, " 2"]]:
     Raises:
         UserError: see `between`; or a file is no image.
     """
-    run = settings.run
-    backbone = load_backbone(
-        settings.backbone, settings.device, **(settings.backbone_options or {})
-    )
+    run, ends = settings.run, [open_end(Path(file)) for file in (settings.image, settings.to)]
+    name, options = choose_backbone(settings.backbone, ends), settings.backbone_options or {}
+    backbone = load_backbone(name, settings.device, **options)
     form = backbone.channels, backbone.resolution
-    given = torch.stack([read_image(Path(file), *form) for file in (settings.image, settings.to)])
+    given = torch.stack([fit(pixels_of(image, form[0]), form[1]) for image in ends])
     last = settings.prompt if settings.to_prompt is None else settings.to_prompt
     level = DEFAULT_LEVEL if settings.level is None else settings.level
     made = between(
@@ -122,14 +124,14 @@ def write_walk(settings: WalkSettings) -> tuple[int, Float[Tensor, " 2"]]:
     return count, reconstruction(given, made[[0, -1]])["psnr"]
 
 
-def read_image(path: Path, channels: int, resolution: int) -> Float[Tensor, "C R R"]:
-    """Read an image file in a backbone's form.
+def open_end(path: Path) -> Image.Image:
+    """Open an image file.
 
     Raises:
         UserError: there is none, or it cannot be read.
     """
     try:
-        return decode_image(read_file(path, "an image"), channels, resolution)
+        return open_image(read_file(path, "an image"))
     except ImageRejected as error:
         raise UserError(f"expected an image at {path}, got {error}; pass another file") from None
 

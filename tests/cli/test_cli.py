@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import call, paint, snapshot
+from PIL import Image
 from safetensors.torch import save_file
 
 from augment import LatentBank, __version__
@@ -43,7 +44,7 @@ def test_invert_then_synthesize(monkeypatch, capsys, images, tmp_path):
     assert re.search(r"^invert: 0 of 3 images, \d s; invert by ForwardStart: \d of 3", err, re.M)
     lines = output.splitlines()
     assert code == 0 and lines[0] == f"{bank}: 3 latents of 2 classes"
-    assert lines[1].startswith("Images. Images are enlarged 1.1-fold (median of shorter sides 28")
+    assert lines[1].startswith("Images. Images are enlarged 1.1-fold (median of the shorter sides ")
     assert lines[2] == "" and lines[3].startswith("class ")
     assert "channel means" in output and "\nNorm. Latents are" in output
     assert LatentBank.open(bank).prompt("Bag") == "bag"
@@ -90,7 +91,7 @@ def test_synthesize_fills_the_tail(monkeypatch, capsys, tmp_path):
 
 def test_dry_runs_do_one_unit_and_estimate_the_rest(monkeypatch, capsys, images, tmp_path):
     bank, out = tmp_path / "bank", tmp_path / "out"
-    command = ("invert", "--images", images, "--bank", bank, "--steps", 1)
+    command = ("invert", "--images", images, "--bank", bank, "--steps", 1, "--backbone", "tiny")
     code, output, _ = call(monkeypatch, capsys, *command, "--dry-run")
     assert code == 0 and output.startswith(
         "1 units, 3 images; 1 units, 3 images to do\nunit 0 is made"
@@ -400,7 +401,6 @@ WRONG = {
     "invert x --bank b --steps ten": "expected an integer for --steps, got ten; see --help",
     "synthesize b --out o --per_class many": "expected an integer for --per-class, got many; see",
     "synthesize b --out o --noise much": "expected a number for --noise, got much; see --help",
-    "verify b --discard maybe": "expected true or false for --discard, got maybe; see --help",
     "train": "but it was not provided; see --help",
 }
 
@@ -469,3 +469,23 @@ def test_a_rule_that_enlarges_the_bias_is_warned_of_in_one_line(tmp_path):
         known = "latent-augment: warning: class 'Sandal': fix/0 makes the channel means"
         assert sum(x.startswith(known) for x in done.stderr.splitlines()) == lines, done.stderr
         assert "Traceback" not in done.stderr and "UserWarning" not in done.stderr
+
+
+def test_the_embedded_backbone_is_chosen_by_the_images(monkeypatch, capsys, tmp_path):
+    grey = paint(tmp_path / "grey", {"a": 2}, size=32)
+    for name, colour in (("a", "red"), ("b", "blue")):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        Image.new("RGB", (32, 32), colour).save(tmp_path / "photos" / name / "0.png")
+    for images, backbone in ((grey, "tiny"), (tmp_path / "photos", "tiny-cifar")):
+        bank = tmp_path / f"bank-{images.name}"
+        options = ("--bank", bank, "--steps", 1, "--errors", "false")
+        code, output, _ = call(monkeypatch, capsys, "invert", images, *options)
+        assert code == 0 and f"backbone: {backbone}, which is embedded" in output
+        assert LatentBank.open(bank).recipe == {"name_or_path": backbone}
+    (tmp_path / "photos" / "b").rename(grey / "b")
+    bank = tmp_path / "bank-grey"
+    code, output, _ = call(
+        monkeypatch, capsys, "invert", grey, "--bank", bank, "--steps", 1, "--errors", "false"
+    )
+    assert code == 0 and "backbone: tiny," in output, "a bank that was begun keeps its backbone"
+    assert LatentBank.open(bank).classes == ["a", "b"]

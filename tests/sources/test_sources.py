@@ -16,8 +16,18 @@ from torch.utils.data import ConcatDataset, Subset, TensorDataset
 
 from augment import UserError, cli, fill_bank, sources
 from augment.core.errors import AugmentWarning, ImageRejected
-from augment.sources import FewShot, ImageNetLT, INaturalist18, Items, ListFile, LongTail, Slice
+from augment.sources import (
+    FewShot,
+    Folder,
+    ImageNetLT,
+    INaturalist18,
+    Items,
+    ListFile,
+    LongTail,
+    Slice,
+)
 from augment.sources.decoding import open_image
+from augment.sources.source import choose_backbone
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -252,3 +262,15 @@ def test_the_command_takes_any_source(tmp_path, monkeypatch, capsys):
         error = capsys.readouterr().err
         assert error.count("\n") == 1
         assert "class 'ant', got 3" in error or "links with a folder" in error
+
+
+def test_the_embedded_backbone_for_images_goes_by_their_colour(tmp_path):
+    root = paint(tmp_path / "photos", {"a": 40}, size=8)
+    source = Folder(root)
+    assert choose_backbone("auto", source.examples()) == "tiny"
+    assert choose_backbone("sd15", source.examples()) == "sd15"
+    assert len(list(source.examples())) == 14 and len(list(source.examples(40))) == 40
+    (root / "a" / "0.png").write_text("no image")
+    assert len(list(source.examples())) == 13, "what cannot be read is left out"
+    Image.new("RGB", (8, 8), "red").save(root / "a" / source.ids["a"][3].split("/")[1])
+    assert choose_backbone("auto", source.examples()) == "tiny-cifar"

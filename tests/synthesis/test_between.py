@@ -9,7 +9,8 @@ from augment import UserError, walk
 from augment.inversion import inverted, inverter
 from augment.measure.reconstruction import reconstruction
 from augment.sources.fashion import write_fashion
-from augment.synthesis.between import WalkSettings, between, read_image
+from augment.sources.images import fit, pixels_of
+from augment.synthesis.between import WalkSettings, between, open_end
 
 
 @pytest.fixture(scope="module")
@@ -19,9 +20,13 @@ def ends(tmp_path_factory):
     return sorted((root / "Coat").glob("*.png"))
 
 
+def pixels(path):
+    return fit(pixels_of(open_end(path), 1), 32)
+
+
 @pytest.fixture(scope="module")
 def coats(ends):
-    return torch.stack([read_image(path, 1, 32) for path in ends])
+    return torch.stack([pixels(path) for path in ends])
 
 
 def psnr(images, others):
@@ -96,7 +101,7 @@ def test_the_command_writes_the_images(monkeypatch, capsys, tmp_path, tiny, ends
     assert files == ["0.png", "1.png", "2.png", "3.png", "walk.png"]
     made = between(tiny, coats, inversion=inverter("ddim", steps=3), count=4)
     for number, image in enumerate(made):
-        again = read_image(tmp_path / "w" / f"{number}.png", 1, 32)
+        again = pixels(tmp_path / "w" / f"{number}.png")
         torch.testing.assert_close(again, image, rtol=0, atol=0.5 / 255 + 1e-6)
     with Image.open(tmp_path / "w" / "walk.png") as page:
         assert page.width > 6 * 128
@@ -131,6 +136,6 @@ def test_mistakes_are_told_and_nothing_is_written(
 def test_what_is_no_image_is_refused(tmp_path):
     (tmp_path / "a.png").write_text("no image")
     with pytest.raises(UserError, match=r"a\.png"):
-        read_image(tmp_path / "a.png", 1, 32)
+        open_end(tmp_path / "a.png")
     with pytest.raises(UserError, match="an image at"):
-        read_image(tmp_path / "b.png", 1, 32)
+        open_end(tmp_path / "b.png")

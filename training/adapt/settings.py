@@ -15,6 +15,7 @@ from augment.shards.dataset import open_images
 from augment.sources import Source, as_source
 from augment.sources.captions import BESIDE, captions_of, read_captions
 from augment.sources.prompts import by_class
+from augment.sources.source import choose_backbone
 from augment.training.adapt.prior import Prior
 from augment.training.adapt.recipe import PRESETS, Recipe
 from augment.training.checks import at_least
@@ -31,7 +32,7 @@ class RunSettings:
 
     images: Source | str
     out: str
-    backbone: str = "tiny"
+    backbone: str = "auto"
     prompt: str = ""
     prompts: dict[str, str] | None = None
     captions: str | None = None
@@ -52,10 +53,15 @@ class RunSettings:
         """The images, without those that cannot be read."""
         return as_source(open_images(self.images)).readable(name="training")
 
+    @cached_property
+    def model(self) -> str:
+        """The name of the backbone; see `augment.sources.source.choose_backbone`."""
+        return choose_backbone(self.backbone, self.source.examples())
+
     def load(self) -> Backbone:
         """Load the backbone, in float32."""
         options, device = self.backbone_options or {}, planning_device(self.device)
-        return load_backbone(self.backbone, device, torch.float32, **options)
+        return load_backbone(self.model, device, torch.float32, **options)
 
     def check_classes(self, texts: Mapping[str, str] | None, what: str) -> dict[str, str]:
         """Return texts by class, of the classes that there are."""
