@@ -202,6 +202,8 @@ def demo(out: str | None = None, full: bool = False, seeds: int | None = None) -
         latent-augment demo
         latent-augment demo --full
     """
+    if seeds is not None and seeds < 2:
+        raise UserError(f"expected at least 2 seeds for an interval, got {seeds}; give more")
     words = "5 labelled images a class to a better classifier, in minutes"
     print(f"{words}; loading torch and Lightning", flush=True)
     from augment.training.demo import run_demo

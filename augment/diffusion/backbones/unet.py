@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Real
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -172,7 +172,7 @@ class Clock(nn.Module):
         self.linear_1 = nn.Linear(width, embedding)
         self.linear_2 = nn.Linear(embedding, embedding)
 
-    def forward(self, timesteps: Float[Tensor, " n"]) -> Embedding:
+    def forward(self, timesteps: Real[Tensor, " n"]) -> Embedding:
         """Return the embedding of each timestep."""
         half = self.width // 2
         numbers = torch.arange(half, dtype=torch.float32, device=timesteps.device)
@@ -241,7 +241,7 @@ class UNet(nn.Module):
         self.conv_norm_out = nn.GroupNorm(groups, widths[0], EPSILON)
         self.conv_out = nn.Conv2d(widths[0], out_channels, 3, padding=1)
 
-    def forward(self, latents: Images, timesteps: Float[Tensor, " n"], prompts: Tensor) -> Others:
+    def forward(self, latents: Images, timesteps: Real[Tensor, " n"], prompts: Tensor) -> Others:
         """Return the prediction; prompts are what ``class_embedding`` takes."""
         embedding = self.time_embedding(timesteps)
         embedding = embedding + self.class_embedding(prompts).to(embedding.dtype)

@@ -81,8 +81,8 @@ def find_checkpoint(
     match = re.fullmatch(rf"({REPOSITORY})(?:/(\w[\w.-]*))?", source)
     if not match:
         raise UserError(
-            f"expected a backbone out of tiny, {', '.join(HUB)}, a pipeline folder, a .safetensors "
-            f"file or owner/name on the hub, got {source!r}; choose one of these"
+            f"expected a backbone out of tiny, tiny-cifar, {', '.join(HUB)}, a pipeline folder, a "
+            f".safetensors file or owner/name on the hub, got {source!r}; choose one of these"
         )
     from huggingface_hub import hf_hub_download
 
