@@ -600,7 +600,7 @@ def split_names(text: str, known: Callable[[str], bool]) -> list[str]:
 def summarize_bank(path: Path) -> Record:
     """Print what a bank holds, and what the bias of its latents would do to a mixture."""
     from augment.bank.bank import LatentBank
-    from augment.measure.health import VERDICT, findings
+    from augment.measure.health import findings
     from augment.sources.source import warn_of_copies
 
     bank = LatentBank.open(path)
@@ -615,8 +615,7 @@ def summarize_bank(path: Path) -> Record:
     worst = max(bank.classes, key=bank.largest_mean)
     health = bank.health(worst)
     print(f"\nclass {worst}, whose channel means are largest:")
-    found = findings([health], *bank.made_by)
-    print("\n".join(str(finding) for finding in found if finding.topic not in VERDICT))
+    print(*findings([health], bank.inverted_by, bank.holds_noise), sep="\n")
     place, out = shlex.quote(str(path)), shlex.quote(str(path.with_name("synthetic")))
     print(f"\nnext: latent-augment synthesize {place} --out {out}")
     return {

@@ -265,22 +265,19 @@ class Bed:
         if row.adapted:
             return fill_bank(where, backbone, real, None, row.inversion, stored=())
         drawn = {image_id for ids in real.ids.values() for image_id in ids}
-        return self.whole_bank(row).subset(drawn.__contains__)
+        return LatentBank.open(self.whole_bank(row)).subset(drawn.__contains__)
 
-    def whole_bank(self, row: Row) -> LatentBank:
-        """Return the bank of all images that shots are drawn from."""
-        name = f"{row.inversion}{'-references' * row.references}"
-        return fill_bank(
-            self.out / "banks" / name, self.load(row.references), self.pool, self.words,
-            row.inversion, stored=(),
-        )  # fmt: skip
+    def whole_bank(self, row: Row) -> Path:
+        """Return the path of the bank of all images that shots are drawn from."""
+        return self.out / "banks" / f"{row.inversion}{'-references' * row.references}"
 
     def prepare(self, rows: list[Row]) -> None:
         """Make what all draws read: features and banks."""
         _ = self.tested, self.oracle
         for row in rows:
             if row.mixing and not row.adapted:
-                self.whole_bank(row)
+                backbone, where = self.load(row.references), self.whole_bank(row)
+                fill_bank(where, backbone, self.pool, self.words, row.inversion, stored=())
 
     def synthetic(self, row: Row, shots: int, seed: int) -> Tensor:
         """Return the images of a row (n, 3, 32, 32) in 8 bits, of the classes in turn."""

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -117,34 +118,63 @@ def stable_diffusion(folder: Path, seed: int = 0, **scheduler: Any) -> Path:
     return save(pipe, folder, scheduler)
 
 
-def learned(folder: Path, images: torch.Tensor, prompt: str, steps: int = 120) -> Path:
-    """Write Stable Diffusion of a v-network that learned a few images by heart, in seconds.
+LANDSCAPES = Path(__file__).with_name("landscapes.safetensors")
+LANDSCAPE = "a photo of a landscape"
+_LEARNED = ("vae", "unet", "text_encoder")
 
-    Args:
-        folder: where to.
-        images: of 32 pixels, in [0, 1].
-        prompt: their prompt.
-        steps: of the training of each part.
+
+def learned(folder: Path) -> Path:
+    """Write Stable Diffusion with a v-network that knows three landscapes by heart.
+
+    The landscapes are those of ``latent-augment check``, and their prompt is `LANDSCAPE`. The
+    weights are of `learn_landscapes`.
     """
+    from safetensors.torch import load_file
+
+    pipe, weights = _pipeline(folder), load_file(LANDSCAPES)
+    pipe.vae.register_to_config(scaling_factor=weights.pop("scaling_factor").item())
+    parts = torch.nn.ModuleDict({name: getattr(pipe, name) for name in _LEARNED})
+    parts.load_state_dict(weights)
+    pipe.save_pretrained(folder)
+    path = folder / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"prediction_type": "v_prediction"}))
+    return folder
+
+
+def _pipeline(folder: Path) -> Any:
     from diffusers import StableDiffusionPipeline
 
-    pipe: Any = StableDiffusionPipeline.from_pretrained(str(stable_diffusion(folder)))
-    vae, unet, pixels = pipe.vae, pipe.unet, 2 * images - 1
-    optimizer = torch.optim.Adam(vae.parameters(), 3e-3)
-    for _ in range(2 * steps):
+    return StableDiffusionPipeline.from_pretrained(str(stable_diffusion(folder)))
+
+
+def learn_landscapes(steps: int = 500) -> None:
+    """Train the weights of `LANDSCAPES`, in a few minutes: ``python tests/checkpoints.py``.
+
+    Args:
+        steps: of the training of the autoencoder, and of the network.
+    """
+    from safetensors.torch import save_file
+
+    from augment.report.check import pictures
+
+    with TemporaryDirectory() as place:
+        source = pictures(None, 3, Path(place))
+        (ids,) = source.ids.values()
+        pixels = 2 * torch.stack([source.load(i, 3, RESOLUTION) for i in ids]) - 1
+        pipe = _pipeline(Path(place) / "model")
+    vae, unet = pipe.vae, pipe.unet
+    for optimizer in _cooling(vae, steps):
         loss = (vae.decode(vae.encode(pixels).latent_dist.mode()).sample - pixels).square().mean()
-        optimizer.zero_grad()
         loss.backward()
         optimizer.step()
     with torch.no_grad():
         clean = vae.encode(pixels).latent_dist.mode()
-        vae.register_to_config(scaling_factor=1 / clean.std().item())
-        clean = clean / clean.std()
-        text = torch.cat(pipe.encode_prompt(prompt, "cpu", 1, True)[:2])
+        scale = clean.std()
+        clean = clean / scale
+        text = torch.cat(pipe.encode_prompt(LANDSCAPE, "cpu", 1, True)[:2])
     kept = torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2, 0)
     generator = torch.Generator().manual_seed(0)
-    optimizer = torch.optim.Adam(unet.parameters(), 3e-3)
-    for _ in range(steps):
+    for optimizer in _cooling(unet, steps):
         times = torch.randint(1000, (len(clean) * 2,), generator=generator)
         rows, alpha = clean.repeat(2, 1, 1, 1), kept[times].sqrt()[:, None, None, None]
         noise = torch.randn(rows.shape, generator=generator)
@@ -152,13 +182,21 @@ def learned(folder: Path, images: torch.Tensor, prompt: str, steps: int = 120) -
         words = text[torch.randint(2, (len(rows),), generator=generator)]
         found = unet(alpha * rows + sigma * noise, times, words).sample
         loss = (found - (alpha * noise - sigma * rows)).square().mean()
-        optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    pipe.save_pretrained(folder)
-    path = folder / "scheduler" / "scheduler_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"prediction_type": "v_prediction"}))
-    return folder
+    parts = torch.nn.ModuleDict({name: getattr(pipe, name) for name in _LEARNED})
+    weights = {key: weight.half() for key, weight in parts.state_dict().items()}
+    save_file(weights | {"scaling_factor": 1 / scale}, LANDSCAPES)
+
+
+def _cooling(network: torch.nn.Module, steps: int) -> Iterator[torch.optim.Optimizer]:
+    """Yield an optimiser a step, whose rate falls along a cosine."""
+    optimizer = torch.optim.Adam(network.parameters(), 3e-3)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        yield optimizer
+        schedule.step()
 
 
 def sdxl(folder: Path, seed: int = 0, zeros: bool = True, **scheduler: Any) -> Path:
@@ -832,3 +870,7 @@ def ip_adapter(folder: Path, pipeline: Path, kind: str = "plain", seed: int = 0)
     assert len(layers) * 2 == sum(key.startswith("ip_adapter") for key in state)
     save_file(state, folder / "ip-adapter.safetensors")
     return folder / "ip-adapter.safetensors"
+
+
+if __name__ == "__main__":
+    learn_landscapes()

@@ -139,6 +139,12 @@ class Lines(pl.Callback):
         if self.bar:
             self.bar.close()
 
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
+        """End."""
+        self.on_train_end(trainer, pl_module)
+
 
 @contextmanager
 def interruptible() -> Iterator[None]:

@@ -42,7 +42,8 @@ from augment.core.files import JsonObject, damaged, unreadable
 from augment.core.schema import as_object
 from augment.diffusion import local_recipe
 from augment.diffusion.backbone import REFERENCE, Backbone, Recipe
-from augment.measure.health import VERDICT, ClassHealth, Finding, Fitting, findings
+from augment.diffusion.usage import KNOWN
+from augment.measure.health import ClassHealth, Finding, Fitting, verdict
 from augment.plan.plan import Plan
 from augment.plan.planner import Images
 from augment.sources.images import background_of
@@ -190,11 +191,11 @@ class LatentBank:
     def verdict(self) -> list[Finding]:
         """Say whether the model knows the images, and what they lost on the way to it.
 
-        Latents of at most `JUDGED` classes are read.
+        Latents of at most `JUDGED` classes are read, and only if the model is one of `KNOWN`.
         """
-        step = -(-len(self.classes) // JUDGED)
-        health = [self.health(name) for name in self.classes[::step]]
-        return [found for found in findings(health, *self.made_by) if found.topic in VERDICT]
+        inversion, _, backbone, images = self.made_by
+        judged = self.classes[:: -(-len(self.classes) // JUDGED)] if backbone in KNOWN else []
+        return verdict([self.health(name) for name in judged], inversion, backbone, images)
 
     @property
     def level(self) -> float | None:

@@ -57,7 +57,7 @@ from augment.core.errors import (
 )
 from augment.core.files import JsonObject, check_folder, in_use, sha256, unreadable, write_bytes
 from augment.core.registry import refuse_reserved
-from augment.core.schema import read, write
+from augment.core.schema import write
 from augment.diffusion import load_backbone, parse_dtype
 from augment.diffusion.backbone import REFERENCE, Backbone, Recipe, check_batch
 from augment.diffusion.conditions import Given, Referred, Schedule
@@ -190,7 +190,7 @@ class InvertSettings:
         """Return the name of the backbone; see `augment.sources.source.choose_backbone`."""
         begun = Path(self.bank) / "manifest.json"
         if self.backbone == "auto" and begun.exists():
-            return str(read(Manifest, begun).recipe["name_or_path"])
+            return str(read_manifest(Path(self.bank)).recipe["name_or_path"])
         return choose_backbone(self.backbone, source.examples())
 
 

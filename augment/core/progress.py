@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from typing import Any
+from weakref import WeakValueDictionary
 
 from tqdm import tqdm
 
@@ -27,7 +28,7 @@ class Progress(tqdm):
             kwargs["disable"] = False  # whatever the environment says of bars
         super().__init__(*args, **kwargs)
         if self.plain:
-            _bars.append(self)
+            _bars[id(self)] = self
             if len(_bars) == 1:
                 _ends.append(threading.Event())
                 threading.Thread(target=_print_lines, args=(_ends[-1],), daemon=True).start()
@@ -46,7 +47,7 @@ class Progress(tqdm):
         """Remove the bar, or leave its last state."""
         if self.plain:
             self.sp = None  # nothing was drawn
-            _bars[:] = [bar for bar in _bars if bar is not self]
+            _bars.pop(id(self), None)
             while _ends and not _bars:
                 _ends.pop().set()
         super().close()
@@ -63,14 +64,15 @@ class Progress(tqdm):
         return text + (f", {self.postfix}" if self.postfix else "")
 
 
-_bars: list[Progress] = []  # the work that is under way, outermost first
+# The work that is under way, outermost first. What an error ended is forgotten with its bar.
+_bars: WeakValueDictionary[int, Progress] = WeakValueDictionary()
 _ends: list[threading.Event] = []  # what ends the thread that prints the lines, if there is one
 
 
 def _print_lines(ended: threading.Event) -> None:
     """Print a line now and then, as long as there is work."""
     while not ended.wait(float(os.environ.get(EVERY) or 60)):
-        if text := "; ".join(bar.words() for bar in [*_bars]):
+        if text := "; ".join(bar.words() for bar in [*_bars.values()]):
             print(text, file=sys.stderr, flush=True)
 
 

@@ -156,8 +156,7 @@ def findings(
         images: how its images were brought to the model's format, if known.
     """
     norms = [norm for c in classes for norm in c.norms]
-    found = _model_findings(classes, inversion, backbone)
-    found += [_images_finding(images)] if images else []
+    found = verdict(classes, inversion, backbone, images)
     if of_noise:
         found.append(_bias_finding(classes))
         dim = classes[0].statistics.dim
@@ -177,6 +176,15 @@ def findings(
         found.append(Finding("warning", "Single images", text))
     order = {topic: place for place, topic in enumerate(VERDICT)}
     return sorted(found, key=lambda f: (order.get(f.topic, len(order)), f.level == "good"))
+
+
+def verdict(
+    classes: Sequence[ClassHealth], inversion: str, backbone: str, images: Fitting | None
+) -> list[Finding]:
+    """Return the findings of `VERDICT`; arguments as for `findings`."""
+    return _model_findings(classes, inversion, backbone) + (
+        [_images_finding(images)] if images else []
+    )
 
 
 def _model_findings(classes: Sequence[ClassHealth], inversion: str, backbone: str) -> list[Finding]:

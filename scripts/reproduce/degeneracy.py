@@ -120,7 +120,7 @@ def draw_quality(cells: Cells, rules: tuple[str, ...], folder: Path) -> None:
         for place, rule in enumerate(rules):
             norm, split = rule.split("/")
             found = [mean(cells[rule, n][value]) for n in counts]
-            beside = 0.04 * (place - (len(rules) - 1) / 2)  # so that bars can be told apart
+            beside = 0.04 * (place - (len(rules) - 1) / 2)  # so that bars do not overlap
             error_bars(axes, [n**0.5 + beside for n in counts], found, STYLES[split], ms=4,
                        color=COLORS[norm], label=rule)  # fmt: skip
         axes.set_xticks([n**0.5 for n in counts], [str(n) for n in counts])

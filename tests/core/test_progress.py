@@ -3,11 +3,20 @@
 import subprocess
 import sys
 import time
+from weakref import WeakValueDictionary
 
 import pytest
 
 from augment.core import progress
 from augment.core.progress import EVERY, Progress
+
+
+@pytest.fixture(autouse=True)
+def no_other_work(monkeypatch):
+    """Forget what commands of other tests left: the variable, and bars of runs that failed."""
+    monkeypatch.delenv(EVERY, raising=False)
+    monkeypatch.setattr(progress, "_bars", WeakValueDictionary())
+    monkeypatch.setattr(progress, "_ends", [])
 
 
 def test_a_line_says_how_far_the_work_is(monkeypatch):
@@ -20,9 +29,18 @@ def test_a_line_says_how_far_the_work_is(monkeypatch):
         assert bar.words().endswith(" left, fade/chm")
         with Progress(desc="sample") as inner:
             assert inner.words() == "sample: 0, 0 s"
-            assert progress._bars == [bar, inner]
-        assert progress._bars == [bar]
-    assert progress._bars == []
+            assert [*progress._bars.values()] == [bar, inner]
+        assert [*progress._bars.values()] == [bar]
+    assert not progress._bars
+
+
+def test_work_that_an_error_ended_is_forgotten(monkeypatch):
+    monkeypatch.setenv(EVERY, "3600")
+    bar = Progress(total=3, desc="broken")
+    assert [*progress._bars.values()] == [bar] and not progress._ends[0].is_set()
+    end = progress._ends[0]
+    del bar
+    assert not progress._bars and not progress._ends and end.is_set()
 
 
 def test_bars_draw_nothing_where_there_are_lines(monkeypatch, capsys):

@@ -8,20 +8,18 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from augment.diffusion.backbones.tiny import WEIGHTS
+from augment.diffusion.backbones.tiny import EMBEDDED
 from augment.diffusion.backbones.unet import UNet
 
-with safe_open(WEIGHTS, "pt") as file:
-    TINY = json.loads(file.metadata()["config"])["unet"]
-SCALED = TINY | {  # as scripts/train_tiny_cifar.py has it
-    "in_channels": 12,
-    "out_channels": 12,
-    "layers_per_block": 1,
-    "block_out_channels": (16, 32, 64),
-    "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"),
-    "up_block_types": ("AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
-    "resnet_time_scale_shift": "scale_shift",
-}
+
+def unet_of(name):
+    """Return the UNet's config of an embedded backbone."""
+    with safe_open(EMBEDDED[name], "pt") as file:
+        return json.loads(file.metadata()["config"])["unet"]
+
+
+TINY = unet_of("tiny")
+SCALED = unet_of("tiny-cifar") | {"block_out_channels": (16, 32, 64)}
 
 
 def loss_and_gradients(network, *inputs):

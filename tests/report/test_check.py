@@ -6,28 +6,21 @@ from pathlib import Path
 
 import checkpoints
 import pytest
-import torch
-from checkpoints import RESOLUTION, UNET, learned
+from checkpoints import LANDSCAPE, RESOLUTION, UNET, learned
 from conftest import call
 from diffusers import UNet2DConditionModel
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from augment.report.check import CheckSettings, pictures, run_check
+from augment.report.check import CheckSettings, run_check
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-PROMPT = "a photo of a landscape"
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """A pipeline that learned the three landscapes by heart."""
-    place = tmp_path_factory.mktemp("model")
-    source = pictures(None, 3, place)
-    (ids,) = source.ids.values()
-    images = torch.stack([source.load(i, 3, RESOLUTION) for i in ids])
-    with torch.random.fork_rng():
-        return learned(place / "model", images, PROMPT)
+    """A pipeline that knows the three landscapes by heart."""
+    return learned(tmp_path_factory.mktemp("model"))
 
 
 def change(path, **settings):
@@ -50,18 +43,17 @@ def test_tiny_is_as_expected(tmp_path, monkeypatch, capsys):
     assert {"forward_start", "fireflow", "centroids", "invert", "sample", "memory"} < {*topics}
     assert "torch" in record["lines"][0]["values"]["versions"]
     with Image.open(out) as page:
-        assert page.width > 3 * 32
+        assert page.width > 3 * 64
 
 
 def test_a_pipeline_of_diffusers_is_as_expected(model):
     lines = []
     settings = CheckSettings(backbone=str(model), device="cpu", steps=8, batch_size=2)
     record = run_check(settings, lines.append)
-    # it learned for a minute, and the norm of its latents differs between kinds of CPU
-    assert {*judged(record).values()} <= {"", "expected a norm of 0.95 to 1.05"}
+    assert judged(record) == {}
     json.dumps(record, allow_nan=False)
     found = {line.topic: line for line in lines}
-    assert PROMPT in found["model"].text and "null_text" in found
+    assert LANDSCAPE in found["model"].text and "null_text" in found
     assert found["diffusers"].values["psnr"] > 60
 
 

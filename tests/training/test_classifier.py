@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import paint
-from pytorch_lightning import Trainer
+from pytorch_lightning import Callback, Trainer
 
 from augment import Sampling, SyntheticDataset, UserError, fill_bank, write_shards
 from augment.core.errors import AugmentWarning
@@ -107,6 +107,29 @@ def test_the_prior_counts_synthetic_images_that_join_by_count(tmp_path, tiny):
         logits = model.eval()(images) + torch.tensor(drawn).log()
         expected = F.cross_entropy(logits, labels)
         torch.testing.assert_close(model.loss_of(images, labels, labels > 5), expected)
+
+
+def test_the_prior_follows_the_epochs_and_the_training_data(tmp_path, tiny):
+    paint(tmp_path / "real", {"Bag": 5, "Coat": 2}, size=28)
+    bank = fill_bank(tmp_path / "bank", tiny, Folder(tmp_path / "real"), steps=1)
+    fly = SyntheticDataset(bank, tiny, sampling=Sampling(steps=1), per_class={"Coat": 3})
+    model = Classifier([5, 2], channels=1, loss="balanced_softmax")
+    for fakes, mix, drawn in (
+        (fly, SyntheticMix(fill_to=5, real_only=1), [[5, 5], [5, 2]]),
+        (None, SyntheticMix(), [[5, 2], [5, 2]]),
+    ):
+        seen = []
+
+        class Counts(Callback):
+            def on_train_epoch_end(self, trainer, pl_module):
+                seen.append(pl_module._class_counts().tolist())  # noqa: B023
+
+        data = ImageData(str(tmp_path / "real"), synthetic=fakes, mix=mix, channels=1, batch_size=4)
+        Trainer(
+            max_epochs=2, logger=False, enable_checkpointing=False, callbacks=[Counts()],
+            enable_progress_bar=False, enable_model_summary=False, accelerator="cpu",
+        ).fit(model, data)  # fmt: skip
+        assert seen == drawn
 
 
 def test_origins_follow_an_export_and_strangers_are_reported(tmp_path, tiny):

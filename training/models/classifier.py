@@ -101,6 +101,7 @@ class Classifier(pl.LightningModule):
 
     counts: Tensor
     mean_std: Tensor
+    _drawn: tuple[int, Tensor] | None = None  # an epoch, and what its training data count
 
     def __init__(
         self,
@@ -344,6 +345,10 @@ class Classifier(pl.LightningModule):
         with _weights_of(self.hp.network):
             return super().load_state_dict(state, strict=strict, assign=assign)
 
+    def on_fit_start(self) -> None:
+        """Forget the data of an earlier training."""
+        self._drawn = None
+
     def on_train_batch_start(self, batch: Sequence[Tensor], batch_idx: int) -> None:
         """Seed this step, whatever came before; keep what is frozen as it is.
 
@@ -421,10 +426,12 @@ class Classifier(pl.LightningModule):
 
     def _class_counts(self) -> Int[Tensor, " k"]:
         """Return the number of images of each class in this epoch's training data."""
-        count = getattr(getattr(self._trainer, "datamodule", None), "class_counts", None)
-        if count is None:
-            return self.counts
-        return torch.tensor(count(self.current_epoch), device=self.counts.device)
+        epoch = self.current_epoch
+        if self._drawn is None or self._drawn[0] != epoch:
+            count = getattr(getattr(self._trainer, "datamodule", None), "class_counts", None)
+            counts = self.counts if count is None else torch.tensor(count(epoch))
+            self._drawn = epoch, counts.to(self.counts.device)
+        return self._drawn[1]
 
     def _zero_of_norms(self) -> Tensor | float:
         """Return zero, computed from all norms: DDP waits for a gradient of every parameter."""

@@ -44,7 +44,7 @@ IMAGES = 8
 """Maximum number of images that are inverted."""
 
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "huggingface_hub")
-"""Packages whose versions are told."""
+"""Packages whose versions are printed."""
 
 
 @dataclass(frozen=True, kw_only=True)

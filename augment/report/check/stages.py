@@ -30,6 +30,7 @@ from augment.sources.images import reduce, sheet
 from augment.sources.subsets import Selection
 from augment.synthesis.synthesizer import Synthesizer
 
+THUMBNAIL = 128  # pixels of the sheet's smallest images
 LEVELS = (0.25, 0.5, 0.75)
 """Noise levels that the network is asked at."""
 
@@ -186,7 +187,8 @@ def centroids(subject: Subject, bank: LatentBank, out: str | None) -> Iterator[L
     if out:
         shown = {name: list(reduce(images, 256)) for name, images in (rows | made).items()}
         count = max(map(len, shown.values()))
-        page = sheet(shown, [str(k + 1) for k in range(count)], zoom=1)
+        zoom = max(THUMBNAIL // subject.backbone.resolution, 1)
+        page = sheet(shown, [str(k + 1) for k in range(count)], zoom=zoom)
         try:
             page.save(out, "PNG")
         except OSError as error:
