@@ -6,13 +6,15 @@
 Tensors have shapes and no data (torch's FakeTensorMode), and `Peak` adds up those that are alive at
 the same time in a forward pass, its gradient and AdamW, of a network with the
 configuration of the public model and LoRA of rank 16. Beside that are the frozen parts: autoencoder
-and text encoders. What is left out: CUDA's own gigabyte or less, workspaces and fragmentation.
+and text encoders. With bf16-mixed all that is frozen is in bfloat16. What is left out: CUDA's own
+gigabyte or less, workspaces and fragmentation.
 """
 
 import argparse
 import resource
 import weakref
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -80,9 +82,13 @@ class LowRank(nn.Module):
         return self.layer(rows) + self.up(self.down(rows))
 
 
-def build(config: dict[str, Any], again: bool) -> tuple[nn.Module, torch.optim.Optimizer]:
+def build(
+    config: dict[str, Any], again: bool, half: bool
+) -> tuple[nn.Module, torch.optim.Optimizer]:
     """Build a network with LoRA, and its optimiser."""
+    torch.set_default_dtype(torch.bfloat16 if half else torch.float32)
     network: Any = UNet2DConditionModel(**config).requires_grad_(False)
+    torch.set_default_dtype(torch.float32)
     for name in PROJECTIONS:
         for place, layer in ends_in(network, name):
             network.set_submodule(place, LowRank(layer))
@@ -99,13 +105,14 @@ def one_step(
     """Do one step: forward, gradient, AdamW."""
     side, added = pixels // 8, {}
     config: Any = network.config
+    ones = partial(torch.ones, batch, dtype=torch.bfloat16 if half else torch.float32)
     if config["addition_embed_type"]:
-        added = {"text_embeds": torch.ones(batch, 1280), "time_ids": torch.ones(batch, 6)}
+        added = {"text_embeds": ones(1280), "time_ids": ones(6)}
     with torch.autocast("cpu", torch.bfloat16) if half else nullcontext():
         answer = network(
-            torch.ones(batch, 4, side, side),
-            torch.ones(batch),
-            torch.ones(batch, 77, config["cross_attention_dim"]),
+            ones(4, side, side),
+            ones(),
+            ones(77, config["cross_attention_dim"]),
             added_cond_kwargs=added,
             return_dict=False,
         )[0]
@@ -117,7 +124,7 @@ def one_step(
 def computed(config: dict[str, Any], pixels: int, batch: int, half: bool, again: bool) -> float:
     """Return the peak of one step in GiB, of the network alone."""
     with FakeTensorMode(), Peak() as peak:
-        one_step(*build(config, again), pixels, batch, half)
+        one_step(*build(config, again, half), pixels, batch, half)
     return peak.most / GIB
 
 
@@ -134,7 +141,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.check:
         expected, before = computed(SD15, args.pixels, 1, False, False), resident()
-        one_step(*build(SD15, False), args.pixels, 1, False)
+        one_step(*build(SD15, False, False), args.pixels, 1, False)
         print(f"SD 1.5, {args.pixels} pixels, batch 1, float32, the UNet alone:")
         print(f"computed {expected:.2f} GiB, measured {resident() - before:.2f} GiB")
         return
@@ -145,7 +152,10 @@ def main() -> None:
                 row = {"model": model, "precision": "bf16-mixed" if half else "32-true"}
                 row["checkpointing"] = "yes" if again else "no"
                 for batch in (1, 4):
-                    peak = computed(config, pixels, batch, half, again) + 4 * frozen / GIB
+                    peak = (
+                        computed(config, pixels, batch, half, again)
+                        + (2 if half else 4) * frozen / GIB
+                    )
                     row[f"batch {batch}"] = f"{peak:.1f} GiB"
                 rows.append(row)
                 print(row, flush=True)

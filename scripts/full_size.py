@@ -244,7 +244,7 @@ def main() -> None:
             "invert": (images, "--bank", bank, *on, "--steps", 2, *where, *options),
             "adapt": (
                 *(images, "--out", root / "adapted", *on, "--steps", 1, "--batch-size", 1),
-                *("--device", args.device, *options),
+                *("--device", args.device, "--precision", "bf16-mixed", *options),
             ),
             "synthesize": (bank, "--out", root / "shards", "--per-class", 1, *where),
         }
@@ -253,8 +253,8 @@ def main() -> None:
             if name == "synthesize" and not cells["invert"][1]:
                 cells[name] = "–", False
                 continue
-            loaded = weights * (torch.float32 if name == "adapt" else half).itemsize
-            cells[name] = measure([name, *words], loaded, args.gib, args.minutes)
+            kept = torch.bfloat16 if name == "adapt" else half
+            cells[name] = measure([name, *words], weights * kept.itemsize, args.gib, args.minutes)
     about = f"{args.dtype}, {args.device}, {torch.get_num_threads()} threads, {processor()}"
     size = f"{args.resolution} pixels" if args.resolution else "its own pixels"
     size += f", prompts of {args.rows} rows" if args.rows else ""

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import shutil
 import sys
 
@@ -126,8 +127,10 @@ def test_the_command_writes_what_it_prints(real, others, tmp_path, monkeypatch, 
     out = tmp_path / "out"
     line = f"evaluate --path {others.root} --real {real.root} --network fashion --out {out}"
     monkeypatch.setattr(sys, "argv", ["latent-augment", *line.split(), "--bootstrap", "5"])
+    monkeypatch.setenv("LATENT_AUGMENT_PROGRESS", "0.001")  # as where there is no terminal
     main()
-    printed = capsys.readouterr().out
+    printed, lines = capsys.readouterr()
+    assert re.search(r"^synthetic: 0 of 120 images, 0 s$", lines, re.MULTILINE), lines
     assert "120 synthetic images against 120 real ones" in printed and "| FID " in printed
     record = json.loads((out / "evaluation.json").read_text())
     assert [row["measure"] for row in record["overall"]][:2] == ["FID", "KID"]

@@ -2,12 +2,14 @@
 
 import json
 import math
+import re
 import subprocess
 import sys
 
 import diffusers
 import pytest
 import torch
+import torch.nn.functional as F
 from checkpoints import dit, lightningdit, sd3, sdxl, stable_diffusion
 from conftest import Cut, call, cut_short, paint
 from safetensors.torch import load_file, save_file
@@ -331,6 +333,30 @@ def test_recomputed_activations_are_the_same(folder, images, tmp_path):
         torch.testing.assert_close(one[key], other[key], rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("kind", ["tiny", "heads", "sd"])
+def test_frozen_weights_in_bfloat16_learn_the_same(kind, folder, images, tmp_path):
+    model = str(folder) if kind == "sd" else "tiny"
+    more = {"sd": {"text_rank": 2}, "heads": {"image_heads": True}}.get(kind, {})
+    how = {"images": images, "backbone": model, "device": "cpu", "sheets": 4, "tokens": True}
+    for precision, dtype in (("32-true", torch.float32), ("bf16-mixed", torch.bfloat16)):
+        settings = AdaptSettings(
+            out=str(tmp_path / precision), precision=precision, **QUICK, **how, **more
+        )
+        backbone = settings.load()
+        adapt_backbone(settings, backbone)
+        dtypes = {"lora": set(), "frozen": set()}
+        for name, weight in backbone.trainable().named_parameters():
+            dtypes["lora" if "lora" in name else "frozen"].add(weight.dtype)
+        assert dtypes["frozen"] == {dtype} and dtypes["lora"] <= {torch.float32}
+    for path in (tmp_path / "32-true").glob("*.safetensors"):
+        whole, half = (load_file(tmp_path / p / path.name) for p in ("32-true", "bf16-mixed"))
+        assert whole.keys() == half.keys() and {v.dtype for v in half.values()} == {torch.float32}
+        rows = [torch.cat([v.flatten() for v in state.values()]) for state in (whole, half)]
+        assert F.cosine_similarity(*rows, dim=0) > 0.98
+    adapted = fresh(model, adapter=tmp_path / "bf16-mixed")
+    assert answers([adapted], [*adapted.adapted_prompts.values()])[0].isfinite().all()
+
+
 def test_what_diffusers_textual_inversion_script_writes_is_read(folder, tmp_path):
     width = 32
     (tmp_path / "ti").mkdir()
@@ -449,7 +475,9 @@ def test_an_adaptation_of_another_model_is_one_sentence(folder, adapted, tmp_pat
 
 def test_the_command_adapts_and_says_how_to_go_on(images, tmp_path, monkeypatch, capsys):
     line = ("adapt", images.root, "--out", tmp_path / "run", "--steps", 2, "--batch-size", 2)
-    code, out, _ = call(monkeypatch, capsys, *line, "--device", "cpu", "--rank", 1)
+    monkeypatch.setenv("LATENT_AUGMENT_PROGRESS", "0.01")  # as where there is no terminal
+    code, out, err = call(monkeypatch, capsys, *line, "--device", "cpu", "--rank", 1)
+    assert re.search(r"^train: \d of 2 steps, \d+ s", err, re.MULTILINE)
     assert code == 0 and "adapted; use it with latent-augment invert" in out
     assert '{"adapter": ' in out
     line = ("adapt", images.root, "--out", tmp_path / "other", "--preset", "x")

@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -131,8 +132,10 @@ def test_a_sweep_prints_intervals_and_does_nothing_twice(root, tmp_path):
     vary = "{data.train.init_args.shots: [1, 3]}"
     command = [sys.executable, "-m", "augment.cli", "sweep", "--recipe", str(file)]
     command += ["--out", str(tmp_path / "out"), "--seeds", "2", "--vary", vary]
-    first = subprocess.run(command, capture_output=True, text=True)
+    lines = os.environ | {"LATENT_AUGMENT_PROGRESS": "0.2"}
+    first = subprocess.run(command, capture_output=True, text=True, env=lines)
     assert first.returncode == 0, first.stderr[-2000:]
+    assert re.search(r"^runs: 3 of 4 runs, .* left, shots 3$", first.stderr, re.MULTILINE)
     assert "2 seeds" in first.stdout and first.stdout.count("±") > 3
     with (tmp_path / "out/runs.csv").open() as table:
         rows = list(csv.DictReader(table))

@@ -76,7 +76,7 @@ class Adaptation(pl.LightningModule):
     """A backbone in training; it is changed in place, and is the adapted one afterwards.
 
     Args:
-        backbone: the model, in float32.
+        backbone: the model, in one of `dtypes`. What is trained is in float32 all the same.
         recipe: what is trained, and how fast.
         targets: ends of the names of the linear layers that get low-rank weights (LoRA, arXiv
             2106.09685).
@@ -89,15 +89,17 @@ class Adaptation(pl.LightningModule):
             and the prompts of their classes.
 
     Raises:
-        UserError: a backbone that cannot be trained or is not in float32, a layer that is not
+        UserError: a backbone that cannot be trained or is of another dtype, a layer that is not
             there, or nothing to train.
 
     Attributes:
         directions: whether a batch needs them.
+        dtypes: of the backbone's frozen weights.
         memory: what a batch takes memory for, beside itself.
     """
 
     directions = False
+    dtypes = (torch.float32, torch.bfloat16)
     memory = ""
 
     def __init__(
@@ -113,7 +115,7 @@ class Adaptation(pl.LightningModule):
     ) -> None:
         super().__init__()
         self.prior_weight = prior_weight
-        self.backbone = check_trainable(backbone, recipe.rank)
+        self.backbone = check_trainable(backbone, recipe.rank, self.dtypes)
         self.recipe, self.words, self.total = recipe, [*(words or {})], total
         self.network = self.backbone.trainable()
         self.network.requires_grad_(False)
@@ -139,6 +141,9 @@ class Adaptation(pl.LightningModule):
         for rows in self.tables.values():
             assert isinstance(rows, TokenRows)
             rows.rows.requires_grad_()
+        for trained in self.parameters():
+            if trained.requires_grad:
+                trained.data = trained.data.float()
         self.strict_loading = False  # a checkpoint has what is trained, not the whole network
 
     def _adaptable(self, option: str) -> Adaptable:
@@ -275,7 +280,9 @@ class Adaptation(pl.LightningModule):
         }
 
 
-def check_trainable(backbone: Backbone, rank: int) -> Trainable:
+def check_trainable(
+    backbone: Backbone, rank: int, dtypes: Sequence[torch.dtype] = (torch.float32,)
+) -> Trainable:
     """Refuse a backbone that cannot be trained, or that cannot load what comes of it."""
     name = backbone.fingerprint["name"]
     if not isinstance(backbone, Trainable):
@@ -288,12 +295,13 @@ def check_trainable(backbone: Backbone, rank: int) -> Trainable:
         )
     if rank and "lora" not in known_options(type(backbone)):
         raise UserError(f"expected rank 0 for {name}, which takes no LoRA, got {rank}")
-    dtypes = {weight.dtype for weight in backbone.trainable().parameters()}
-    if dtypes != {torch.float32}:
-        raise UserError(
-            f"expected {name} in float32 to be trained, got {', '.join(map(str, dtypes))}; "
-            "load it with dtype float32"
-        )
+    for weight in backbone.trainable().parameters():
+        if weight.dtype not in dtypes:
+            names = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+            raise UserError(
+                f"expected {name} in {names} to be trained, got {weight.dtype}; "
+                "load it with another dtype"
+            )
     return backbone
 
 

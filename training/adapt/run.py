@@ -59,7 +59,7 @@ def adapt_backbone(settings: AdaptSettings, backbone: Backbone | None = None) ->
 
     Args:
         settings: of the run.
-        backbone: the model, in float32; by default that of the settings is loaded.
+        backbone: the model, in float32 or bfloat16; by default that of the settings is loaded.
 
     Returns:
         The folder, which `load_backbone` takes as ``adapter``.

@@ -58,10 +58,15 @@ class RunSettings:
         """The name of the backbone; see `augment.sources.source.choose_backbone`."""
         return choose_backbone(self.backbone, self.source.examples())
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Precision of the backbone's weights."""
+        return torch.float32
+
     def load(self) -> Backbone:
-        """Load the backbone, in float32."""
+        """Load the backbone."""
         options, device = self.backbone_options or {}, planning_device(self.device)
-        return load_backbone(self.model, device, torch.float32, **options)
+        return load_backbone(self.model, device, self.dtype, **options)
 
     def check_classes(self, texts: Mapping[str, str] | None, what: str) -> dict[str, str]:
         """Return texts by class, of the classes that there are."""
@@ -133,7 +138,8 @@ class AdaptSettings(RunSettings):
         seed: seed of all random draws.
         device: device such as cuda or cpu; by default the GPU if there is one.
         devices: number of processes, each on a device of its own.
-        precision: precision of the training; bf16-mixed computes in bfloat16 where it can.
+        precision: 32-true, or bf16-mixed: computes in bfloat16, and keeps weights in it that are
+            not trained.
         workers: number of processes that load images.
         backbone_options: options of the backbone, as YAML such as '{resolution: 384}'.
 
@@ -188,6 +194,11 @@ class AdaptSettings(RunSettings):
         """What must not be forgotten, if anything."""
         given = Prior(self.prior_prompt, self.prior_weight, self.prior_images)
         return given if self.prior_prompt else None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Precision of the backbone's weights, which are frozen."""
+        return torch.bfloat16 if self.precision == "bf16-mixed" else torch.float32
 
     @cached_property
     def recipe(self) -> Recipe:

@@ -95,6 +95,7 @@ class SmoothDiffusion(Adaptation):
 
     a: Tensor
     directions = True
+    dtypes = (torch.float32,)
     memory = " and its second derivatives"
 
     def __init__(

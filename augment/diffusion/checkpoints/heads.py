@@ -163,6 +163,6 @@ class ImageHeads(nn.Module):
         self, down: Tensor, up: Tensor, layer: nn.Module, given: tuple[Tensor], output: Tensor
     ) -> Tensor:
         """Add the mixture of heads of each row to a layer's output."""
-        low = F.linear(given[0], down)
+        low = F.linear(given[0].to(down), down)
         mixed = torch.einsum("bm,mor->bor", self.weights.to(up), up)
-        return output + torch.einsum("b...r,bor->b...o", low, mixed)
+        return output + torch.einsum("b...r,bor->b...o", low, mixed).to(output)
