@@ -151,11 +151,9 @@ def main() -> None:
             for again in (False, True):
                 row = {"model": model, "precision": "bf16-mixed" if half else "32-true"}
                 row["checkpointing"] = "yes" if again else "no"
+                beside = (2 if half else 4) * frozen / GIB
                 for batch in (1, 4):
-                    peak = (
-                        computed(config, pixels, batch, half, again)
-                        + (2 if half else 4) * frozen / GIB
-                    )
+                    peak = computed(config, pixels, batch, half, again) + beside
                     row[f"batch {batch}"] = f"{peak:.1f} GiB"
                 rows.append(row)
                 print(row, flush=True)

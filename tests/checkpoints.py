@@ -484,7 +484,7 @@ def z_image(folder: Path, seed: int = 0, time: float = 1.0, **scheduler: Any) ->
 
 
 def flux2(folder: Path, seed: int = 0, distilled: bool = False, **scheduler: Any) -> Path:
-    """Write FLUX.2 [klein]: Qwen3 of 28 layers, an autoencoder with a batch norm of patches."""
+    """Write FLUX.2 [klein]: Qwen3 of 30 layers, an autoencoder with a batch norm of patches."""
     from diffusers import (
         AutoencoderKLFlux2,
         FlowMatchEulerDiscreteScheduler,
@@ -508,7 +508,7 @@ def flux2(folder: Path, seed: int = 0, distilled: bool = False, **scheduler: Any
     pipe = Flux2KleinPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
         vae=vae,
-        text_encoder=qwen("Qwen3ForCausalLM", 28),
+        text_encoder=qwen("Qwen3ForCausalLM", 30),
         tokenizer=qwen_tokenizer(),
         transformer=transformer,
         is_distilled=distilled,

@@ -6,7 +6,7 @@ patches are its own matter. The shift of its noise levels also depends on the nu
 here that is an option, so that a bank can be sampled in another number of steps.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,6 +24,12 @@ from augment.diffusion.backbones.flow_transformer import (
 )
 from augment.diffusion.checkpoints.checkpoint import Checkpoint
 from augment.diffusion.usage import PHOTO, Usage
+
+
+LAYERS = 28
+"""Layers of Qwen3 that are kept: the 9th, 18th and 27th are read. The output of the last one that a
+text encoder has is normalised, so there has to be one more.
+"""
 
 
 class Flux2Klein(FlowTransformer):
@@ -63,6 +69,13 @@ class Flux2Klein(FlowTransformer):
         self.rows, self.shift_steps = max_sequence_length, shift_steps
         super().__init__(checkpoint, device, dtype, **options)
         self.fingerprint["max_sequence_length"] = str(max_sequence_length)
+
+    def load(self, checkpoint: Checkpoint, parts: Sequence[str]) -> Any:
+        """Load the pipeline, without the layers of the text encoder that nothing reads."""
+        pipe = super().load(checkpoint, parts)
+        decoder = pipe.text_encoder.model
+        decoder.layers = decoder.layers[:LAYERS]
+        return pipe
 
     def mu(self, config: Mapping[str, Any]) -> float:
         """Return the logarithm of the shift: linear in tokens at 10 and 200 steps, and between.
