@@ -25,7 +25,6 @@ from augment.diffusion.backbones.flow_transformer import (
 from augment.diffusion.checkpoints.checkpoint import Checkpoint
 from augment.diffusion.usage import PHOTO, Usage
 
-
 LAYERS = 28
 """Layers of Qwen3 that are kept: the 9th, 18th and 27th are read. The output of the last one that a
 text encoder has is normalised, so there has to be one more.
