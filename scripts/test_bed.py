@@ -183,7 +183,7 @@ class Learner:
 LEARNERS = (
     Learner("scratch", "resnet12", (("width", 8),)),
     Learner("head"),
-    Learner("lite0", "lite0", (), True, 64, 60, 32, 5e-4, mixup=0.2),
+    Learner("lite0", "lite0", (), True, 64, 200, 32, 5e-4, mixup=0.2),
 )
 
 
