@@ -9,6 +9,7 @@ import pytest
 
 from augment.core import progress
 from augment.core.progress import EVERY, Progress
+from augment.training.lightning import Lines
 
 
 @pytest.fixture(autouse=True)
@@ -41,6 +42,14 @@ def test_work_that_an_error_ended_is_forgotten(monkeypatch):
     end = progress._ends[0]
     del bar
     assert not progress._bars and not progress._ends and end.is_set()
+
+
+def test_a_training_that_fails_is_no_longer_under_way(monkeypatch):
+    monkeypatch.setenv(EVERY, "3600")
+    lines = Lines()
+    lines.bar = Progress(total=3, desc="train")
+    lines.on_exception(None, None, ValueError())
+    assert not progress._bars
 
 
 def test_bars_draw_nothing_where_there_are_lines(monkeypatch, capsys):
