@@ -6,6 +6,8 @@ import time
 from weakref import WeakValueDictionary
 
 import pytest
+from pytorch_lightning import Trainer
+from pytorch_lightning.demos.boring_classes import BoringModel
 
 from augment.core import progress
 from augment.core.progress import EVERY, Progress
@@ -44,12 +46,24 @@ def test_work_that_an_error_ended_is_forgotten(monkeypatch):
     assert not progress._bars and not progress._ends and end.is_set()
 
 
-def test_a_training_that_fails_is_no_longer_under_way(monkeypatch):
+class Broken(BoringModel):
+    """A module whose first step fails."""
+
+    def training_step(self, batch, batch_idx):
+        assert progress._bars, "its work is under way"
+        raise ValueError("broken")
+
+
+def test_a_training_that_fails_is_no_longer_under_way(monkeypatch, tmp_path):
     monkeypatch.setenv(EVERY, "3600")
     lines = Lines()
-    lines.bar = Progress(total=3, desc="train")
-    lines.on_exception(None, None, ValueError())
-    assert not progress._bars
+    trainer = Trainer(
+        default_root_dir=tmp_path, max_steps=1, callbacks=[lines], accelerator="cpu", logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="broken"):
+        trainer.fit(Broken())
+    assert lines.bar is not None and not progress._bars
 
 
 def test_bars_draw_nothing_where_there_are_lines(monkeypatch, capsys):
