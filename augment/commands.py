@@ -255,6 +255,8 @@ def evaluate(
     from augment.shards.dataset import open_images
     from augment.sources import as_source
 
+    if out and real is not None:
+        as_source(real).keep_out(Path(out))
     if (Path(path) / "manifest.json").exists():
         bank = LatentBank.open(path)
         model = None if real is None else load_backbone(**bank.recipe_with(backbone), device=device)
@@ -267,7 +269,7 @@ def evaluate(
     elif not (network or weights):
         raise UserError(
             "expected --network, whose features are compared, or --weights of one, got neither; "
-            "pass --network fashion, resnet50 or another one"
+            "pass --network lite0 or resnet50 for photographs, fashion for grey clothes"
         )
     else:
         fake = open_images(path)
@@ -328,7 +330,8 @@ def report(
         Rule.parse(name)  # what can be refused is refused before gigabytes are loaded
     model = load_backbone(**opened.recipe_with(backbone), device=device) if names else None
     judge = feature_network(network, "", find_device(device)) if network else None
-    typed = command("report", options)
+    place = images if images is None or isinstance(images, str) else str(images.root)
+    typed = command("report", options | {"images": place})
     write_report(opened, out, shards, model, names, classes, images, pool, typed, judge)
     print(f"{out}: written; open it in a browser")
     return {"report": out}

@@ -128,6 +128,11 @@ class TrainCLI(LightningCLI):
         if not fit:
             config["ckpt_path"] = path
         self.monitor, self.checkpoints = (kept["monitor"], kept["mode"]), Path(kept["dirpath"])
+        if kept["save_top_k"] not in (-1, 0, 1):
+            raise UserError(
+                f"expected checkpoint.save_top_k 1, for best.ckpt, got {kept['save_top_k']}; to "
+                "keep more, add a ModelCheckpoint to trainer.callbacks"
+            )
         kept["monitor"], kept["mode"] = None, "min"  # for what keeps the last
         kept["save_last"] = kept["filename"] != "last"
         try:
@@ -204,6 +209,7 @@ class TrainCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """Make the trainer, which by default logs to ``metrics.csv``."""
         config, fit = self._get(self.config_init, "trainer"), self.subcommand == "fit"
+        self.datamodule.keep_out(self.root)
         if fit and lightning.is_first_rank():
             lock = self.held.enter_context(locked(self.root))
             folder = self.config[self.subcommand]["checkpoint"]["dirpath"]
@@ -215,8 +221,8 @@ class TrainCLI(LightningCLI):
             kwargs["log_every_n_steps"] = min(config["log_every_n_steps"] or 50, steps)
             limit, each = config["max_steps"], self.datamodule.draws.asked
             if config["max_epochs"] is None and limit > 0 and each:  # for the progress bar
-                batches = limit * config["accumulate_grad_batches"]
-                kwargs["max_epochs"] = -(-batches // each)
+                steps = -(-each // config["accumulate_grad_batches"])
+                kwargs["max_epochs"] = -(-limit // steps)
             kwargs["callbacks"] = [*_listed(config["callbacks"]), *self._best()]
         plugins = [*_listed(config["plugins"]), lightning.SafeCheckpoints()]
         return super().instantiate_trainer(plugins=plugins, **kwargs)
@@ -240,6 +246,8 @@ class TrainCLI(LightningCLI):
         """Resume the last checkpoint of the same run, if there is one."""
         config, last = self.config_init["fit"], self.checkpoints / "last.ckpt"
         self.datamodule.check_trainer(self.trainer)
+        if self.model.hp.tau == "val" and "test" in self.datamodule.held_out:
+            self.datamodule.all_of("val")  # which refuses none, before hours of training
         begun = config["ckpt_path"] is None and last.exists()
         remember(self.root / "run.json", self._settings(), "--trainer.default-root-dir", begun)
         if begun:  # before contents are compared: a renamed class explains more

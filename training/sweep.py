@@ -1,6 +1,8 @@
 """Several seeds, and several values of a setting, in one command: a table with 95 % intervals."""
 
+import copy
 import itertools
+import json
 import os
 import re
 import signal
@@ -18,7 +20,7 @@ from jsonargparse import ArgumentParser
 from augment.cli import main
 from augment.config import allowed, find_config, quote_names
 from augment.core.errors import UserError
-from augment.core.files import JsonObject, locked, read_json, remember, write_table
+from augment.core.files import JsonObject, locked, read_json, remember, sha256, write_table
 from augment.core.progress import Progress
 from augment.training.checks import expect
 from augment.training.data.identity import IMAGES
@@ -82,11 +84,16 @@ def sweep(
 
 def _train(base: Config, chosen: Config, seed: int, out: Path) -> dict[str, float]:
     """Return the test results of one run, in a process of its own; read back if it is done."""
-    parts = [f"{key.split('.')[-1]}-{value}".replace("/", "-") for key, value in chosen.items()]
+    parts = [f"{key.split('.')[-1]}-{_named(value)}" for key, value in chosen.items()]
     folder = out / "_".join([*parts, f"seed-{seed}"])
-    config = seeded(base, seed)
-    for key, value in {**chosen, "trainer.default_root_dir": str(folder)}.items():
-        assign(config, key, value)
+    config = copy.deepcopy(base)
+    for key, value in chosen.items():
+        assign(config, key, copy.deepcopy(value))
+    config = seeded(config, seed)
+    for key, value in chosen.items():  # a seed that is varied itself stays as it is
+        if key.split(".")[-1] == "seed":
+            assign(config, key, value)
+    assign(config, "trainer.default_root_dir", str(folder))
     assign(config, "seed_everything", seed)
     assign(config, "trainer.enable_progress_bar", False)
     file, done = folder / "given.json", folder / "test.json"
@@ -100,6 +107,12 @@ def _train(base: Config, chosen: Config, seed: int, out: Path) -> dict[str, floa
     else:
         check_finished(config, folder)
     return read_json(done, "the test of a run")
+
+
+def _named(value: Any) -> str:
+    """Return a value for the name of a folder: itself if it is short, or else a digest."""
+    text = str(value).replace("/", "-")
+    return text if len(text) <= 40 else sha256(json.dumps(value, sort_keys=True).encode())[:8]
 
 
 def check_finished(config: Config, folder: Path) -> None:

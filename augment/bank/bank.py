@@ -8,6 +8,7 @@ a process reads them.
 import hashlib
 import json
 import os
+import sys
 from array import array
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -160,8 +161,7 @@ class LatentBank:
     @property
     def guidance(self) -> float:
         """Scale of guidance to sample with; of an older bank that of the inversion."""
-        usage = self.manifest.usage
-        return float(self.inversion["guidance"] if usage is None else usage.guidance)
+        return self.manifest.guidance
 
     @property
     def inverted_by(self) -> str:
@@ -522,6 +522,8 @@ def _free_memory(device: torch.device) -> int:
     """Return four fifths of the free bytes of a device."""
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0]
+    elif "SC_AVPHYS_PAGES" not in os.sysconf_names:  # macOS
+        return sys.maxsize
     else:
         free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return free * 4 // 5

@@ -44,6 +44,7 @@ from augment.bank.format import (
     file_of,
     parts_of,
     read_manifest,
+    require_same_guidance,
     require_same_making,
 )
 from augment.centroid.prior import nominal_norm
@@ -138,7 +139,8 @@ class InvertSettings:
         backbone_options: options of the backbone, as YAML such as '{resolution: 384, lora: FILE}'.
         errors: sample every latent back and record how much is lost; false halves the time.
         clean: keep the clean latents too.
-        max_rejects: largest share of images that may be left out because they cannot be read.
+        max_rejects: largest share of images that may be left out because they cannot be read; one
+            may be, unless it is 0.
         links: follow links that lead out of the folder.
         nested: read the images in all sub-folders of a class folder too.
         background: colour behind transparent pixels, such as '#808080'; by default white.
@@ -190,7 +192,13 @@ class InvertSettings:
         """Return the name of the backbone; see `augment.sources.source.choose_backbone`."""
         begun = Path(self.bank) / "manifest.json"
         if self.backbone == "auto" and begun.exists():
-            return str(read_manifest(Path(self.bank)).recipe["name_or_path"])
+            recipe = read_manifest(Path(self.bank)).recipe
+            if not recipe:
+                raise UserError(
+                    f"expected a backbone by name, as the bank {self.bank} does not say which made "
+                    "it, got auto; name it with --backbone"
+                )
+            return str(recipe["name_or_path"])
         return choose_backbone(self.backbone, source.examples())
 
 
@@ -305,6 +313,7 @@ class InversionJob:
     template: str = ""
     captions: dict[str, str] = field(default_factory=dict)
     usage: Usage = field(default=Usage(), init=False)
+    asked: float | None = field(default=None, init=False)
     title: str = field(default="invert", init=False)
     manifest: Manifest | None = field(default=None, init=False)
     recipe: Recipe = field(default_factory=dict, init=False)
@@ -324,7 +333,8 @@ class InversionJob:
             others = {**others, "level": settings.level}
         inverter(settings.inversion, steps=_or(settings.steps, 25), **others)  # before it loads
         where = {"device": settings.device, "dtype": parse_dtype(settings.dtype)}
-        here = where | {"device": planning_device(settings.device, settings.executor)}
+        device = planning_device(settings.device, settings.executor, settings.dry_run)
+        here = where | {"device": device}
         kept = [name for name in ("errors", "clean") if getattr(settings, name)]
         backbone = load_backbone(settings.model(source), **here, **options)
         prompts, template = _prompts(backbone, source.classes, template, settings.prompts)
@@ -340,11 +350,7 @@ class InversionJob:
         """Refuse what can be refused before anything is read or written."""
         check_batch(self.batch_size)
         check_folder(self.path)
-        if self.path.resolve().is_relative_to(self.source.root.resolve()):
-            raise UserError(
-                f"expected a bank beside the images in {self.source.root}, got {self.path} in "
-                "them; choose another place"
-            )
+        self.source.keep_out(self.path)
         check_share(self.max_rejects)
         names = list(self.source.ids)
         self.prompts = by_class(self.prompts, names)
@@ -365,7 +371,8 @@ class InversionJob:
         texts = [self.prompts.get(name, "") for name in names]
         scale = self._choose_guidance(any(texts) or REFERENCE in self.backbone.fingerprint)
         check_guidance(self.method, self.backbone, texts, scale)
-        self.backbone.condition(texts)
+        for text in dict.fromkeys(texts):  # one by one: those of 1000 classes fill a GPU
+            self.backbone.condition([text])
         if self.captions:
             check_captions(self.source, self.captions)
             for text in sorted(self.captions.values(), key=len)[-_LONGEST:]:
@@ -375,6 +382,7 @@ class InversionJob:
         """Fill in the guidance of sampling, and that of the inversion, which is returned."""
         assert self.backbone is not None
         usual, given = self.backbone.usage.guidance, self.guidance is not None
+        self.asked = self.guidance
         if self.guidance is None:
             self.guidance = self.method.guidance
         if not math.isfinite(self.guidance):
@@ -437,6 +445,8 @@ class InversionJob:
         self.recipe = backbone.recipe  # not that of an older run
         if old is not None:
             require_same_making(self.path, old, new)
+            if self.asked is not None:
+                require_same_guidance(self.path, old, new)
             kept = ("recipe", "made_with", "usage", "resolution")
             same = {key: getattr(old, key) for key in kept}
             new = replace(new, fingerprint=old.fingerprint, **same)
@@ -594,7 +604,10 @@ class InversionJob:
 def _remove_strays(root: Path, planned: set[Path]) -> None:
     """Remove files of chunks that are no longer planned, whose names others may get."""
     for folder in (path for path in root.iterdir() if path.name.isdigit() and path.is_dir()):
-        for file in folder.iterdir():
+        files: list[Path] = []
+        with suppress(FileNotFoundError):  # another process removed it, as it was empty
+            files = list(folder.iterdir())
+        for file in files:
             if (
                 CHUNK_FILE.fullmatch(file.name)
                 and file.with_name(file.name.split(".")[0]) not in planned

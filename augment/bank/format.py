@@ -55,7 +55,7 @@ from augment.diffusion import PATHS
 from augment.diffusion.backbone import Recipe
 from augment.diffusion.usage import Usage
 from augment.inversion import INVERTERS
-from augment.sources.images import FITTING, preprocessing
+from augment.sources.images import FITTING, SUFFIXES, preprocessing
 from augment.sources.source import Source
 
 CHUNK = 256
@@ -124,6 +124,12 @@ class BankSettings:
     made_with: dict[str, str]
     usage: Usage | None = field(default=None, kw_only=True)
     resolution: int | None = field(default=None, kw_only=True)
+
+    @property
+    def guidance(self) -> float:
+        """Scale of guidance to sample with; of an older bank that of the inversion."""
+        inversion = self.fingerprint.inversion
+        return float(inversion["guidance"] if self.usage is None else self.usage.guidance)
 
     def __post_init__(self) -> None:
         """Refuse what no version wrote."""
@@ -415,13 +421,19 @@ def require_same_making(path: Path, have: BankSettings, want: BankSettings) -> N
     require_same(path, *({"preprocessing": way} for way in ways))
 
 
+def require_same_guidance(path: Path, have: BankSettings, want: BankSettings) -> None:
+    """Raise `BankMismatch` for two banks that are sampled with different guidance."""
+    require_same(path, *({"guidance to sample with": one.guidance} for one in (have, want)))
+
+
 def require_same(path: Path, have: JsonObject, want: JsonObject) -> None:
     """Raise `BankMismatch` for the first field in which two fingerprints differ."""
     for key in {**want, **have}:
         if have.get(key) != want.get(key):
             raise BankMismatch(
-                f"expected bank {path} to be made with {key} = {want.get(key)}, got "
-                f"{have.get(key)}; use that one, or rebuild the bank with latent-augment invert"
+                f"expected bank {path} to be made with {key} = {want.get(key)}, got one that is "
+                f"made with {have.get(key)}; ask for that, or make another bank with "
+                "latent-augment invert"
             )
 
 
@@ -435,6 +447,11 @@ def read_manifest(path: Path) -> Manifest:
     try:
         return read(Manifest, path / "manifest.json")
     except Missing:
+        if any(file.suffix.lower() in SUFFIXES for file in path.glob("*/*")):
+            raise Missing(
+                f"expected a bank at {path}, got a folder of images; make a bank of them with "
+                f"latent-augment invert {path} --bank BANK"
+            ) from None
         raise Missing(
             f"expected a bank at {path}, got no manifest.json there; check the path, or make a "
             "lost one again with latent-augment verify --repair"

@@ -20,6 +20,7 @@ from augment.bank.format import (
     file_of,
     parts_of,
     read_manifest,
+    require_same_guidance,
     require_same_making,
 )
 from augment.core.errors import Missing, UserError
@@ -59,6 +60,7 @@ def _assemble(banks: list[tuple[LatentBank, list[str] | None]], out: Path) -> La
     origins: dict[tuple[str, int], Chunk] = {}
     for bank, wanted in banks:
         require_same_making(bank.path, bank.manifest, first)
+        require_same_guidance(bank.path, bank.manifest, first)
         for name in dict.fromkeys(list(bank.classes) if wanted is None else wanted):
             prompt = bank.prompt(name)
             entry = classes.setdefault(name, ClassEntry(name, f"{len(classes):04d}", prompt, []))

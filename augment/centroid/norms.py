@@ -20,7 +20,7 @@ rule           gain g, or what the result is                      norm of the re
 ``circle``     a place on the great circle of two                that of the two, where it is one
 =============  ================================================  ==================================
 
-``lin``, ``fix`` and ``nin`` are those of Landolsi & Kahl, *Add  sing degeneracies in latent
+``lin``, ``fix`` and ``nin`` are those of Landolsi & Kahl, *Addressing degeneracies in latent
 interpolation for diffusion models*, arXiv 2505.07481, sec. 3. ``mode`` is the standardised centroid
 of the chi law (see `augment.centroid.prior`). ``vp`` is the variance-preserving gain of Bodin et
 al., *Linear combinations of latents in generative models*, arXiv 2408.08558; with the split ``mu``,

@@ -98,5 +98,8 @@ def lookup(table: Mapping[str, T], name: str, what: str) -> T:
     """
     if name not in table:
         names = ", ".join(table)
-        raise UserError(f"expected a {what} out of {names}, got {name!r}; choose one of these")
+        article = "an" if what[0] in "aeiou" else "a"
+        raise UserError(
+            f"expected {article} {what} out of {names}, got {name!r}; choose one of these"
+        )
     return table[name]

@@ -109,8 +109,8 @@ def level_number(steps: int, strength: float) -> int:
     number = int(steps * strength)
     if number < 1:
         raise UserError(
-            f"expected a level of at least {1 / steps:.3g}, one of {steps} steps, got {strength}; "
-            "take a higher level or more steps"
+            f"expected a level of at least {math.ceil(1e4 / steps) / 1e4:g}, one of {steps} steps, "
+            f"got {strength}; take a higher level or more steps"
         )
     return number
 

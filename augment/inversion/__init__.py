@@ -131,7 +131,7 @@ def check_guidance(
         raise UserError(
             f"expected a prompt for every image and a guidance other than 1 for "
             f"{type(run).__name__}, got {'guidance 1' if guidance == 1 else 'none for some'}; "
-            "give prompts, or take another inversion"
+            "give prompts and a guidance such as 7.5, or take another inversion, such as ddim"
         )
 
 

@@ -93,7 +93,9 @@ def stripe() -> tuple[int, int]:
     return rank, world
 
 
-def planning_device(device: str | None, executor: str = "local") -> str | None:
+def planning_device(
+    device: str | None, executor: str = "local", dry_run: bool = False
+) -> str | None:
     """Return where this process loads the backbone of a job.
 
     That is a GPU of its own for a rank of ``torchrun``, and the CPU if other processes do the work.
@@ -101,8 +103,9 @@ def planning_device(device: str | None, executor: str = "local") -> str | None:
     Args:
         device: the device that the user asked for, if any.
         executor: a key of `EXECUTORS`.
+        dry_run: whether this process does a unit itself, to see how long it takes.
     """
-    if executor != "local":
+    if executor != "local" and not dry_run:
         return "cpu"
     if device is None and "LOCAL_RANK" in os.environ and torch.cuda.is_available():
         return f"cuda:{int(os.environ['LOCAL_RANK']) % torch.cuda.device_count()}"

@@ -247,7 +247,8 @@ def _bias_finding(classes: Sequence[ClassHealth]) -> Finding:
     """Say whether rules without a mean split are safe."""
     biased = [c for c in classes if c.statistics.biased]
     if not biased:
-        return Finding("good", "Bias", "No class has a significant channel bias: any rule will do.")
+        some = "No class has a" if len(classes) > 1 else "The class has no"
+        return Finding("good", "Bias", f"{some} significant channel bias: any rule will do.")
     bad = [c for c in biased if c.fixed_bias >= BIAS_THRESHOLD]
     worst = max(biased, key=lambda c: c.fixed_bias)
     mean, error = worst.statistics.largest
@@ -295,9 +296,9 @@ def norm_finding(mean: float, count: int, dim: int, inversion: str) -> Finding:
         return Finding("good", "Norm", f"Latents are as long as white noise: {numbers}.")
     word = "shorter" if mean < law else "longer"
     text = (
-        f"Latents are {abs(mean / law - 1):.0%} {word} than white noise ({numbers}). fix and vp "
-        "bring centroids to √D all the same; nin keeps the length of the members, and fade goes "
-        "from that, where one image is nearly alone, to √D."
+        f"Latents are {abs(mean / law - 1):.0%} {word} than white noise ({numbers}). Centroids by "
+        "fix and vp have the length of noise all the same (√D), by nin that of their members; by "
+        "fade they are between: like a member where one dominates, like noise where many mix."
     )
     text += _unless(inversion, "forward_start", "Latents of forward_start have the length.")
     return Finding("warning", "Norm", text)

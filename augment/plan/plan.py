@@ -108,6 +108,10 @@ class Plan:
                 raise ValueError("members, weights and classes of different numbers")
             if plan.level is not None and not 0 < plan.level <= 1:
                 raise ValueError("a level outside (0, 1]")
+            if not 0 <= plan.noise < 1:
+                raise ValueError("noise outside [0, 1)")
+            if min(plan.weights) < 0 or abs(sum(plan.weights) - 1) > 1e-6:
+                raise ValueError("weights that are not at least 0 and 1 in all")
             return plan
         except (ValueError, RecursionError) as error:
             raise UserError(f"expected a plan as JSON, got {line[:60]!r} ({error})") from None

@@ -248,6 +248,8 @@ class Planner:
 
 COPY_THRESHOLD = 1.1
 """Effective count of points below which a mixture is nearly a copy of one of them."""
+LONE_NOISE = 0.3
+"""Share of noise below which images of a class of one image are nearly copies."""
 
 
 def warn_of_copies(planner: Planner, labels: Iterable[int]) -> None:
@@ -264,11 +266,12 @@ def warn_of_copies(planner: Planner, labels: Iterable[int]) -> None:
         ids = planner.images[names[label]]
         count = min(mixing.members or len(ids), len(ids)) * planner.classes
         share = (1 - mixing.noise) ** 2 / expected_count(mixing.concentration, count)
-        if 1 / (share + mixing.noise**2) < COPY_THRESHOLD:
+        lonely = len(ids) == 1 and mixing.noise < LONE_NOISE
+        if lonely or (mixing.noise <= 0.5 and 1 / (share + mixing.noise**2) < COPY_THRESHOLD):
             copies.append(f"{names[label]!r} ({len(ids)} real)")
             lone += len(ids) == 1
     if copies:
-        cures = ["add fresh noise, such as noise 0.3"]
+        cures = [f"add fresh noise, such as noise {LONE_NOISE}"]
         if lone:
             cures += ["add real images to a class of one, which gives the same latent each time"]
             cures += ["invert with --inversion noise, where each image has noise of its own"]

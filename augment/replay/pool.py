@@ -153,6 +153,11 @@ class ReplayPool(Transforms, Dataset[Sample]):
                     )
                 time.sleep(0.02)
 
+    @property
+    def soft(self) -> bool:
+        """Whether a label is a share of each class in place of a number."""
+        return bool(self.store.layout["form"][2])
+
     def __getstate__(self) -> JsonObject:
         return {key: self.__dict__[key] for key in self.__dict__ if key not in ("dataset", "_stop")}
 

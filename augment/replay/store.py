@@ -203,7 +203,7 @@ def layout_of(dataset: Any, sample: Sample, capacity: int) -> JsonObject:
             f"expected images in [0, 1], got one from {low:.3g} to {high:.3g}; give other "
             "transforms to the pool, which applies them at every draw"
         )
-    names = list(dataset.classes)
+    names = list(getattr(dataset, "classes", ()))
     layout = {"capacity": capacity, "form": form_of(*sample)[0], "classes": names}
     layout |= {"length": len(dataset)}
     if (synthesizer := getattr(dataset, "synthesizer", None)) is not None:
@@ -212,14 +212,15 @@ def layout_of(dataset: Any, sample: Sample, capacity: int) -> JsonObject:
             "rule": synthesizer.rule,
             "prompts": synthesizer.prompts and synthesizer.texts,
         }
-        layout |= {"fingerprint": synthesizer.bank.fingerprint}
+        bank = synthesizer.bank
+        layout |= {"fingerprint": bank.fingerprint, "bank": bank.digest}
         if synthesizer.reference_rule:
             layout |= {"reference_rule": synthesizer.reference_rule}
     if contexts := getattr(getattr(dataset, "planner", None), "contexts", ()):
         layout |= {"contexts": sha256(json.dumps(contexts).encode())}
     if (plan := getattr(dataset, "plan", None)) is not None:
         dataset.set_epoch(0)
-        plans = [plan(index).to_json() for index in range(len(names))]
+        plans = [plan(index).to_json() for index in range(min(len(names), len(dataset)))]
         layout |= {"plans": sha256("".join(plans).encode())}
     return layout
 

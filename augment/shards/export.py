@@ -185,9 +185,9 @@ def write_parquet(shards: Shards, columns: Sequence[str], out: Path) -> None:
     total = len(shards.paths)
     for number in Progress(range(total), "export", unit="shard", delay=2, leave=False):
         path = out / f"train-{number:05d}-of-{total:05d}.parquet"
-        if path.is_file():
-            continue
         indices = range(*shards.starts[number : number + 2])
+        if path.is_file() and _images_of(path) == [shards.read(i) for i in indices]:
+            continue
         with replacing(path) as file, parquet.ParquetWriter(file, schema) as writer:
             for start in range(indices.start, indices.stop, GROUP):
                 part = [_row(shards, i) for i in range(start, min(start + GROUP, indices.stop))]
@@ -199,6 +199,17 @@ def write_parquet(shards: Shards, columns: Sequence[str], out: Path) -> None:
                         f"got others ({error}); export without parquet"
                     ) from None
                 writer.write_table(table)
+
+
+def _images_of(path: Path) -> list[bytes]:
+    """Return the images of a parquet file; none of a damaged one."""
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    try:
+        return [row["bytes"] for row in parquet.read_table(path)["image"].to_pylist()]
+    except (pa.ArrowException, KeyError, TypeError):
+        return []
 
 
 def _row(shards: Shards, index: int) -> JsonObject:

@@ -146,9 +146,8 @@ class ShardJob:
         refuse_reserved(options, "name_or_path", "device", "dtype")
         recipe = bank.recipe_with(settings.backbone) | options
         where: dict[str, Any] = {"device": settings.device, "dtype": parse_dtype(settings.dtype)}
-        here: dict[str, Any] = (
-            recipe | where | {"device": planning_device(settings.device, settings.executor)}
-        )
+        device = planning_device(settings.device, settings.executor, settings.dry_run)
+        here: dict[str, Any] = recipe | where | {"device": device}
         synthesizer = Synthesizer(
             load_backbone(**here),
             bank,

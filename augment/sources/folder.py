@@ -157,6 +157,14 @@ class Folder(Source):
         got = _passed_over(passed) if passed.total() else "none"
         return f"expected {what}, got {got}; {advice}"
 
+    def keep_out(self, place: Path) -> None:
+        """Refuse to write to a place in the folder; see `Source.keep_out`."""
+        if place.resolve().is_relative_to(self.root.resolve()):
+            raise UserError(
+                f"expected a place beside the images in {self.root}, got {place} in them; choose "
+                "another"
+            )
+
     def read(self, image_id: str) -> bytes:
         """Return the bytes of an image's file; raise `OSError` if it cannot be read."""
         path = self.root / image_id
@@ -172,4 +180,5 @@ def _passed_over(reasons: Counter[str]) -> str:
     '10 files passed over: 6 heic, 4 in sub-folders'
     """
     counts = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common() if count)
-    return f"{reasons.total()} files passed over: {counts}"
+    some = f"{reasons.total()} file{'s' * (reasons.total() > 1)}"
+    return f"{some} passed over: {counts}"

@@ -87,7 +87,7 @@ class Items(Source):
         for index, label in enumerate(labels):
             folder = re.sub(r"[^\w .,()'&+-]|^\.", "_", names[label])
             self.ids[names[label]].append(f"{folder}/{index:06d}")
-        self._last = ("", b"")
+        self._last: tuple[object, bytes] = (None, b"")
         with suppress(OSError):  # an unreadable file is reported when it is needed
             self._picture(self.samples[0][0])
 
@@ -111,12 +111,13 @@ class Items(Source):
             OSError: there is none, or it cannot be read.
             UserError: the item is no (image, label).
         """
+        asked = image_id, self.background
         last, content = self._last
-        if last != image_id:
+        if last != asked:
             buffer = io.BytesIO()
             self._picture(image_id).save(buffer, "PNG")
             content = buffer.getvalue()
-            self._last = (image_id, content)  # size and digest are asked for in a row
+            self._last = (asked, content)  # size and digest are asked for in a row
         return content
 
     def size(self, image_id: str) -> int:

@@ -54,7 +54,8 @@ def as_kind(image: Any, kind: str) -> Any:
     if kind == "pil":
         return to_pil(image if image.is_floating_point() else image / 255).convert("RGB")
     if kind == "uint8":
-        return (image * 255).round().to(torch.uint8) if image.is_floating_point() else image
+        pixels = (image.clamp(0, 1) * 255).round() if image.is_floating_point() else image
+        return pixels.to(torch.uint8)
     return image if image.is_floating_point() else image / 255
 
 

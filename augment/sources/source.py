@@ -1,5 +1,6 @@
 """A source: labelled images with ids and bytes, as a torch Dataset."""
 
+import math
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -32,10 +33,10 @@ def check_share(max_rejects: float) -> None:
 
 def refuse_rejects(count: int, total: int, max_rejects: float, what: str, first: str) -> None:
     """Raise `ImageRejected` if more than a share of all images are rejected."""
-    if count > max_rejects * total:
+    if count > math.ceil(max_rejects * total):  # one of a few is no sign that something is wrong
         raise ImageRejected(
             f"expected no more than {max_rejects:.1%} of {total} {what} to be rejected, got "
-            f"{count}, such as {first}; repair or remove them, or allow more (max_rejects)"
+            f"{count}, such as {first}; repair or remove them, or allow more by max_rejects"
         )
 
 
@@ -125,11 +126,18 @@ class Source(Dataset[tuple[Any, Any]]):
             with suppress(ImageRejected):
                 yield self.open(image_id)
 
+    def keep_out(self, place: Path) -> None:
+        """Refuse to write to a place among the images, which would be taken for images.
+
+        Raises:
+            UserError: the place is in the folder whose sub-folders are the classes.
+        """
+
     def readable(self, max_rejects: float = 0.05, name: str = "") -> "Source":
         """Return the source without the images that cannot be read, and warn of these.
 
         Args:
-            max_rejects: share of images that may be left out.
+            max_rejects: share of images that may be left out, rounded up to a whole image.
             name: what the images are for, such as test.
 
         Raises:

@@ -42,15 +42,21 @@ class Selection(Source):
 
     def read(self, image_id: str) -> bytes:
         """Return the bytes of an image's file; see `Source.read`."""
+        self.source.background = self.background  # which may have been set meanwhile
         return self.source.read(image_id)
+
+    def keep_out(self, place: Path) -> None:
+        """Refuse to write to a place among the images; see `Source.keep_out`."""
+        self.source.keep_out(place)
 
     def size(self, image_id: str) -> int:
         """Return the size of an image's file in bytes; see `Source.size`."""
+        self.source.background = self.background
         return self.source.size(image_id)
 
     def open(self, image_id: str, quick: bool = False) -> Image.Image:
         """Open an image as a viewer shows it; see `Source.open`."""
-        self.source.background = self.background  # which may have been set meanwhile
+        self.source.background = self.background
         return self.source.open(image_id, quick)
 
 

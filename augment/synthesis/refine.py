@@ -51,6 +51,9 @@ from augment.diffusion.solver import SOLVERS
 from augment.networks import BATCH, Network, feature_network, unit
 from augment.networks.timm import network_of
 
+SMALL = 64
+"""Pixels up to which images of colour are looked at by ``lite0``, which needs no download."""
+
 SHARES = (0.05, 0.25, 0.7)
 """Of the images after the last three steps."""
 
@@ -169,7 +172,8 @@ class SeedSelect:
         steps: of AdamW.
         lr: learning rate; 0.05 is for 5 steps from a centroid, 0.1 for 30 from noise.
         network: whose features: clip, fashion (embedded: grey clothes), or a network of timm; by
-            default that of a checkpoint, or fashion for grey images and clip for others.
+            default that of a checkpoint, or fashion for grey images, lite0 for others of at most
+            64 pixels, and clip for larger ones.
         weights: of the network: a .safetensors file, a state dict or a checkpoint of
             latent-augment train; of clip a folder or a repository of the hub; by default those that
             it comes with.
@@ -198,7 +202,8 @@ class SeedSelect:
 
     def of(self, backbone: Backbone) -> "SeedSelect":
         """Return the same with the network that is the default for a backbone's images."""
-        usual = "fashion" if backbone.channels == 1 else "clip"
+        usual = "lite0" if backbone.resolution <= SMALL else "clip"
+        usual = "fashion" if backbone.channels == 1 else usual
         return replace(self, network=network_of(self.network, self.weights, usual))
 
     def see(self, backbone: Backbone) -> Network:

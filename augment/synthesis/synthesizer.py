@@ -45,6 +45,9 @@ from augment.synthesis.refine import Goal, Refined, SeedSelect, check_sampling
 MAX_POINTS = 2**24
 """Numbers of the latents that are mixed in one call."""
 
+MAX_NULLS = 2**30
+"""Bytes of null-text embeddings after which those of another class replace the oldest."""
+
 DEFAULT_LEVEL = 0.5
 """Where clean latents are noised to by default: there they gain most (RESULTS.md, levels)."""
 
@@ -276,6 +279,9 @@ class Synthesizer:
         Raises:
             UserError: see `centroid`.
         """
+        if not plans:
+            shape = self.backbone.latent_shape
+            return Mixture(torch.empty(0, *shape), *torch.empty(2, 0, shape[0]))
         groups: dict[tuple[int, bool, float | None], list[int]] = {}
         for row, plan in enumerate(plans):
             key = len(plan.members), plan.noise > 0, self.level(plan)
@@ -449,8 +455,12 @@ class Synthesizer:
             self._goals[name] = self.refine.goal(self.backbone, self.real(name))
         return self._goals[name]
 
-    def real(self, class_name: str) -> Float[Tensor, "n c r r"]:
+    def real(self, class_name: str, limit: int | None = None) -> Float[Tensor, "n c r r"]:
         """Read the real images of a class that the bank shows, in the backbone's format.
+
+        Args:
+            class_name: the class.
+            limit: how many to read at most, spread over the class; all by default.
 
         Raises:
             UserError: they are no longer where they were.
@@ -458,9 +468,12 @@ class Synthesizer:
         root: Any = Path(self.bank.manifest.source) if self.source is None else self.source
         where = root.root if isinstance(root, Source) else root
         channels, side = self.backbone.channels, self.backbone.resolution
-        digests = self.bank.digests(class_name)
+        digests = list(self.bank.digests(class_name).items())
+        if limit is not None and len(digests) > limit:
+            chosen = torch.linspace(0, len(digests) - 1, limit).long().tolist()
+            digests = [digests[row] for row in chosen]
         images = torch.empty(len(digests), channels, side, side)
-        for row, (image_id, digest) in enumerate(digests.items()):
+        for row, (image_id, digest) in enumerate(digests):
             try:
                 content = read_original(root, image_id, digest)
                 images[row] = decode_image(content, channels, side, self.bank.background)
@@ -479,7 +492,7 @@ class Synthesizer:
         return Reference(
             classes=classes,
             prompts=[self.bank.prompt(name) for name in classes],
-            real=lambda label: self.real(classes[label]),
+            real=lambda label, limit: self.real(classes[label], limit),
             device=self.backbone.device,
             counts=[len(ids) for ids in self.bank.members.values()],
         )
@@ -521,7 +534,8 @@ class Synthesizer:
             UserError: a prompt that the backbone does not take, a rule that does not fit, a
                 file of the bank that is damaged, or, to refine, no network or real images.
         """
-        embed(self.backbone, rows_of(self._conditions(plans)[0], len(plans)))
+        for plan in plans:  # one by one: the prompts of 1000 classes fill a GPU
+            embed(self.backbone, rows_of(self._conditions([plan])[0], 1))
         if self.refine:
             self.refine.see(self.backbone)
             self.real(plans[0].class_name)
@@ -539,6 +553,8 @@ class Synthesizer:
         parts = []
         for name, image_id in zip(plan.member_classes, plan.members, strict=True):
             if name not in self._nulls:
+                while sum(nulls.nbytes for nulls, _ in self._nulls.values()) > MAX_NULLS:
+                    del self._nulls[next(iter(self._nulls))]
                 self._nulls[name] = self.bank.null_embeddings(name)
             nulls, owner = self._nulls[name]
             parts.append(nulls[owner[self.bank.members[name].index(image_id)]])

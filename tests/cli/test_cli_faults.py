@@ -145,7 +145,7 @@ FAULTS = {
     "bank is a file": Fault(INVERT, ("made",), put_a_file_in_the_way),
     "bank of other weights": Fault(
         "invert --images images --bank bank --steps 1 --backbone other.safetensors",
-        ("bank", "weights", "rebuild"),
+        ("bank", "weights", "another bank"),
         train_another_tiny,
     ),
     "damaged chunk": Fault(SYNTHESIZE, ("bank/0000/chunk-0000.safetensors",), damage_a_chunk),
@@ -197,6 +197,17 @@ FAULTS = {
     # not 1: once a process has made Optional[Union[float, int]], typing's cache turns 1 into 1.0
     "train on a part of an epoch": Fault(
         f"{TRAIN} --trainer.limit_train_batches 0.5", ("steps_per_epoch",)
+    ),
+    "train and keep several best weights": Fault(
+        f"{TRAIN} --data.val held --checkpoint.monitor val/accuracy --checkpoint.save_top_k 3",
+        ("save_top_k", "best.ckpt"),
+    ),
+    "train with temperature of no images": Fault(f"{TRAIN} --model.tau val", ("--data.val",)),
+    "train with an impossible magnitude": Fault(
+        f"{TRAIN} --data.augment.randaugment 2 --data.augment.magnitude 31", ("magnitude", "31")
+    ),
+    "train a head with auxiliary norms": Fault(
+        f"{TRAIN} --model.auxiliary_norms true --model.tune head", ("auxiliary_norms",)
     ),
     "train on few shots of fewer": Fault(
         f"{TRAIN} --data.train FewShot --data.train.source images --data.train.shots 99", ("99",)

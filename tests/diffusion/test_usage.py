@@ -11,7 +11,8 @@ from conftest import amend, call, paint
 
 from augment import LatentBank, Plan, Sampling, Synthesizer, load_backbone
 from augment.bank.fill import fill_bank
-from augment.core.errors import AugmentWarning, UserError
+from augment.bank.merge import merge
+from augment.core.errors import AugmentWarning, BankMismatch, UserError
 from augment.diffusion.usage import PHOTO, Usage, few_step_sign
 from augment.sources import Folder, decoding
 from augment.synthesis.synthesizer import Undoing, resolve
@@ -102,6 +103,20 @@ def test_prompt_and_guidance_can_be_given(prompts, guidance, sampled, backbone, 
         tmp_path / "b", backbone, photos, prompts, "ddim", steps=1, guidance=guidance, stored=()
     )
     assert (bank.guidance, any(map(bank.prompt, bank.classes))) == (sampled, prompts is None)
+
+
+def test_a_bank_grows_and_merges_with_its_own_guidance(backbone, photos, tmp_path):
+    settings = dict(inversion="ddim", steps=1, stored=())
+    for name, guidance in (("a", 1.0), ("b", None)):
+        fill_bank(tmp_path / name, backbone, photos, guidance=guidance, **settings)
+    for guidance in (None, 1.0):  # what is not said stays as it is
+        fill_bank(tmp_path / "a", backbone, photos, guidance=guidance, **settings)
+    assert LatentBank.open(tmp_path / "a").guidance == 1
+    with pytest.raises(BankMismatch, match=r"guidance to sample with = 1.0, got"):
+        fill_bank(tmp_path / "b", backbone, photos, guidance=1.0, **settings)
+    for names in (("a", "b"), ("b", "a")):
+        with pytest.raises(BankMismatch, match="guidance to sample with"):
+            merge([tmp_path / name for name in names], tmp_path / "out")
 
 
 def test_a_bank_of_before_is_sampled_without_guidance(bank, backbone, photos, tmp_path):

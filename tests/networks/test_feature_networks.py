@@ -61,7 +61,9 @@ def test_its_features_tell_classes_apart_in_any_format(clothes):
 
 def test_a_filter_may_use_it(clothes):
     parts = [torch.stack(part) for part in list(clothes.values())[:3]]
-    reference = Reference(list(CLASSES[:3]), [""] * 3, lambda label: parts[label], CPU, [5] * 3)
+    reference = Reference(
+        list(CLASSES[:3]), [""] * 3, lambda label, limit: parts[label], CPU, [5] * 3
+    )
     made = make_filter("prototype", model="fashion")
     scores = made.prepare(reference)
     assert (scores(parts[1], [1] * 5) > scores(parts[1], [0] * 5)).all()

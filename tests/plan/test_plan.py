@@ -358,6 +358,8 @@ PLAIN = {"label": 0, "class_name": "a", "members": ["x"], "weights": [1], "noise
         {"members": [1]}, {"members": {"x": 1}}, {"weights": ["1"]}, {"weights": [True]},
         {"weights": 1}, {"noise": "0"}, {"noise": []}, {"seed": 2**64}, {"epoch": None},
         {"index": []}, {"classes": [0]}, {"more": 1}, {"weights": [1e300]},
+        {"weights": [0.5]}, {"noise": 1.0}, {"noise": -0.1},
+        {"members": ["x", "y"], "member_classes": ["a", "a"], "weights": [2, -1]},
         {"weights": [1, 0]}, {"members": []}, {"classes": ["a", "b"]},
     ],
     ids=str,

@@ -18,14 +18,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import dataset_with
+from conftest import dataset_with, paint
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from augment import MixedDataset, Mixing, Sampling, SyntheticDataset, UserError
+from augment import MixedDataset, Mixing, Sampling, SyntheticDataset, UserError, fill_bank
 from augment.core.errors import AugmentWarning
 from augment.replay import store as slots
 from augment.replay.pool import ReplayPool
+from augment.sources import Folder
 
 
 class Flat:
@@ -443,6 +444,25 @@ def test_a_file_of_images_made_otherwise_is_told_apart(bank, gaussian, other):
     ]
     first, second, third = (slots.layout_of(data, data[0], 4) for data in datasets)
     assert first == second != third
+
+
+def test_a_file_of_another_bank_s_images_is_told_apart(bank, gaussian, tmp_path):
+    """The ids of both are the same."""
+    other = fill_bank(tmp_path / "bank", gaussian, Folder(paint(tmp_path / "x", seed=1)), steps=4)
+    assert other.members == bank.members
+    layouts = [
+        slots.layout_of(data, data[0], 4)
+        for data in (dataset_with(one, gaussian, steps=3) for one in (bank, other))
+    ]
+    assert layouts[0] != layouts[1]
+
+
+def test_a_pool_may_have_fewer_items_than_classes_and_items_without_names(bank, gaussian):
+    data = dataset_with(bank, gaussian, steps=3, per_class={bank.classes[-1]: 1})
+    assert len(data) < len(bank.classes)
+    assert slots.layout_of(data, data[0], 4)["length"] == 1
+    plain = [(torch.rand(3, 8, 8), 0)] * 3
+    assert slots.layout_of(plain, plain[0], 4)["classes"] == []
 
 
 def test_images_out_of_range_are_refused():

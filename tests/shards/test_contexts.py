@@ -152,7 +152,9 @@ def test_the_command_takes_contexts_and_a_template(sd_bank, file, tmp_path, monk
 def test_contexts_beside_a_backbone_without_their_words_are_refused(bank, tiny, tmp_path, pictures):
     known = fill_bank(tmp_path / "b", tiny, Folder(pictures), steps=1, stored=())
     planner = Planner(known.members, contexts=("on snow",))
-    with pytest.raises(UserError, match=r"a prompt out of .* for the tiny backbone, got 'on snow'"):
+    with pytest.raises(
+        UserError, match=r"a prompt out of those of tiny, such as .*, got 'on snow'"
+    ):
         write_shards(Synthesizer(tiny, known), planner, 1, tmp_path / "s")
     assert not (tmp_path / "s" / "synthesis.json").exists()
 

@@ -87,6 +87,16 @@ def test_an_export_to_parquet_goes_on_and_is_not_mixed_with_files(shards, tmp_pa
     assert snapshot(tmp_path / "out") == before
 
 
+def test_parquet_of_other_images_is_written_anew(tmp_path):
+    """Nothing but the images differs, as after another rule."""
+    for size in (8, 12):
+        folder = fill(tmp_path / f"{size}", (2, 1), size=size)
+        for name in ("out", f"alone-{size}"):
+            export_folder(folder, tmp_path / name, parquet=True)
+        alone = snapshot(tmp_path / f"alone-{size}" / "data")
+        assert snapshot(tmp_path / "out" / "data") == alone
+
+
 def test_plans_of_strangers_are_no_parquet(tmp_path):
     folder = fill(tmp_path / "s", (1,), about={"plan": {"seed": "x"}})
     with pytest.raises(UserError, match=r"expected plans as .* export without parquet") as caught:

@@ -36,7 +36,7 @@ def test_captions_beside_images(photos):
     again = Folder(photos.root)  # without a warning: the texts belong to images
     assert set(captions_of(again, "txt").values()) == {"été,  on snow"}
     (photos.root / "ant" / "notes.txt").write_text("a text of no image")
-    with pytest.warns(AugmentWarning, match="1 files passed over: 1 txt"):
+    with pytest.warns(AugmentWarning, match="1 file passed over: 1 txt"):
         Folder(photos.root)
 
 

@@ -170,6 +170,11 @@ def spy(kind, shown):
     return bar
 
 
+def test_a_float_image_beyond_its_range_is_cut_off_and_does_not_wrap():
+    image = torch.tensor([1.004, -0.004, 1.0, 0.5]).view(1, 2, 2)
+    assert as_kind(image, "uint8").flatten().tolist() == [255, 0, 255, 128]
+
+
 def test_what_is_no_image_is_refused():
     with pytest.raises(UserError, match=r"expected an image, PIL or a tensor \(C, H, W\), got int"):
         as_kind(3, "pil")

@@ -57,7 +57,14 @@ def textures(label, count, channels=3, size=16, seed=0, phases=1.0):
 def bank_of(real, prompts=None, names="abcdefghij"):
     """A reference to lists of images."""
     classes = list(names[: len(real)])
-    return Reference(classes, prompts or [""] * len(real), lambda label: real[label], CPU)
+
+    def chosen(label, limit):
+        images = real[label]
+        if limit is None or limit >= len(images):
+            return images
+        return images[torch.linspace(0, len(images) - 1, limit).long()]
+
+    return Reference(classes, prompts or [""] * len(real), chosen, CPU)
 
 
 def save_network(folder, seed=0, classes=3, channels=3, prefix="", name=NETWORK):
@@ -607,9 +614,11 @@ def test_few_images_still_tell_a_picture_from_none():
 def test_a_small_class_is_not_read_where_the_pool_judges_it():
     asked = []
 
-    def real(label: int) -> torch.Tensor:
+    def real(label: int, limit: int | None) -> torch.Tensor:
         asked.append(label)
-        return torch.rand(40, 3, 32, 32, generator=torch.Generator().manual_seed(label))
+        return torch.rand(
+            min(40, limit or 40), 3, 32, 32, generator=torch.Generator().manual_seed(label)
+        )
 
     labels = list(range(200))
     names = [f"c{label}" for label in labels]

@@ -115,6 +115,9 @@ def test_a_class_has_a_token_of_its_own():
     tokens = class_tokens(names)
     assert [*tokens] == names and len({*tokens.values()}) == len(names)
     assert tokens["猫"] == "<猫>" and tokens["!"] == "<class>"
+    assert class_tokens(["car 1", "car"]) == {"car 1": "<car-1>", "car": "<car>"}
+    names = ["car", "car-1", "Car", "car 1", "CAR"]
+    assert len({*class_tokens(names).values()}) == len(names)
 
 
 @pytest.fixture(scope="module")

@@ -1,10 +1,12 @@
 """What a step's loss is: real and synthetic parts, their norms, re-weighting; and who evaluates."""
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import paint
 from pytorch_lightning import Callback, Trainer
+from torch.utils.data import Dataset
 
 from augment import Sampling, SyntheticDataset, UserError, fill_bank, write_shards
 from augment.core.errors import AugmentWarning
@@ -13,6 +15,7 @@ from augment.sources import FewShot, Folder
 from augment.training import sweep
 from augment.training.data.draws import SyntheticMix
 from augment.training.data.module import ImageData
+from augment.training.data.transforms import Augmentation
 from augment.training.models.classifier import Classifier
 from augment.training.models.finetune import AuxiliaryBatchNorm
 from augment.training.models.losses import class_weights
@@ -107,6 +110,104 @@ def test_the_prior_counts_synthetic_images_that_join_by_count(tmp_path, tiny):
         logits = model.eval()(images) + torch.tensor(drawn).log()
         expected = F.cross_entropy(logits, labels)
         torch.testing.assert_close(model.loss_of(images, labels, labels > 5), expected)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"reference_batch": 0}, {"tau": -1.0}, {"tau": float("nan")}, {"mixup": float("inf")},
+     {"momentum": -1.0}, {"auxiliary_norms": True, "tune": "lora"}],
+    ids=str,
+)  # fmt: skip
+def test_numbers_out_of_range_are_refused(wrong):
+    with pytest.raises(UserError, match=f"expected .*{next(iter(wrong))}"):
+        Classifier([5, 2], channels=1, **wrong)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"magnitude": 31}, {"magnitude": -1}, {"randaugment": -1}, {"rotation": -5.0},
+              {"jitter": -1.0}], ids=str,
+)  # fmt: skip
+def test_augmentation_out_of_range_is_refused(wrong):
+    with pytest.raises(UserError, match=f"expected {next(iter(wrong))}"):
+        Augmentation(**wrong)
+
+
+class Fakes(Dataset):
+    """One synthetic image of each class."""
+
+    classes = ("Bag", "Coat")
+
+    def __init__(self, targets):
+        self.targets = targets
+
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, index):
+        return torch.zeros(1, 32, 32), index
+
+
+@pytest.mark.parametrize("steps", [3, 4])
+def test_the_last_epochs_are_real_whatever_is_accumulated(steps, tmp_path):
+    """An epoch of 3 batches makes 2 steps of 2 batches each, the last of one."""
+    paint(tmp_path / "real", {"Bag": 5, "Coat": 2}, size=28)
+    data = ImageData(
+        str(tmp_path / "real"), synthetic=Fakes([0, 1]), mix=SyntheticMix(share=1, real_only=4),
+        channels=1, batch_size=2, steps_per_epoch=steps,
+    )  # fmt: skip
+    model, seen = Classifier(data.counts, channels=1), []
+
+    class Count(Callback):
+        def on_train_epoch_start(self, trainer, pl_module):
+            seen.append(0)
+
+        def on_train_batch_start(self, trainer, pl_module, batch, index):
+            seen[-1] += int(batch[2].sum()) if len(batch) > 2 else 0
+
+    Trainer(
+        max_steps=20, accumulate_grad_batches=2, logger=False, enable_checkpointing=False,
+        callbacks=[Count()], enable_progress_bar=False, enable_model_summary=False,
+        accelerator="cpu",
+    ).fit(model, data)  # fmt: skip
+    assert seen == [2 * steps] * 6 + [0] * 4
+
+
+@pytest.mark.parametrize("kind", [list, torch.tensor, np.array])
+def test_targets_may_be_a_list_a_tensor_or_an_array(kind, tmp_path):
+    paint(tmp_path / "real", {"Bag": 5, "Coat": 2}, size=28)
+    data = ImageData(str(tmp_path / "real"), synthetic=Fakes(kind([0, 1])), channels=1)
+    data.check_images(tmp_path / "images.json", False)
+
+
+def test_real_images_are_no_synthetic_ones(tmp_path):
+    for name, seed in (("real", 0), ("test", 1), ("made", 2)):
+        paint(tmp_path / name, {"Bag": 3, "Coat": 2}, size=28, seed=seed)
+    parts = [str(tmp_path / name) for name in ("real", "test", "made")]
+    for synthetic in parts:
+        data = ImageData(parts[0], test=parts[1], synthetic=synthetic)
+        if synthetic == parts[0]:
+            with pytest.warns(AugmentWarning, match="got 5 of the training images, such as Bag"):
+                data.check_images(tmp_path / "images.json", False)
+        elif synthetic == parts[1]:
+            with pytest.raises(UserError, match="got 5 of the test images, such as Bag"):
+                data.check_images(tmp_path / "images.json", False)
+        else:
+            data.check_images(tmp_path / "images.json", False)
+
+
+def test_a_run_is_not_among_its_images(tmp_path):
+    paint(tmp_path / "real", {"Bag": 3, "Coat": 2}, size=28)
+    data = ImageData(FewShot(Folder(tmp_path / "real"), 2))
+    data.keep_out(tmp_path / "run")
+    for inside in ("real", "real/Bag/run"):
+        with pytest.raises(UserError, match="expected a place beside the images"):
+            data.keep_out(tmp_path / inside)
+
+
+def test_a_source_that_changes_labels_is_refused(tmp_path):
+    paint(tmp_path / "real", {"Bag": 5, "Coat": 2}, size=28)
+    with pytest.raises(UserError, match="target_transform"):
+        ImageData(Folder(tmp_path / "real", target_transform=lambda label: 1 - label))
 
 
 def test_the_prior_follows_the_epochs_and_the_training_data(tmp_path, tiny):

@@ -144,6 +144,11 @@ def test_a_network_that_cannot_be_had_is_one_sentence(
     assert "\n" not in str(caught.value)
 
 
+def test_options_are_refused_before_weights_are_loaded():
+    with pytest.raises(UserError, match="expected none as options of lite0, got nonsense"):
+        build_network("lite0", 3, 3, True, options={"nonsense": 3})
+
+
 @pytest.mark.parametrize(
     ("network", "words"),
     [

@@ -381,7 +381,7 @@ def test_filters_and_measures_take_a_checkpoint(run):
         feature_network("resnet50", path, CPU)
 
     def reference(names):
-        return Reference(list(names), [""] * 3, lambda label: images, CPU)
+        return Reference(list(names), [""] * 3, lambda label, limit: images, CPU)
 
     judge = make_filter("classifier", weights=path)
     assert judge.prepare(reference(CLASSES))(images, [0, 1]).shape == (2,)

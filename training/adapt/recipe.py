@@ -20,7 +20,7 @@ class Recipe:
         keep_norm: whether tokens keep the vocabulary's mean length.
         steps: number of optimiser steps; see ``per``.
         per: what ``steps`` are counted for: the run, each class, or each image (then they are
-            epochs: an image is seen ``steps`` times).
+            epochs: an image is seen ``steps`` times on average, as it is drawn at random).
         batch_size: images a batch, on each device.
         accumulate: batches a step.
         lr: learning rate of the low-rank weights.

@@ -70,6 +70,7 @@ def adapt_backbone(settings: AdaptSettings, backbone: Backbone | None = None) ->
     """
     s, recipe, out = settings, settings.recipe, Path(settings.out)
     check_folder(out)
+    s.source.keep_out(out)
     backbone = backbone or s.load()
     weights, before = backbone.fingerprint.get("weights", ""), backbone.fingerprint
     classes, targets = s.source.classes, [*(s.targets or PROJECTIONS)]

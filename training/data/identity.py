@@ -232,6 +232,23 @@ def check_apart(made_from: Origins, held_out: Mapping[str, str], name: str) -> N
             )
 
 
+def check_new(synthetic: Mapping[str, str], real: Mapping[str, Mapping[str, str]]) -> None:
+    """Refuse synthetic images that are real ones to validate or test on; warn of trained ones."""
+    own = {digest: image_id for image_id, digest in synthetic.items() if digest}
+    for name, digests in real.items():
+        same = [own[digest] for digest in digests.values() if digest in own]
+        if not same or name == "synthetic":
+            continue
+        if name != "training":
+            raise UserError(
+                f"expected synthetic images, got {len(same)} of the {name} images, such as "
+                f"{same[0]}; take them out"
+            )
+        _warn(
+            f"expected synthetic images, got {len(same)} of the training images, such as {same[0]}"
+        )
+
+
 def _look(images: Images) -> tuple[bool, int]:
     """Return whether a few of some images are all grey, and their smallest side in pixels."""
     if isinstance(images, ReplayPool):

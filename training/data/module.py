@@ -68,7 +68,11 @@ class TrainingImages(Dataset[Item]):
         self.real, self.synthetic, self.seed = real, synthetic, seed
         self.fixed, self.random = augment.fixed(channels, resolution), augment.random(resolution)
         planner = getattr(synthetic, "planner", None)
-        self.soft = planner is not None and planner.soft
+        self.soft = (
+            synthetic.soft
+            if isinstance(synthetic, ReplayPool)
+            else planner is not None and planner.soft
+        )
         stays = len(self) if isinstance(synthetic, (Shards, Source)) else len(real)
         keep = augment.whole and len(self) * channels * resolution**2 <= memory
         self.stays = stays if keep else 0
@@ -223,6 +227,11 @@ class ImageData(pl.LightningDataModule):
             source = as_source(images)
             if background:
                 source.background = parse_colour(background)
+            if source.target_transform is not None:
+                raise UserError(
+                    f"expected the {name} images to have the labels of their classes, got a "
+                    "target_transform; leave it out"
+                )
             return source.readable(max_rejects, name)
 
         self.real = None if train is None else look(train, "training")
@@ -331,6 +340,8 @@ class ImageData(pl.LightningDataModule):
             parts[name] = identity.content_digest(source, digests[name])
         if self.synthetic is not None:
             parts["synthetic"] = identity.synthetic_digest(self.synthetic, files)
+        if isinstance(self.synthetic, Source):
+            digests["synthetic"] = identity.digests_of(self.synthetic, files)
         return digests, parts
 
     def _check_synthetic(
@@ -342,13 +353,15 @@ class ImageData(pl.LightningDataModule):
         identity.warn_of_strangers(made_from, real, digests["training"])
         for name in self.held_out:
             identity.check_apart(made_from, digests[name], name)
+        if own := digests.get("synthetic"):
+            identity.check_new(own, digests)
         if mix.by_count or mix.share:
             if isinstance(labels, int):  # a pool makes images of any class
                 have = np.full(len(self.classes), labels)
             else:
                 have = np.bincount(np.asarray(labels, int), minlength=len(self.classes))
             identity.check_numbers(have, mix.budget(self.draws.counts), mix.by_count, self.classes)
-        if labels:
+        if len(synthetic):
             identity.warn_of_looks(real, synthetic, *self.form[:2])
 
     def class_counts(self, epoch: int) -> list[int]:
@@ -358,6 +371,11 @@ class ImageData(pl.LightningDataModule):
         share they leave the frequency of the classes as it is.
         """
         return self.draws.class_counts(epoch).tolist()
+
+    def keep_out(self, place: Path) -> None:
+        """Refuse a folder of a run among the images; see `augment.sources.Source.keep_out`."""
+        for source in self._sources.values():
+            source.keep_out(place)
 
     def check_trainer(self, trainer: pl.Trainer) -> None:
         """Refuse to cut epochs short, which draws and schedules would not know of."""
@@ -376,8 +394,9 @@ class ImageData(pl.LightningDataModule):
         epochs = trainer.max_epochs or -1
         ends = [epochs] if epochs > 0 else []
         if trainer.max_steps > 0:
-            batches = trainer.max_steps * trainer.accumulate_grad_batches
-            ends.append(-(-batches // len(self.draws)))
+            # the last batches of an epoch make a step even if they are fewer
+            steps = -(-len(self.draws) // trainer.accumulate_grad_batches)
+            ends.append(-(-trainer.max_steps // steps))
         return min(ends, default=1)
 
     def _done(self) -> int:
@@ -446,7 +465,8 @@ def _files_of(images: Source | str) -> Source:
     taken = [p for p in paths if p.suffix.lower() in SUFFIXES and not f"/{p}".count("/.")]
     source.root, source.ids = root, {"": sorted(map(str, taken))}
     if not taken:
-        raise UserError(f"expected image files in the folder {images}, got none; give another")
+        state = "none" if root.is_dir() else "a file" if root.exists() else "no such folder"
+        raise UserError(f"expected image files in the folder {images}, got {state}; give another")
     return source
 
 
@@ -510,7 +530,9 @@ def _labels_of(synthetic: Images | None) -> Sequence[int] | int:
     if synthetic is None:
         return ()
     targets = getattr(synthetic, "targets", None)
-    return len(synthetic) if targets is None else targets
+    if targets is None:
+        return len(synthetic)
+    return targets if isinstance(targets, Sequence) else np.asarray(targets).tolist()
 
 
 class ReuseLogger(pl.Callback):

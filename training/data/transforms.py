@@ -12,6 +12,7 @@ from torchvision.transforms import v2
 
 from augment.core.errors import lookup
 from augment.sources.images import fit, pixels_of, to_channels
+from augment.training.checks import at_least, expect
 from augment.training.data.randaugment import Drawn, draw, randaugment
 
 Generators = Sequence[np.random.Generator]
@@ -32,7 +33,7 @@ class Augmentation:
         magnitude: of these, out of 30.
 
     Raises:
-        UserError: an unknown crop.
+        UserError: an unknown crop, or a number out of its range.
     """
 
     crop: str | None = "shift"
@@ -45,6 +46,8 @@ class Augmentation:
     def __post_init__(self) -> None:
         if self.crop is not None:
             lookup(dict.fromkeys(("shift", "resized")), self.crop, "crop")
+        at_least(0, rotation=self.rotation, jitter=self.jitter, randaugment=self.randaugment)
+        expect(0 <= self.magnitude <= 30, "magnitude in [0, 30]", self.magnitude)
 
     @property
     def whole(self) -> bool:

@@ -175,16 +175,16 @@ def build_network(
         return _from_timm(
             name, channels, num_classes, resolution, **{"pretrained": pretrained, **options}
         )
-    if pretrained:
-        expect(name == "lite0", "lite0 or a network of timm to be pretrained", name)
-        expect(channels == 3, "3 channels for the weights of lite0", channels)
-        return lite0_net(num_classes)
     known = list(signature(NETWORKS[name]).parameters)[2:]
     if unknown := options.keys() - set(known):
         raise UserError(
             f"expected {', '.join(known) or 'none'} as options of {name}, got "
             f"{', '.join(sorted(unknown))}; leave them out"
         )
+    if pretrained:
+        expect(name == "lite0", "lite0 or a network of timm to be pretrained", name)
+        expect(channels == 3, "3 channels for the weights of lite0", channels)
+        return lite0_net(num_classes)
     return NETWORKS[name](channels, num_classes, **options)
 
 

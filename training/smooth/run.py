@@ -29,6 +29,7 @@ def smooth_backbone(settings: SmoothSettings, backbone: Backbone | None = None) 
     """
     s, out = settings, Path(settings.out)
     check_folder(out)
+    s.source.keep_out(out)
     given = s.check_classes(s.prompts, "prompts")
     texts = s.texts(prompts_of(s.source.classes, s.prompt, given))
     backbone = backbone or s.load()

@@ -21,6 +21,7 @@ classes of CIFAR-100, made by ``scripts/train_tiny_cifar.py``; see ``weights/tin
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -192,9 +193,12 @@ class Tiny:
     def condition(self, prompts: Sequence[str]) -> Condition:
         for prompt in prompts:
             if prompt not in self.prompts:
+                near = get_close_matches(prompt, self.prompts)
+                few = len(self.prompts) < 10
+                words = ", ".join(filter(None, self.prompts if few else near or self.prompts[1:4]))
                 raise UserError(
-                    f"expected a prompt out of {self.prompts} for the tiny backbone, got "
-                    f"{prompt!r}; choose one of these or none"
+                    f"expected a prompt out of those of {self.fingerprint['name']}, such as "
+                    f"{words}, got {prompt!r}; choose one of its .prompts or none"
                 )
         numbers = [self.prompts.index(prompt) for prompt in prompts]
         known = {"text": self.table(torch.tensor(numbers, dtype=torch.long, device=self.device))}

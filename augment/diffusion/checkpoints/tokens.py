@@ -8,6 +8,7 @@ one token that has no name in it is called as the file, as in Automatic1111's we
 
 import re
 from collections.abc import Collection, Mapping, Sequence
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -78,10 +79,8 @@ def class_tokens(classes: Sequence[str]) -> dict[str, str]:
     tokens: dict[str, str] = {}
     for name in classes:
         stem = re.sub(r"\W+", "-", nfc(name).lower()).strip("-") or "class"
-        same = sum(
-            re.fullmatch(rf"<{stem}(-\d+)?>", token) is not None for token in tokens.values()
-        )
-        tokens[name] = f"<{stem}-{same}>" if same else f"<{stem}>"
+        taken = {*tokens.values()}
+        tokens[name] = next(x for n in count() if (x := _numbered(stem, n)) not in taken)
     return tokens
 
 

@@ -31,15 +31,15 @@ class Reference:
     Args:
         classes: names in label order.
         prompts: of each class, in label order; empty if it has none.
-        real: label → the class's real images, float32 (n, C, R, R) in [0, 1], prepared as the
-            backbone's.
+        real: (label, limit) → the class's real images, float32 (n, C, R, R) in [0, 1], prepared as
+            the backbone's; no more than the limit if there is one, spread over the class.
         device: where networks run.
         counts: how many real images each class has, in label order; asked for by `real` if None.
     """
 
     classes: list[str]
     prompts: list[str]
-    real: Callable[[int], Tensor]
+    real: Callable[[int, int | None], Tensor]
     device: torch.device
     counts: list[int] | None = None
 
@@ -70,12 +70,10 @@ class Real:
         Raises:
             UserError: it has no images.
         """
-        images = self.reference.real(label)
+        images = self.reference.real(label, limit)
         if not len(images):
             name = self.reference.classes[label]
             raise UserError(f"expected real images of class {name!r}, got none; add one")
-        if limit is not None and len(images) > limit:
-            images = images[torch.linspace(0, len(images) - 1, limit).long()]
         return self.describe(images)
 
     def __call__(self, label: int) -> tuple[Float[Tensor, "n d"], Float[Tensor, "m *k"]]:
