@@ -127,7 +127,7 @@ class Source(Dataset[tuple[Any, Any]]):
                 yield self.open(image_id)
 
     def keep_out(self, place: Path) -> None:
-        """Refuse to write to a place among the images, which would be taken for images.
+        """Refuse to write to a place among the images, which would be taken for one of them.
 
         Raises:
             UserError: the place is in the folder whose sub-folders are the classes.

@@ -193,7 +193,8 @@ def between(
         if len(nulls) > 1:
             nulls = torch.einsum("tk,k...->t...", shares, nulls[found["null_rows"]])
         negative = Schedule.by_step(levels[: run.steps_made + 1], nulls)
-    latents = walk(*ends.cpu(), count, name)  # in float64, which Apple's GPUs have not
+    ends = ends.cpu()  # in float64, which Apple's GPUs have not
+    latents = walk(ends[0], ends[1], count, name)
     images = sample(
         backbone, latents, words, run.solver, run.steps, scale, negative=negative, level=start
     )

@@ -492,7 +492,7 @@ class Synthesizer:
         return Reference(
             classes=classes,
             prompts=[self.bank.prompt(name) for name in classes],
-            real=lambda label, limit: self.real(classes[label], limit),
+            real=lambda label, limit=None: self.real(classes[label], limit),
             device=self.backbone.device,
             counts=[len(ids) for ids in self.bank.members.values()],
         )

@@ -309,7 +309,8 @@ SOURCES = {
 def test_bad_images_are_one_sentence_and_nothing_is_written(monkeypatch, capsys, tmp_path, fault):
     make, word = SOURCES[fault]
     root, bank = make(tmp_path / "images"), tmp_path / "bank"
-    code, _, output = call(monkeypatch, capsys, "invert", "--images", root, "--bank", bank)
+    args = "invert", "--images", root, "--bank", bank, "--max-rejects", 0
+    code, _, output = call(monkeypatch, capsys, *args)
     assert code == 2
     assert output.count("\n") == 1
     assert output.startswith("latent-augment: expected")

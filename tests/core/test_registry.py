@@ -36,7 +36,7 @@ def test_settings_that_fit_are_taken_and_the_others_are_the_defaults():
 @pytest.mark.parametrize(
     ("name", "settings", "sentence"),
     [
-        ("blurr", {}, "expected a effect out of blur, plain, got 'blurr'; choose one of these"),
+        ("blurr", {}, "expected an effect out of blur, plain, got 'blurr'; choose one of these"),
         (
             "blur",
             {"size": 1},

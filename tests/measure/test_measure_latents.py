@@ -253,7 +253,7 @@ def test_what_a_user_reads_has_the_numbers():
     (mean, error), text = health.statistics.largest, str(findings([health], "ddim")[0])
     assert text.startswith("Bias. ") and f"the {mean:.2f} ± {error:.2f} of cup to" in text
     noise = findings([ClassHealth.of("cup", white())], "ddim")
-    assert noise[0].text.startswith("No class has a significant channel bias")
+    assert noise[0].text.startswith("The class has no significant channel bias")
 
 
 def test_a_shared_part_that_came_out_negative_counts_as_none():

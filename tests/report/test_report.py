@@ -341,13 +341,13 @@ def health(bias=0.0, count=32, scale=1.0, name="a", errors=None, smooth=0.0):
 @pytest.mark.parametrize(
     ("classes", "level", "words"),
     [
-        ([health()], "good", "No class has a significant channel bias"),
+        ([health()], "good", "The class has no significant channel bias"),
         ([health(0.2), health()], "warning", "1 of 2 classes has a channel bias"),
         ([health(0.2, name="cup")] * 3, "warning", "All 3 classes have"),
         ([health(0.2)], "warning", r"of a to 0\.\d\d with 32 members. Take a rule with /chm"),
         ([health(0.05)], "good", "too small to matter"),
         ([health()], "good", "as long as white noise"),
-        ([health(scale=0.9)], "warning", "10% shorter than white noise .* nin keeps the length"),
+        ([health(scale=0.9)], "warning", "10% shorter than white noise .* nin that of"),
         ([health(scale=1.1)], "warning", "10% longer"),
         ([health(smooth=0.3)], "warning", r"correlate, \+0.\d\d across .* forward_start"),
         ([health(errors=(1e-3, 1e-3))], "good", "come back at 30.0 dB"),

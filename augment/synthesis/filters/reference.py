@@ -31,15 +31,15 @@ class Reference:
     Args:
         classes: names in label order.
         prompts: of each class, in label order; empty if it has none.
-        real: (label, limit) → the class's real images, float32 (n, C, R, R) in [0, 1], prepared as
-            the backbone's; no more than the limit if there is one, spread over the class.
+        real: (label, limit=None) → the class's real images, float32 (n, C, R, R) in [0, 1],
+            prepared as the backbone's; no more than the limit, spread over the class.
         device: where networks run.
         counts: how many real images each class has, in label order; asked for by `real` if None.
     """
 
     classes: list[str]
     prompts: list[str]
-    real: Callable[[int, int | None], Tensor]
+    real: Callable[..., Tensor]
     device: torch.device
     counts: list[int] | None = None
 
