@@ -255,13 +255,15 @@ def evaluate(
     from augment.shards.dataset import open_images
     from augment.sources import as_source
 
-    if out and real is not None:
-        as_source(real).keep_out(Path(out))
+    source = None if real is None else as_source(real)
+    if out and source is not None:
+        source.keep_out(Path(out))
     if (Path(path) / "manifest.json").exists():
         bank = LatentBank.open(path)
-        model = None if real is None else load_backbone(**bank.recipe_with(backbone), device=device)
-        found = study.evaluate_bank(bank, model, None if real is None else as_source(real))
-    elif real is None:
+        made_by = bank.recipe_with(backbone)
+        model = None if source is None else load_backbone(**made_by, device=device)
+        found = study.evaluate_bank(bank, model, source)
+    elif source is None:
         raise UserError(
             f"expected --real, the reference images to compare those of {path} with, got none; "
             "pass a folder of real images (only a bank needs none)"
@@ -276,7 +278,7 @@ def evaluate(
         first = study.form_of(fake)
         judge = feature_network(network or "", weights, find_device(device))
         form = (channels or first[0], resolution or first[1])
-        found = study.evaluate_images(fake, as_source(real), judge, form, bootstrap)
+        found = study.evaluate_images(fake, source, judge, form, bootstrap)
     print(found)
     if out:
         found.write(out)

@@ -42,10 +42,6 @@ def replacing(path: Path, sync: bool = True) -> Iterator[BinaryIO]:
     Raises:
         UserError: the disk is full, the folder read-only or the like.
     """
-    if path.is_dir():
-        raise UserError(
-            f"expected to write a file at {path}, got a folder there; name a file in it"
-        )
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -62,6 +58,10 @@ def replacing(path: Path, sync: bool = True) -> Iterator[BinaryIO]:
             raise
         if sync:
             _sync_folder(path.parent)
+    except IsADirectoryError:
+        raise UserError(
+            f"expected to write a file at {path}, got a folder there; name a file in it"
+        ) from None
     except OSError as error:
         raise UserError(
             f"expected to write {path}, got {error.strerror or error}; make room there or choose "

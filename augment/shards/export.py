@@ -186,7 +186,7 @@ def write_parquet(shards: Shards, columns: Sequence[str], out: Path) -> None:
     for number in Progress(range(total), "export", unit="shard", delay=2, leave=False):
         path = out / f"train-{number:05d}-of-{total:05d}.parquet"
         indices = range(*shards.starts[number : number + 2])
-        if path.is_file() and _images_of(path) == [shards.read(i) for i in indices]:
+        if path.is_file() and _holds(path, shards, indices):
             continue
         with replacing(path) as file, parquet.ParquetWriter(file, schema) as writer:
             for start in range(indices.start, indices.stop, GROUP):
@@ -201,15 +201,20 @@ def write_parquet(shards: Shards, columns: Sequence[str], out: Path) -> None:
                 writer.write_table(table)
 
 
-def _images_of(path: Path) -> list[bytes]:
-    """Return the images of a parquet file; none of a damaged one."""
+def _holds(path: Path, shards: Shards, indices: Sequence[int]) -> bool:
+    """Return whether a parquet file has these images of the shards; a damaged one has none."""
     import pyarrow as pa
     from pyarrow import parquet
 
     try:
-        return [row["bytes"] for row in parquet.read_table(path)["image"].to_pylist()]
-    except (pa.ArrowException, KeyError, TypeError):
-        return []
+        with parquet.ParquetFile(path) as file:
+            parts = file.iter_batches(GROUP, columns=["image"])
+            found = (row["bytes"] for part in parts for row in part.column(0).to_pylist())
+            return file.metadata.num_rows == len(indices) and all(
+                content == shards.read(i) for content, i in zip(found, indices, strict=True)
+            )
+    except (pa.ArrowException, LookupError, TypeError, ValueError):
+        return False
 
 
 def _row(shards: Shards, index: int) -> JsonObject:

@@ -202,8 +202,8 @@ class SeedSelect:
 
     def of(self, backbone: Backbone) -> "SeedSelect":
         """Return the same with the network that is the default for a backbone's images."""
-        usual = "lite0" if backbone.resolution <= SMALL else "clip"
-        usual = "fashion" if backbone.channels == 1 else usual
+        coloured = "lite0" if backbone.resolution <= SMALL else "clip"
+        usual = "fashion" if backbone.channels == 1 else coloured
         return replace(self, network=network_of(self.network, self.weights, usual))
 
     def see(self, backbone: Backbone) -> Network:

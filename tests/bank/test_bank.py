@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import COUNTS, paint, snapshot
+from conftest import COUNTS, amend, paint, snapshot
 from safetensors.torch import load_file
 
 import augment.bank.fill
 from augment import BankMismatch, ImageRejected, LatentBank, SyntheticDataset, UserError
-from augment.bank.fill import fill_bank
+from augment.bank.fill import InvertSettings, fill_bank
 from augment.core.files import sha256
 from augment.diffusion.backbones.gaussian import GaussianBackbone
 from augment.diffusion.process import Flow
@@ -164,6 +164,18 @@ def test_an_interrupted_bank_is_refused_until_the_same_command_completes_it(
     assert LatentBank.open(tmp_path / "part").members == whole.members
     for name, written in early.items():
         assert (tmp_path / "part" / name).stat().st_mtime_ns == written, "made a second time"
+
+
+def test_a_folder_of_images_is_not_taken_for_a_bank_without_manifest(pictures):
+    with pytest.raises(UserError, match="got a folder of images; make a bank of them with"):
+        LatentBank.open(pictures)
+
+
+def test_a_bank_that_does_not_say_its_backbone_asks_for_it(copy, pictures):
+    amend(copy / "manifest.json", lambda manifest: manifest.update(recipe={}))
+    settings = InvertSettings(images=str(pictures), bank=str(copy))
+    with pytest.raises(UserError, match=r"got auto; name it with --backbone"):
+        settings.model(settings.source())
 
 
 OTHERS = {

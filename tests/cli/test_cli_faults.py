@@ -209,6 +209,12 @@ FAULTS = {
     "train a head with auxiliary norms": Fault(
         f"{TRAIN} --model.auxiliary_norms true --model.tune head", ("auxiliary_norms",)
     ),
+    "train among the images": Fault(
+        f"{TRAIN} --trainer.default_root_dir images/run", ("beside the images",)
+    ),
+    "evaluate among the images": Fault(
+        "evaluate images --real images --network fashion --out images/good", ("beside the images",)
+    ),
     "train on few shots of fewer": Fault(
         f"{TRAIN} --data.train FewShot --data.train.source images --data.train.shots 99", ("99",)
     ),

@@ -25,7 +25,7 @@ from augment.core.errors import AugmentWarning
 from augment.core.files import locked, write_bytes
 from augment.diffusion.backbones.gaussian import GaussianBackbone
 from augment.inversion import inverter
-from augment.jobs.job import run
+from augment.jobs.job import planning_device, run
 from augment.shards.verify import verify
 from augment.sources import Folder
 
@@ -595,3 +595,14 @@ def test_a_job_that_lost_a_file_knows_it(copy, gaussian, pictures):
     assert job.committed(0) > 0
     cut(copy / "0002" / "chunk-0000.safetensors")
     assert job.committed(0) == 0
+
+
+def test_a_file_is_not_written_in_place_of_a_folder(tmp_path):
+    with pytest.raises(UserError, match="got a folder there; name a file in it"):
+        write_bytes(tmp_path, b"page")
+    assert not list(tmp_path.iterdir()) and not list(tmp_path.parent.glob(".*.tmp"))
+
+
+def test_a_dry_run_is_on_the_device_of_the_work():
+    assert planning_device("cuda:0", "ray") == "cpu"
+    assert planning_device("cuda:0", "ray", dry_run=True) == "cuda:0"

@@ -159,7 +159,7 @@ def test_an_unknown_prompt_is_answered_with_the_right_ones(tiny):
         with pytest.raises(UserError) as caught:
             call()
         assert "'hat'" in str(caught.value)
-        assert all(prompt in str(caught.value) for prompt in PROMPTS)
+        assert ", ".join(filter(None, PROMPTS)) in str(caught.value)
 
 
 def test_the_same_batch_gives_the_same_bits(tiny):

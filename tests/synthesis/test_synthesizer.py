@@ -31,6 +31,28 @@ def test_a_synthesizer_refuses_a_bank_of_another_backbone(bank):
         Synthesizer(GaussianBackbone(mean=0.7, latent_shape=(1, 8, 8)), bank)
 
 
+def test_no_plans_are_no_images(bank, gaussian):
+    made = Synthesizer(gaussian, bank)
+    assert made.mix([]).centroids.shape == (0, 1, 8, 8)
+    assert len(made.images([])) == 0
+
+
+def test_some_real_images_are_read_alone_and_spread_over_the_class(bank, gaussian, monkeypatch):
+    made, read = Synthesizer(gaussian, bank), []
+    original = augment.synthesis.synthesizer.read_original
+    monkeypatch.setattr(
+        augment.synthesis.synthesizer,
+        "read_original",
+        lambda root, image_id, digest: read.append(image_id) or original(root, image_id, digest),
+    )
+    whole = made.real("bee")
+    assert len(whole) == len(read) == 4
+    read.clear()
+    assert torch.equal(made.real("bee", 2), whole[[0, 3]])
+    assert read == ["bee/0.png", "bee/3.png"]
+    assert torch.equal(made.reference.real(bank.classes.index("bee"), 9), whole)
+
+
 def test_images_that_are_not_finite_are_refused(bank):
     class Overflowing(GaussianBackbone):
         def decode(self, clean):

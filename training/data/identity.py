@@ -237,16 +237,16 @@ def check_new(synthetic: Mapping[str, str], real: Mapping[str, Mapping[str, str]
     own = {digest: image_id for image_id, digest in synthetic.items() if digest}
     for name, digests in real.items():
         same = [own[digest] for digest in digests.values() if digest in own]
-        if not same or name == "synthetic":
-            continue
-        if name != "training":
+        if same and name != "training":
             raise UserError(
                 f"expected synthetic images, got {len(same)} of the {name} images, such as "
                 f"{same[0]}; take them out"
             )
-        _warn(
-            f"expected synthetic images, got {len(same)} of the training images, such as {same[0]}"
-        )
+        if same:
+            _warn(
+                f"expected synthetic images, got {len(same)} of the training images, such as "
+                f"{same[0]}; take them out"
+            )
 
 
 def _look(images: Images) -> tuple[bool, int]:

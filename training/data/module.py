@@ -67,12 +67,9 @@ class TrainingImages(Dataset[Item]):
     ) -> None:
         self.real, self.synthetic, self.seed = real, synthetic, seed
         self.fixed, self.random = augment.fixed(channels, resolution), augment.random(resolution)
-        planner = getattr(synthetic, "planner", None)
-        self.soft = (
-            synthetic.soft
-            if isinstance(synthetic, ReplayPool)
-            else planner is not None and planner.soft
-        )
+        pool = isinstance(synthetic, ReplayPool)
+        labels = synthetic if pool else getattr(synthetic, "planner", None)
+        self.soft = labels is not None and labels.soft
         stays = len(self) if isinstance(synthetic, (Shards, Source)) else len(real)
         keep = augment.whole and len(self) * channels * resolution**2 <= memory
         self.stays = stays if keep else 0
@@ -353,7 +350,7 @@ class ImageData(pl.LightningDataModule):
         identity.warn_of_strangers(made_from, real, digests["training"])
         for name in self.held_out:
             identity.check_apart(made_from, digests[name], name)
-        if own := digests.get("synthetic"):
+        if own := digests.pop("synthetic", None):
             identity.check_new(own, digests)
         if mix.by_count or mix.share:
             if isinstance(labels, int):  # a pool makes images of any class
