@@ -4,15 +4,22 @@ Per seed it draws the shots from the embedded images, synthesises from their lat
 same network for the same number of optimiser steps on each row's images. Every row but *real only*
 has the classical augmentation. The yardstick is the gain from twice the real shots. Everything is
 a folder that ``invert``, ``synthesize`` and ``train`` read and write too, and every stage resumes
-where an interrupted demo stopped.
+where an interrupted demo stopped. Rows are measured in a process per seed, or per thread of PyTorch
+if these are fewer: networks as small as these gain little from a second thread.
 """
 
 import math
+import os
+import signal
 import statistics
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
+from functools import cache
+from multiprocessing import active_children, get_context
 from pathlib import Path
+from threading import RLock
 
 import pytorch_lightning as pl
 import torch
@@ -24,7 +31,7 @@ from augment.centroid import Rule
 from augment.centroid.residuals import mix
 from augment.core.errors import BiasWarning
 from augment.core.files import JsonObject, read_json, remember, write_json
-from augment.core.progress import Progress
+from augment.core.progress import EVERY, Progress
 from augment.diffusion import Backbone, load_backbone
 from augment.diffusion.sampling import Sampling
 from augment.diffusion.solver import sample
@@ -125,19 +132,17 @@ def run_demo(out: str | None, full: bool, seeds: int | None) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", BiasWarning)  # some rules are there to show it
         _write_sheet(root, backbone, bank)
-        accuracies = {name: [0.0] * settings.seeds for name in settings.rows}
-        rows = [row for row in ROWS if row.name in settings.rows]
-        jobs = [(seed, row) for seed in range(settings.seeds) for row in rows]
-        say(
-            f"{len(rows)} rows × {settings.seeds} seeds: each synthesizes if it has to, trains "
-            f"{settings.train_steps} steps, and is tested on {len(tests)} images"
-        )
-        images = DataLoader(Evaluated(tests, evaluation(1, 32), _MEMORY), batch_size=128)
-        with Progress(jobs, "rows × seeds", unit="run") as bar:
-            for seed, row in bar:
-                bar.set_postfix_str(row.name)
-                made = run_row(root, row, seed, settings, backbone, bank, images)
-                accuracies[row.name][seed] = made
+    rows = [row for row in ROWS if row.name in settings.rows]
+    say(
+        f"{len(rows)} rows × {settings.seeds} seeds: each synthesizes if it has to, trains "
+        f"{settings.train_steps} steps, and is tested on {len(tests)} images"
+    )
+    for seed in range(settings.seeds):
+        for count in (SHOTS, 2 * SHOTS):
+            write_fashion(_real(root, seed, count), "shots", few_shots(seed, count))
+    jobs = [(row, seed) for seed in range(settings.seeds) for row in rows]
+    found = run_all(root, settings, jobs)
+    accuracies = {row.name: [found[row, seed] for seed in range(settings.seeds)] for row in rows}
     records = list(summarise(accuracies))
     write_json(root / "results.json", records)
     _report(root, records)
@@ -148,33 +153,83 @@ def say(line: str) -> None:
     print(line, flush=True)
 
 
-def run_row(
-    root: Path, row: Row, seed: int, settings: Settings, backbone: Backbone, bank: LatentBank,
-    tests: DataLoader[tuple[torch.Tensor, int]],
-) -> float:  # fmt: skip
-    """Return the test accuracy of one row and seed; read it back if it was measured before."""
-    folder = root / f"seed-{seed}"
+def run_all(
+    root: Path, settings: Settings, jobs: list[tuple[Row, int]]
+) -> dict[tuple[Row, int], float]:
+    """Return the test accuracy of each row and seed; an interrupt ends the processes too."""
+    paths = {job: _done(root, *job) for job in jobs}
+    found = {job: read_json(path, "an accuracy") for job, path in paths.items() if path.exists()}
+    left = [job for job in jobs if job not in found]
+    if not left:
+        return found
+    threads = torch.get_num_threads()
+    count = min(threads, settings.seeds)
+    set_up = {"initializer": _begin, "initargs": (threads // count,)}
+    handler = signal.getsignal(signal.SIGINT)
+    with (
+        Progress(total=len(jobs), initial=len(found), desc="rows × seeds", unit="run") as bar,
+        ProcessPoolExecutor(count, get_context("spawn"), **set_up) as pool,
+    ):
+        try:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # the processes inherit it
+            runs = {pool.submit(run_row, root, settings, *job): job for job in left}
+            signal.signal(signal.SIGINT, handler)
+            for run in as_completed(runs):
+                found[runs[run]] = run.result()
+                bar.update()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in active_children():
+                process.kill()  # Lightning holds SIGTERM up; what is written appears whole
+            raise
+    return found
+
+
+def _begin(threads: int) -> None:
+    """Set up a process of `run_all`."""
+    torch.set_num_threads(threads)
+    os.environ[EVERY] = "1e6"  # seconds: the only bar is that of the process that waits
+    Progress.set_lock(RLock())  # tqdm's own is a semaphore, which a killed process would leave
+    warnings.simplefilter("ignore", BiasWarning)
+
+
+@cache
+def _opened(root: Path) -> tuple[Backbone, LatentBank, DataLoader[tuple[torch.Tensor, int]]]:
+    """Open what all rows of a process read: backbone, bank and test images."""
+    tests = Evaluated(Folder(root / "test"), evaluation(1, 32), _MEMORY)
+    bank = LatentBank.open(root / "bank")
+    return load_backbone("tiny"), bank, DataLoader(tests, batch_size=128)
+
+
+def _real(root: Path, seed: int, count: int) -> Path:
+    """Return the folder of a seed's real images."""
+    return root / f"seed-{seed}" / f"real-{count}"
+
+
+def _done(root: Path, row: Row, seed: int) -> Path:
+    """Return the file of a row's accuracy."""
     name = row.name.replace(" ", "-").replace("/", "-").replace("-+-", "-")
-    done = folder / "accuracy" / f"{name}.json"
-    if done.exists():
-        return read_json(done, "an accuracy")
-    shots = few_shots(seed, SHOTS * (2 if row.twice else 1))
-    real = write_fashion(folder / f"real-{len(shots)}", "shots", shots)
-    out, fake = folder / "synthetic" / name, None
+    return root / f"seed-{seed}" / "accuracy" / f"{name}.json"
+
+
+def run_row(root: Path, settings: Settings, row: Row, seed: int) -> float:
+    """Measure the test accuracy of a row and seed, and write it to its file."""
+    folder, done = root / f"seed-{seed}", _done(root, row, seed)
+    backbone, bank, tests = _opened(root)
+    out, fake = folder / "synthetic" / done.stem, None
     if row.rule:
         alpha = settings.alpha if row.alpha is None else row.alpha
-        fake, planner = (
-            str(out),
-            Planner(_of_shots(bank, seed).members, Mixing(seed=seed, alpha=alpha)),
-        )
+        mixing = Mixing(seed=seed, alpha=alpha)
+        fake, planner = str(out), Planner(_of_shots(bank, seed).members, mixing)
         if row.rule == "pixels":
-            _write_pixel_mixes(planner, Folder(folder / f"real-{SHOTS}"), settings.per_class, out)
+            _write_pixel_mixes(planner, Folder(_real(root, seed, SHOTS)), settings.per_class, out)
         else:
             synthesizer = Synthesizer(backbone, bank, Rule.parse(row.rule), _SAMPLING)
             write_shards(synthesizer, planner, settings.per_class, out, extension="png")
     torch.manual_seed(seed)
     data = ImageData(
-        str(real), synthetic=fake, mix=SyntheticMix(settings.p_synthetic),
+        str(_real(root, seed, SHOTS * (2 if row.twice else 1))),
+        synthetic=fake, mix=SyntheticMix(settings.p_synthetic),
         augment=Augmentation() if row.augment else Augmentation(crop=None, flip=False),
         channels=1, steps_per_epoch=settings.train_steps, seed=seed,
     )  # fmt: skip
@@ -182,7 +237,7 @@ def run_row(
     trainer = demo_trainer(settings.train_steps)
     trainer.fit(model, data)
     accuracy = trainer.test(model, tests, verbose=False)[0]["test/accuracy"]
-    trainer.save_checkpoint(folder / "checkpoints" / f"{name}.ckpt", weights_only=True)
+    trainer.save_checkpoint(folder / "checkpoints" / f"{done.stem}.ckpt", weights_only=True)
     write_json(done, accuracy)
     return accuracy
 

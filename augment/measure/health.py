@@ -201,8 +201,8 @@ def _model_findings(classes: Sequence[ClassHealth], inversion: str, backbone: st
     mean = fmean(found) if found else None
     norm = fmean(norm for c in classes for norm in c.norms)
     near = fmean(c.statistics.horizontal for c in classes)
-    numbers = f"norm over √D of their latents {norm:.2f}, correlation of neighbours {near:+.2f}"
-    theirs = f"norm {usual.norm:.2f}, correlation {usual.correlation:+.2f}"
+    numbers = f"norm over √D of their latents {norm:.2f}, correlation of neighbours {near:+z.2f}"
+    theirs = f"norm {usual.norm:.2f}, correlation {usual.correlation:+z.2f}"
     if mean is not None:
         numbers = f"they come back at {mean:.1f} dB (PSNR), {numbers}"
         theirs = f"{usual.psnr:.1f} dB, {theirs}"
@@ -316,8 +316,8 @@ def _correlation_finding(classes: Sequence[ClassHealth], inversion: str) -> list
     if max(abs(across), abs(down)) < CORRELATION_THRESHOLD:
         return []
     text = (
-        f"Neighbouring pixels of the latents correlate, {across:+.2f} across and {down:+.2f} down "
-        "(white noise 0): they still hold something of their images, which no rule removes."
+        f"Neighbouring pixels of the latents correlate, {across:+z.2f} across and {down:+z.2f} "
+        "down (white noise 0): they still hold something of their images, which no rule removes."
     )
     text += _unless(inversion, "forward_start", "Latents of forward_start are nearest to noise.")
     return [Finding("warning", "Correlation", text)]

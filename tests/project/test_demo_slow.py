@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 import zipfile
 from pathlib import Path
 
@@ -60,6 +62,24 @@ def test_the_first_hour_of_a_stranger(site: Path, tmp_path: Path) -> None:
     assert (tmp_path / "mine" / "run" / "test.json").exists()
 
 
+def interrupt(*command: str, cwd: Path, **env: str) -> None:
+    """Press Ctrl-C once the first row is measured, and see that nothing goes on."""
+    pipe = subprocess.PIPE
+    begun = subprocess.Popen(
+        command, cwd=cwd, env=os.environ | env, stdout=pipe, stderr=pipe, start_new_session=True
+    )
+    end = time.monotonic() + 300
+    while not (found := [*cwd.glob("runs/demo/seed-*/accuracy/*.json")]):
+        assert begun.poll() is None and time.monotonic() < end
+        time.sleep(0.1)
+    os.killpg(begun.pid, signal.SIGINT)
+    _, said = begun.communicate(timeout=30)  # until no process holds the pipes
+    assert begun.returncode == 130
+    assert said.decode().splitlines()[-1].startswith("latent-augment: interrupted")
+    assert b"Traceback" not in said and b"SIGTERM" not in said
+    assert len(found) < 12
+
+
 def test_the_demo_of_the_wheel_prints_its_table_and_resumes(site: Path, tmp_path: Path) -> None:
     env = {"PYTHONPATH": str(site)}
     where = run(
@@ -67,6 +87,7 @@ def test_the_demo_of_the_wheel_prints_its_table_and_resumes(site: Path, tmp_path
     )
     assert where.stdout.startswith(str(site))
     command = (sys.executable, "-m", "augment.cli", "demo", "--seeds", "2")
+    interrupt(*command, cwd=tmp_path, **env)
     first = run(*command, cwd=tmp_path, **env)
     assert first.returncode == 0, first.stderr[-2000:]
     records = json.loads((tmp_path / "runs/demo/results.json").read_text())

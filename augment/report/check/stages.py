@@ -149,7 +149,7 @@ def inversion(subject: Subject, name: str, place: Path, banks: list[LatentBank])
     across = max(s.horizontal, s.vertical, key=abs)
     text = (
         f"images back at {back:.1f} dB, norm/√D {s.norm:.3f}, largest channel mean "
-        f"{s.largest[0]:.2f}, neighbours' correlation {across:+.2f}"
+        f"{s.largest[0]:.2f}, neighbours' correlation {across:+z.2f}"
     )
     faults = []
     if not back >= least:
