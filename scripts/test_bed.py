@@ -41,7 +41,7 @@ from cifar_fs import PARTS, classes_of
 from pytorch_lightning import Trainer
 from safetensors import safe_open
 from safetensors.torch import save
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.utils import save_image
 from tqdm import tqdm
@@ -382,7 +382,6 @@ class Bed:
             resolution=learner.resolution, pretrained=learner.pretrained, mixup=learner.mixup,
             lr=learner.lr, seed=seed,
         )  # fmt: skip
-        nn.Module.to(model, memory_format=torch.channels_last)  # a third faster on CPUs
         trainer = demo_trainer(learner.steps)
         trainer.fit(model, data)
         return model, data, trainer

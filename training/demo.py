@@ -15,6 +15,7 @@ import statistics
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from multiprocessing import active_children, get_context
@@ -29,7 +30,7 @@ from augment.bank.bank import LatentBank
 from augment.bank.fill import fill_bank
 from augment.centroid import Rule
 from augment.centroid.residuals import mix
-from augment.core.errors import BiasWarning
+from augment.core.errors import BiasWarning, UserError
 from augment.core.files import JsonObject, read_json, remember, write_json
 from augment.core.progress import EVERY, Progress
 from augment.diffusion import Backbone, load_backbone
@@ -177,6 +178,11 @@ def run_all(
             for run in as_completed(runs):
                 found[runs[run]] = run.result()
                 bar.update()
+        except BrokenProcessPool:
+            raise UserError(
+                f"expected {count} processes to measure the rows, got the end of one, perhaps for "
+                "want of memory; run the same command with OMP_NUM_THREADS=1, which takes one"
+            ) from None
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             for process in active_children():
