@@ -164,7 +164,7 @@ def run_all(
     if not left:
         return found
     threads = torch.get_num_threads()
-    count = min(threads, settings.seeds)
+    count = min(threads, settings.seeds, len(left))
     set_up = {"initializer": _begin, "initargs": (threads // count,)}
     handler = signal.getsignal(signal.SIGINT)
     with (
@@ -178,16 +178,16 @@ def run_all(
             for run in as_completed(runs):
                 found[runs[run]] = run.result()
                 bar.update()
-        except BrokenProcessPool:
+        except BaseException as error:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in active_children():
+                process.kill()  # Lightning holds SIGTERM up; what is written appears whole
+            if not isinstance(error, BrokenProcessPool):
+                raise
             raise UserError(
                 f"expected {count} processes to measure the rows, got the end of one, perhaps for "
                 "want of memory; run the same command with OMP_NUM_THREADS=1, which takes one"
             ) from None
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            for process in active_children():
-                process.kill()  # Lightning holds SIGTERM up; what is written appears whole
-            raise
     return found
 
 

@@ -2,7 +2,10 @@
 
 import itertools
 import math
+import os
+import signal
 import sys
+from multiprocessing import active_children
 from pathlib import Path
 
 import numpy as np
@@ -211,6 +214,20 @@ def test_the_rows_of_the_demo_are_named_once_and_the_full_demo_has_all_of_them()
     assert len(set(names)) == len(names)
     assert set(demo.FULL.rows) == set(names)
     assert {demo.BASE, demo.TWICE} <= set(demo.Settings().rows) < set(names)
+
+
+class Fatal(type(Path())):
+    """A path that ends the process which reads it."""
+
+    def __reduce__(self):
+        return os._exit, (1,)
+
+
+def test_the_demo_says_what_to_do_when_a_process_of_it_dies(tmp_path):
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(UserError, match=r"got the end of one.*OMP_NUM_THREADS=1"):
+        demo.run_all(Fatal(tmp_path), demo.Settings(seeds=2), [(demo.ROWS[0], 0)])
+    assert signal.getsignal(signal.SIGINT) == before and not active_children()
 
 
 def test_the_config_of_the_demo_trains_by_the_command(root, tmp_path, monkeypatch, capsys):
